@@ -1,0 +1,1 @@
+"""Federated fine-tuning of multimodal LLMs when clients hold different modalities."""

@@ -1,0 +1,1 @@
+"""Engines: a map over the clients of a round, nothing more."""

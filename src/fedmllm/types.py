@@ -1,0 +1,177 @@
+"""The nouns of the house: what every floor talks about. Loads no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, cast
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Params: TypeAlias = "dict[str, Tensor]"  # LoRA tensors under PEFT's saved names, float32, CPU: all that ever travels
+State: TypeAlias = "dict[str, Params]"  # an aggregator's memory
+Modality: TypeAlias = str  # "image", "text", or one camera of a car: "CAM_FRONT"
+Visible: TypeAlias = frozenset[Modality]  # what one row still shows
+Content: TypeAlias = str | tuple[Path, ...]  # a modality's value: a text, or one or more pictures
+
+
+class FedmllmError(Exception):
+    """What went wrong, where, and what is allowed: a user can act on it. Anything else that escapes is a bug."""
+
+
+class ConfigError(FedmllmError):
+    """A setting is unknown, misspelt or out of range. Raised before anything is loaded."""
+
+
+class DataError(FedmllmError):
+    """A row, file or image cannot be used; the message begins with its place (file:line or file, and the row's id)."""
+
+
+class Spec(BaseModel):
+    """A frozen value whose fields are exactly the keys of its TOML table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Named(Spec):
+    """A Spec that its TOML table picks by `name`; each direct child of `Named` is a family of such Specs.
+
+    Defining a class that gives `name` a default adds it to its family: nothing else has to be touched.
+    """
+
+    name: str
+    members: ClassVar[dict[str, type[Named]]]
+    family: ClassVar[str]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if Named in cls.__bases__:
+            cls.members = {}
+            cls.family = cls.__name__.lower()
+            return
+        name = cls.model_fields["name"].default
+        if isinstance(name, str):
+            if name in cls.members and cls.members[name].__qualname__ != cls.__qualname__:
+                raise ConfigError(f"{cls.family} {name!r} is defined twice: {cls.members[name]} and {cls}")
+            cls.members[name] = cls
+
+    @classmethod
+    def pick(cls, table: object, place: str) -> Self:
+        """The member that `table` describes: a table with `name`, or the bare name. Errors begin with `place`."""
+        if isinstance(table, cls):
+            return table
+        if isinstance(table, str):
+            table = {"name": table}
+        allowed = ", ".join(sorted(cls.members))
+        if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+            raise ConfigError(f"{place}: got {table!r}; give a name or a table with a name, one of: {allowed}")
+        name = table["name"]
+        if name not in cls.members:
+            raise ConfigError(f"{place}.name: got {name!r}; allowed: {allowed}{nearest(name, cls.members)}")
+        return cast("Self", validate(cls.members[name], table, place))
+
+
+def nearest(word: str, allowed: Mapping[str, object] | list[str]) -> str:
+    """`; did you mean 'fedadam'?` where one of the allowed words is close, else nothing."""
+    close = difflib.get_close_matches(word, list(allowed), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def validate(model: type[BaseModel], table: Mapping[str, object], place: str) -> BaseModel:
+    """`model(**table)`; an error lists every bad key with its full place, its value and what is allowed."""
+    try:
+        return model.model_validate(dict(table))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(model, place, dict(e)) for e in error.errors())) from None
+
+
+def _line(model: type[BaseModel], place: str, error: dict[str, Any]) -> str:
+    key = ".".join([place, *(str(part) for part in error["loc"])]).strip(".")
+    if error["type"] == "extra_forbidden":
+        allowed = sorted(model.model_fields)
+        return f"{key}: unknown key; allowed: {', '.join(allowed)}{nearest(str(error['loc'][-1]), allowed)}"
+    if error["type"] == "missing":
+        return f"{key}: missing; it is required"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{key}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a data set. Never edited, only hidden (`Shard.visible`)."""
+
+    id: str | int  # as in the file
+    fields: Mapping[Modality, Content]  # what the row truly has; a modality it lacks is not a key
+    question: str
+    choices: tuple[str, ...]  # () = open question
+    answer: str
+    where: str  # file:line, or file and index: what an error message names
+    columns: Mapping[str, str] = field(default_factory=dict)  # for natural splits and metrics: organ, answer_type
+
+    def shown(self, visible: Visible) -> dict[Modality, Content]:
+        """The modalities that the row has and a mask leaves, in the row's own order."""
+        return {m: content for m, content in self.fields.items() if m in visible}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of one client, and what each of them still shows. May be empty."""
+
+    client: int
+    rows: tuple[int, ...]  # indices into the training examples
+    visible: tuple[Visible, ...]  # one per row
+
+    def missing_rate(self, modalities: tuple[Modality, ...]) -> float:
+        """Share of (row, modality) slots that are hidden, 0..1; 0 for an empty shard."""
+        slots = len(self.rows) * len(modalities)
+        kept = sum(len(v & frozenset(modalities)) for v in self.visible)
+        return 1 - kept / slots if slots else 0.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image part of a conversation."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One user turn: texts and pictures in the order in which the model reads them."""
+
+    parts: tuple[str | Picture, ...]
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Picture))
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends back after a round."""
+
+    client: int
+    delta: Params  # local - global, float32, CPU
+    num_examples: int
+    metrics: Mapping[str, float]  # loss, steps, time_s, num_tokens, ...
+    state: Params = field(default_factory=dict)  # what the objective keeps for this client until its next round
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model said about one test row."""
+
+    example: Example
+    scores: tuple[float, ...]  # log p(choice | prompt) per choice; () for an open question
+    text: str | None  # the generated answer of an open question, already parsed; None = it could not be parsed
+    raw: str = ""  # the generation as it came
