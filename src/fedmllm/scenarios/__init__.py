@@ -1,0 +1,68 @@
+"""Partition rows over clients, then hide modalities. Pure: same rows and seed, same shards. Loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing, Scenario
+from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Iid, Partition
+from fedmllm.scenarios.published import Published
+from fedmllm.types import DataError, Example, Modality, Shard, Visible
+
+__all__ = [
+    "Aligned",
+    "ByColumn",
+    "Cross",
+    "Dirichlet",
+    "Hybrid",
+    "Iid",
+    "Missing",
+    "Partition",
+    "Published",
+    "Scenario",
+    "assign",
+    "digest",
+    "show_only",
+]
+
+
+def assign(
+    examples: Sequence[Example],
+    modalities: tuple[Modality, ...],
+    partition: Partition,
+    scenario: Scenario,
+    seed: int,
+) -> tuple[Shard, ...]:
+    """One shard a client, in client order: its rows and what each of them still shows.
+
+    A row shows what the scenario leaves of what the row has. Every row lands on exactly one client; a client may get
+    none. Everything random comes from `seed`, except under `Published`, whose streams are fixed.
+    """
+    if not examples:
+        raise DataError("no rows to give out: the training split is empty")
+    if isinstance(partition, Published):
+        rows, masks = partition.assign(examples, modalities, scenario)
+    else:
+        rows = partition.split(examples, seed)
+        masks = scenario.hide(rows, modalities, seed)
+    has = [frozenset(example.fields) for example in examples]
+    return tuple(
+        Shard(client, tuple(own), tuple(mask & has[row] for row, mask in zip(own, shown, strict=True)))
+        for client, (own, shown) in enumerate(zip(rows, masks, strict=True))
+    )
+
+
+def show_only(examples: Sequence[Example], visible: Visible) -> tuple[Visible, ...]:
+    """Masks for rows that belong to no client (a test set): of each row, what is in `visible`."""
+    return tuple(visible & frozenset(example.fields) for example in examples)
+
+
+def digest(shards: Sequence[Shard], examples: Sequence[Example]) -> str:
+    """sha256 (16 hex digits) of who holds which ids and what they show: equal exactly if partition and masks are."""
+    sha = hashlib.sha256()
+    for shard in shards:
+        sha.update(f"client\x1f{shard.client}\x1e".encode())
+        for row, visible in zip(shard.rows, shard.visible, strict=True):
+            sha.update("\x1f".join([str(examples[row].id), *sorted(visible)]).encode() + b"\x1e")
+    return sha.hexdigest()[:16]

@@ -1,0 +1,166 @@
+"""What each row still shows on the client that holds it. A scenario hides; it never rewrites data.
+
+`hide` is ours, for any number of modalities. `hide_as_published` gives the masks of FedMLLM (arXiv:2411.14717) from the
+streams that its public code uses: N = numpy.random.RandomState(42) (legacy) and R = random.Random(42).
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeInt
+
+from fedmllm.rng import stream
+from fedmllm.types import ConfigError, Modality, Named, Visible
+
+Rows = Sequence[Sequence[int]]  # per client, the rows that it holds
+Masks = list[list[Visible]]  # per client, one mask a row
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+IMAGE, TEXT = frozenset({"image"}), frozenset({"text"})
+BOTH = IMAGE | TEXT
+PUBLISHED_SEED = 42
+
+
+class Scenario(Named):
+    """Who sees what."""
+
+    @abstractmethod
+    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+        """One mask a row of every client. Pure: same rows and seed, same masks."""
+
+    def hide_as_published(self, rows: Rows) -> Masks:
+        """The published masks, bit for bit; only scenarios of the paper have them."""
+        raise ConfigError(f"scenario {self.name!r} has no published masks; pick another partition than 'published'")
+
+
+class Aligned(Scenario):
+    """Every row is complete."""
+
+    name: Literal["aligned"] = "aligned"
+
+    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+        return [[frozenset(modalities)] * len(own) for own in rows]
+
+    def hide_as_published(self, rows: Rows) -> Masks:
+        return [[BOTH] * len(own) for own in rows]
+
+
+class Missing(Scenario):
+    """Each row loses each modality independently with probability `rate`; all may go.
+
+    `rates` names other rates for single modalities. A row's draws depend on the seed, the modality and the row alone,
+    so a higher rate hides a superset, and another partition changes no mask.
+    """
+
+    name: Literal["missing"] = "missing"
+    rate: Rate = 0.3
+    rates: dict[str, Rate] = Field(default_factory=dict)
+
+    def rate_of(self, modality: Modality) -> float:
+        return self.rates.get(modality, self.rate)
+
+    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+        known(self.rates, modalities, "scenario.rates")
+        size = 1 + max((row for own in rows for row in own), default=-1)
+        kept = {m: stream(seed, "missing", m).random(size) >= self.rate_of(m) for m in modalities}
+        return [[frozenset(m for m in modalities if kept[m][row]) for row in own] for own in rows]
+
+    def hide_as_published(self, rows: Rows) -> Masks:
+        known(self.rates, ("image", "text"), "scenario.rates")
+        legacy = random.Random(PUBLISHED_SEED)
+        masks: Masks = []
+        for own in rows:
+            masks.append([])
+            for _ in own:
+                text = legacy.random() < 1 - self.rate_of("text")  # text is drawn first
+                image = legacy.random() < 1 - self.rate_of("image")
+                masks[-1].append((IMAGE if image else frozenset()) | (TEXT if text else frozenset()))
+        return masks
+
+
+class Cross(Scenario):
+    """Each client sees one modality only: `num_image_clients` the image, the others the text.
+
+    `clients` says it for any set of modalities: how many clients see each; the numbers add up to the clients.
+    """
+
+    name: Literal["cross"] = "cross"
+    num_image_clients: NonNegativeInt = 5
+    clients: dict[str, NonNegativeInt] = Field(default_factory=dict)
+
+    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+        counts = self.clients or self._image_and_text(modalities, len(rows))
+        known(counts, modalities, "scenario.clients")
+        if sum(counts.values()) != len(rows):
+            raise ConfigError(f"scenario.clients: {counts} adds up to {sum(counts.values())}, not {len(rows)} clients")
+        shown = [frozenset({m}) for m in modalities for _ in range(counts.get(m, 0))]
+        order = stream(seed, "cross").permutation(len(rows)).tolist()
+        of_client = dict(zip(order, shown, strict=True))
+        return [[of_client[client]] * len(own) for client, own in enumerate(rows)]
+
+    def _image_and_text(self, modalities: tuple[Modality, ...], num_clients: int) -> dict[str, int]:
+        if set(modalities) != BOTH:
+            example = ", ".join(f"{m} = 1" for m in modalities)
+            raise ConfigError(f"scenario.clients: name how many clients see each modality, as in {{ {example} }}")
+        return {"image": self.image_clients_of(num_clients), "text": num_clients - self.num_image_clients}
+
+    def image_clients_of(self, num_clients: int) -> int:
+        if self.num_image_clients > num_clients:
+            raise ConfigError(
+                f"scenario.num_image_clients: got {self.num_image_clients}; there are {num_clients} clients"
+            )
+        return self.num_image_clients
+
+    def published_image_clients(self, legacy: random.Random, num_clients: int) -> list[int]:
+        """The clients that see images, in the order in which the reference draws them."""
+        if self.clients:
+            raise ConfigError("scenario.clients: the published masks know scenario.num_image_clients only")
+        return legacy.sample(range(num_clients), self.image_clients_of(num_clients))
+
+    def hide_as_published(self, rows: Rows) -> Masks:
+        chosen = self.published_image_clients(random.Random(PUBLISHED_SEED), len(rows))
+        return [[IMAGE if client in chosen else TEXT] * len(own) for client, own in enumerate(rows)]
+
+
+class Hybrid(Scenario):
+    """Each client keeps each modality with probability `keep_rate`; one left with none draws one of them per row."""
+
+    name: Literal["hybrid"] = "hybrid"
+    keep_rate: Rate = 0.7
+
+    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+        masks: Masks = []
+        for client, own in enumerate(rows):
+            rng = stream(seed, "hybrid", client)
+            draws = rng.random(len(modalities))
+            kept = frozenset(m for m, draw in zip(modalities, draws, strict=True) if draw < self.keep_rate)
+            single = [frozenset({modalities[i]}) for i in rng.integers(len(modalities), size=len(own))]
+            masks.append([kept] * len(own) if kept else single)
+        return masks
+
+    def published_presence(self, legacy: np.random.RandomState, num_clients: int) -> list[Visible]:
+        """Per client what it keeps, perhaps nothing."""
+        drawn = legacy.binomial(1, self.keep_rate, size=(num_clients, 2))
+        return [(IMAGE if image else frozenset()) | (TEXT if text else frozenset()) for image, text in drawn]
+
+    def hide_as_published(self, rows: Rows) -> Masks:
+        presence = self.published_presence(np.random.RandomState(PUBLISHED_SEED), len(rows))
+        legacy = random.Random(PUBLISHED_SEED)
+        return [[kept or published_flip(legacy) for _ in own] for kept, own in zip(presence, rows, strict=True)]
+
+
+def published_flip(legacy: random.Random) -> Visible:
+    """One of the two modalities."""
+    return IMAGE if legacy.random() < 0.5 else TEXT
+
+
+def known(table: dict[str, float] | dict[str, int], modalities: tuple[Modality, ...], place: str) -> None:
+    """Refuse a modality that the rows of this set cannot have."""
+    for modality in table:
+        if modality not in modalities:
+            raise ConfigError(f"{place}.{modality}: no such modality here; allowed: {', '.join(modalities)}")

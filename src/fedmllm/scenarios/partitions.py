@@ -1,0 +1,94 @@
+"""Which client holds which row."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import PositiveFloat, PositiveInt
+
+from fedmllm.rng import stream
+from fedmllm.types import DataError, Example, Named
+
+Split = list[list[int]]  # per client, the rows that it holds
+
+
+class Partition(Named):
+    """Gives every row to exactly one client."""
+
+    @abstractmethod
+    def split(self, examples: Sequence[Example], seed: int) -> Split:
+        """Per client its rows, as indices into `examples`. Pure: same rows and seed, same split."""
+
+
+class Dirichlet(Partition):
+    """Label skew (arXiv:1909.06335): the rows of a label go to the clients in shares drawn from Dirichlet(alpha).
+
+    The label of a row is its answer, or "(open)" if it has no choices; or its value in `column`, if one is named.
+    Large alpha: all clients alike; small alpha: most labels sit with few clients, and some clients may stay empty.
+    """
+
+    name: Literal["dirichlet"] = "dirichlet"
+    alpha: PositiveFloat = 0.5
+    num_clients: PositiveInt = 10
+    column: str = ""
+
+    def split(self, examples: Sequence[Example], seed: int) -> Split:
+        groups: dict[str, list[int]] = {}
+        for row, example in enumerate(examples):
+            label = value_of(example, self.column) if self.column else answer_label(example)
+            groups.setdefault(label, []).append(row)
+        clients: Split = [[] for _ in range(self.num_clients)]
+        for label in sorted(groups):
+            rng = stream(seed, "partition", label)
+            shares = rng.dirichlet([self.alpha] * self.num_clients)
+            ends = np.rint(np.cumsum(shares) * len(groups[label])).astype(int)
+            ends[-1] = len(groups[label])
+            for client, part in enumerate(np.split(rng.permutation(groups[label]), ends[:-1])):
+                clients[client] += part.tolist()
+        return [stream(seed, "order", client).permutation(rows).tolist() for client, rows in enumerate(clients)]
+
+
+class Iid(Partition):
+    """Rows shuffled and cut into parts whose sizes differ by one at most."""
+
+    name: Literal["iid"] = "iid"
+    num_clients: PositiveInt = 10
+
+    def split(self, examples: Sequence[Example], seed: int) -> Split:
+        order = stream(seed, "partition", "iid").permutation(len(examples))
+        return [part.tolist() for part in np.array_split(order, self.num_clients)]
+
+
+class ByColumn(Partition):
+    """A natural split: one client for each value of `column`, in the order of the values, rows in file order."""
+
+    name: Literal["by-column"] = "by-column"
+    column: str = "client"
+
+    def split(self, examples: Sequence[Example], seed: int) -> Split:
+        groups: dict[str, list[int]] = {}
+        for row, example in enumerate(examples):
+            groups.setdefault(value_of(example, self.column), []).append(row)
+        return [groups[value] for value in sorted(groups, key=numbers_first)]
+
+
+def answer_label(example: Example) -> str:
+    """What label skew is about: the answer of a multiple-choice row; all open rows count as one label."""
+    return example.answer if example.choices else "(open)"
+
+
+def value_of(example: Example, column: str) -> str:
+    """The row's value in a column, or an error that names the row and the columns that it has."""
+    if column not in example.columns:
+        has = ", ".join(sorted(example.columns)) or "none"
+        raise DataError(f"{example.where}: row {example.id!r} has no column {column!r}; columns: {has}")
+    return example.columns[column]
+
+
+def numbers_first(value: str) -> tuple[bool, int, str]:
+    """Sorting key: whole numbers by size ("2" before "10"), then words."""
+    is_number = value.isascii() and value.isdigit()
+    return (not is_number, int(value) if is_number else 0, value)
