@@ -1,0 +1,255 @@
+"""Two embedded data sets, drawn from a seed at first use, so that everything runs without a download.
+
+Their files have the forms of Hateful Memes and CrisisMMD; their content is harmless: cartoons with a face, and
+captions. A label is a joint function of picture and text; either alone only makes it more or less likely.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import sys
+import tempfile
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from fedmllm.data import Dataset, Rows, Split
+from fedmllm.data.captions import caption, tweet
+from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, draw, pick
+from fedmllm.rng import stream
+from fedmllm.types import Example, Modality
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VERSION = 1  # part of the folder's name: raise it with any change of what is drawn
+
+# (face, tone) -> share of the rows. The caption is ironic where its tone contradicts the face (40 % of the rows).
+# Ironic rows are a little more often a frown under good words than the reverse, and never calm or plain: a weak
+# signal in each modality.
+_IRONY: Mapping[tuple[str, str], float] = {
+    ("smile", "bad"): 0.18,
+    ("frown", "good"): 0.22,
+    ("smile", "good"): 0.24,
+    ("frown", "bad"): 0.18,
+    ("calm", "good"): 0.03,
+    ("calm", "bad"): 0.03,
+    ("smile", "plain"): 0.03,
+    ("frown", "plain"): 0.03,
+    ("calm", "plain"): 0.06,
+}
+_CONTRADICTIONS = {("smile", "bad"), ("frown", "good")}
+_NIGHT_RATE = {True: 0.50, False: 0.30}  # by irony: a second weak signal in the picture,
+_SURE_RATE = {True: 0.35, False: 0.15}  # and in the text ("sure , what a lovely day")
+
+CRISIS_CLASSES = (
+    "affected_individuals",
+    "infrastructure_and_utility_damage",
+    "injured_or_dead_people",
+    "missing_or_found_people",
+    "rescue_volunteering_or_donation_effort",
+    "vehicle_damage",
+    "other_relevant_information",
+    "not_humanitarian",
+)
+_KIND = {"person": "figure", "tent": "shelter", "house": "shelter", "car": "vehicle", "boat": "vehicle"}  # else goods
+# (kind of thing, theme of the tweet) -> index of the class. Only "play" says the class by itself.
+_CRISIS: Mapping[tuple[str, str], int] = {
+    ("figure", "trouble"): 2,
+    ("shelter", "trouble"): 1,
+    ("vehicle", "trouble"): 5,
+    ("goods", "trouble"): 6,
+    ("figure", "search"): 3,
+    ("shelter", "search"): 0,
+    ("vehicle", "search"): 4,
+    ("goods", "search"): 4,
+    ("figure", "need"): 0,
+    ("shelter", "need"): 6,
+    ("vehicle", "need"): 6,
+    ("goods", "need"): 4,
+    ("figure", "play"): 7,
+    ("shelter", "play"): 7,
+    ("vehicle", "play"): 7,
+    ("goods", "play"): 7,
+}
+
+
+def cache_folder() -> Path:
+    """$FEDMLLM_CACHE, or fedmllm's place in the user's cache folder of the platform."""
+    if chosen := os.environ.get("FEDMLLM_CACHE"):
+        return Path(chosen)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "fedmllm"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fedmllm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmllm"
+
+
+class _Synthetic(Dataset):
+    """Drawn once into the cache. The first rows of a split do not depend on how many are asked for."""
+
+    seed: NonNegativeInt = 0
+    num_train: PositiveInt = 800
+    num_validation: PositiveInt = 100
+    num_test: PositiveInt = 300
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return ("image", "text")
+
+    def folder(self) -> Path:
+        """Where the files are; drawn now if they are not there yet."""
+        sizes = f"{self.num_train}-{self.num_validation}-{self.num_test}"
+        folder = cache_folder() / self.name / f"v{VERSION}-seed{self.seed}-{sizes}"
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+        try:
+            self._write(draft)
+            draft.chmod(0o755)  # mkdtemp's folder is private
+            draft.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, and its files are the same as ours
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return folder
+
+    def _sizes(self) -> Mapping[Split, int]:
+        return {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
+
+    def _rng(self, split: Split, index: int) -> np.random.Generator:
+        return stream(self.seed, self.name, split, index)
+
+    @abstractmethod
+    def _write(self, folder: Path) -> None: ...
+
+
+class SyntheticIrony(_Synthetic):
+    """Is the caption ironic? 2-way, in the files of Hateful Memes: *.jsonl with id, img, label, text, and img/*.png."""
+
+    name: Literal["synthetic-irony"] = "synthetic-irony"
+
+    def metrics(self) -> Sequence[str]:
+        return ("auc", "auc_hard", "accuracy")
+
+    def load(self, split: Split) -> Rows:
+        path = self.folder() / f"{_HATEFUL_MEMES_FILE[split]}.jsonl"
+        return Rows(tuple(_irony_example(path, i, json.loads(line)) for i, line in enumerate(_lines(path), 1)))
+
+    def _write(self, folder: Path) -> None:
+        (folder / "img").mkdir()
+        number = 0
+        for split, size in self._sizes().items():
+            with (folder / f"{_HATEFUL_MEMES_FILE[split]}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+                for index in range(size):
+                    number += 1
+                    rng = self._rng(split, index)
+                    scene, text, label = irony_row(rng)
+                    name = f"img/{number:05d}.png"
+                    draw(scene, rng).save(folder / name, compress_level=1)
+                    row = {"id": number, "img": name, "label": int(label), "text": text}
+                    file.write(json.dumps(row) + "\n")
+
+
+class SyntheticCrisis(_Synthetic):
+    """Which of CrisisMMD's eight classes, in a toy town after a windy day; the files of CrisisMMD v2.0."""
+
+    name: Literal["synthetic-crisis"] = "synthetic-crisis"
+
+    def metrics(self) -> Sequence[str]:
+        return ("macro_f1", "accuracy")
+
+    def load(self, split: Split) -> Rows:
+        root = self.folder()
+        path = root / _CRISISMMD_FOLDER / _CRISISMMD_FILE[split]
+        rows = csv.DictReader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+        return Rows(tuple(_crisis_example(root, path, i, row) for i, row in enumerate(rows, 2)))
+
+    def _write(self, folder: Path) -> None:
+        images = Path("data_image/toy_town/1_1_2025")
+        (folder / images).mkdir(parents=True)
+        (folder / _CRISISMMD_FOLDER).mkdir()
+        number = 10**17  # tweet ids have 18 digits
+        for split, size in self._sizes().items():
+            lines = ["\t".join(_CRISISMMD_COLUMNS)]
+            for index in range(size):
+                number += 1
+                rng = self._rng(split, index)
+                scene, text, label = crisis_row(rng)
+                image = (images / f"{number}_0.png").as_posix()
+                draw(scene, rng).save(folder / image, compress_level=1)
+                name = CRISIS_CLASSES[label]
+                tweet_text = f"{text} https://t.co/{number % 10**6}"  # real tweets end so; readers drop it
+                lines.append("\t".join(
+                    ("toy_town", str(number), f"{number}_0", tweet_text, image, name, name, name, "Positive")
+                ))  # fmt: skip
+            path = folder / _CRISISMMD_FOLDER / _CRISISMMD_FILE[split]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def irony_row(rng: np.random.Generator) -> tuple[Scene, str, bool]:
+    """One row of the 2-way set: its picture, its caption, and whether they contradict each other."""
+    cells = list(_IRONY)
+    face, tone = cells[int(rng.choice(len(cells), p=list(_IRONY.values())))]
+    ironic = (face, tone) in _CONTRADICTIONS
+    night = rng.random() < _NIGHT_RATE[ironic]
+    sky = "night" if night else pick(("day", "dusk"), rng)
+    opening = "sure ," if rng.random() < _SURE_RATE[ironic] else ""
+    return Scene(sky, pick(THINGS, rng), pick(COLOURS, rng), face), caption(tone, rng, opening), ironic
+
+
+def crisis_row(rng: np.random.Generator) -> tuple[Scene, str, int]:
+    """One row of the 8-way set: its picture, its tweet, and the index of its class."""
+    kind = ("figure", "shelter", "vehicle", "goods")[int(rng.choice(4, p=[0.34, 0.26, 0.2, 0.2]))]
+    theme = ("trouble", "search", "need", "play")[int(rng.choice(4, p=[0.3, 0.25, 0.25, 0.2]))]
+    things = [thing for thing in THINGS if _KIND.get(thing, "goods") == kind]
+    scene = Scene(pick(SKIES, rng), pick(things, rng), pick(COLOURS, rng), pick(FACES, rng))
+    return scene, tweet(theme, rng), _CRISIS[kind, theme]
+
+
+_HATEFUL_MEMES_FILE: Mapping[Split, str] = {"train": "train", "validation": "dev_seen", "test": "test_seen"}
+_CRISISMMD_FOLDER = "crisismmd_datasplit_all"
+_CRISISMMD_FILE: Mapping[Split, str] = {
+    "train": "task_humanitarian_text_img_train.tsv",
+    "validation": "task_humanitarian_text_img_dev.tsv",
+    "test": "task_humanitarian_text_img_test.tsv",
+}
+_CRISISMMD_COLUMNS = (
+    "event_name", "tweet_id", "image_id", "tweet_text", "image", "label", "label_text", "label_image",
+    "label_text_image",
+)  # fmt: skip
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _irony_example(path: Path, line: int, row: Mapping[str, object]) -> Example:
+    choices = ("not-ironic", "ironic")
+    return Example(
+        id=str(row["id"]),
+        fields={"image": (path.parent / str(row["img"]),), "text": str(row["text"])},
+        question="Is the content ironic?",
+        choices=choices,
+        answer=choices[int(str(row["label"]))],
+        where=f"{path}:{line}",
+    )
+
+
+def _crisis_example(root: Path, path: Path, line: int, row: Mapping[str, str]) -> Example:
+    words = [word for word in row["tweet_text"].split() if not word.startswith("http")]
+    return Example(
+        id=row["image_id"],
+        fields={"image": (root / row["image"],), "text": " ".join(words)},
+        question="Which category does the content belong to?",
+        choices=CRISIS_CLASSES,
+        answer=row["label_image"],
+        where=f"{path}:{line}",
+    )
