@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from fedmllm.types import ClientUpdate, FedmllmError, Params
+from fedmllm.types import ClientUpdate, FedmllmError, NothingToAverage, Params
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,25 +39,35 @@ def subtract(a: Params, b: Params) -> Params:
 
 
 def mean_delta(updates: Iterable[ClientUpdate]) -> Params:
-    """sum_k (n_k / sum n) * delta_k, summed in client order so that the bytes do not depend on who answered first.
+    """(sum_k n_k delta_k) / (sum_k n_k): read once, so that memory does not grow with the cohort.
 
     Raises:
-        FedmllmError: no update, or no update has a row.
+        NothingToAverage: no update has a row.
+        FedmllmError: the clients do not come in ascending order (a float sum depends on its order, and the bytes must
+            not depend on who answered first).
     """
-    in_order = sorted(updates, key=lambda u: u.client)
-    total = sum(u.num_examples for u in in_order)
-    if not total:
-        raise FedmllmError("nothing to average: no client trained on any row this round")
-    weighted = [(u.num_examples / total, u.delta) for u in in_order]
-    return weighted_sum(weighted)
+    return _mean((u.client, float(u.num_examples), u.delta) for u in updates)
 
 
-def weighted_sum(terms: Sequence[tuple[float, Params]]) -> Params:
-    """sum_k w_k * x_k, in the order given."""
-    total = zeros(terms[0][1])
-    for weight, params in terms:
-        total = tree_map(lambda t, p, w=weight: t + w * p, total, params)
-    return total
+def plain_mean_delta(updates: Iterable[ClientUpdate]) -> Params:
+    """(sum_k delta_k) / K over the clients that have rows; otherwise as `mean_delta`."""
+    return _mean((u.client, 1.0, u.delta) for u in updates if u.num_examples)
+
+
+def _mean(terms: Iterable[tuple[int, float, Params]]) -> Params:
+    total: Params | None = None
+    total_weight, last = 0.0, -1
+    for client, weight, delta in terms:
+        if client <= last:
+            raise FedmllmError(f"client {client} came after client {last}; updates must be in ascending client order")
+        last = client
+        if weight:
+            weighted = {name: weight * d for name, d in delta.items()}
+            total = weighted if total is None else tree_map(lambda t, d: t + d, total, weighted)
+            total_weight += weight
+    if total is None:
+        raise NothingToAverage("nothing to average: no client trained on any row this round")
+    return {name: t / total_weight for name, t in total.items()}
 
 
 def norm(params: Params) -> float:

@@ -102,6 +102,10 @@ def _line(model: type[BaseModel], place: str, error: dict[str, Any]) -> str:
     return f"{key}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
 
 
+class NothingToAverage(FedmllmError):
+    """No update of a round can be used: the global adapter stays as it was, and the record says so."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of a data set. Never edited, only hidden (`Shard.visible`)."""
@@ -163,8 +167,15 @@ class ClientUpdate:
     client: int
     delta: Params  # local - global, float32, CPU
     num_examples: int
-    metrics: Mapping[str, float]  # loss, steps, time_s, num_tokens, ...
-    state: Params = field(default_factory=dict)  # what the objective keeps for this client until its next round
+    metrics: Mapping[str, float]  # loss, num_steps, num_tokens, time_s
+
+
+@dataclass(frozen=True)
+class ClientFailure:
+    """A client that was asked and gave nothing usable, and why."""
+
+    client: int
+    reason: str
 
 
 @dataclass(frozen=True)

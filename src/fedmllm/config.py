@@ -1,0 +1,178 @@
+"""An experiment as a value: TOML in, closed and frozen Specs out. Loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+
+import fedmllm.data
+from fedmllm.aggregators import Aggregator, FedAvg
+from fedmllm.backbones import BackboneSpec, Tiny
+from fedmllm.data import Dataset
+from fedmllm.objectives import Objective, TaskLoss
+from fedmllm.prompts import Plain, Prompt
+from fedmllm.scenarios import Aligned, Dirichlet, Partition, Scenario
+from fedmllm.schedules import Schedule
+from fedmllm.types import ConfigError, Named, Spec, validate
+
+
+class Train(Spec):
+    """How a client trains. Defaults: the published protocol, with AdamW; `lr` is the one to set."""
+
+    lr: PositiveFloat = 2e-5
+    epochs: PositiveInt = 1
+    max_steps: NonNegativeInt = 0  # optimiser steps a round at most; 0 = no limit
+    batch_size: PositiveInt = 1
+    accumulation: PositiveInt = 4  # micro-batches an optimiser step
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: NonNegativeFloat = 1.0  # of a client's gradient; 0 = off
+    round_schedule: Schedule = "cosine"
+    step_schedule: Schedule = "cosine"
+
+
+class Evaluate(Spec):
+    """When, on what and how the global adapter is judged."""
+
+    every: NonNegativeInt = 0  # rounds; 0 = after the last one only
+    visible: tuple[str, ...] = ("all",)  # "all" (or "both"), "none", or modalities joined by "+": "image", "image+text"
+    batch_size: PositiveInt = 16
+    max_new_tokens: PositiveInt = 16
+    limit: NonNegativeInt = 0  # test rows, the first ones; 0 = all
+
+
+class Screen(Spec):
+    """Which updates are let into the sum."""
+
+    on_bad_update: Literal["fail", "drop_client"] = "fail"  # NaN, Inf, wrong names or shapes, over the norm limit
+    max_norm: NonNegativeFloat = 0.0  # of a delta; 0 = no limit
+
+
+for _module in pkgutil.iter_modules(
+    fedmllm.data.__path__
+):  # a new file in data/ is a new data set, with no other change
+    importlib.import_module(f"fedmllm.data.{_module.name}")
+
+FAMILIES: dict[str, type[Named]] = {
+    "data": Dataset,
+    "partition": Partition,
+    "scenario": Scenario,
+    "prompt": Prompt,
+    "backbone": BackboneSpec,
+    "objective": Objective,
+    "aggregator": Aggregator,
+}
+
+
+class Experiment(Spec):
+    """data x scenario x prompt x backbone x objective x aggregator x rounds."""
+
+    data: SerializeAsAny[Dataset]
+    partition: SerializeAsAny[Partition] = Dirichlet()
+    scenario: SerializeAsAny[Scenario] = Aligned()
+    prompt: SerializeAsAny[Prompt] = Plain()
+    backbone: SerializeAsAny[BackboneSpec] = Tiny()
+    objective: SerializeAsAny[Objective] = TaskLoss()
+    aggregator: SerializeAsAny[Aggregator] = FedAvg()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    screen: Screen = Screen()
+    method: Literal["federated", "zero-shot", "local", "centralised"] = "federated"
+    engine: Literal["in-process"] = "in-process"
+    num_rounds: PositiveInt = 25
+    cohort_size: PositiveInt = 2
+    cohort: Literal["seeded", "reference"] = "seeded"
+    seed: NonNegativeInt = 0
+
+    @classmethod
+    def parse(cls, table: Mapping[str, Any], place: str = "") -> Experiment:
+        """The experiment that a TOML table describes. Raises ConfigError listing every bad key."""
+        values, errors = dict(table), []
+        for key, family in FAMILIES.items():
+            if key in values:
+                try:
+                    values[key] = family.pick(values[key], key)
+                except ConfigError as error:
+                    errors.append(str(error))
+                    del values[key]
+        try:
+            experiment = validate(cls, values, "")
+        except ConfigError as error:
+            lines = str(error).splitlines()
+            broken = {line.split(".")[0].split(":")[0] for line in errors}
+            errors += [line for line in lines if line.split(":")[0] not in broken]
+        if errors:
+            prefix = f"{place}: " if place else ""
+            raise ConfigError("\n".join(prefix + line for error in errors for line in error.splitlines()))
+        return cast("Experiment", experiment)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+        """Read a TOML file; `overrides` are "a.b=value" in TOML, where a bare word counts as a string."""
+        path = Path(path)
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not a TOML file: {error}") from None
+        for override in overrides:
+            set_key(table, override)
+        return cls.parse(table, str(path))
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that change results, as JSON: not where or how fast they are computed."""
+        table = self.model_dump(mode="json", exclude={"engine": True, "evaluate": {"batch_size"}})
+        for key in ("device", "keep_image_features_mb"):
+            table["backbone"].pop(key)
+        return table
+
+    def run_id(self) -> str:
+        """Twelve hex digits: equal for experiments that must give equal results."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def method_name(self) -> str:
+        """What a table calls it: the aggregator, with the objective where there is one; or the unfederated method."""
+        if self.method == "zero-shot":
+            return self.method
+        head = self.aggregator.name if self.method == "federated" else self.method
+        return head if self.objective.name == "task" else f"{head}+{self.objective.name}"
+
+    def setting(self) -> str:
+        """What distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split."""
+        spec = self.partition if self.scenario.name == "aligned" else self.scenario
+        shown = {k: v for k, v in spec.model_dump(mode="json").items() if k not in ("name", "num_clients") and v}
+        words = [f"{k}={v}" for k, v in shown.items()]
+        return " ".join(words) or spec.name
+
+
+def set_key(table: dict[str, Any], override: str) -> None:
+    """`a.b=value` into a nested table. A family given by its bare name becomes a table first."""
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override!r}: write key=value or table.key=value")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    here = table
+    for key in keys[:-1]:
+        inner = here.setdefault(key, {})
+        if isinstance(inner, str):
+            inner = here[key] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {key!r} is {inner!r}, not a table")
+        here = inner
+    if keys[-1] == "name" and here.get("name") != value:
+        here.clear()  # another member of the family: the old one's keys are not its keys
+    here[keys[-1]] = value
