@@ -1,0 +1,72 @@
+"""The verbs. No maths here, and nothing that loads torch before a verb needs it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedmllm.types import ConfigError, FedmllmError
+
+app = typer.Typer(
+    name="fedmllm",
+    help="Federated fine-tuning of multimodal LLMs when clients hold different modalities.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file.", metavar="EXPERIMENT.toml")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set aggregator.lr=1e-2", metavar="A.B=V")]
+Out = Annotated[Path | None, typer.Option(help="Folder for record, summary and adapter. Default: runs/RUN_ID.")]
+
+
+@app.command()
+def quickstart(out: Out = None) -> None:
+    """Embedded model and data, four scenarios, five methods: one table in about two minutes. No network, no GPU."""
+    from fedmllm.quickstart import quickstart as start
+
+    start(out)
+
+
+@app.command()
+def run(
+    experiment: ExperimentFile,
+    set_: Set = None,
+    seed: Annotated[int | None, typer.Option(help="Override the experiment's seed.", min=0)] = None,
+    out: Out = None,
+) -> None:
+    """Run one experiment: data x scenario x prompt x backbone x objective x aggregator x rounds."""
+    from fedmllm.config import Experiment
+
+    overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
+    settings = Experiment.load(experiment, overrides)  # every setting is checked before torch is loaded
+    from fedmllm.display import Bars, show_table
+    from fedmllm.runs import run as start
+
+    with Bars() as bars:
+        rows = start(settings, out, [bars])
+    show_table(rows)
+    typer.echo(f"record: {out or Path('runs') / settings.run_id()}")
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt(f"signal {signum}")
+
+
+def main() -> None:
+    """Entry point: an error of ours is a message and a code (2 = settings, 1 = anything else), never a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a stopped job's record ends like one stopped by Ctrl-C
+    try:
+        app()
+    except FedmllmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What a person sees in the terminal: bars that follow a run's events, and the table of its summary. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedmllm.record import Event
+
+
+class Bars:
+    """A sink that draws one bar for the rounds of the run at hand and, for a series of runs, one for the series."""
+
+    def __init__(self, num_runs: int = 1) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self._series = self._progress.add_task("runs", total=num_runs, note="") if num_runs > 1 else None
+        self._run = self._progress.add_task("loading", total=None, note="")
+        self._label = "run"
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self._progress.update(self._run, visible=self._series is None)
+        self._progress.stop()
+
+    def label(self, text: str) -> None:
+        """Say which run of a series comes next."""
+        self._label = text
+        self._progress.reset(self._run, total=None, description=f"{text}: loading", note="")
+
+    def __call__(self, event: Event) -> None:
+        show = self._progress.update
+        if event["event"] == "experiment":
+            show(self._run, description=self._label)
+        elif event["event"] == "round":
+            losses = [c["loss"] for c in event["clients"]]
+            note = f"loss {sum(losses) / len(losses):.3f}" if losses else "no update"
+            who = f"{self._label}: client {event['cohort'][0]} alone" if event.get("alone") else f"{self._label}: rounds"
+            show(self._run, description=who, completed=event["round"], total=event["num_rounds"], note=note)
+        elif event["event"] == "eval":
+            name, value = next(iter(event["metrics"].items()))
+            show(self._run, note="" if value is None else f"{name} {value:.3f}")
+        elif event["event"] == "end" and self._series is not None:
+            self._progress.advance(self._series)
+
+
+def bytes_text(num_bytes: float) -> str:
+    """1,234,567 -> "1.2 MB"; decimal units, as networks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> None:
+    """The summary rows as a table; `headline_only` keeps the first metric of each run."""
+    table = Table()
+    for column in ("scenario", "setting", "method", "prompt", "test shows", "metric"):
+        table.add_column(column)
+    for column in ("value", "rounds", "sent", "seconds"):
+        table.add_column(column, justify="right")
+    seen: set[tuple[str, str, int]] = set()
+    last = ""
+    for row in rows:
+        run = (row["run_id"], row["visible"], row["seed"])
+        if headline_only and run in seen:
+            continue
+        seen.add(run)
+        if last not in ("", row["scenario"]):
+            table.add_section()
+        last = row["scenario"]
+        value = "-" if row["value"] is None else f"{row['value']:.3f}"
+        if row["std"] is not None:
+            value += f" ± {row['std']:.3f}"
+        sent = bytes_text(row["up_bytes"] + row["down_bytes"])
+        words = [row["scenario"], row["setting"], row["method"], row["prompt"], row["visible"], row["metric"]]
+        table.add_row(*words, value, str(row["num_rounds"]), sent, f"{row['wall_s']:.1f}")
+    Console().print(table)

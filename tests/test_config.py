@@ -1,0 +1,99 @@
+"""Settings: every bad key is named with its place, its value and what is allowed, before anything is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedmllm import Experiment
+from fedmllm.types import ConfigError
+
+GOOD = {"data": "synthetic-irony"}
+
+
+def test_defaults_are_the_published_protocol() -> None:
+    e = Experiment.parse(GOOD)
+    assert (e.cohort_size, e.train.batch_size, e.train.accumulation, e.train.epochs) == (2, 1, 4, 1)
+    assert (e.train.beta2, e.train.weight_decay, e.train.lr) == (0.95, 0.1, 2e-5)
+    assert (e.backbone.lora.r, e.backbone.lora.alpha, e.backbone.lora.dropout) == (8, 8.0, 0.05)
+    fedadam = Experiment.parse({**GOOD, "aggregator": "fedadam"}).aggregator
+    assert fedadam.model_dump() == {"name": "fedadam", "lr": 1e-3, "tau": 1e-3, "beta1": 0.9, "beta2": 0.99}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({}, r"data: missing; it is required"),
+        ({"data": "synthetic-irony", "num_round": 3}, r"num_round: unknown key; allowed: .*did you mean 'num_rounds'"),
+        ({"data": "hatful"}, r"data.name: got 'hatful'; allowed: .*hateful-memes"),
+        ({**GOOD, "aggregator": "fedadgrad"}, r"aggregator.name: got 'fedadgrad'; .*did you mean 'fedadagrad'"),
+        ({**GOOD, "aggregator": {"lr": 1}}, r"aggregator: got \{'lr': 1\}; give a name"),
+        ({**GOOD, "aggregator": {"name": "fedadam", "beta": 0.9}}, r"aggregator.beta: unknown key; .*beta1"),
+        ({**GOOD, "aggregator": {"name": "fedadam", "beta1": 1.0}}, r"aggregator.beta1: got 1.0; .*less than 1"),
+        ({**GOOD, "scenario": {"name": "missing", "rate": 1.5}}, r"scenario.rate: got 1.5"),
+        ({**GOOD, "train": {"lr": 0}}, r"train.lr: got 0; .*greater than 0"),
+        ({**GOOD, "train": {"lr": float("nan")}}, r"train.lr: got nan"),
+        ({**GOOD, "backbone": {"name": "tiny", "lora": {"r": 0}}}, r"backbone.lora.r: got 0"),
+        ({**GOOD, "objective": {"name": "fedprox-adaptive", "mu_min": 1, "mu_max": 0}}, r"objective.*mu_min = 1"),
+        ({**GOOD, "method": "centralized"}, r"method: got 'centralized'.*centralised"),
+        ({**GOOD, "seed": -1}, r"seed: got -1"),
+        ({**GOOD, "num_rounds": "ten"}, r"num_rounds: got 'ten'"),
+    ],
+)
+def test_bad_settings_are_named(table: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Experiment.parse(table, "x.toml")
+
+
+def test_all_faults_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Experiment.parse({"data": "synthetic-irony", "aggregator": "x", "scenario": "y", "num_rounds": 0}, "x.toml")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("x.toml: ") for line in lines)
+
+
+def test_overrides_are_toml(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_bytes(b'\xef\xbb\xbfdata = "synthetic-irony"\naggregator = "fedadam"\n')  # a BOM does no harm
+    e = Experiment.load(file, ["aggregator.lr=1e-2", "scenario.name=missing", "scenario.rate=0.4", "seed=3"])
+    assert e.aggregator.model_dump()["lr"] == 0.01
+    assert e.scenario.model_dump()["rate"] == 0.4
+    assert e.seed == 3
+    # another member of a family does not inherit the keys of the old one
+    assert Experiment.load(file, ["aggregator.beta1=0.5", "aggregator.name=fedavg"]).aggregator.name == "fedavg"
+    for bad in ("seed", "=3", "a..b=3"):
+        with pytest.raises(ConfigError, match="--set"):
+            Experiment.load(file, [bad])
+
+
+def test_files_that_are_no_toml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
+        Experiment.load(tmp_path / "none.toml")
+    for content in (b"a = = 1", b"\xff\xfe\x00", b"a = 1\na = 2"):
+        (tmp_path / "x.toml").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"x\.toml: not a TOML file"):
+            Experiment.load(tmp_path / "x.toml")
+
+
+def test_run_id_depends_on_results_alone() -> None:
+    e = Experiment.parse(GOOD)
+    assert e.run_id() == Experiment.parse(GOOD).run_id()
+    assert e.run_id() == Experiment.parse({**GOOD, "evaluate": {"batch_size": 3}}).run_id()
+    assert e.run_id() == Experiment.parse({**GOOD, "backbone": {"name": "tiny", "keep_image_features_mb": 9}}).run_id()
+    assert e.run_id() != Experiment.parse({**GOOD, "seed": 1}).run_id()
+    assert e.run_id() != Experiment.parse({**GOOD, "aggregator": {"name": "fedavg", "lr": 0.5}}).run_id()
+
+
+def test_settings_survive_the_record() -> None:
+    e = Experiment.parse({**GOOD, "aggregator": {"name": "fedyogi", "tau": 0.1}, "scenario": {"name": "missing"}})
+    assert Experiment.parse(e.model_dump(mode="json")) == e
+
+
+@pytest.mark.parametrize("module", ["fedmllm.cli", "fedmllm.config", "fedmllm.record", "fedmllm.display"])
+def test_loads_no_torch(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,91 @@
+"""The round loop with engines that are plain functions: what is averaged, what is refused, who is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from fedmllm.aggregators import FedAdam, FedAvg
+from fedmllm.config import Screen
+from fedmllm.federate import Progress, cohorts, federate
+from fedmllm.types import ClientFailure, ClientUpdate, ConfigError, FedmllmError, Params
+
+START: Params = {"a": torch.zeros(3)}
+DROP = Screen(on_bad_update="drop_client", max_norm=10)
+
+
+def update(client: int, value: float, num_examples: int = 1, loss: float = 0.5) -> ClientUpdate:
+    return ClientUpdate(client, {"a": torch.full((3,), value)}, num_examples, {"loss": loss})
+
+
+def steady(params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
+    for client in cohort:
+        yield update(client, 0.01 * (client + round_))
+
+
+def rounds(engine, screen: Screen = DROP, num: int = 1, aggregator=None, begin: Progress | None = None) -> list[Progress]:
+    aggregator = aggregator or FedAvg()
+    begin = begin or Progress(0, START, aggregator.init(START))
+    return list(federate(begin, engine, aggregator, lambda _: [0, 1], num, screen))
+
+
+def test_goes_on_from_any_round_to_the_same_bytes() -> None:
+    whole = rounds(steady, num=5, aggregator=FedAdam())
+    rest = rounds(steady, num=5, aggregator=FedAdam(), begin=whole[2])
+    assert [p.round for p in rest] == [4, 5]
+    assert torch.equal(whole[-1].params["a"], rest[-1].params["a"])
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (update(1, float("nan")), "NaN or Inf"),
+        (update(1, float("inf")), "NaN or Inf"),
+        (update(1, 0.1, loss=float("nan")), "its loss is nan"),
+        (update(1, 100.0), "norm of its delta"),
+        (ClientUpdate(1, {"b": torch.zeros(3)}, 1, {"loss": 0.0}), "names or shapes differ"),
+        (ClientUpdate(1, {"a": torch.zeros(4)}, 1, {"loss": 0.0}), "names or shapes differ"),
+        (ClientFailure(1, "the site is on fire"), "on fire"),
+    ],
+)
+def test_a_bad_update_is_named_and_never_averaged(bad: ClientUpdate, reason: str) -> None:
+    def engine(params: Params, round_: int, cohort: Sequence[int]) -> list:
+        return [update(0, 2.0), bad]
+
+    (after,) = rounds(engine)
+    assert after.params["a"].tolist() == [2.0] * 3
+    assert after.log["dropped"][0]["client"] == 1
+    assert reason in after.log["dropped"][0]["reason"]
+    with pytest.raises(FedmllmError, match=f"round 1, client 1: .*{reason}.*drop_client"):
+        rounds(engine, Screen(max_norm=10))
+
+
+def test_a_round_without_any_update_leaves_the_adapter_and_says_so() -> None:
+    (after,) = rounds(lambda *_: [ClientFailure(0, "away"), update(1, 5.0, num_examples=0)])
+    assert torch.equal(after.params["a"], START["a"])
+    assert "stays as it was" in after.log["note"]
+
+
+def test_bytes_are_counted_as_sent() -> None:
+    (after,) = rounds(steady)
+    assert (after.log["up_bytes"], after.log["down_bytes"]) == (2 * 12, 2 * 12)
+
+
+def test_published_cohorts() -> None:
+    draw = cohorts("reference", range(10), 2, seed=5)
+    assert [draw(t) for t in range(1, 7)] == [[6, 9], [1, 2], [0, 1], [3, 8], [3, 4], [4, 9]]  # protocol.md, section 1
+
+
+def test_seeded_cohorts_depend_on_seed_and_round_alone() -> None:
+    draw = cohorts("seeded", range(10), 3, seed=1)
+    assert draw(4) == cohorts("seeded", range(10), 3, seed=1)(4)
+    assert len({tuple(draw(t)) for t in range(30)}) > 10
+    assert [draw(t) for t in range(9)] != [cohorts("seeded", range(10), 3, seed=2)(t) for t in range(9)]
+    assert all(c in (2, 5, 7) for t in range(9) for c in cohorts("seeded", [2, 5, 7], 2, seed=0)(t))
+
+
+def test_a_cohort_larger_than_the_federation_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cohort_size: got 4; only 3 clients hold rows"):
+        cohorts("seeded", [0, 1, 2], 4, seed=0)
