@@ -17,6 +17,7 @@ import fedmllm.data
 from fedmllm.aggregators import Aggregator, FedAvg
 from fedmllm.backbones import BackboneSpec, Tiny
 from fedmllm.data import Dataset
+from fedmllm.engine import Engine, InProcess
 from fedmllm.objectives import Objective, TaskLoss
 from fedmllm.prompts import Plain, Prompt
 from fedmllm.scenarios import Aligned, Dirichlet, Partition, Scenario
@@ -70,6 +71,7 @@ FAMILIES: dict[str, type[Named]] = {
     "backbone": BackboneSpec,
     "objective": Objective,
     "aggregator": Aggregator,
+    "engine": Engine,
 }
 
 
@@ -87,7 +89,7 @@ class Experiment(Spec):
     evaluate: Evaluate = Evaluate()
     screen: Screen = Screen()
     method: Literal["federated", "zero-shot", "local", "centralised"] = "federated"
-    engine: Literal["in-process"] = "in-process"
+    engine: SerializeAsAny[Engine] = InProcess()
     num_rounds: PositiveInt = 25
     cohort_size: PositiveInt = 2
     cohort: Literal["seeded", "reference"] = "seeded"

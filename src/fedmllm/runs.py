@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import statistics
@@ -14,9 +15,9 @@ from typing import Any
 
 from fedmllm.backbones import Backbone
 from fedmllm.config import Experiment
-from fedmllm.engines.in_process import InProcess
+from fedmllm.engine import Engine as EngineSettings
 from fedmllm.evaluate import judge, predict, visible_of
-from fedmllm.federate import Progress, cohorts, federate
+from fedmllm.federate import Engine, Progress, cohorts, federate
 from fedmllm.local import Clients, RowStore
 from fedmllm.record import Record, Sink, finite, write_atomically
 from fedmllm.scenarios import assign, digest
@@ -93,6 +94,13 @@ class Totals:
         )
 
 
+def start_engine(settings: EngineSettings, clients: Clients) -> Engine:
+    """The engine that the settings name."""
+    module, _, factory = settings.entry.partition(":")
+    engine: Engine = getattr(importlib.import_module(module), factory)(settings, clients)
+    return engine
+
+
 class Run:
     """A run in progress: its world, its sinks, and the summary rows so far."""
 
@@ -126,7 +134,8 @@ class Run:
         begin = Progress(0, self.world.start, e.aggregator.init(self.world.start))
         federated = e.method == "federated"
         draw = cohorts(e.cohort, members, e.cohort_size, e.seed) if federated else lambda _: list(members)
-        for progress in federate(begin, InProcess(clients), e.aggregator, draw, num_rounds, e.screen):
+        engine = start_engine(e.engine, clients)
+        for progress in federate(begin, engine, e.aggregator, draw, num_rounds, e.screen):
             self.totals = self.totals.plus(progress.log)
             self.emit("round", **progress.log, lr=clients.round_lr(progress.round), num_rounds=num_rounds)
             if e.evaluate.every and progress.round % e.evaluate.every == 0 and progress.round < num_rounds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from fedmllm.engine import Engine
 from fedmllm.local import Clients
 from fedmllm.types import ClientUpdate, Params
 
@@ -11,7 +12,7 @@ from fedmllm.types import ClientUpdate, Params
 class InProcess:
     """Engine: (params, round, cohort) -> the cohort's updates, in ascending client order."""
 
-    def __init__(self, clients: Clients) -> None:
+    def __init__(self, settings: Engine, clients: Clients) -> None:
         self._clients = clients
 
     def __call__(self, params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
