@@ -88,7 +88,7 @@ class Experiment(Spec):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     screen: Screen = Screen()
-    method: Literal["federated", "zero-shot", "local", "centralised"] = "federated"
+    method: Literal["federated", "zero-shot", "majority", "local", "centralised"] = "federated"
     engine: SerializeAsAny[Engine] = InProcess()
     num_rounds: PositiveInt = 25
     cohort_size: PositiveInt = 2
@@ -144,7 +144,7 @@ class Experiment(Spec):
 
     def method_name(self) -> str:
         """What a table calls it: the aggregator, with the objective where there is one; or the unfederated method."""
-        if self.method == "zero-shot":
+        if self.method in ("zero-shot", "majority"):
             return self.method
         head = self.aggregator.name if self.method == "federated" else self.method
         return head if self.objective.name == "task" else f"{head}+{self.objective.name}"

@@ -19,6 +19,7 @@ from fedmllm.engine import Engine as EngineSettings
 from fedmllm.evaluate import judge, predict, visible_of
 from fedmllm.federate import Engine, Progress, cohorts, federate
 from fedmllm.local import Clients, RowStore
+from fedmllm.majority import majority_predictions
 from fedmllm.record import Record, Sink, finite, write_atomically
 from fedmllm.scenarios import assign, digest
 from fedmllm.types import Example, FedmllmError, Params, Shard
@@ -170,6 +171,15 @@ class Run:
         return rows
 
 
+def majority(run: Run) -> list[dict[str, Any]]:
+    """No model: the most frequent training answer to each kind of question."""
+    e = run.experiment
+    predictions = majority_predictions(run.world.train, run.world.test)
+    metrics = {k: finite(v) for k, v in judge(predictions, e.data.metrics()).items()}
+    run.emit("eval", visible="none", metrics=metrics, num_rows=len(predictions), wall_s=0.0)
+    return run.rows([{"none": metrics}])
+
+
 def zero_shot(run: Run) -> list[dict[str, Any]]:
     """The frozen model as it is."""
     return run.rows([run.judge(run.world.start)])
@@ -210,7 +220,13 @@ def centralised(run: Run) -> list[dict[str, Any]]:
     return run.rows([run.judge(params)])
 
 
-METHODS = {"zero-shot": zero_shot, "federated": federated, "local": local, "centralised": centralised}
+METHODS = {
+    "majority": majority,
+    "zero-shot": zero_shot,
+    "federated": federated,
+    "local": local,
+    "centralised": centralised,
+}
 
 
 def run(experiment: Experiment, out: str | Path | None = None, sinks: Sequence[Sink] = ()) -> list[dict[str, Any]]:
