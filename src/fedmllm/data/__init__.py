@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from fedmllm.types import Example, Modality, Named
 
@@ -20,8 +21,24 @@ class Rows:
     skipped: tuple[str, ...] = ()  # one message a bad row, as DataError would have said it
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a user gets a set, on what terms, and what its folder looks like. Nothing is ever downloaded for them."""
+
+    title: str
+    get: str  # address, and what to do there
+    licence: str
+    tree: str  # the files under `root`
+    paper: str = ""
+
+
 class Dataset(Named):
-    """Where the rows are and how they are read."""
+    """Where the rows are and how they are read.
+
+    Each row's `columns` hold at least "set", the name of the set that it comes from.
+    """
+
+    source: ClassVar[Source | None] = None  # None: embedded, there is nothing to get
 
     on_bad_row: Literal["fail", "skip"] = "fail"
 
@@ -36,3 +53,16 @@ class Dataset(Named):
     @abstractmethod
     def metrics(self) -> Sequence[str]:
         """Names of the metrics that the set is judged by; the first is the headline."""
+
+    def client_column(self) -> str:
+        """The column that names each row's client, where the rows come from a real federation; else ""."""
+        return ""
+
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that pictures lie in; () where the set is embedded."""
+        return ()
+
+
+def hint(name: str) -> str:
+    """How an error message tells a user what the folder should look like."""
+    return f"`fedmllm data where {name}` shows the expected files"

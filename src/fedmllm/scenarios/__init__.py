@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing, Scenario
 from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Iid, Partition
 from fedmllm.scenarios.published import Published
-from fedmllm.types import DataError, Example, Modality, Shard, Visible
+from fedmllm.types import ConfigError, DataError, Example, Modality, Shard, Visible
 
 __all__ = [
     "Aligned",
@@ -41,6 +41,8 @@ def assign(
     """
     if not examples:
         raise DataError("no rows to give out: the training split is empty")
+    if any("client" in example.columns for example in examples):
+        refuse_simulation(partition)
     if isinstance(partition, Published):
         rows, masks = partition.assign(examples, modalities, scenario)
     else:
@@ -51,6 +53,15 @@ def assign(
         Shard(client, tuple(own), tuple(mask & has[row] for row, mask in zip(own, shown, strict=True)))
         for client, (own, shown) in enumerate(zip(rows, masks, strict=True))
     )
+
+
+def refuse_simulation(partition: Partition) -> None:
+    """Rows that name their clients are a real federation: only they say who holds what."""
+    if not (isinstance(partition, ByColumn) and partition.column == "client"):
+        raise ConfigError(
+            f"partition: got {partition.name!r}, but the rows name their clients; "
+            'set partition = "by-column", or leave data.columns.client out to simulate clients'
+        )
 
 
 def show_only(examples: Sequence[Example], visible: Visible) -> tuple[Visible, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedmllm.rng import stream
 from fedmllm.types import DataError, Example, Named
@@ -63,16 +64,26 @@ class Iid(Partition):
 
 
 class ByColumn(Partition):
-    """A natural split: one client for each value of `column`, in the order of the values, rows in file order."""
+    """A natural split: one client for each value of `column`, in the order of the values, rows in file order.
+
+    With `num_clients`, the values are the clients' numbers, and a client without rows stays empty.
+    """
 
     name: Literal["by-column"] = "by-column"
     column: str = "client"
+    num_clients: NonNegativeInt = 0  # 0 = as many as there are values
 
     def split(self, examples: Sequence[Example], seed: int) -> Split:
-        groups: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {str(client): [] for client in range(self.num_clients)}
         for row, example in enumerate(examples):
-            groups.setdefault(value_of(example, self.column), []).append(row)
-        return [groups[value] for value in sorted(groups, key=numbers_first)]
+            value = value_of(example, self.column)
+            if self.num_clients and value not in groups:
+                raise DataError(
+                    f"{example.where}: row {example.id!r}: {self.column!r} is {value!r}; "
+                    f"partition.num_clients allows 0 to {self.num_clients - 1}"
+                )
+            groups.setdefault(value, []).append(row)
+        return [groups[value] for value in sorted(groups, key=in_order)]
 
 
 def answer_label(example: Example) -> str:
@@ -88,7 +99,7 @@ def value_of(example: Example, column: str) -> str:
     return example.columns[column]
 
 
-def numbers_first(value: str) -> tuple[bool, int, str]:
-    """Sorting key: whole numbers by size ("2" before "10"), then words."""
-    is_number = value.isascii() and value.isdigit()
-    return (not is_number, int(value) if is_number else 0, value)
+def in_order(value: str) -> list[tuple[int, str]]:
+    """Sorting key in which numbers count as numbers: "site 2" before "site 10"."""
+    pieces = re.split(r"([0-9]+)", value)
+    return [(int(piece), "") if i % 2 else (-1, piece) for i, piece in enumerate(pieces)]

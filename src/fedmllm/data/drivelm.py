@@ -1,0 +1,144 @@
+"""DriveLM-nuScenes (Sima et al., arXiv:2312.14150): questions about keyframes that six cameras of a car see."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from fedmllm.data import Dataset, Rows, Source, Split, hint
+from fedmllm.data.reading import Placed, Row, collect, find, held_out, json_text, picture, take, take_text
+from fedmllm.data.vqa_rad import METRICS, YES_NO
+from fedmllm.types import Content, DataError, Example, Modality
+
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+Task = Literal["perception", "prediction", "planning", "behavior"]
+FILE = "v1_1_train_nus.json"
+ASK = "Please select the correct answer from the following options:"
+_OPTION = re.compile(r"(?<!\w)([A-Z])\. (.+?)(?=\s+[A-Z]\. |$)", re.DOTALL)
+
+
+class DriveLM(Dataset):
+    """A modality is a camera; a row is one question about one keyframe and shows up to six images.
+
+    The answers of the public test split are not public, so a share of the training scenes is kept for the test.
+    """
+
+    source: ClassVar[Source] = Source(
+        title="DriveLM-nuScenes v1.1",
+        get="https://github.com/OpenDriveLab/DriveLM (questions, and keyframe images of nuScenes)",
+        licence="CC BY-NC-SA 4.0; images under the terms of nuScenes (non-commercial)",
+        tree=f"""\
+            QA_dataset_nus/{FILE}            or {FILE} in root itself
+            nuscenes/samples/CAM_FRONT/*.jpg                and five more cameras   (`data show` needs no image)
+            {{scene: {{key_frames: {{frame: {{QA: {{perception, prediction, planning, behavior: [{{Q, A, ...}}]}},
+             image_paths: {{CAM_FRONT: "../nuscenes/samples/CAM_FRONT/x.jpg", ...}}}}}}}}}}""",
+        paper="arXiv:2312.14150",
+    )
+
+    name: Literal["drivelm"] = "drivelm"
+    root: Path
+    tasks: tuple[Task, ...] = Field(("perception", "prediction", "planning", "behavior"), min_length=1)
+    test_rate: float = Field(0.1, gt=0, lt=1)  # share of the scenes kept for the test
+    validation_rate: float = Field(0.0, ge=0, lt=1)  # share of the other scenes kept out of training
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return CAMERAS
+
+    def metrics(self) -> Sequence[str]:
+        return METRICS
+
+    def folders(self) -> tuple[Path, ...]:
+        return (self.root,)
+
+    def load(self, split: Split) -> Rows:
+        path = find(self.root, f"QA_dataset_nus/{FILE}", FILE, hint=hint(self.name))
+        try:
+            scenes = json.loads(json_text(path))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} in column {error.colno}") from None
+        if not isinstance(scenes, dict):
+            raise DataError(f"{path}:1: an object of scenes is expected here")
+        ours = {name: scene for name, scene in scenes.items() if self._split_of(name) == split}
+        return collect(self._rows(path, ours), _example, self.on_bad_row)
+
+    def _split_of(self, scene: str) -> Split:
+        if held_out(self.test_rate, f"test/{scene}"):
+            return "test"
+        return "validation" if held_out(self.validation_rate, f"validation/{scene}") else "train"
+
+    def _rows(self, path: Path, scenes: Mapping[str, Any]) -> Placed:
+        for scene, frame, entry in _frames(scenes):
+            place = f"{path}: {scene}/{frame}"
+            if isinstance(entry, DataError):
+                yield place, DataError(f"{place}: {entry}")
+                continue
+            try:
+                fields = self._cameras(entry["image_paths"], place)
+            except DataError as error:
+                yield place, error
+                continue
+            for task in self.tasks:
+                columns = {"set": self.name, "scene": scene, "frame": frame, "task": task}
+                for index, row in enumerate(entry["QA"].get(task) or ()):
+                    where = f"{place}/{task}[{index}]"
+                    if isinstance(row, dict):
+                        yield where, {**row, "id": f"{scene}/{frame}/{task}/{index}", "in": columns, "shown": fields}
+                    else:
+                        yield where, DataError(f"{where}: an object with Q and A is expected, not {row!r:.60}")
+
+    def _cameras(self, paths: Mapping[str, object], place: str) -> dict[Modality, Content]:
+        """The published paths begin with "../nuscenes/", as seen from the questions' folder."""
+        fields: dict[Modality, Content] = {}
+        for camera in CAMERAS:
+            if camera in paths:
+                name = paths[camera]
+                name = name.removeprefix("../") if isinstance(name, str) and name.startswith("../nuscenes/") else name
+                fields[camera] = (picture(self.root, name, place),)
+        if odd := sorted(paths.keys() - fields.keys()):
+            raise DataError(f"{place}: unknown camera {odd[0]!r}; allowed: {', '.join(CAMERAS)}")
+        return fields
+
+
+def _frames(scenes: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(scene, frame, entry), or a DataError in the entry's place."""
+    for scene, content in scenes.items():
+        frames = content.get("key_frames") if isinstance(content, dict) else None
+        if not isinstance(frames, dict):
+            yield scene, "", DataError("no 'key_frames' in this scene")
+            continue
+        for frame, entry in frames.items():
+            fine = isinstance(entry, dict) and all(isinstance(entry.get(key), dict) for key in ("QA", "image_paths"))
+            yield scene, frame, entry if fine else DataError("a keyframe with 'QA' and 'image_paths' is expected")
+
+
+def _example(where: str, row: Row) -> Example:
+    question, answer = take_text(row, "Q", where).strip(), take_text(row, "A", where).strip()
+    choices: tuple[str, ...] = ()
+    plain = answer.lower().rstrip(".")
+    if plain in YES_NO:
+        choices, answer = YES_NO, plain
+    elif len(plain) == 1 and ASK in question:
+        question, options = _options(question)
+        if plain.upper() not in options:
+            raise DataError(f"{where}: row {row['id']!r}: the answer {answer!r} is none of {', '.join(options)}")
+        choices, answer = tuple(options.values()), options[plain.upper()]
+    return Example(
+        id=take(row, "id", where),
+        fields=row["shown"],
+        question=question,
+        choices=choices,
+        answer=answer,
+        where=where,
+        columns={**row["in"], "answer_type": "CLOSED" if choices else "OPEN"},
+    )
+
+
+def _options(question: str) -> tuple[str, dict[str, str]]:
+    """ "Why? Please select ... options: A. x B. y" -> (the question without its options, {"A": "x", "B": "y"})."""
+    head, _, tail = question.partition(ASK)
+    return head.strip(), {letter: text.strip() for letter, text in _OPTION.findall(tail)}

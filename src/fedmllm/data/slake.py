@@ -1,0 +1,68 @@
+"""SLAKE (Liu et al., arXiv:2102.09542): questions about radiology images, in English and Chinese."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from fedmllm.data import Dataset, Rows, Source, Split, hint
+from fedmllm.data.reading import Row, collect, find, json_rows, picture, take, take_text
+from fedmllm.data.vqa_rad import METRICS, radiology_example
+from fedmllm.types import DataError, Example, Modality
+
+FILES: dict[Split, tuple[str, ...]] = {
+    "train": ("train.json",),
+    "validation": ("validate.json", "validation.json"),
+    "test": ("test.json",),
+}
+COLUMNS = ("location", "modality", "base_type", "content_type", "q_lang", "img_id", "img_name")
+
+
+class Slake(Dataset):
+    """One language at a time: each is split by image, but in another way, so both together leak 142 test images."""
+
+    source: ClassVar[Source] = Source(
+        title="SLAKE 1.0",
+        get="https://www.med-vqa.com/slake (Slake1.0.zip)",
+        licence="CC BY 4.0",
+        tree="""\
+            train.json, validate.json (or validation.json), test.json    1,061 English test rows
+            imgs/xmlab1/source.jpg                                       642 images   (`data show` needs no image)""",
+        paper="arXiv:2102.09542",
+    )
+
+    name: Literal["slake"] = "slake"
+    root: Path
+    language: Literal["en", "zh"] = "en"
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return ("image",)
+
+    def metrics(self) -> Sequence[str]:
+        return METRICS
+
+    def folders(self) -> tuple[Path, ...]:
+        return (self.root,)
+
+    def load(self, split: Split) -> Rows:
+        path = find(self.root, *FILES[split], hint=hint(self.name))
+        return collect(json_rows(path), self._example, self.on_bad_row)
+
+    def _example(self, where: str, row: Row) -> Example | None:
+        if take_text(row, "q_lang", where).strip() != self.language:
+            return None
+        number = take(row, "qid", where)
+        if not isinstance(number, (int, str)):
+            raise DataError(f"{where}: 'qid' is {number!r}, neither a number nor a text")
+        where_row = f"{where}: row {number!r}"
+        columns = {name: str(row[name]).strip() for name in COLUMNS if row.get(name) is not None}
+        answer_type = take_text(row, "answer_type", where_row).strip().upper()
+        return radiology_example(
+            id=number,
+            image=picture(self.root / "imgs", take(row, "img_name", where_row), where_row),
+            question=take_text(row, "question", where_row).strip(),
+            answer=take_text(row, "answer", where_row).strip(),
+            where=where,
+            columns={"set": self.name, "answer_type": answer_type, **columns},
+        )

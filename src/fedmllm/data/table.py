@@ -1,0 +1,263 @@
+"""A user's own rows: files of any common form, and a table in the TOML that says which column is what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fedmllm.data import Dataset, Rows, Source, Split
+from fedmllm.data.conversations import conversation_rows
+from fedmllm.data.imagefolder import label_rows, metadata_of
+from fedmllm.data.reading import (
+    Placed,
+    Row,
+    collect,
+    csv_rows,
+    find,
+    held_out,
+    inside,
+    json_rows,
+    jsonl_rows,
+    parquet_rows,
+    picture,
+    take_text,
+    tsv_rows,
+)
+from fedmllm.types import ConfigError, Content, DataError, Example, Modality, Spec
+
+Form = Literal["auto", "jsonl", "csv", "tsv", "parquet", "imagefolder", "conversations"]
+FORMS: Mapping[str, Form] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".json": "conversations",
+    "": "imagefolder",
+}
+IMAGE_COLUMN: Mapping[Form, str] = {"imagefolder": "file_name", "conversations": "image"}  # fixed by the form
+MAX_CHOICES = 26  # they are lettered
+
+
+class Columns(Spec):
+    """Which column holds what; "" = none does. "file" is the name of a row's file, if no column is called so."""
+
+    id: str = ""  # else the column "id", else the line or index
+    image: str | dict[str, str] = ""  # a path or a list of paths; or one column a camera: {CAM_FRONT = "front", ...}
+    text: str | dict[str, str] = ""
+    question: str = "question"
+    choices: str = "choices"  # a list, or a text with `separator` between the choices
+    answer: str = "answer"  # one of the choices, its number from 0, or free text
+    client: str = ""  # who holds the row: the federation is real, and no partition is simulated
+    keep: tuple[str, ...] = ()  # further columns, for natural splits: the scanner, the ward
+
+
+class Table(Dataset):
+    """JSONL, CSV, TSV, Parquet, `imagefolder`, or conversations (LLaVA's, or those of `fedmllm data export`).
+
+    `train`, `validation` and `test` name files under `root` (imagefolder: folders); a pattern such as "client_*.json" means
+    several. `question` and `choices` say it for all rows where no column does. An empty cell is a modality that the row
+    does not have.
+    """
+
+    source = Source(
+        title="Your own rows",
+        get="yours; nothing leaves this machine",
+        licence="yours",
+        tree="""\
+            train.csv, test.csv    any names; .jsonl .csv .tsv .parquet .json (conversations), or an imagefolder
+            scans/17.png           image paths are relative to data.root, or to data.images
+
+            [data]
+            name = "table"
+            root = "hospital"
+            train = "train.csv"
+            test = "test.csv"
+            question = "Is there a fracture?"
+            choices = ["no", "yes"]
+            columns = { image = "scan", text = "report", answer = "label", client = "site" }""",
+    )
+
+    name: Literal["table"] = "table"
+    root: Path
+    form: Form = "auto"  # by the ending of the name; without an ending it is an imagefolder
+    train: str
+    validation: str = ""
+    test: str = ""
+    validation_rate: float = Field(
+        0.0, ge=0, lt=1
+    )  # share of the training rows kept out, where `validation` is not given
+    images: Path | None = None  # the folder where image paths begin; default: root, or the imagefolder
+    columns: Columns = Columns()
+    question: str = ""
+    choices: tuple[str, ...] = Field((), max_length=MAX_CHOICES)
+    separator: str = "|"
+    judged_by: tuple[str, ...] = ("accuracy", "token_f1")  # names of metrics
+
+    @field_validator("choices")
+    @classmethod
+    def _different(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(choices)) < len(choices) or len(choices) == 1:
+            raise ValueError("give two or more choices, each of them once")
+        return choices
+
+    @model_validator(mode="after")
+    def _shows_something(self) -> Table:
+        if not self.modalities():
+            raise ConfigError('data.columns: name the column of the images or texts: columns = { image = "scan" }')
+        return self
+
+    def form_of(self, name: str) -> Form:
+        """The form of a file, as set or by its ending."""
+        form = self.form if self.form != "auto" else FORMS.get(Path(name).suffix.lower(), "auto")
+        if form == "auto":
+            raise ConfigError(f"data.form: of which form is {name!r}? Endings known: {' '.join(filter(None, FORMS))}")
+        return form
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return (*self._image_columns(), *by_modality(self.columns.text, "text"))
+
+    def _image_columns(self) -> dict[Modality, str]:
+        return by_modality(self.columns.image or IMAGE_COLUMN.get(self.form_of(self.train), ""), "image")
+
+    def metrics(self) -> Sequence[str]:
+        return self.judged_by
+
+    def client_column(self) -> str:
+        return "client" if self.columns.client else ""
+
+    def folders(self) -> tuple[Path, ...]:
+        return (self.images or self.root,)
+
+    def load(self, split: Split) -> Rows:
+        named = {"train": self.train, "validation": self.validation or self.train, "test": self.test}[split]
+        if not named:
+            raise ConfigError(f"data.{split}: missing; name a file or folder under {self.root}")
+        paths, known = self._paths(named), dict[str | int, str]()
+        loaded = [self._load(path, split, known, f"{path.stem}-" if len(paths) > 1 else "") for path in paths]
+        examples = [example for rows in loaded for example in rows.examples]
+        if split != "test" and not self.validation:
+            held = split == "validation"
+            examples = [e for e in examples if held_out(self.validation_rate, str(e.id)) == held]
+        return Rows(tuple(examples), tuple(message for rows in loaded for message in rows.skipped))
+
+    def _paths(self, named: str) -> list[Path]:
+        inside(self.root / named, self.root, f"data: {named!r}")
+        if not any(mark in named for mark in "*?["):
+            return [find(self.root, named, hint="data.train, data.validation and data.test name files in data.root")]
+        paths = sorted(self.root.glob(named), key=lambda path: (len(path.name), path.name))
+        if not paths:
+            raise DataError(f"{self.root}: no file is called like {named!r}")
+        return paths
+
+    def _load(self, path: Path, split: Split, known: dict[str | int, str], prefix: str) -> Rows:
+        source, images = self._rows(path)
+        seen: dict[str, None] = {"file": None}
+        columns = self.columns
+        if split == "test":  # test rows belong to no client
+            columns = columns.model_copy(update={"client": "", "keep": ()})
+
+        def make(where: str, row: Row) -> Example:
+            seen.update(dict.fromkeys(row))
+            return self._example(where, {"file": path.stem, **row}, columns, images, prefix)
+
+        rows = collect(source, make, self.on_bad_row, known)
+        named = {key: getattr(columns, key) for key in columns.model_fields_set - {"image", "text", "keep"}}
+        for key, column in {**self._image_columns(), **by_modality(columns.text, "text"), **named}.items():
+            if rows.examples and column and column not in seen:
+                has = ", ".join(seen)
+                raise DataError(f"{path}: no row has a column {column!r} (data.columns.{key}); columns: {has}")
+        return rows
+
+    def _rows(self, path: Path) -> tuple[Placed, Path]:
+        """The rows, and the folder that their image paths begin in."""
+        form = self.form_of(path.name)
+        if form != "imagefolder":
+            return self._read(path, form), self.images or self.root
+        if metadata := metadata_of(path):
+            return self._read(metadata, FORMS[metadata.suffix]), self.images or path
+        return label_rows(path, self.columns.answer, self.columns.choices), self.images or path
+
+    def _read(self, path: Path, form: Form) -> Placed:
+        match form:
+            case "jsonl":
+                return jsonl_rows(path)
+            case "csv":
+                return csv_rows(path)
+            case "tsv":
+                return tsv_rows(path)
+            case "conversations":
+                return conversation_rows(json_rows(path))
+            case _:
+                c = self.columns
+                mapped = {*self._image_columns().values(), *by_modality(c.text, "text").values(), *c.keep}
+                return parquet_rows(path, mapped | {c.id or "id", c.question, c.choices, c.answer, c.client})
+
+    def _example(self, where: str, row: Row, c: Columns, images: Path, prefix: str) -> Example:
+        number = row.get(c.id or "id")
+        if number is None and not c.id:
+            number = f"{prefix}{_index(where)}" if prefix else _index(where)
+        if not isinstance(number, (int, str)) or number == "":
+            raise DataError(f"{where}: {c.id or 'id'!r} is {number!r}, neither a number nor a text")
+        place = f"{where}: row {number!r}"
+        fields = self._fields(row, place, images)
+        question = take_text(row, c.question, place).strip() if row.get(c.question) is not None else self.question
+        if not question and "text" not in fields:
+            raise DataError(f"{place}: no question: neither a column {c.question!r} nor data.question")
+        choices = self._choices(row, place)
+        kept = {name: take_text(row, name, place).strip() for name in c.keep}
+        client = {"client": take_text(row, c.client, place).strip()} if c.client else {}
+        return Example(
+            id=number,
+            fields=fields,
+            question=question,
+            choices=choices,
+            answer=_answer(take_text(row, c.answer, place).strip(), choices, place),
+            where=where,
+            columns={"set": self.name, **kept, **client},
+        )
+
+    def _fields(self, row: Row, place: str, images: Path) -> dict[Modality, Content]:
+        fields: dict[Modality, Content] = {}
+        for modality, column in self._image_columns().items():
+            cell = row.get(column)
+            names = [name for name in (cell if isinstance(cell, list) else [cell]) if name not in (None, "")]
+            if names:
+                fields[modality] = tuple(picture(images, name, place) for name in names)
+        for modality, column in by_modality(self.columns.text, "text").items():
+            if row.get(column) not in (None, ""):
+                fields[modality] = take_text(row, column, place)
+        return fields
+
+    def _choices(self, row: Row, place: str) -> tuple[str, ...]:
+        cell = row.get(self.columns.choices)
+        if cell in (None, "", []):
+            return self.choices
+        choices = tuple(str(c).strip() for c in (cell if isinstance(cell, list) else str(cell).split(self.separator)))
+        if not 2 <= len(set(choices)) == len(choices) <= MAX_CHOICES:
+            raise DataError(f"{place}: choices {choices!r:.80}; allowed: 2 to {MAX_CHOICES}, each of them once")
+        return choices
+
+
+def by_modality(column: str | dict[str, str], modality: Modality) -> dict[Modality, str]:
+    """Modality -> column."""
+    if isinstance(column, dict):
+        return column
+    return {modality: column} if column else {}
+
+
+def _answer(answer: str, choices: tuple[str, ...], place: str) -> str:
+    if not choices or answer in choices:
+        return answer
+    if answer.isascii() and answer.isdigit() and int(answer) < len(choices):
+        return choices[int(answer)]
+    allowed = ", ".join(repr(choice) for choice in choices)
+    raise DataError(f"{place}: the answer {answer!r} is none of the choices {allowed}, nor one of their numbers from 0")
+
+
+def _index(where: str) -> int:
+    """A row without id is called after its place: the index in a list, else the line."""
+    return int(where.rpartition("[")[2][:-1]) if where.endswith("]") else int(where.rpartition(":")[2])

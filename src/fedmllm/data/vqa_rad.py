@@ -1,0 +1,100 @@
+"""VQA-RAD (Lau et al., doi:10.1038/sdata.2018.251): questions that clinicians asked about radiology images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from fedmllm.data import Dataset, Rows, Source, Split, hint
+from fedmllm.data.reading import Row, collect, find, held_out, json_rows, picture, take, take_text
+from fedmllm.types import DataError, Example, Modality
+
+PUBLIC = "VQA_RAD Dataset Public.json"
+YES_NO = ("yes", "no")
+METRICS = ("accuracy", "accuracy_open", "accuracy_closed", "token_f1")
+COLUMNS = ("image_organ", "question_type", "phrase_type", "image_name", "evaluation")
+
+
+class VqaRad(Dataset):
+    """Both forms on disk: the one public file, or trainset.json + testset.json (as MEVF and later work use it).
+
+    "frame" rows are left out. There is no validation split: `validation_rate` of the training images can be held out.
+    """
+
+    source: ClassVar[Source] = Source(
+        title="VQA-RAD",
+        get="https://osf.io/89kps (VQA_RAD Dataset Public.json and VQA_RAD Image Folder)",
+        licence="CC0 1.0",
+        tree="""\
+            VQA_RAD Dataset Public.json    2,248 rows; or: trainset.json (3,064 rows) and testset.json (451 rows)
+            VQA_RAD Image Folder/*.jpg     315 images; or: images/*.jpg   (`data show` needs no image)""",
+        paper="doi:10.1038/sdata.2018.251",
+    )
+
+    name: Literal["vqa-rad"] = "vqa-rad"
+    root: Path
+    validation_rate: float = Field(0.0, ge=0, lt=1)  # share of the training images kept out of training
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return ("image",)
+
+    def metrics(self) -> Sequence[str]:
+        return METRICS
+
+    def folders(self) -> tuple[Path, ...]:
+        return (self.root,)
+
+    def load(self, split: Split) -> Rows:
+        own = "testset.json" if split == "test" else "trainset.json"
+        path = find(self.root, own, PUBLIC, hint=hint(self.name))
+        images = next((self.root / n for n in ("images", "VQA_RAD Image Folder") if (self.root / n).is_dir()), None)
+        folder = images or self.root / "images"
+        prefix = "test_" if split == "test" and path.name == PUBLIC else ""
+        wanted = (f"{prefix}freeform", f"{prefix}para")
+
+        def make(where: str, row: Row) -> Example | None:
+            if str(row.get("phrase_type", "")).strip() not in wanted:
+                return None
+            example = self._example(where, row, folder)
+            if split != "test" and held_out(self.validation_rate, example.columns["image_name"]) == (split == "train"):
+                return None
+            return example
+
+        return collect(json_rows(path), make, self.on_bad_row)
+
+    def _example(self, where: str, row: Row, folder: Path) -> Example:
+        number = take(row, "qid", where)
+        if not isinstance(number, (int, str)):
+            raise DataError(f"{where}: 'qid' is {number!r}, neither a number nor a text")
+        where_row = f"{where}: row {number!r}"
+        image = picture(folder, take(row, "image_name", where_row), where_row)
+        answer_type = take_text(row, "answer_type", where_row).strip().upper()
+        columns = {name: str(row[name]).strip() for name in COLUMNS if row.get(name) is not None}
+        return radiology_example(
+            id=number,
+            image=image,
+            question=take_text(row, "question", where_row).strip(),
+            answer=take_text(row, "answer", where_row).strip(),
+            where=where,
+            columns={"set": self.name, "answer_type": answer_type, **columns},
+        )
+
+
+def radiology_example(
+    id: int | str, image: Path, question: str, answer: str, where: str, columns: dict[str, str]
+) -> Example:
+    """Closed questions answered by yes or no are scored as two choices; all others are open, whatever their type says."""
+    plain = answer.lower().rstrip(".")
+    closed = columns["answer_type"] == "CLOSED" and plain in YES_NO
+    return Example(
+        id=id,
+        fields={"image": (image,)},
+        question=question,
+        choices=YES_NO if closed else (),
+        answer=plain if closed else answer,
+        where=where,
+        columns=columns,
+    )
