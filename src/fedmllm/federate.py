@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from fedmllm.aggregators import Aggregator
 from fedmllm.config import Screen
 from fedmllm.rng import stream
-from fedmllm.tensors import is_finite, norm, num_bytes, same_names
+from fedmllm.tensors import is_finite, lora_bytes, norm, num_bytes, same_names
 from fedmllm.types import ClientFailure, ClientUpdate, ConfigError, FedmllmError, NothingToAverage, Params, State
 
 Engine: TypeAlias = Callable[[Params, int, Sequence[int]], Iterable[ClientUpdate | ClientFailure]]
@@ -40,11 +40,13 @@ def federate(
         began, cohort = time.perf_counter(), cohorts(round_)
         intake = Intake(screen, params, round_)
         try:
-            params, state = aggregator.apply(params, state, intake.checked(engine(params, round_, cohort)))
+            updates = intake.timed(engine, params, round_, cohort)
+            params, state = aggregator.apply(params, state, intake.checked(updates))
         except NothingToAverage as error:
             intake.note = f"the global adapter stays as it was: {error}"
         wall_s = time.perf_counter() - began
-        yield Progress(round_, params, state, {"round": round_, "cohort": cohort, **intake.log(), "wall_s": wall_s})
+        times = {"server_s": wall_s - intake.engine_s, "wall_s": wall_s}
+        yield Progress(round_, params, state, {"round": round_, "cohort": cohort, **intake.log(), **times})
 
 
 class Intake:
@@ -54,13 +56,26 @@ class Intake:
         self._screen, self._params, self._round = screen, params, round_
         self._clients: list[dict[str, Any]] = []
         self._dropped: list[dict[str, Any]] = []
-        self._up_bytes = 0
+        self._up_bytes = self._up_lora_bytes = 0
+        self.engine_s = 0.0  # spent in the engine; the rest of a round is the server's own
         self.note = ""
+
+    def timed(
+        self, engine: Engine, params: Params, round_: int, cohort: Sequence[int]
+    ) -> Iterator[ClientUpdate | ClientFailure]:
+        """The engine's updates as they come, whether it computes them at once or one by one."""
+        began = time.perf_counter()
+        for update in engine(params, round_, cohort):
+            self.engine_s += time.perf_counter() - began
+            yield update
+            began = time.perf_counter()
+        self.engine_s += time.perf_counter() - began
 
     def checked(self, updates: Iterable[ClientUpdate | ClientFailure]) -> Iterator[ClientUpdate]:
         for update in updates:
             if isinstance(update, ClientUpdate):
                 self._up_bytes += num_bytes(update.delta)
+                self._up_lora_bytes += lora_bytes(update.delta)
             if reason := self._fault(update):
                 if self._screen.on_bad_update == "fail":
                     raise FedmllmError(
@@ -89,8 +104,10 @@ class Intake:
 
     def log(self) -> dict[str, Any]:
         asked = len(self._clients) + len(self._dropped)
-        entries: dict[str, Any] = {"clients": self._clients, "dropped": self._dropped, "up_bytes": self._up_bytes}
-        return {**entries, "down_bytes": asked * num_bytes(self._params), **({"note": self.note} if self.note else {})}
+        up = {"up_bytes": self._up_bytes, "up_lora_bytes": self._up_lora_bytes}
+        down = {"down_bytes": asked * num_bytes(self._params), "down_lora_bytes": asked * lora_bytes(self._params)}
+        note = {"note": self.note} if self.note else {}
+        return {"clients": self._clients, "dropped": self._dropped, **up, **down, **note}
 
 
 def cohorts(

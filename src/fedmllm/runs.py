@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from typing import Any
 
 from fedmllm.backbones import Backbone
 from fedmllm.config import Experiment
+from fedmllm.costs import peaks, reset_peaks
 from fedmllm.engine import Engine as EngineSettings
 from fedmllm.evaluate import judge, predict, visible_of
 from fedmllm.federate import Engine, Progress, cohorts, federate
@@ -22,6 +24,7 @@ from fedmllm.local import Clients, RowStore
 from fedmllm.majority import majority_predictions
 from fedmllm.record import Record, Sink, finite, write_atomically
 from fedmllm.scenarios import assign, digest
+from fedmllm.scenarios.partitions import answer_label
 from fedmllm.types import Example, FedmllmError, Params, Shard
 
 SUMMARY = "summary.json"
@@ -82,16 +85,22 @@ class Totals:
     num_rounds: int = 0
     up_bytes: int = 0
     down_bytes: int = 0
+    up_lora_bytes: int = 0
+    down_lora_bytes: int = 0
     num_tokens: int = 0
     client_s: float = 0.0
+    server_s: float = 0.0
 
     def plus(self, log: dict[str, Any]) -> Totals:
         return Totals(
             num_rounds=self.num_rounds + 1,
             up_bytes=self.up_bytes + log["up_bytes"],
             down_bytes=self.down_bytes + log["down_bytes"],
+            up_lora_bytes=self.up_lora_bytes + log["up_lora_bytes"],
+            down_lora_bytes=self.down_lora_bytes + log["down_lora_bytes"],
             num_tokens=self.num_tokens + sum(c["num_tokens"] for c in log["clients"]),
             client_s=self.client_s + sum(c["time_s"] for c in log["clients"]),
+            server_s=self.server_s + log["server_s"],
         )
 
 
@@ -156,9 +165,13 @@ class Run:
             "num_rounds": t.num_rounds if federated else 0,
             "up_bytes": t.up_bytes if federated else 0,
             "down_bytes": t.down_bytes if federated else 0,
+            "up_lora_bytes": t.up_lora_bytes if federated else 0,
+            "down_lora_bytes": t.down_lora_bytes if federated else 0,
             "client_s": t.client_s,
+            "server_s": t.server_s,
             "num_tokens": t.num_tokens,
             "wall_s": time.perf_counter() - self._began,
+            **peaks(),
         }
         rows = []
         for visible, metrics in results[0].items():
@@ -240,6 +253,7 @@ def run(experiment: Experiment, out: str | Path | None = None, sinks: Sequence[S
         raise FedmllmError(f"{folder / RECORD} exists; choose another --out, or delete the folder")
     record = Record(folder / RECORD)
     sinks = (record, *sinks)
+    reset_peaks()
     try:
         world = World.load(experiment)
         running = Run(world, folder, sinks)
@@ -258,6 +272,13 @@ def run(experiment: Experiment, out: str | Path | None = None, sinks: Sequence[S
         record.close()
 
 
+def about_client(shard: Shard, examples: Sequence[Example]) -> dict[str, Any]:
+    """What a client holds: rows by label, and rows by what they show ("image+text", "none")."""
+    labels = Counter(answer_label(examples[row]) for row in shard.rows)
+    shows = Counter("+".join(sorted(visible)) or "none" for visible in shard.visible)
+    return {"client": shard.client, "labels": dict(sorted(labels.items())), "shows": dict(sorted(shows.items()))}
+
+
 def heading(world: World) -> dict[str, Any]:
     """Line 1 of a record: all that a reader needs to know what ran, where and on what."""
     e = world.experiment
@@ -274,6 +295,7 @@ def heading(world: World) -> dict[str, Any]:
         "num_train": len(world.train),
         "num_test": len(world.test),
         "rows_per_client": [len(shard.rows) for shard in world.shards],
+        "clients": [about_client(shard, world.train) for shard in world.shards],
         "num_skipped": len(world.skipped),
         "skipped": list(world.skipped[:20]),
     }

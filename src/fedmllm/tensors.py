@@ -80,6 +80,11 @@ def num_bytes(params: Params) -> int:
     return sum(t.numel() * t.element_size() for t in params.values())
 
 
+def lora_bytes(params: Params) -> int:
+    """As `num_bytes`, of the LoRA tensors alone: without whole modules that are trained besides (`lora.train_extra`)."""
+    return num_bytes({name: t for name, t in params.items() if "lora_" in name})
+
+
 def is_finite(params: Params) -> bool:
     """False where any value is NaN or infinite."""
     return all(bool(t.isfinite().all()) for t in params.values())
