@@ -1,0 +1,131 @@
+"""The adapters of many clients on one frozen base: each row of a batch goes through its own client's LoRA.
+
+Sequential training in another order of summation: the base never changes, so rows of different clients may share a pass.
+
+Shapes: K clients, P weights of one adapter, B rows, L tokens, C channels in, D channels out, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedmllm.backbones import Backbone
+from fedmllm.tensors import same_names
+from fedmllm.types import Params
+
+ADAPTER = "default"  # PEFT's name of the only adapter that we make
+
+
+@dataclass(frozen=True)
+class Target:
+    """An adapted linear layer, and the saved names of its A [r, C] and B [D, r]."""
+
+    layer: Any  # PEFT's LoraLayer
+    a: str
+    b: str
+
+
+def find_targets(backbone: Backbone) -> tuple[list[Target], str]:
+    """(the adapted layers, "") where LoRA on linear layers is all that is trained; else ([], what else there is)."""
+    names = {id(parameter): name for name, parameter in backbone.trainable().items()}
+    targets = []
+    for name, layer in backbone.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            a, b = (getattr(layer, part)[ADAPTER] for part in ("lora_A", "lora_B"))
+            linear = all(isinstance(module, nn.Linear) for module in (layer.get_base_layer(), a, b))
+            if not linear or layer.lora_variant or b.bias is not None:
+                return [], f"{name} is no plain LoRA on a linear layer"
+            targets.append(Target(layer, names.pop(id(a.weight)), names.pop(id(b.weight))))
+    if names:
+        return [], f"{len(names)} tensors are trained besides LoRA on linear layers, such as {min(names.values())}"
+    return targets, "" if targets else "the backbone has no LoRA layer of PEFT"
+
+
+class Stack:
+    """K adapters as the rows of one matrix [K, P], their gradients as the rows of another.
+
+    A's and B's are views of the matrices, so that autograd fills `grads_KP` and an optimiser, clipping or a proximal pull
+    is one operation over all clients. NaN of one client stays in its row: nothing here adds two rows.
+
+    Args:
+        targets: The adapted layers (`find_targets`).
+        live: The backbone's trainable parameters: their device and type become the stack's.
+        start: Where every adapter begins.
+        num_clients: K.
+    """
+
+    def __init__(self, targets: list[Target], live: dict[str, nn.Parameter], start: Params, num_clients: int) -> None:
+        same_names(dict[str, Tensor](live), start)
+        like = next(iter(live.values()))
+        self._start = start
+        self.sizes = {name: t.numel() for name, t in start.items()}
+        flat_P = torch.cat([t.reshape(-1) for t in start.values()])
+        self.anchor_P = flat_P.to(like.device, like.dtype)
+        self.weights_KP = self.anchor_P.repeat(num_clients, 1)
+        self.grads_KP = torch.zeros_like(self.weights_KP)
+        weights, grads = self._views(self.weights_KP), self._views(self.grads_KP)
+        for name, weight in weights.items():
+            weight.requires_grad_().grad = grads[name]
+        self._layers = [_Layer(t.layer, weights[t.a], weights[t.b]) for t in targets]
+        self._rows_B: Tensor | None = None
+
+    def _views(self, matrix_KP: Tensor) -> dict[str, Tensor]:
+        """Name -> [K, *shape], a view."""
+        pieces = matrix_KP.split(list(self.sizes.values()), dim=1)
+        shapes = {name: (len(matrix_KP), *t.shape) for name, t in self._start.items()}
+        return {name: piece.view(shapes[name]) for name, piece in zip(self.sizes, pieces, strict=True)}
+
+    @contextmanager
+    def installed(self) -> Iterator[Callable[[Tensor], None]]:
+        """While open, the model runs with these adapters. Yields what takes the client (0..K-1) of each row, int64 [B]."""
+        for layer in self._layers:
+            layer.install()
+        try:
+            yield self._use
+        finally:
+            for layer in self._layers:
+                layer.remove()
+
+    def _use(self, clients_B: Tensor) -> None:
+        for layer in self._layers:
+            layer.clients_B = clients_B
+
+    def delta(self, client: int) -> Params:
+        """What client 0..K-1 has learned: copies on the CPU, float32 (float64 where the start is)."""
+        row_P = (self.weights_KP[client] - self.anchor_P).cpu()
+        pieces = row_P.split(list(self.sizes.values()))
+        return {
+            name: piece.view(t.shape).clone()
+            for (name, t), piece in zip(self._start.items(), pieces, strict=True)
+        }
+
+
+class _Layer:
+    """Stands in for one PEFT layer's forward pass."""
+
+    def __init__(self, layer: Any, a_KrC: Tensor, b_KDr: Tensor) -> None:
+        self._layer, self._a_KrC, self._b_KDr = layer, a_KrC, b_KDr
+        self._base, self._dropout = layer.base_layer, layer.lora_dropout[ADAPTER]
+        self._scaling = layer.scaling[ADAPTER]
+        self.clients_B = torch.zeros(0, dtype=torch.int64)
+
+    def install(self) -> None:
+        self._layer.forward = self._forward  # an attribute of the instance goes before the method of its class
+
+    def remove(self) -> None:
+        del self._layer.forward
+
+    def _forward(self, x_BLC: Tensor) -> Tensor:
+        out_BLD: Tensor = self._base(x_BLC)
+        a_BrC = self._a_KrC.index_select(0, self.clients_B)
+        b_BDr = self._b_KDr.index_select(0, self.clients_B)
+        low_BLr = torch.bmm(self._dropout(x_BLC.to(a_BrC.dtype)), a_BrC.mT)
+        sum_BLD = torch.baddbmm(out_BLD.to(a_BrC.dtype), low_BLr, b_BDr.mT, alpha=self._scaling)
+        return sum_BLD.to(out_BLD.dtype)
