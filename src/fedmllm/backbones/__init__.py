@@ -22,15 +22,16 @@ class Row:
 
     input_ids: Tensor  # [L] int64
     labels: Tensor  # [L] int64
-    images: dict[str, Tensor] = field(default_factory=dict)  # what this family's processor adds for the pictures
-    image_key: str = ""  # digest of the pictures and their preprocessing; "" without pictures
+    images: dict[str, Tensor] = field(default_factory=dict)  # what this family's vision tower reads: pixels, grids
+    image_key: str = ""  # digest of `images`; "" without pictures
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # [..., L]: token types, M-RoPE positions
 
     @property
     def num_tokens(self) -> int:
         return int(self.input_ids.numel())
 
 
-Batch = dict[str, Any]  # keyword arguments of the model's forward pass, and "labels" [B, L]
+Batch = dict[str, Any]  # "input_ids", "labels" [B, L], "per_token", "rows": as `Backbone.collate` made it for `loss`
 
 
 class Lora(Spec):

@@ -1,0 +1,202 @@
+"""Options scored and answers written from one pass over the prompts and its cache.
+
+Prompts are sorted by length and padded on the left, so that every row's next token stands in the last column.
+Shapes: B rows, L prompt tokens, N continuations, T their tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedmllm.backbones import Row
+from fedmllm.types import Conversation, FedmllmError
+
+if TYPE_CHECKING:
+    from fedmllm.backbones.hf import TransformersBackbone
+
+PASS_TOKENS = {"cpu": 2048, "cuda": 32768}  # prompt tokens of one pass, padding included
+WINDOW = 256  # prompts that are encoded, and so held with their pixels, at a time
+
+Out = TypeVar("Out")
+
+
+@dataclass
+class Prefilled:
+    """The model's memory of B prompts."""
+
+    logits_BV: Tensor  # of the token behind each prompt
+    cache: Any
+    mask_BL: Tensor | None  # None where no row is padded
+    position_B: Tensor  # of the token behind each prompt
+
+
+class Decoder:
+    """Scores and greedy answers of one backbone."""
+
+    def __init__(self, backbone: TransformersBackbone) -> None:
+        self._backbone = backbone
+        self._encoder = backbone.encoder
+        ends = backbone.base.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        eos = self._encoder.tokenizer.eos_token_id
+        self._ends = sorted({self._encoder.end_of_turn, *ends, *([] if eos is None else [eos])})
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Conversation], choices: Sequence[Sequence[str]]) -> list[list[float]]:
+        """log p(choice | prompt) summed over the choice's tokens."""
+        if len(prompts) != len(choices):
+            raise FedmllmError(f"{len(prompts)} prompts but choices for {len(choices)}")
+        ids = [[self._option_ids(option, options) for option in options] for options in choices]
+
+        def run(rows: Sequence[Row], index: Sequence[int]) -> list[list[float]]:
+            return self._score_pass(rows, [ids[i] for i in index])
+
+        return self._in_passes(prompts, [max(1, len(options) // 4) for options in choices], run)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+        """The likeliest token, one by one, until the model ends its turn."""
+
+        def run(rows: Sequence[Row], _: Sequence[int]) -> list[str]:
+            return [self._encoder.decode(ids) for ids in self._generate_pass(rows, max_new_tokens)]
+
+        return self._in_passes(prompts, [1] * len(prompts), run)
+
+    def _option_ids(self, option: str, options: Sequence[str]) -> list[int]:
+        ids = self._encoder.answer_ids(option)
+        if not ids:
+            raise FedmllmError(f"choices {list(options)}: an empty choice has no likelihood")
+        return ids
+
+    # --- passes
+
+    def _in_passes(
+        self,
+        prompts: Sequence[Conversation],
+        weights: Sequence[int],
+        run: Callable[[Sequence[Row], Sequence[int]], list[Out]],
+    ) -> list[Out]:
+        """`run(rows, their indices)` over passes of similar lengths; results in the order of `prompts`."""
+        results: dict[int, Out] = {}
+        for start in range(0, len(prompts), WINDOW):
+            window = range(start, min(start + WINDOW, len(prompts)))
+            rows = {i: self._encoder.prompt(prompts[i]) for i in window}
+
+            def run_part(part: list[int], rows: dict[int, Row] = rows) -> list[Out]:
+                return run([rows[i] for i in part], part)
+
+            for index in self._groups(rows, weights):
+                for part, out in self._halved_if_short(index, run_part):
+                    results.update(zip(part, out, strict=True))
+        return [results[i] for i in range(len(prompts))]
+
+    def _groups(self, rows: dict[int, Row], weights: Sequence[int]) -> Iterator[list[int]]:
+        """Rows by falling length, as many as a pass may hold, at least one. The widest come first, to fail early."""
+        budget = PASS_TOKENS[self._backbone.device.type]
+        group: list[int] = []
+        for i in sorted(rows, key=lambda i: -rows[i].num_tokens):
+            longest = rows[group[0] if group else i].num_tokens
+            if group and longest * (len(group) + 1) * max(weights[j] for j in [*group, i]) > budget:
+                yield group
+                group = []
+            group.append(i)
+        if group:
+            yield group
+
+    def _halved_if_short(
+        self, index: list[int], run: Callable[[list[int]], list[Out]]
+    ) -> Iterator[tuple[list[int], list[Out]]]:
+        try:
+            yield index, run(index)
+            return
+        except torch.OutOfMemoryError:
+            if len(index) == 1:
+                raise
+        torch.cuda.empty_cache()
+        for part in (index[: len(index) // 2], index[len(index) // 2 :]):
+            yield from self._halved_if_short(part, run)
+
+    # --- one pass
+
+    def _prefill(self, rows: Sequence[Row]) -> Prefilled:
+        batch = self._backbone.collate(rows, left=True)
+        mask_BL = batch["attention_mask"]
+        length_B = mask_BL.sum(dim=1)
+        positions = batch["per_token"].get("position_ids")  # [3, B, L] where the family has M-RoPE
+        if positions is None:
+            batch["per_token"]["position_ids"] = (mask_BL.cumsum(dim=1) - 1).clamp(min=0)
+            position_B = length_B
+        else:
+            position_B = positions.amax(dim=(0, 2)) + 1
+        if bool((length_B == mask_BL.shape[1]).all()):
+            del batch["attention_mask"]
+        last_BL = torch.zeros_like(mask_BL, dtype=torch.bool)
+        last_BL[:, -1] = True
+        logits_BV, output = self._backbone.logits(batch, last_BL, use_cache=True)
+        return Prefilled(logits_BV, output.past_key_values, batch.get("attention_mask"), position_B)
+
+    def _step(self, past: Prefilled, ids_NT: Tensor, keep_NT: Tensor) -> Tensor:
+        """Logits [M, V] of the marked tokens among `ids_NT`, which follow what is in the cache; it takes them in."""
+        position_NT = past.position_B[:, None] + torch.arange(ids_NT.shape[1], device=ids_NT.device)
+        if self._encoder.rope_index is not None:
+            position_NT = position_NT.expand(3, -1, -1)
+        if past.mask_BL is not None:
+            past.mask_BL = torch.cat([past.mask_BL, torch.ones_like(ids_NT)], dim=1)
+        batch = {"input_ids": ids_NT, "per_token": {"position_ids": position_NT}, "rows": ()}
+        if past.mask_BL is not None:
+            batch["attention_mask"] = past.mask_BL
+        logits_MV, output = self._backbone.logits(batch, keep_NT, past_key_values=past.cache, use_cache=True)
+        past.cache = output.past_key_values
+        past.position_B = past.position_B + ids_NT.shape[1]
+        return logits_MV
+
+    def _score_pass(self, rows: Sequence[Row], options: Sequence[list[list[int]]]) -> list[list[float]]:
+        past = self._prefill(rows)
+        first_BV = _log_softmax(past.logits_BV)
+        scores = [[float(first_BV[b, ids[0]]) for ids in row] for b, row in enumerate(options)]
+        longer = [(b, c) for b, row in enumerate(options) for c, ids in enumerate(row) if len(ids) > 1]
+        if longer:
+            rest = [options[b][c] for b, c in longer]
+            for (b, c), more in zip(longer, self._score_rest(past, [b for b, _ in longer], rest), strict=True):
+                scores[b][c] += more
+        return scores
+
+    def _score_rest(self, past: Prefilled, row_N: list[int], options: Sequence[list[int]]) -> list[float]:
+        """Sum over the tokens of each option but its first, each row's cache copied for each of its options."""
+        device = self._backbone.device
+        index_N = torch.tensor(row_N, device=device)
+        past.cache.reorder_cache(index_N)
+        past.position_B = past.position_B[index_N]
+        past.mask_BL = None if past.mask_BL is None else past.mask_BL[index_N]
+        inputs = [torch.tensor(ids[:-1]) for ids in options]
+        ids_NT = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
+        length_N = torch.tensor([len(ids) for ids in inputs], device=device)
+        keep_NT = torch.arange(ids_NT.shape[1], device=device) < length_N[:, None]
+        target_M = torch.tensor([token for ids in options for token in ids[1:]], device=device)
+        logp_M = _log_softmax(self._step(past, ids_NT, keep_NT)).gather(1, target_M[:, None])[:, 0]
+        total_N = logp_M.new_zeros(len(options)).index_add(0, keep_NT.nonzero()[:, 0], logp_M)
+        return [float(v) for v in total_N]
+
+    def _generate_pass(self, rows: Sequence[Row], max_new_tokens: int) -> list[list[int]]:
+        past = self._prefill(rows)
+        ends = torch.tensor(self._ends, device=self._backbone.device)
+        token_B, done_B = past.logits_BV.argmax(dim=-1), torch.zeros(len(rows), dtype=torch.bool, device=ends.device)
+        written: list[Tensor] = []
+        keep_B1 = torch.ones(len(rows), 1, dtype=torch.bool, device=ends.device)
+        while True:
+            done_B = done_B | torch.isin(token_B, ends)
+            written.append(torch.where(done_B, -1, token_B))
+            if len(written) == max_new_tokens or bool(done_B.all()):
+                break
+            token_B = self._step(past, token_B[:, None], keep_B1).argmax(dim=-1)
+        return [[int(t) for t in row if t >= 0] for row in torch.stack(written, dim=1).tolist()]
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.log_softmax(dim=-1)

@@ -1,0 +1,160 @@
+"""A conversation as tokens and pixels, by whatever processor the family has.
+
+The prompt alone goes through the processor, with the generation prompt; the answer's ids and the token that ends a
+turn are appended. So training, scoring and generation share one boundary, and labels need no search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from fedmllm.backbones import Row
+from fedmllm.images import open_image
+from fedmllm.types import Conversation, DataError, FedmllmError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedModel
+
+IGNORED = -100  # the label of a token that is not learned
+_PROBE = "zqxj"  # an answer that no chat template contains
+
+
+class Encoder:
+    """Rows of one model: its processor, its limit, and what its forward pass reads besides tokens."""
+
+    def __init__(self, model: PreTrainedModel, processor: Any, max_tokens: int) -> None:
+        self.processor, self.max_tokens = processor, max_tokens
+        self.tokenizer = processor.tokenizer
+        self.family = str(model.config.model_type)
+        inner = model.base_model
+        self.image_arguments = set(inspect.signature(inner.get_image_features).parameters) - {"kwargs"}
+        self.token_arguments = set(inspect.signature(inner.forward).parameters) & {
+            "mm_token_type_ids",
+            "token_type_ids",
+        }
+        # M-RoPE positions (Qwen-VL, GLM-V, ...) depend on the pictures' grids: found once a row, not once a pass
+        self.rope_index: Callable[..., tuple[Tensor, Tensor]] | None = getattr(inner, "get_rope_index", None)
+        self._doubles_bos = self._bos() if isinstance(processor, ProcessorMixin) else ""
+        self.end_of_turn = self._end_of_turn()
+
+    def prompt(self, prompt: Conversation) -> Row:
+        """The row up to where the model would begin to answer; `labels` ignore all of it.
+
+        Raises:
+            DataError: a picture cannot be read.
+            FedmllmError: over `max_tokens`; the text holds a placeholder; the template has no slot for a picture.
+        """
+        pictures = [open_image(picture.path) for picture in prompt.pictures]
+        output = self._process(self._text(prompt), pictures, prompt)
+        ids = output["input_ids"][0]
+        images = {k: v for k, v in output.items() if k in self.image_arguments and isinstance(v, Tensor)}
+        if pictures and not images:
+            raise FedmllmError(
+                f"the chat template of {self.family} has no slot for the {len(pictures)} pictures of this prompt"
+            )
+        per_token = {k: output[k][0] for k in self.token_arguments if k in output}
+        if self.rope_index is not None:
+            per_token["position_ids"] = self._positions(ids, images, per_token)
+        self._check_length(len(ids), prompt)
+        return Row(ids, torch.full_like(ids, IGNORED), images, _digest(images), per_token)
+
+    def answered(self, row: Row, answer_ids: list[int]) -> Row:
+        """`row` with `answer_ids` behind it, and labels on them."""
+        answer = torch.tensor(answer_ids, dtype=torch.int64)
+        return Row(
+            torch.cat([row.input_ids, answer]),
+            torch.cat([row.labels, answer]),
+            row.images,
+            row.image_key,
+            {key: _extend(key, value, len(answer_ids)) for key, value in row.per_token.items()},
+        )
+
+    def answer_ids(self, answer: str) -> list[int]:
+        return list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    def encode(self, prompt: Conversation, answer: str) -> Row:
+        row = self.answered(self.prompt(prompt), [*self.answer_ids(answer), self.end_of_turn])
+        self._check_length(row.num_tokens, prompt)
+        return row
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    # --- the parts
+
+    def _text(self, prompt: Conversation) -> str:
+        parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in prompt.parts]
+        return self._render([{"role": "user", "content": parts}], add_generation_prompt=True)
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return str(
+            self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        )
+
+    def _process(self, text: str, pictures: list[Image], prompt: Conversation) -> dict[str, Any]:
+        options = {"add_special_tokens": False} if self._doubles_bos and text.startswith(self._doubles_bos) else {}
+        images = {"images": [pictures]} if pictures else {}
+        try:
+            return dict(self.processor(text=[text], **images, return_tensors="pt", **options))
+        except ValueError as error:
+            names = [str(picture.path) for picture in prompt.pictures]
+            raise DataError(f"{self.family} cannot read this prompt, pictures {names}: {error}") from error
+
+    def _bos(self) -> str:
+        """The token that the tokenizer writes before every text, as the template may have done already; "" = none."""
+        begun = self.tokenizer("?")["input_ids"][0] == self.tokenizer.bos_token_id
+        return str(self.tokenizer.bos_token) if begun else ""
+
+    def _positions(self, ids: Tensor, images: dict[str, Tensor], per_token: dict[str, Tensor]) -> Tensor:
+        """[3, L]: temporal, height, width."""
+        if not images:
+            return torch.arange(len(ids)).expand(3, -1)
+        assert self.rope_index is not None
+        wanted = set(inspect.signature(self.rope_index).parameters)
+        extra = {k: v for k, v in {**images, **{k: v[None] for k, v in per_token.items()}}.items() if k in wanted}
+        return self.rope_index(input_ids=ids[None], **extra)[0][:, 0]
+
+    def _check_length(self, length: int, prompt: Conversation) -> None:
+        if length > self.max_tokens:
+            raise FedmllmError(
+                f"a row has {length} tokens, over max_tokens = {self.max_tokens}; it is never cut (its pictures: "
+                f"{[p.path.name for p in prompt.pictures]}, its text begins {prompt.text[:60]!r}): "
+                "raise backbone.max_tokens, or shorten the text"
+            )
+
+    def _end_of_turn(self) -> int:
+        """What the chat template writes behind an answer, where that is a special token; else the tokenizer's EOS."""
+        user = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
+        text = self._render([user, answer], add_generation_prompt=False)
+        after = self.tokenizer(text[text.rfind(_PROBE) + len(_PROBE) :].lstrip(), add_special_tokens=False)["input_ids"]
+        if _PROBE in text and after and after[0] in self.tokenizer.all_special_ids:
+            return int(after[0])
+        if self.tokenizer.eos_token_id is None:
+            raise FedmllmError(f"{self.family}: neither its chat template nor its tokenizer says what ends an answer")
+        return int(self.tokenizer.eos_token_id)
+
+
+def _extend(key: str, value: Tensor, num: int) -> Tensor:
+    """Token types of an answer are 0 (text); positions count on from the largest."""
+    tail = value.new_zeros(num) if key != "position_ids" else value.max() + 1 + torch.arange(num).expand(3, -1)
+    return torch.cat([value, tail], dim=-1)
+
+
+def _digest(images: dict[str, Tensor]) -> str:
+    if not images:
+        return ""
+    h = hashlib.sha256()
+    for name in sorted(images):
+        tensor = images[name].contiguous()
+        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        h.update(tensor.view(torch.uint8).numpy().data if tensor.ndim else tensor.numpy().tobytes())
+    return h.hexdigest()

@@ -1,0 +1,109 @@
+"""What the frozen vision tower says about a row's pictures, and the memory that keeps it.
+
+The tower sees one row's pictures at a time, always. So a row's features do not depend on the batch to the bit, and a
+feature that was kept is the one that would be computed again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedmllm.backbones import Row
+from fedmllm.types import FedmllmError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ImageFeatures:
+    """The tower of one model, up to the vectors that stand in the text.
+
+    Args:
+        model: Its forward pass takes features in place of pixels, as `mm_encoder_outputs` or `image_features`.
+        keep_mb: Memory for features of rows seen before; the first that fit stay, so epochs over more rows than fit
+            still find those. 0 = none are kept.
+        frozen: False where the tower, resampler or projector is trained: gradients flow and nothing is kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, keep_mb: int, frozen: bool) -> None:
+        self._tower = model.base_model.get_image_features
+        forward = inspect.signature(model.forward).parameters
+        self._argument = next((name for name in ("mm_encoder_outputs", "image_features") if name in forward), "")
+        if not self._argument:
+            raise FedmllmError(
+                f"{model.config.model_type}: its forward pass takes no precomputed image features "
+                "(mm_encoder_outputs), which this package needs; see `fedmllm doctor` for the families that do"
+            )
+        self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self._device = model.device
+        self._keep_bytes = keep_mb * 2**20 if frozen else 0
+        self._frozen = frozen
+        self._kept: dict[str, Any] = {}
+
+    def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The argument of the forward pass that stands for the pictures of all rows; {} without pictures."""
+        found = [self._features(row) for row in rows if row.images]
+        if not found:
+            return {}
+        merged = _merge(found)
+        return {self._argument: {"image": merged} if self._argument == "mm_encoder_outputs" else merged}
+
+    def _features(self, row: Row) -> Any:
+        if row.image_key in self._kept:
+            return _map(self._kept[row.image_key], lambda t: t.to(self._device))
+        inputs = {name: self._place(tensor) for name, tensor in row.images.items()}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+            output = _needed(self._tower(**inputs))
+        size = sum(t.numel() * t.element_size() for t in _tensors(output))
+        if size <= self._keep_bytes:
+            self._keep_bytes -= size
+            self._kept[row.image_key] = _map(output, lambda t: t.to("cpu", copy=True))
+        return output
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+
+
+def _needed(output: Any) -> Any:
+    """Of a tower's output, what the language model reads: not its hidden states, which are many times larger."""
+    if isinstance(output, Tensor):
+        return output
+    return type(output)(
+        **{k: v for k, v in output.items() if k not in ("hidden_states", "attentions", "last_hidden_state")}
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in (value.values() if isinstance(value, dict) else value) for t in _tensors(v)]
+
+
+def _map(value: Any, f: Any) -> Any:
+    """`f` on every tensor of a tensor, list or ModelOutput."""
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, dict):
+        return type(value)(**{k: _map(v, f) for k, v in value.items()})
+    return type(value)(_map(v, f) for v in value)
+
+
+def _merge(outputs: list[Any]) -> Any:
+    """Rows behind each other: tensors along dim 0, lists of pictures as one list, one tensor a layer (deepstack) each."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    return type(first)(**{k: _merge_field(k, [o[k] for o in outputs]) for k in first})
+
+
+def _merge_field(name: str, values: list[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    if name == "deepstack_features":  # a list of layers, each of which is a tensor or a list of pictures
+        return [_merge_field("", list(layer)) for layer in zip(*values, strict=True)]
+    return [picture for value in values for picture in value]

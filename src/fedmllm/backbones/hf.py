@@ -1,0 +1,200 @@
+"""Any image-text-to-text model of transformers with a chat template, by one code path.
+
+Shapes: B rows, L tokens, N label tokens of all rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedmllm.backbones import Backbone, BackboneSpec, Batch, FromFolder, Row
+from fedmllm.backbones.decode import Decoder
+from fedmllm.backbones.dropout import seed_tensor
+from fedmllm.backbones.encode import IGNORED, Encoder
+from fedmllm.backbones.features import ImageFeatures
+from fedmllm.backbones.lora import adapter_config, add_lora, copy_of, decoder_name, load_into, parameters_by_saved_name
+from fedmllm.types import Conversation, Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Families whose tokens never look to the right of themselves, padding included: right padding then needs no attention
+# mask, which keeps the fast causal path. Each is tested (tests/backbones); any other family gets a mask.
+CAUSAL = frozenset(
+    [
+        "minicpmv",
+        "minicpmv4_6",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_5",
+        "smolvlm",
+        "llava",
+        "internvl",
+        "gemma3",
+    ]
+)
+
+
+class TransformersBackbone(Backbone):
+    """One code path for every family.
+
+    Args:
+        model: The base, on its device; it is frozen and adapted in place.
+        processor: Its processor, with a tokenizer and a chat template.
+        spec: LoRA, limits, what is kept.
+        seed: Owner of LoRA's first numbers.
+        base: What a saved adapter says it belongs to: the folder or hub id as the user wrote it.
+        digest: sha256 of the base, computed when first asked for.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        spec: BackboneSpec,
+        seed: int,
+        base: str,
+        digest: Callable[[], str],
+    ) -> None:
+        self.spec, self._digest_of = spec, digest
+        self.base = model.eval()
+        self.processor = processor
+        self.device = model.device
+        self.decoder = decoder_name(model)
+        self.num_layers = int(model.config.get_text_config().num_hidden_layers)
+        self.encoder = Encoder(model, processor, spec.max_tokens)
+        self.model, self._seeds = add_lora(model, spec.lora, seed, base)
+        self.model.eval()  # dropout of the base stays off, as in the reference; LoRA's follows its row seeds
+        self._live = parameters_by_saved_name(self.model)
+        frozen = all(name.startswith(f"base_model.model.{self.decoder}.") for name in self._live)
+        self.features = ImageFeatures(self.base, spec.keep_image_features_mb, frozen)
+        self._decoder = Decoder(self)
+
+    @cached_property
+    def digest(self) -> str:  # type: ignore[override]
+        return self._digest_of()
+
+    # --- rows and batches
+
+    def encode(self, prompt: Conversation, answer: str) -> Row:
+        return self.encoder.encode(prompt, answer)
+
+    def collate(self, rows: Sequence[Row], left: bool = False) -> Batch:
+        """Tokens padded on the right (on the left where `left`), on the model's device; pictures stay with their rows."""
+        length = max(row.num_tokens for row in rows)
+
+        def stack(tensors: Sequence[Tensor], value: int, dim: int = 0) -> Tensor:
+            gaps = [length - t.shape[-1] for t in tensors]
+            padded = [
+                nn.functional.pad(t, (gap, 0) if left else (0, gap), value=value)
+                for t, gap in zip(tensors, gaps, strict=True)
+            ]
+            return torch.stack(padded, dim=dim).to(self.device)
+
+        per_token = {}
+        for key in sorted({key for row in rows for key in row.per_token}):
+            have = [row.per_token[key] if key in row.per_token else torch.zeros_like(row.input_ids) for row in rows]
+            per_token[key] = stack(have, 0, dim=have[0].ndim - 1)  # M-RoPE positions are [3, B, L]
+        batch: Batch = {
+            "input_ids": stack([row.input_ids for row in rows], self._pad_id),
+            "labels": stack([row.labels for row in rows], IGNORED),
+            "per_token": per_token,
+            "rows": tuple(rows),
+        }
+        if left or self.encoder.family not in CAUSAL:
+            batch["attention_mask"] = stack([torch.ones_like(row.input_ids) for row in rows], 0)
+        return batch
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.encoder.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.encoder.end_of_turn)
+
+    # --- the model
+
+    def logits(self, batch: Batch, keep_BL: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
+        """([N, V], the whole output): only the positions that `keep_BL` marks go through the head, rows in order."""
+        with _head_sees(self.base.get_output_embeddings(), keep_BL):
+            output = self.base(
+                input_ids=batch["input_ids"],
+                attention_mask=batch.get("attention_mask"),
+                **batch["per_token"],
+                **self.features.arguments(batch["rows"]),
+                **arguments,
+            )
+        return output.logits[0], output
+
+    def loss(self, batch: Batch, dropout_seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        target_BL = torch.cat([batch["labels"][:, 1:], batch["labels"][:, :1].fill_(IGNORED)], dim=1)
+        keep_BL = target_BL != IGNORED
+        seeds_B = None if dropout_seeds is None else seed_tensor(dropout_seeds, self.device)
+        with self._seeds.set(seeds_B):
+            logits_NV, _ = self.logits(batch, keep_BL, use_cache=False)
+        nll_N = nn.functional.cross_entropy(at_least_float32(logits_NV), target_BL[keep_BL], reduction="none")
+        row_N = keep_BL.nonzero()[:, 0]
+        nll_B = nll_N.new_zeros(len(keep_BL)).index_add(0, row_N, nll_N)
+        return nll_B, keep_BL.sum(dim=1)
+
+    def score(self, prompts: Sequence[Conversation], choices: Sequence[Sequence[str]]) -> list[list[float]]:
+        return self._decoder.score(prompts, choices)
+
+    def generate(self, prompts: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+        return self._decoder.generate(prompts, max_new_tokens)
+
+    # --- the adapter
+
+    def lora(self) -> Params:
+        return copy_of(self._live)
+
+    def set_lora(self, params: Params) -> None:
+        load_into(self._live, params)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self._live)
+
+    def layer_of(self, name: str) -> int | None:
+        prefix = f"base_model.model.{self.decoder}.layers."
+        return int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.lora(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = adapter_config(self.model)
+        config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()} | {"inference_mode": True}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Sums of log-probabilities in bfloat16 would lose a digit that an AUC needs."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@contextmanager
+def _head_sees(head: nn.Module, keep_BL: Tensor) -> Iterator[None]:
+    """While open, the language-model head gets the marked positions [1, N, D] instead of all [B, L, D].
+
+    So each family's own forward pass runs to its end, whatever it does to its logits behind the head.
+    """
+    hook = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0][keep_BL][None], *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def load_folder(spec: FromFolder, seed: int) -> TransformersBackbone:
+    """The model in `spec.path` with fresh LoRA. Raises FedmllmError where the folder is not such a model."""
+    from fedmllm.backbones.folder import load_base
+
+    model, processor, digest = load_base(spec)
+    return TransformersBackbone(model, processor, spec, seed, spec.path.removeprefix("hub:"), digest)

@@ -1,0 +1,185 @@
+"""LoRA as PEFT builds and names it, with an initialisation and a dropout that depend on nothing but their seeds."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from fedmllm.backbones import Lora
+from fedmllm.backbones.dropout import RowDropout, Seeds, dropout_mask, module_key, seed_tensor
+from fedmllm.rng import torch_stream
+from fedmllm.tensors import same_names
+from fedmllm.types import ConfigError, FedmllmError, Params, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "RowDropout",
+    "Seeds",
+    "add_lora",
+    "default_targets",
+    "dropout_mask",
+    "module_key",
+    "seed_tensor",
+    "target_names",
+]
+
+# attention projections as the families of transformers call them; linear attention: Qwen3.5, MiniCPM-V 4.6
+ATTENTION = r"(?:self_attn|attn|attention)\.(?:q_proj|k_proj|v_proj|o_proj|qkv_proj|out_proj)"
+LINEAR_ATTENTION = r"linear_attn\.(?:in_proj_qkv|out_proj)"
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """The name of the language model inside an image-text-to-text model: "model.language_model", "llm.model"."""
+    decoder = model.llm.model if hasattr(model, "llm") else model.get_decoder()
+    for name, module in model.named_modules():
+        if module is decoder and name:
+            return str(name)
+    raise FedmllmError(f"{type(model).__name__}: cannot tell its language model from its vision tower")
+
+
+def default_targets(model: PreTrainedModel) -> str:
+    """Regex over module names: the language model's attention projections. It cannot reach the vision tower."""
+    return rf"{re.escape(decoder_name(model))}\.layers\.\d+\.(?:{ATTENTION}|{LINEAR_ATTENTION})"
+
+
+def target_names(model: PreTrainedModel, targets: str) -> list[str]:
+    """The modules that `targets` (a regex that must match whole names, as in PEFT) adapts.
+
+    Raises:
+        ConfigError: it is no regex, matches nothing, something outside the language model, or no linear layer.
+    """
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise ConfigError(f"lora.targets: {targets!r} is not a regular expression: {error}") from None
+    language = decoder_name(model) + "."
+    found = {name: module for name, module in model.named_modules() if name and pattern.fullmatch(name)}
+    linears = [n for n, m in model.named_modules() if n.startswith(language) and _is_linear(m)]
+    allowed = f"the linear layers of its language model are {sorted({_short(n, language) for n in linears})}"
+    if not found:
+        raise ConfigError(f"lora.targets: {targets!r} matches no module of {type(model).__name__}; {allowed}")
+    outside = [name for name in found if not name.startswith(language)]
+    if outside:
+        raise ConfigError(
+            f"lora.targets: {targets!r} also matches {outside[0]!r} ({len(outside)} modules outside the language "
+            f"model, such as the vision tower); begin it with {re.escape(language)!r}"
+        )
+    odd = [name for name, module in found.items() if not _is_linear(module)]
+    if odd:
+        kind = type(found[odd[0]]).__name__
+        raise ConfigError(f"lora.targets: {targets!r} matches {odd[0]!r}, a {kind}, not a linear layer; {allowed}")
+    return sorted(found)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)  # bitsandbytes' Linear4bit is one too
+
+
+def _short(name: str, prefix: str) -> str:
+    return re.sub(r"\d+", "N", name.removeprefix(prefix))
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, seed: int, base: str) -> tuple[PeftModel, Seeds]:
+    """`model`, frozen, with one LoRA adapter on it: A kaiming-uniform from `seed`, B zero. Changes `model` in place.
+
+    Args:
+        model: Any image-text-to-text model.
+        lora: Ranks, targets, dropout.
+        seed: Owner of A's numbers; the global random state is neither read nor moved.
+        base: What a saved adapter says it belongs to: the folder or hub id as the user wrote it.
+    """
+    targets = lora.targets or default_targets(model)
+    target_names(model, targets)  # raises where they fit nothing, or too much
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # PEFT says int and divides by it: a float is as good
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules=targets,
+        modules_to_save=list(extra_modules(model, lora.train_extra)) or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        peft = get_peft_model(model, config)
+    peft.peft_config["default"].base_model_name_or_path = base
+    _initialise(peft, seed)
+    return peft, _own_dropout(peft, lora.dropout)
+
+
+def extra_modules(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The full names of the modules that `train_extra` means, each by its last part or whole name."""
+    known = {name: module for name, module in model.named_modules() if name}
+    chosen = []
+    for name in names:
+        fits = [full for full in known if full == name or full.endswith("." + name)]
+        if len(fits) != 1:
+            last = sorted({full.rsplit(".", 1)[-1] for full in known if not full[-1].isdigit()})
+            found = f"{len(fits)} modules are called so: {fits[:3]}" if fits else "no module is called so"
+            raise ConfigError(f"lora.train_extra: {name!r}: {found}{nearest(name, last)}")
+        chosen.append(fits[0])
+    return tuple(chosen)
+
+
+def _initialise(peft: PeftModel, seed: int) -> None:
+    """A ~ U(-1/sqrt(in), 1/sqrt(in)), which is kaiming-uniform with a = sqrt(5), each from its own stream."""
+    for name, parameter in parameters_by_saved_name(peft).items():
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(parameter.shape[1])
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            values.uniform_(-bound, bound, generator=torch_stream(seed, "lora", name))
+            parameter.data.copy_(values)
+        elif ".lora_B." in name:
+            parameter.data.zero_()
+
+
+def _own_dropout(peft: PeftModel, p: float) -> Seeds:
+    seeds = Seeds()
+    for name, module in peft.named_modules():
+        dropouts = getattr(module, "lora_dropout", None)
+        if isinstance(dropouts, nn.ModuleDict):
+            dropouts["default"] = RowDropout(p, module_key(name), seeds)
+    return seeds
+
+
+def parameters_by_saved_name(peft: PeftModel) -> dict[str, nn.Parameter]:
+    """The live trained parameters, sorted by the names under which PEFT saves them."""
+    live = {}
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad:
+            live[name.replace(".modules_to_save.default.", ".").replace(".default.", ".")] = parameter
+    saved = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    if saved.keys() != live.keys():
+        raise FedmllmError(f"PEFT saves other names than are trained: {sorted(saved.keys() ^ live.keys())[:3]}")
+    return {name: live[name] for name in sorted(live)}
+
+
+def adapter_config(peft: PeftModel) -> dict[str, Any]:
+    """What PEFT writes into adapter_config.json."""
+    config: Any = peft.peft_config
+    return dict(config["default"].to_dict())
+
+
+def copy_of(live: dict[str, nn.Parameter]) -> Params:
+    """Copies on the CPU: float32, or float64 where the model is."""
+    return {
+        n: p.detach().to("cpu", torch.float64 if p.dtype == torch.float64 else torch.float32, copy=True)
+        for n, p in live.items()
+    }
+
+
+def load_into(live: dict[str, nn.Parameter], params: Params) -> None:
+    """Overwrite the live parameters. Raises FedmllmError unless names and shapes are the same."""
+    same_names(dict[str, Tensor](live), params)
+    with torch.no_grad():
+        for name, parameter in live.items():
+            parameter.copy_(params[name])
