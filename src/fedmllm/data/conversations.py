@@ -14,7 +14,7 @@ from fedmllm.data.reading import Placed, Row
 from fedmllm.types import DataError
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-PARTS = ("question", "choices", "answer", "text")
+PARTS = ("question", "choices", "answer")
 _IMAGE_MARK = re.compile(r"<image(?:_\d+)?>\n?")
 
 

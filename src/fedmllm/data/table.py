@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +54,17 @@ class Columns(Spec):
     answer: str = "answer"  # one of the choices, its number from 0, or free text
     client: str = ""  # who holds the row: the federation is real, and no partition is simulated
     keep: tuple[str, ...] = ()  # further columns, for natural splits: the scanner, the ward
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file of a split, and how its rows are to be read."""
+
+    path: Path
+    form: Form
+    images: Path  # where its image paths begin
+    prefix: str  # of rows without id, where several files are read
+    columns: Columns
 
 
 class Table(Dataset):
@@ -137,7 +149,7 @@ class Table(Dataset):
         if not named:
             raise ConfigError(f"data.{split}: missing; name a file or folder under {self.root}")
         paths, known = self._paths(named), dict[str | int, str]()
-        loaded = [self._load(path, split, known, f"{path.stem}-" if len(paths) > 1 else "") for path in paths]
+        loaded = [self._load(self._file(path, split, len(paths) > 1), known) for path in paths]
         examples = [example for rows in loaded for example in rows.examples]
         if split != "test" and not self.validation:
             held = split == "validation"
@@ -153,36 +165,36 @@ class Table(Dataset):
             raise DataError(f"{self.root}: no file is called like {named!r}")
         return paths
 
-    def _load(self, path: Path, split: Split, known: dict[str | int, str], prefix: str) -> Rows:
-        source, images = self._rows(path)
+    def _file(self, path: Path, split: Split, is_one_of_many: bool) -> _File:
+        form, metadata, images = self.form_of(path.name), None, self.images or self.root
+        if form == "imagefolder":
+            metadata, images = metadata_of(path), self.images or path
+        prefix = f"{path.stem}-" if is_one_of_many else ""
+        without = {"client": "", "keep": ()} if split == "test" else {}  # test rows belong to no client
+        columns = self.columns.model_copy(update=without)
+        if metadata:
+            return _File(metadata, FORMS[metadata.suffix], images, prefix, columns)
+        return _File(path, form, images, prefix, columns)
+
+    def _load(self, file: _File, known: dict[str | int, str]) -> Rows:
         seen: dict[str, None] = {"file": None}
-        columns = self.columns
-        if split == "test":  # test rows belong to no client
-            columns = columns.model_copy(update={"client": "", "keep": ()})
 
         def make(where: str, row: Row) -> Example:
             seen.update(dict.fromkeys(row))
-            return self._example(where, {"file": path.stem, **row}, columns, images, prefix)
+            return self._example(where, {"file": file.path.stem, **row}, file)
 
-        rows = collect(source, make, self.on_bad_row, known)
-        named = {key: getattr(columns, key) for key in columns.model_fields_set - {"image", "text", "keep"}}
-        for key, column in {**self._image_columns(), **by_modality(columns.text, "text"), **named}.items():
+        rows = collect(self._read(file), make, self.on_bad_row, known)
+        c = file.columns
+        named = {key: getattr(c, key) for key in c.model_fields_set - {"image", "text", "keep"}}
+        for key, column in {**self._image_columns(), **by_modality(c.text, "text"), **named}.items():
             if rows.examples and column and column not in seen:
                 has = ", ".join(seen)
-                raise DataError(f"{path}: no row has a column {column!r} (data.columns.{key}); columns: {has}")
+                raise DataError(f"{file.path}: no row has a column {column!r} (data.columns.{key}); columns: {has}")
         return rows
 
-    def _rows(self, path: Path) -> tuple[Placed, Path]:
-        """The rows, and the folder that their image paths begin in."""
-        form = self.form_of(path.name)
-        if form != "imagefolder":
-            return self._read(path, form), self.images or self.root
-        if metadata := metadata_of(path):
-            return self._read(metadata, FORMS[metadata.suffix]), self.images or path
-        return label_rows(path, self.columns.answer, self.columns.choices), self.images or path
-
-    def _read(self, path: Path, form: Form) -> Placed:
-        match form:
+    def _read(self, file: _File) -> Placed:
+        c, path = file.columns, file.path
+        match file.form:
             case "jsonl":
                 return jsonl_rows(path)
             case "csv":
@@ -191,19 +203,21 @@ class Table(Dataset):
                 return tsv_rows(path)
             case "conversations":
                 return conversation_rows(json_rows(path))
+            case "imagefolder":
+                return label_rows(path, c.answer, c.choices)
             case _:
-                c = self.columns
                 mapped = {*self._image_columns().values(), *by_modality(c.text, "text").values(), *c.keep}
                 return parquet_rows(path, mapped | {c.id or "id", c.question, c.choices, c.answer, c.client})
 
-    def _example(self, where: str, row: Row, c: Columns, images: Path, prefix: str) -> Example:
+    def _example(self, where: str, row: Row, file: _File) -> Example:
+        c = file.columns
         number = row.get(c.id or "id")
         if number is None and not c.id:
-            number = f"{prefix}{_index(where)}" if prefix else _index(where)
+            number = f"{file.prefix}{_index(where)}" if file.prefix else _index(where)
         if not isinstance(number, (int, str)) or number == "":
             raise DataError(f"{where}: {c.id or 'id'!r} is {number!r}, neither a number nor a text")
         place = f"{where}: row {number!r}"
-        fields = self._fields(row, place, images)
+        fields = self._fields(row, place, file)
         question = take_text(row, c.question, place).strip() if row.get(c.question) is not None else self.question
         if not question and "text" not in fields:
             raise DataError(f"{place}: no question: neither a column {c.question!r} nor data.question")
@@ -220,15 +234,16 @@ class Table(Dataset):
             columns={"set": self.name, **kept, **client},
         )
 
-    def _fields(self, row: Row, place: str, images: Path) -> dict[Modality, Content]:
+    def _fields(self, row: Row, place: str, file: _File) -> dict[Modality, Content]:
         fields: dict[Modality, Content] = {}
         for modality, column in self._image_columns().items():
             cell = row.get(column)
             names = [name for name in (cell if isinstance(cell, list) else [cell]) if name not in (None, "")]
             if names:
-                fields[modality] = tuple(picture(images, name, place) for name in names)
+                fields[modality] = tuple(picture(file.images, name, place) for name in names)
+        empty = (None,) if file.form == "conversations" else (None, "")  # that form says null
         for modality, column in by_modality(self.columns.text, "text").items():
-            if row.get(column) not in (None, ""):
+            if row.get(column) not in empty:
                 fields[modality] = take_text(row, column, place)
         return fields
 

@@ -1,0 +1,234 @@
+"""What a user may ask about the data of an experiment before anything is trained: who holds what, as text, JSON, a picture
+or files that other code bases read. Needs no image file and loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmllm.config import Experiment
+from fedmllm.data import Dataset
+from fedmllm.scenarios import assign, digest
+from fedmllm.scenarios.partitions import answer_label
+from fedmllm.types import ConfigError, Example, FedmllmError, Picture, Shard
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The training rows of an experiment and who holds them."""
+
+    experiment: Experiment
+    examples: tuple[Example, ...]
+    skipped: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Federation:
+        rows = experiment.data.load("train")
+        modalities = experiment.data.modalities()
+        shards = assign(rows.examples, modalities, experiment.partition, experiment.scenario, experiment.seed)
+        return cls(experiment, rows.examples, rows.skipped, shards)
+
+    @property
+    def digest(self) -> str:
+        return digest(self.shards, self.examples)
+
+    def labels(self) -> list[Counter[str]]:
+        """Per client, rows a label; an open question counts as "(open)"."""
+        return [Counter(answer_label(self.examples[row]) for row in shard.rows) for shard in self.shards]
+
+    def to_json(self) -> dict[str, Any]:
+        """{"clients": [{"client", "ids", one string of 0/1 per modality}], "digest"}: a flag a row, ids as in the file."""
+        modalities = self.experiment.data.modalities()
+        clients = [
+            {
+                "client": shard.client,
+                "ids": [self.examples[row].id for row in shard.rows],
+                **{m: "".join("1" if m in visible else "0" for visible in shard.visible) for m in modalities},
+            }
+            for shard in self.shards
+        ]
+        return {"clients": clients, "digest": self.digest}
+
+    def to_table(self) -> Table:
+        """Per client: rows, rows a label (the most frequent ones), rows that show each modality, rows that show none."""
+        from rich.table import Table
+
+        modalities, counts = self.experiment.data.modalities(), self.labels()
+        total = sum(counts, Counter())
+        columns = [label for label, _ in total.most_common(8)]
+        e = self.experiment
+        table = Table(title=f"{e.data.name}: {e.partition.name} partition, {e.scenario.name}", caption=self._caption())
+        for name in ("client", "rows", *columns, *(["other"] if len(total) > 8 else []), *modalities, "none"):
+            table.add_column(name, justify="right", overflow="fold")
+        for shard, count in zip(self.shards, counts, strict=True):
+            shown = Counter(modality for visible in shard.visible for modality in visible)
+            cells = [shard.client, len(shard.rows), *(count[label] for label in columns)]
+            cells += [sum(count.values()) - sum(count[label] for label in columns)] if len(total) > 8 else []
+            cells += [*(shown[m] for m in modalities), sum(not visible for visible in shard.visible)]
+            table.add_row(*map(str, cells))
+        return table
+
+    def _caption(self) -> str:
+        skipped = f", {len(self.skipped)} bad rows left out" if self.skipped else ""
+        return f"{len(self.examples)} rows{skipped}; digest {self.digest}"
+
+
+def plot(federation: Federation, path: Path) -> None:
+    """Label skew (rows a client and label) above, who sees what (share of rows a client and modality) below."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise FedmllmError("--plot needs matplotlib: pip install 'fedmllm[plot]'") from None
+    from matplotlib.figure import Figure
+
+    counts, modalities = federation.labels(), federation.experiment.data.modalities()
+    clients = [shard.client for shard in federation.shards]
+    figure = Figure(figsize=(max(6.4, 0.5 * len(clients) + 3), 5.6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(3, 0.5 + 0.35 * len(modalities)), sharex=True)
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    total = sum(counts, Counter())
+    heights = [0] * len(clients)
+    for index, (label, _) in enumerate(total.most_common()):
+        rows = [count[label] for count in counts]
+        name = {"label": label} if index < 12 else {}
+        top.bar(clients, rows, bottom=heights, color=colours[index % len(colours)], **name)
+        heights = [height + n for height, n in zip(heights, rows, strict=True)]
+    top.set_ylabel("rows")
+    e = federation.experiment
+    top.set_title(
+        f"{e.data.name}: {e.partition.name} partition, {e.scenario.name}; digest {federation.digest}", fontsize=9
+    )
+    top.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    share = [
+        [sum(m in v for v in s.visible) / len(s.rows) if s.rows else float("nan") for s in federation.shards]
+        for m in modalities
+    ]
+    image = bottom.imshow(share, vmin=0, vmax=1, cmap="Greens", aspect="auto")
+    for y, row in enumerate(share):
+        for x, value in enumerate(row):
+            text = f"{value:.0%}" if value == value else "-"
+            bottom.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black")
+    bottom.set_yticks(range(len(modalities)), modalities)
+    bottom.set_xticks(range(len(clients)), clients)
+    bottom.set_xlabel("client")
+    figure.colorbar(image, ax=bottom, label="rows that show it")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise FedmllmError(f"{path}: cannot be drawn: {error}") from None
+
+
+def export(federation: Federation, folder: Path) -> list[Path]:
+    """Write client_K.json for each client, in the conversation form, and data.toml, which reads the folder back in.
+
+    A row is {id, image, conversations: [{role, content}]} with "<image>" where a picture goes, as the experiment's prompt
+    puts it. What is hidden is not written. Beside it stand the parts that the conversation was made of.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if old := sorted(folder.glob("client_*.json")):
+        raise FedmllmError(f"{old[0]} exists; choose an empty folder")
+    written = []
+    for shard in federation.shards:
+        rows = [
+            exported(federation.experiment, federation.examples[row], visible, shard.client)
+            for row, visible in zip(shard.rows, shard.visible, strict=True)
+        ]
+        path = folder / f"client_{shard.client}.json"
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        written.append(path)
+    toml = folder / "data.toml"
+    toml.write_text(_reading_back(federation, folder), encoding="utf-8")
+    return [*written, toml]
+
+
+def exported(experiment: Experiment, example: Example, visible: frozenset[str], client: int) -> dict[str, Any]:
+    """One row in the conversation form. `image` is a path, a list of paths, or null."""
+    conversation = experiment.prompt.render(example, visible)
+    images = [str(part.path.absolute()) for part in conversation.pictures]
+    content = ""
+    for part in conversation.parts:
+        if isinstance(part, Picture):
+            content += "<image>\n"
+        else:
+            content += part.removeprefix("\n") if content.endswith("\n") else part
+    shown = example.shown(visible)
+    return {
+        "id": example.id,
+        "image": images[0] if len(images) == 1 else images or None,
+        "conversations": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": experiment.prompt.target(example)},
+        ],
+        "client": client,
+        "question": example.question,
+        "choices": list(example.choices),
+        "answer": example.answer,
+        **{
+            m: c if isinstance(c, str) else [str(path.absolute()) for path in c]
+            for m, c in shown.items()
+            if m != "image"
+        },
+    }
+
+
+def _reading_back(federation: Federation, folder: Path) -> str:
+    modalities = federation.experiment.data.modalities()
+    pictures = [
+        str(path.absolute())
+        for example in federation.examples
+        for content in example.fields.values()
+        if isinstance(content, tuple)
+        for path in content
+    ]
+    texts = {m for example in federation.examples for m, c in example.fields.items() if isinstance(c, str)}
+    cameras = [m for m in modalities if m not in texts]
+    columns = ", ".join(
+        f"{key} = {_toml(value)}"
+        for key, value in {
+            "id": "id",
+            "client": "client",
+            "image": {m: m for m in cameras},
+            "text": {m: m for m in sorted(texts)},
+        }.items()
+    )
+    images = f"images = {json.dumps(os.path.commonpath([os.path.dirname(p) for p in pictures]))}\n" if pictures else ""  # noqa: PTH120
+    return (
+        f"# {federation.experiment.data.name}, as `fedmllm data export` wrote it; digest {federation.digest}\n"
+        f'[data]\nname = "table"\nroot = {json.dumps(str(folder.absolute()))}\ntrain = "client_*.json"\n{images}'
+        f"columns = {{ {columns} }}\n\n"
+        f'[partition]\nname = "by-column"\ncolumn = "client"\nnum_clients = {len(federation.shards)}\n'
+    )
+
+
+def _toml(value: str | dict[str, str]) -> str:
+    if isinstance(value, str):
+        return json.dumps(value)
+    return "{ " + ", ".join(f"{json.dumps(key)} = {json.dumps(v)}" for key, v in value.items()) + " }"
+
+
+def where(name: str) -> str:
+    """Where to get a data set, on what terms, and the files that are expected."""
+    if name not in Dataset.members:
+        raise ConfigError(f"no data set is called {name!r}; there are: {', '.join(sorted(Dataset.members))}")
+    member = Dataset.members[name]
+    source = member.source if issubclass(member, Dataset) else None
+    if source is None:
+        return f"{name} is embedded: it is drawn at first use, there is nothing to get."
+    paper = f"Paper:    {source.paper}\n" if source.paper else ""
+    tree = textwrap.indent(textwrap.dedent(source.tree), "  ")
+    root = f'[data]\nname = "{name}"\nroot = "the folder"'
+    return (
+        f"{source.title}\nGet it:   {source.get}\nLicence:  {source.licence}\n{paper}"
+        f"Expected files under data.root:\n{tree}\n\nIn an experiment:\n{textwrap.indent(root, '  ')}\n"
+        "Nothing is downloaded by fedmllm."
+    )
