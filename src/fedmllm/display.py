@@ -18,7 +18,9 @@ class Bars:
 
     def __init__(self, num_runs: int = 1) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self._progress = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+        )
         self._series = self._progress.add_task("runs", total=num_runs, note="") if num_runs > 1 else None
         self._run = self._progress.add_task("loading", total=None, note="")
         self._label = "run"
@@ -44,7 +46,9 @@ class Bars:
         elif event["event"] == "round":
             losses = [c["loss"] for c in event["clients"]]
             note = f"loss {sum(losses) / len(losses):.3f}" if losses else "no update"
-            who = f"{self._label}: client {event['cohort'][0]} alone" if event.get("alone") else f"{self._label}: rounds"
+            who = (
+                f"{self._label}: client {event['cohort'][0]} alone" if event.get("alone") else f"{self._label}: rounds"
+            )
             show(self._run, description=who, completed=event["round"], total=event["num_rounds"], note=note)
         elif event["event"] == "eval":
             name, value = next(iter(event["metrics"].items()))
@@ -63,26 +67,36 @@ def bytes_text(num_bytes: float) -> str:
 
 
 def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> None:
-    """The summary rows as a table; `headline_only` keeps the first metric of each run."""
-    table = Table()
-    for column in ("scenario", "setting", "method", "prompt", "test shows", "metric"):
-        table.add_column(column)
-    for column in ("value", "rounds", "sent", "seconds"):
-        table.add_column(column, justify="right")
+    """The summary rows as a table; `headline_only` keeps the first metric of each run.
+
+    What all rows share stands once, above the table, so that it fits a terminal of 80 columns.
+    """
     seen: set[tuple[str, str, int]] = set()
-    last = ""
+    kept = []
     for row in rows:
         run = (row["run_id"], row["visible"], row["seed"])
-        if headline_only and run in seen:
-            continue
+        if not (headline_only and run in seen):
+            kept.append(_cells(row))
         seen.add(run)
-        if last not in ("", row["scenario"]):
-            table.add_section()
-        last = row["scenario"]
-        value = "-" if row["value"] is None else f"{row['value']:.3f}"
-        if row["std"] is not None:
-            value += f" ± {row['std']:.3f}"
-        sent = bytes_text(row["up_bytes"] + row["down_bytes"])
-        words = [row["scenario"], row["setting"], row["method"], row["prompt"], row["visible"], row["metric"]]
-        table.add_row(*words, value, str(row["num_rounds"]), sent, f"{row['wall_s']:.1f}")
+    shared = {k: v for k, v in kept[0].items() if len(kept) > 1 and all(cells[k] == v for cells in kept)}
+    table = Table(title=", ".join(f"{k} {v}" for k, v in shared.items()), title_justify="left")
+    for column in kept[0]:
+        if column not in shared:
+            table.add_column(column, justify="right" if column in ("value", "rounds", "sent", "seconds") else "left")
+    for cells, after in zip(kept, [*kept[1:], None], strict=True):
+        last = after is not None and after["scenario"] != cells["scenario"]
+        table.add_row(*(v for k, v in cells.items() if k not in shared), end_section=last)
     Console().print(table)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    value = "-" if row["value"] is None else f"{row['value']:.3f}"
+    return {
+        **{k: str(row[k]) for k in ("scenario", "setting", "method", "prompt")},
+        "test shows": row["visible"],
+        "metric": row["metric"],
+        "value": value if row["std"] is None else f"{value} ± {row['std']:.3f}",
+        "rounds": str(row["num_rounds"]),
+        "sent": bytes_text(row["up_bytes"] + row["down_bytes"]),
+        "seconds": f"{row['wall_s']:.1f}",
+    }
