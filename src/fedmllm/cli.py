@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedmllm.suite_cli import suite
 from fedmllm.types import ConfigError, FedmllmError
 
 app = typer.Typer(
@@ -52,6 +53,9 @@ def run(
         rows = start(settings, out, [bars])
     show_table(rows)
     typer.echo(f"record: {out or Path('runs') / settings.run_id()}")
+
+
+app.command()(suite)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

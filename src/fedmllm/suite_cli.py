@@ -1,0 +1,51 @@
+"""The verbs over many runs: suite, report, compare. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmllm.types import FedmllmError
+
+SuiteFile = Annotated[Path, typer.Argument(help="Suite file.", metavar="SUITE.toml")]
+Jobs = Annotated[int, typer.Option(help="Processes at a time.", min=1)]
+Threads = Annotated[int, typer.Option(help="Threads a process; 0 = cores / jobs.", min=0)]
+Memory = Annotated[
+    float, typer.Option("--memory-gb", help="Memory for all processes; 0 = 80 % of the machine's.", min=0)
+]
+Dry = Annotated[bool, typer.Option("--dry", help="List the cells and what is finished; run nothing.")]
+
+
+def suite(
+    suite_file: SuiteFile,
+    out: Annotated[Path | None, typer.Option(help="Folder of the cells. Default: runs/SUITE.")] = None,
+    jobs: Jobs = 1,
+    threads: Threads = 0,
+    memory_gb: Memory = 0.0,
+    dry: Dry = False,
+) -> None:
+    """Run a matrix of experiments; started again, it goes on with what is not finished."""
+    from fedmllm.suite import Suite
+    from fedmllm.suite_display import SuiteTable, clock
+    from fedmllm.suite_run import SUMMARY, physical_bytes, run_suite
+
+    loaded = Suite.load(suite_file)
+    folder = out or Path("runs") / suite_file.stem
+    if dry:
+        for cell in loaded.cells:
+            mark = "finished" if (folder / cell.run_id / SUMMARY).exists() else "to run"
+            typer.echo(f"{cell.run_id} {mark:8} {cell.label}")
+        return
+    num_threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    budget = int(memory_gb * 1e9) or int(0.8 * physical_bytes())
+    with SuiteTable(len(loaded.cells)) as table:
+        state = run_suite(loaded, folder, jobs, num_threads, budget, table)
+    took = clock(sum(s for seconds in state.seconds.values() for s in seconds) / jobs)
+    typer.echo(f"{loaded.title}: {state.finished} of {len(loaded.cells)} cells finished ({state.kept} kept), {took}")
+    typer.echo(f"report: fedmllm report {folder}")
+    if state.failed:
+        reasons = "\n".join(f"  {label}: {reason}" for label, reason in state.failed.items())
+        raise FedmllmError(f"{len(state.failed)} cells failed; started again, the suite tries them again:\n{reasons}")
