@@ -11,10 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    model_validator,
+)
 
 import fedmllm.data
 from fedmllm.aggregators import Aggregator, FedAvg
+from fedmllm.availability import Always, Availability
 from fedmllm.backbones import BackboneSpec, Tiny
 from fedmllm.data import Dataset
 from fedmllm.engine import Engine, InProcess
@@ -49,6 +58,13 @@ class Evaluate(Spec):
     batch_size: PositiveInt = 16
     max_new_tokens: PositiveInt = 16
     limit: NonNegativeInt = 0  # test rows, the first ones; 0 = all
+    select: Literal["last", "validation"] = "last"  # which adapter is the result; "validation": the best one
+
+    @model_validator(mode="after")
+    def _has_something_to_select_from(self) -> Evaluate:
+        if self.select == "validation" and not self.every:
+            raise ValueError('select = "validation" needs every >= 1: in which rounds the validation rows are judged')
+        return self
 
 
 class Screen(Spec):
@@ -56,6 +72,13 @@ class Screen(Spec):
 
     on_bad_update: Literal["fail", "drop_client"] = "fail"  # NaN, Inf, wrong names or shapes, over the norm limit
     max_norm: NonNegativeFloat = 0.0  # of a delta; 0 = no limit
+
+
+class Checkpointing(Spec):
+    """How often a run's state is written, and how much of it is kept."""
+
+    every: PositiveInt = 1  # rounds
+    keep: PositiveInt = 2  # the last ones; the best on validation stays besides
 
 
 for _module in pkgutil.iter_modules(
@@ -71,6 +94,7 @@ FAMILIES: dict[str, type[Named]] = {
     "backbone": BackboneSpec,
     "objective": Objective,
     "aggregator": Aggregator,
+    "availability": Availability,
     "engine": Engine,
 }
 
@@ -88,6 +112,8 @@ class Experiment(Spec):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     screen: Screen = Screen()
+    availability: SerializeAsAny[Availability] = Always()
+    checkpoint: Checkpointing = Checkpointing()
     method: Literal["federated", "zero-shot", "majority", "local", "centralised"] = "federated"
     engine: SerializeAsAny[Engine] = InProcess()
     num_rounds: PositiveInt = 25
@@ -133,7 +159,7 @@ class Experiment(Spec):
 
     def identity(self) -> dict[str, Any]:
         """The settings that change results, as JSON: not where or how fast they are computed."""
-        table = self.model_dump(mode="json", exclude={"engine": True, "evaluate": {"batch_size"}})
+        table = self.model_dump(mode="json", exclude={"engine": True, "checkpoint": True, "evaluate": {"batch_size"}})
         for key in ("device", "keep_image_features_mb"):
             table["backbone"].pop(key)
         return table
@@ -154,6 +180,9 @@ class Experiment(Spec):
         spec = self.partition if self.scenario.name == "aligned" else self.scenario
         shown = {k: v for k, v in spec.model_dump(mode="json").items() if k not in ("name", "num_clients") and v}
         words = [f"{k}={v}" for k, v in shown.items()]
+        if self.availability.name != "always":
+            rates = self.availability.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+            words += [self.availability.name, *(f"{k}={v}" for k, v in rates.items())]
         return " ".join(words) or spec.name
 
 

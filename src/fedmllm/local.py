@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedmllm.availability import Always, Availability
 from fedmllm.backbones import Backbone, Row
 from fedmllm.config import Train
 from fedmllm.objectives import ClientView, Objective
@@ -18,6 +20,7 @@ from fedmllm.schedules import round_factor, step_factor
 from fedmllm.tensors import subtract
 from fedmllm.types import ClientUpdate, Example, FedmllmError, Modality, Params, Shard, Visible
 
+ALWAYS = Always()
 ROWS_KEPT_BYTES = 512 * 2**20
 
 
@@ -70,20 +73,26 @@ class Clients:
     modalities: tuple[Modality, ...]
     num_rounds: int
     seed: int
+    availability: Availability = ALWAYS
 
     def round_lr(self, round_: int) -> float:
         return self.train.lr * round_factor(self.train.round_schedule, round_, self.num_rounds)
 
-    def num_steps(self, client: int) -> int:
-        """Optimiser steps of the client in a round."""
+    def planned_steps(self, client: int) -> int:
+        """Optimiser steps of the client in a round that it finishes."""
         size = self.train.batch_size * self.train.accumulation
         steps = self.train.epochs * -(-len(self.shards[client].rows) // size)
         return min(steps, self.train.max_steps) if self.train.max_steps else steps
 
+    def num_steps(self, client: int, round_: int) -> int:
+        """Optimiser steps that the client gets done in the round: all that are planned, unless it straggles."""
+        return math.ceil(self.availability.share(self.seed, round_, client) * self.planned_steps(client))
+
     def steps(self, client: int, round_: int) -> Iterator[Step]:
         """The client's optimiser steps in a round: rows shuffled anew each epoch, by the client's own stream."""
         shard, size = self.shards[client], self.train.batch_size * self.train.accumulation
-        num_steps, base, done = self.num_steps(client), self.round_lr(round_), 0
+        planned, num_steps = self.planned_steps(client), self.num_steps(client, round_)
+        base, done = self.round_lr(round_), 0
         for epoch in range(self.train.epochs):
             order = stream(self.seed, "order", round_, client, epoch).permutation(len(shard.rows))
             for start in range(0, len(order), size):
@@ -93,7 +102,7 @@ class Clients:
                 yield Step(
                     rows=tuple(self.store.row(shard.rows[i], shard.visible[i]) for i in group),
                     dropout_seeds=tuple(stream_seed(self.seed, "dropout", round_, client, epoch, i) for i in group),
-                    lr=base * step_factor(self.train.step_schedule, done, num_steps),
+                    lr=base * step_factor(self.train.step_schedule, done, planned),
                 )
                 done += 1
 

@@ -66,7 +66,7 @@ class Stacked:
 
     def _train(self, params: Params, round_: int, members: Sequence[int]) -> list[ClientUpdate]:
         began, clients = time.perf_counter(), self._clients
-        ordered = sorted(members, key=lambda client: (-clients.num_steps(client), client))
+        ordered = sorted(members, key=lambda client: (-clients.num_steps(client, round_), client))
         stack = Stack(self._targets, self._backbone.trainable(), params, len(ordered))
         mu = pull_matrix([clients.pulls(client, list(params)) for client in ordered], stack.sizes, stack.weights_KP)
         optimizer = RowAdamW(clients.train, stack.weights_KP)
