@@ -79,13 +79,15 @@ def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> N
             kept.append(_cells(row))
         seen.add(run)
     shared = {k: v for k, v in kept[0].items() if len(kept) > 1 and all(cells[k] == v for cells in kept)}
-    table = Table(title=", ".join(f"{k} {v}" for k, v in shared.items()), title_justify="left")
+    table = Table()
     for column in kept[0]:
         if column not in shared:
             table.add_column(column, justify="right" if column in ("value", "rounds", "sent", "seconds") else "left")
     for cells, after in zip(kept, [*kept[1:], None], strict=True):
         last = after is not None and after["scenario"] != cells["scenario"]
         table.add_row(*(v for k, v in cells.items() if k not in shared), end_section=last)
+    if shared:
+        print("; ".join(f"{k}: {v}" for k, v in shared.items()))
     Console().print(table)
 
 
