@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tiny_tokenizer import ENGLISH
 
 from fedmllm.data.captions import PLACES, THEMES, TONES, caption, tweet
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, pick
 from fedmllm.data.synthetic import CRISIS_CLASSES
 from fedmllm.prompts import Agnostic, Plain, Prompt
 from fedmllm.types import Conversation, Example, Visible
-from tiny_tokenizer import ENGLISH
 
 BOTH = frozenset({"image", "text"})
 KINDS = {"person": "figure", "tent": "shelter", "house": "shelter", "car": "vehicle", "boat": "vehicle"}  # else goods
 PAIRS = (("no", "yes"), ("false", "true"), ("absent", "present"))  # labels of two-way questions
-SYLLABLES = "ba be bi bo da de di do fa fe ka ki ko la le li lo ma me mi mo na ne ni no pa po ra re ri ro sa so ta te ti to".split()
+CONSONANTS, VOWELS = tuple("bdfklmnprst"), tuple("aeio")
 MOODS = {  # one word for each pair of face and tone
     ("smile", "good"): "joy",
     ("smile", "plain"): "ease",
@@ -110,7 +110,7 @@ def world(scene: Scene, rng: np.random.Generator) -> World:
         honest = rng.random() < 0.5
         claim = f"{scene.colour if honest else pick(COLOURS, rng)} {scene.thing if honest else pick(THINGS, rng)}"
         return World(scene, f"one {claim}", {"claim": claim})
-    facts |= {"place": place for place in PLACES if place in text.split()}
+    facts["place"] = next(place for place in PLACES if place in text.split())
     return World(scene, text, facts)
 
 
@@ -143,7 +143,7 @@ def nonsense(rng: np.random.Generator) -> str:
     """A label that means nothing: the letters have to be read by their place and the label copied, as for any new task."""
     parts = []
     for _ in range(int(rng.integers(1, 4))):
-        invented = "".join(pick(SYLLABLES, rng) for _ in range(int(rng.integers(2, 4))))
+        invented = "".join(pick(CONSONANTS, rng) + pick(VOWELS, rng) for _ in range(int(rng.integers(2, 4))))
         parts.append(invented if rng.random() < 0.4 else pick(LABEL_WORDS, rng))
     label = pick(("_", "-"), rng).join(parts)
     return label if not any(real in label for real in CRISIS_CLASSES) else nonsense(rng)  # never one of the real ones

@@ -69,8 +69,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     for _ in range(rng.integers(2, 6)):  # stones in the grass
         stone = _box(rng.uniform(0, SIZE) * k, rng.uniform(horizon, SIZE * k), k, k)
         pen.ellipse(stone, fill=_jitter(_GROUND[scene.sky], rng, 40))
-    radius = float(rng.uniform(13, 18)) * k
-    x, y = float(rng.uniform(20, 36)) * k, float(rng.uniform(26, 35)) * k
+    radius = float(rng.uniform(15, 19)) * k
+    x, y = float(rng.uniform(21, 35)) * k, float(rng.uniform(27, 34)) * k
     _thing(pen, scene, x, y, radius, _jitter(_COLOUR[scene.colour], rng))
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
@@ -91,12 +91,12 @@ def _heaven(pen: Any, sky: str, horizon: int, rng: np.random.Generator) -> None:
 def _thing(pen: Any, scene: Scene, x: float, y: float, r: float, fill: Rgb) -> None:
     """The thing around (x, y), about r in radius, with its face where it has most room."""
     dark = (30, 26, 30)
-    face_y, face_r = y, r * 0.55
+    face_y, face_r = y, r * 0.6
     match scene.thing:
         case "person":
             pen.polygon([(x, y - r * 0.2), (x - r * 0.75, y + r * 1.1), (x + r * 0.75, y + r * 1.1)], fill=fill)
-            face_y, face_r = y - r * 0.35, r * 0.5
-            pen.ellipse(_box(x, face_y, r * 0.68, r * 0.68), fill=fill, outline=dark)
+            face_y, face_r = y - r * 0.35, r * 0.55
+            pen.ellipse(_box(x, face_y, r * 0.72, r * 0.72), fill=fill, outline=dark)
         case "tent":
             pen.polygon([(x, y - r * 1.2), (x - r * 1.3, y + r), (x + r * 1.3, y + r)], fill=fill)
             face_y, face_r = y + r * 0.35, r * 0.5
@@ -128,15 +128,20 @@ def _thing(pen: Any, scene: Scene, x: float, y: float, r: float, fill: Rgb) -> N
 
 
 def _face(pen: Any, face: str, x: float, y: float, r: float, ink: Rgb) -> None:
+    """Eyes and a mouth; a smile has pink cheeks and a frown two tears, since a mouth alone is a few pixels."""
     for side in (-1, 1):
-        pen.ellipse(_box(x + side * r * 0.5, y - r * 0.45, r * 0.16, r * 0.16), fill=ink)
-    width = 2 * SUPERSAMPLING
+        pen.ellipse(_box(x + side * r * 0.45, y - r * 0.5, r * 0.17, r * 0.17), fill=ink)
+        mark = _box(x + side * r * 0.85, y + r * 0.05, r * 0.24, r * 0.24)
+        if face == "smile":
+            pen.ellipse(mark, fill=(255, 130, 160))
+        elif face == "frown":
+            pen.ellipse(mark, fill=(150, 225, 255))
     if face == "calm":
-        pen.line((x - r * 0.6, y + r * 0.4, x + r * 0.6, y + r * 0.4), fill=ink, width=width)
+        pen.line((x - r * 0.6, y + r * 0.5, x + r * 0.6, y + r * 0.5), fill=ink, width=2 * SUPERSAMPLING)
     elif face == "smile":
-        pen.arc(_box(x, y + r * 0.1, r * 0.65, r * 0.55), 15, 165, fill=ink, width=width)
+        pen.chord(_box(x, y + r * 0.2, r * 0.65, r * 0.7), 0, 180, fill=ink)
     else:
-        pen.arc(_box(x, y + r * 0.75, r * 0.65, r * 0.55), 195, 345, fill=ink, width=width)
+        pen.chord(_box(x, y + r * 0.9, r * 0.65, r * 0.7), 180, 360, fill=ink)
 
 
 def _box(x: float, y: float, rx: float, ry: float) -> tuple[float, float, float, float]:

@@ -28,7 +28,7 @@ from fedmllm.types import Example, Modality
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 1  # part of the folder's name: raise it with any change of what is drawn
+VERSION = 2  # part of the folder's name: raise it with any change of what is drawn
 
 # (face, tone) -> share of the rows. The caption is ironic where its tone contradicts the face (40 % of the rows).
 # Ironic rows are a little more often a frown under good words than the reverse, and never calm or plain: a weak
