@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedmllm.types import Named
 
@@ -30,3 +30,15 @@ class Stacked(Engine):
     token_budget: NonNegativeInt = 0  # tokens of one pass, padding included; 0 = what suits the device
     clients: PositiveInt = 16  # adapters in memory at once; a larger cohort comes in turns
     deterministic: bool = False  # CUDA: the same bytes at every repetition, somewhat slower
+
+
+class FlowerSimulation(Engine):
+    """Clients as Flower ClientApps in Ray actors that keep the frozen base; the bytes of in-process."""
+
+    name: Literal["flower-simulation"] = "flower-simulation"
+    entry = "fedmllm.engines.flower_simulation:FlowerSimulation"
+    num_actors: PositiveInt = 2  # on one machine; on a cluster (RAY_ADDRESS) as many as its CPUs allow
+    cpus_per_actor: PositiveInt = 1  # what Ray counts; `threads` is what an actor uses
+    gpus_per_actor: NonNegativeFloat = 0.0
+    threads: NonNegativeInt = 0  # of torch in an actor; 0 = as many as here, which the equality of bytes needs
+    timeout_s: PositiveFloat = 3600.0  # a round at most; clients that have not answered are left out
