@@ -69,16 +69,10 @@ class MiniCPMV2Config(PreTrainedConfig):  # type: ignore[misc]
     text_config: Any = None
     vision_config: Any = None
     query_num: int = 64  # placeholders of a slice
-    slice_config: dict[str, Any] | None = (
-        None  # how the hub cut pictures; read by nobody, the processor has its own file
-    )
-    slice_mode: bool = True
-    image_size: int = 448
-    patch_size: int = 14
+    slice_config: dict[str, Any] | None = None  # kept for the hub's sake: the processor reads preprocessor_config.json
     drop_vision_last_layer: bool = False
     batch_vision_input: bool = True  # 2.5 only: whether the slices of a row share one strip of positions
     vision_batch_size: int = 16  # slices that go through the vision tower at once: memory, not results
-    use_image_id: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if str(self.version) not in ("2.5", "2.6"):
@@ -160,13 +154,18 @@ class MiniCPMV2ForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers, but a weight that is missing, unexpected or of another shape is an error."""
+        kwargs["ignore_mismatched_sizes"] = True  # they are listed then, like the others, and raised below
         model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         odd = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(odd.values()):
-            listed = "; ".join(
-                f"{len(names)} {kind.replace('_', ' ')}: {names[:3]}" for kind, names in odd.items() if names
+            found = [f"{len(names)} {kind.replace('_', ' ')}: {names[:3]}" for kind, names in odd.items() if names]
+            raise FedmllmError(f"{folder}: the weights are not those of its config.json: {'; '.join(found)}")
+        llm = model.llm
+        if llm.config.tie_word_embeddings and llm.lm_head.weight is not llm.get_input_embeddings().weight:
+            raise FedmllmError(
+                f"{folder}: config.json has tie_word_embeddings true, but llm.lm_head.weight and "
+                "llm.model.embed_tokens.weight differ in the weights: it should be false"
             )
-            raise FedmllmError(f"{folder}: the weights are not those of its config.json: {listed}")
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
