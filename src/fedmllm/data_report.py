@@ -103,6 +103,8 @@ def plot(federation: Federation, path: Path) -> None:
         name = {"label": label} if index < 12 else {}
         top.bar(clients, rows, bottom=heights, color=colours[index % len(colours)], **name)
         heights = [height + n for height, n in zip(heights, rows, strict=True)]
+    for client, height in zip(clients, heights, strict=True):
+        top.text(client, height, str(height), ha="center", va="bottom", fontsize=7)
     top.set_ylabel("rows")
     e = federation.experiment
     top.set_title(
@@ -113,15 +115,14 @@ def plot(federation: Federation, path: Path) -> None:
         [sum(m in v for v in s.visible) / len(s.rows) if s.rows else float("nan") for s in federation.shards]
         for m in modalities
     ]
-    image = bottom.imshow(share, vmin=0, vmax=1, cmap="Greens", aspect="auto")
+    bottom.imshow(share, vmin=0, vmax=1, cmap="Greens", aspect="auto")
     for y, row in enumerate(share):
         for x, value in enumerate(row):
             text = f"{value:.0%}" if value == value else "-"
             bottom.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black")
     bottom.set_yticks(range(len(modalities)), modalities)
     bottom.set_xticks(range(len(clients)), clients)
-    bottom.set_xlabel("client")
-    figure.colorbar(image, ax=bottom, label="rows that show it")
+    bottom.set_xlabel("client (boxes: share of its rows that show the modality)")
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
@@ -192,15 +193,8 @@ def _reading_back(federation: Federation, folder: Path) -> str:
     ]
     texts = {m for example in federation.examples for m, c in example.fields.items() if isinstance(c, str)}
     cameras = [m for m in modalities if m not in texts]
-    columns = ", ".join(
-        f"{key} = {_toml(value)}"
-        for key, value in {
-            "id": "id",
-            "client": "client",
-            "image": {m: m for m in cameras},
-            "text": {m: m for m in sorted(texts)},
-        }.items()
-    )
+    mapped = {"image": {m: m for m in cameras}, "text": {m: m for m in sorted(texts)}}
+    columns = ", ".join(['id = "id", client = "client"', *(f"{key} = {_toml(value)}" for key, value in mapped.items())])
     images = f"images = {json.dumps(os.path.commonpath([os.path.dirname(p) for p in pictures]))}\n" if pictures else ""  # noqa: PTH120
     return (
         f"# {federation.experiment.data.name}, as `fedmllm data export` wrote it; digest {federation.digest}\n"
@@ -210,10 +204,8 @@ def _reading_back(federation: Federation, folder: Path) -> str:
     )
 
 
-def _toml(value: str | dict[str, str]) -> str:
-    if isinstance(value, str):
-        return json.dumps(value)
-    return "{ " + ", ".join(f"{json.dumps(key)} = {json.dumps(v)}" for key, v in value.items()) + " }"
+def _toml(table: dict[str, str]) -> str:
+    return "{ " + ", ".join(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items()) + " }"
 
 
 def where(name: str) -> str:
@@ -226,9 +218,9 @@ def where(name: str) -> str:
         return f"{name} is embedded: it is drawn at first use, there is nothing to get."
     paper = f"Paper:    {source.paper}\n" if source.paper else ""
     tree = textwrap.indent(textwrap.dedent(source.tree), "  ")
-    root = f'[data]\nname = "{name}"\nroot = "the folder"'
+    use = "" if "[data]" in tree else f'\nIn an experiment:\n  [data]\n  name = "{name}"\n  root = "the folder"\n'
     return (
         f"{source.title}\nGet it:   {source.get}\nLicence:  {source.licence}\n{paper}"
-        f"Expected files under data.root:\n{tree}\n\nIn an experiment:\n{textwrap.indent(root, '  ')}\n"
+        f"Expected files under data.root:\n{tree}\n{use}\n"
         "Nothing is downloaded by fedmllm."
     )

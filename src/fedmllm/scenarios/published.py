@@ -19,7 +19,9 @@ from fedmllm.types import ConfigError, DataError, Example, Modality, Visible
 
 MEDICAL_SEED = 41
 MEDICAL = frozenset({"vqa-rad", "flashcards"})
-LIFTED: dict[str, Callable[[int], bool]] = {  # set -> is the label with this index lifted?
+# Set -> is the label with this index lifted? CrisisMMD's rarest class has fewer rows than there can be clients to lift,
+# which would never end; lifting one label is enough to leave no client empty.
+LIFTED: dict[str, Callable[[int], bool]] = {
     "hateful-memes": lambda label: True,
     "crisismmd": lambda label: label == 0,
 }
@@ -48,7 +50,7 @@ class Published(Partition):
         for index, (label, rows) in enumerate(groups.items()):
             counts = [int(share * len(rows)) for share in shares[index]]
             if is_lifted(index):
-                lift(counts, label)
+                lift(counts, f"{examples[rows[0]].where}: label {label!r}")
             counts[-1] = len(rows) - sum(counts[:-1])
             start = 0
             for client, count in enumerate(counts):
@@ -80,14 +82,14 @@ def only_set(examples: Sequence[Example]) -> str:
     return sets[0]
 
 
-def lift(counts: list[int], label: str) -> None:
+def lift(counts: list[int], place: str) -> None:
     """Lift counts below 1 to 1, in client order, each by taking 1 from the first client that has more than 1.
 
     The list of donors is made once per pass; a donor that falls to 1 leaves it; passes repeat until nobody is below 1.
     """
     if sum(counts) < len(counts):  # the reference loops for ever here
         raise DataError(
-            f"label {label!r}: too few rows for the published partition: {sum(counts)} after truncation of the shares, "
+            f"{place}: too few rows for the published partition: {sum(counts)} after truncation of the shares, "
             f"and each of {len(counts)} clients needs one"
         )
     while min(counts) < 1:
