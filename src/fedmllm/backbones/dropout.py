@@ -82,13 +82,17 @@ class RowDropout(nn.Module):
         super().__init__()
         self.p, self.module, self.seeds = p, module, seeds
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
+    def mask(self, x_BLC: Tensor) -> tuple[Tensor | None, float]:
+        """(what to keep, what to multiply it with); (None, 1) where dropout is off."""
         seeds_B = self.seeds.current
         if seeds_B is None or self.p == 0:
-            return x_BLC
+            return None, 1.0
         rows, tokens, channels = x_BLC.shape
-        keep = dropout_mask(seeds_B, self.module, (rows, tokens, channels), self.p)
-        return x_BLC * keep / (1 - self.p)
+        return dropout_mask(seeds_B, self.module, (rows, tokens, channels), self.p), 1 / (1 - self.p)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        keep_BLC, gain = self.mask(x_BLC)
+        return x_BLC if keep_BLC is None else x_BLC * keep_BLC * gain
 
     def extra_repr(self) -> str:
         return f"p={self.p}, by row seed"

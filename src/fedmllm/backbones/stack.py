@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedmllm.backbones import Backbone
+from fedmllm.backbones.dropout import RowDropout
 from fedmllm.tensors import same_names
 from fedmllm.types import Params
 
@@ -51,8 +52,8 @@ def find_targets(backbone: Backbone) -> tuple[list[Target], str]:
 class Stack:
     """K adapters as the rows of one matrix [K, P], their gradients as the rows of another.
 
-    A's and B's are views of the matrices, so that autograd fills `grads_KP` and an optimiser, clipping or a proximal pull
-    is one operation over all clients. NaN of one client stays in its row: nothing here adds two rows.
+    A's and B's are views of the matrices and a backward pass adds to `grads_KP`, so an optimiser, clipping or a proximal
+    pull is one operation over all clients. NaN of one client stays in its row: nothing here adds two rows.
 
     Args:
         targets: The adapted layers (`find_targets`).
@@ -71,10 +72,7 @@ class Stack:
         self.weights_KP = self.anchor_P.repeat(num_clients, 1)
         self.grads_KP = torch.zeros_like(self.weights_KP)
         weights, grads = self._views(self.weights_KP), self._views(self.grads_KP)
-        for name, weight in weights.items():
-            weight.requires_grad_().grad = grads[name]
-        self._layers = [_Layer(t.layer, weights[t.a], weights[t.b]) for t in targets]
-        self._rows_B: Tensor | None = None
+        self._layers = [_Layer(t.layer, weights[t.a], weights[t.b], grads[t.a], grads[t.b]) for t in targets]
 
     def _views(self, matrix_KP: Tensor) -> dict[str, Tensor]:
         """Name -> [K, *shape], a view."""
@@ -102,19 +100,20 @@ class Stack:
         row_P = (self.weights_KP[client] - self.anchor_P).cpu()
         pieces = row_P.split(list(self.sizes.values()))
         return {
-            name: piece.view(t.shape).clone()
-            for (name, t), piece in zip(self._start.items(), pieces, strict=True)
+            name: piece.view(t.shape).clone() for (name, t), piece in zip(self._start.items(), pieces, strict=True)
         }
 
 
 class _Layer:
     """Stands in for one PEFT layer's forward pass."""
 
-    def __init__(self, layer: Any, a_KrC: Tensor, b_KDr: Tensor) -> None:
-        self._layer, self._a_KrC, self._b_KDr = layer, a_KrC, b_KDr
-        self._base, self._dropout = layer.base_layer, layer.lora_dropout[ADAPTER]
-        self._scaling = layer.scaling[ADAPTER]
+    def __init__(self, layer: Any, a_KrC: Tensor, b_KDr: Tensor, da_KrC: Tensor, db_KDr: Tensor) -> None:
+        self.a_KrC, self.b_KDr, self.da_KrC, self.db_KDr = a_KrC, b_KDr, da_KrC, db_KDr
+        self._layer, self._base = layer, layer.base_layer
+        self._dropout: RowDropout = layer.lora_dropout[ADAPTER]
+        self.scaling = float(layer.scaling[ADAPTER])
         self.clients_B = torch.zeros(0, dtype=torch.int64)
+        self._switch = a_KrC.new_zeros(()).requires_grad_()  # so that autograd calls our backward pass
 
     def install(self) -> None:
         self._layer.forward = self._forward  # an attribute of the instance goes before the method of its class
@@ -123,9 +122,45 @@ class _Layer:
         del self._layer.forward
 
     def _forward(self, x_BLC: Tensor) -> Tensor:
-        out_BLD: Tensor = self._base(x_BLC)
-        a_BrC = self._a_KrC.index_select(0, self.clients_B)
-        b_BDr = self._b_KDr.index_select(0, self.clients_B)
-        low_BLr = torch.bmm(self._dropout(x_BLC.to(a_BrC.dtype)), a_BrC.mT)
-        sum_BLD = torch.baddbmm(out_BLD.to(a_BrC.dtype), low_BLr, b_BDr.mT, alpha=self._scaling)
-        return sum_BLD.to(out_BLD.dtype)
+        keep_BLC, gain = self._dropout.mask(x_BLC)
+        out: Tensor = _RowLora.apply(x_BLC, self._base(x_BLC), self._switch, keep_BLC, gain, self)
+        return out
+
+
+class _RowLora(torch.autograd.Function):
+    """base + scaling * B A dropout(x), each row with its client's A and B, in the adapters' type as in PEFT.
+
+    Written out because autograd would make a zero [K, r, C] a layer and pass for the gradient of picking A's, and keep
+    dropout(x) for each of q, k and v where x is one tensor. Only x, the mask and the [B, L, r] between A and B are kept.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_BLC: Tensor, base_BLD: Tensor, switch: Tensor, keep_BLC: Tensor | None, gain: float, layer: _Layer
+    ) -> Tensor:
+        a_BrC = layer.a_KrC.index_select(0, layer.clients_B)
+        b_BDr = layer.b_KDr.index_select(0, layer.clients_B)
+        low_BLr = torch.bmm(_dropped(x_BLC, keep_BLC, a_BrC.dtype), a_BrC.mT)
+        ctx.save_for_backward(x_BLC, keep_BLC, low_BLr, a_BrC, b_BDr, layer.clients_B)
+        ctx.layer, ctx.scaling = layer, gain * layer.scaling
+        sum_BLD = torch.baddbmm(base_BLD.to(low_BLr.dtype), low_BLr, b_BDr.mT, alpha=ctx.scaling)
+        return sum_BLD.to(base_BLD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BLD: Tensor) -> Any:  # type: ignore[override]
+        x_BLC, keep_BLC, low_BLr, a_BrC, b_BDr, clients_B = ctx.saved_tensors
+        layer: _Layer = ctx.layer
+        scaled_BLD = grad_BLD.to(low_BLr.dtype) * ctx.scaling
+        layer.db_KDr.index_add_(0, clients_B, torch.bmm(scaled_BLD.mT, low_BLr))
+        dlow_BLr = torch.bmm(scaled_BLD, b_BDr)
+        layer.da_KrC.index_add_(0, clients_B, torch.bmm(dlow_BLr.mT, _dropped(x_BLC, keep_BLC, a_BrC.dtype)))
+        dx_BLC = None
+        if ctx.needs_input_grad[0]:
+            dx_BLC = torch.bmm(dlow_BLr, a_BrC)
+            dx_BLC = (dx_BLC if keep_BLC is None else dx_BLC.mul_(keep_BLC)).to(x_BLC.dtype)
+        return dx_BLC, grad_BLD if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+def _dropped(x_BLC: Tensor, keep_BLC: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x_BLC = x_BLC.to(dtype)
+    return x_BLC if keep_BLC is None else x_BLC * keep_BLC

@@ -22,7 +22,7 @@ class Item:
 def in_step(clients: Clients, members: Sequence[int], round_: int) -> Iterator[list[Step]]:
     """The first optimiser step of all members, then the second of all that have one, and so on.
 
-    `members` come in descending order of their number of steps, so that the active ones are always a prefix.
+    `members` come in descending order of their number of steps in the round, so that the active ones are always a prefix.
     """
     schedules = [clients.steps(client, round_) for client in members]
     while steps := [step for schedule in schedules if (step := next(schedule, None)) is not None]:
