@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedmllm import data_cli
 from fedmllm.suite_cli import suite
 from fedmllm.types import ConfigError, FedmllmError
 
@@ -55,6 +56,7 @@ def run(
     typer.echo(f"record: {out or Path('runs') / settings.run_id()}")
 
 
+app.add_typer(data_cli.app)
 app.command()(suite)
 
 
