@@ -12,7 +12,7 @@ import torch
 
 from fedmllm.availability import Always, Availability
 from fedmllm.backbones import Backbone, Row
-from fedmllm.config import Train
+from fedmllm.config import Experiment, Train
 from fedmllm.objectives import ClientView, Objective
 from fedmllm.prompts import Prompt
 from fedmllm.rng import stream, stream_seed
@@ -74,6 +74,7 @@ class Clients:
     num_rounds: int
     seed: int
     availability: Availability = ALWAYS
+    experiment: Experiment | None = None  # where these come from: what other processes load the same from
 
     def round_lr(self, round_: int) -> float:
         return self.train.lr * round_factor(self.train.round_schedule, round_, self.num_rounds)

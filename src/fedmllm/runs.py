@@ -75,6 +75,7 @@ class World:
             modalities=e.data.modalities(),
             num_rounds=num_rounds,
             seed=e.seed,
+            experiment=e,
         )
 
 
