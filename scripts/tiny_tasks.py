@@ -15,8 +15,8 @@ import numpy as np
 from tiny_tokenizer import ENGLISH
 
 from fedmllm.data.captions import PLACES, THEMES, TONES, caption, tweet
+from fedmllm.data.crisismmd import CHOICES as CRISIS_CLASSES
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, pick
-from fedmllm.data.synthetic import CRISIS_CLASSES
 from fedmllm.prompts import Agnostic, Plain, Prompt
 from fedmllm.types import Conversation, Example, Visible
 

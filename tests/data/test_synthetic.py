@@ -16,7 +16,8 @@ from sklearn.metrics import roc_auc_score
 
 from fedmllm.data import Dataset
 from fedmllm.data.captions import THEMES, TONES
-from fedmllm.data.synthetic import CRISIS_CLASSES, SyntheticCrisis, SyntheticIrony, crisis_row, irony_row
+from fedmllm.data.crisismmd import CHOICES as CRISIS_CLASSES
+from fedmllm.data.synthetic import SyntheticCrisis, SyntheticIrony, crisis_row, irony_row
 from fedmllm.rng import stream
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -6,7 +6,6 @@ captions. A label is a joint function of picture and text; either alone only mak
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -14,13 +13,16 @@ import sys
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from fedmllm.data import Dataset, Rows, Split
+from fedmllm.data import Dataset, Rows, Split, crisismmd, hateful_memes
 from fedmllm.data.captions import caption, tweet
+from fedmllm.data.crisismmd import CrisisMMD
+from fedmllm.data.hateful_memes import HatefulMemes
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, draw, pick
 from fedmllm.rng import stream
 from fedmllm.types import Example, Modality
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 VERSION = 2  # part of the folder's name: raise it with any change of what is drawn
+
+IRONY_QUESTION = "Is the content ironic?"
+IRONY_CHOICES = ("sincere", "ironic")
 
 # (face, tone) -> share of the rows. The caption is ironic where its tone contradicts the face (40 % of the rows).
 # Ironic rows are a little more often a frown under good words than the reverse, and never calm or plain: a weak
@@ -48,16 +53,6 @@ _CONTRADICTIONS = {("smile", "bad"), ("frown", "good")}
 _NIGHT_RATE = {True: 0.50, False: 0.30}  # by irony: a second weak signal in the picture,
 _SURE_RATE = {True: 0.35, False: 0.15}  # and in the text ("sure , what a lovely day")
 
-CRISIS_CLASSES = (
-    "affected_individuals",
-    "infrastructure_and_utility_damage",
-    "injured_or_dead_people",
-    "missing_or_found_people",
-    "rescue_volunteering_or_donation_effort",
-    "vehicle_damage",
-    "other_relevant_information",
-    "not_humanitarian",
-)
 _KIND = {"person": "figure", "tent": "shelter", "house": "shelter", "car": "vehicle", "boat": "vehicle"}  # else goods
 # (kind of thing, theme of the tweet) -> index of the class. Only "play" says the class by itself.
 _CRISIS: Mapping[tuple[str, str], int] = {
@@ -140,14 +135,20 @@ class SyntheticIrony(_Synthetic):
         return ("auc", "auc_hard", "accuracy")
 
     def load(self, split: Split) -> Rows:
-        path = self.folder() / f"{_HATEFUL_MEMES_FILE[split]}.jsonl"
-        return Rows(tuple(_irony_example(path, i, json.loads(line)) for i, line in enumerate(_lines(path), 1)))
+        rows = HatefulMemes(root=self.folder(), on_bad_row=self.on_bad_row).load(split)
+        return Rows(tuple(self._example(example) for example in rows.examples), rows.skipped)
+
+    def _example(self, row: Example) -> Example:
+        """The same row, asked about irony."""
+        answer = IRONY_CHOICES[hateful_memes.CHOICES.index(row.answer)]
+        columns = {**row.columns, "set": self.name}
+        return replace(row, question=IRONY_QUESTION, choices=IRONY_CHOICES, answer=answer, columns=columns)
 
     def _write(self, folder: Path) -> None:
         (folder / "img").mkdir()
         number = 0
         for split, size in self._sizes().items():
-            with (folder / f"{_HATEFUL_MEMES_FILE[split]}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            with (folder / hateful_memes.FILES[split]).open("w", encoding="utf-8", newline="\n") as file:
                 for index in range(size):
                     number += 1
                     rng = self._rng(split, index)
@@ -167,15 +168,15 @@ class SyntheticCrisis(_Synthetic):
         return ("macro_f1", "accuracy")
 
     def load(self, split: Split) -> Rows:
-        root = self.folder()
-        path = root / _CRISISMMD_FOLDER / _CRISISMMD_FILE[split]
-        rows = csv.DictReader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
-        return Rows(tuple(_crisis_example(root, path, i, row) for i, row in enumerate(rows, 2)))
+        rows = CrisisMMD(root=self.folder(), on_bad_row=self.on_bad_row).load(split)
+        named = (replace(row, columns={**row.columns, "set": self.name}) for row in rows.examples)
+        return Rows(tuple(named), rows.skipped)
 
     def _write(self, folder: Path) -> None:
         images = Path("data_image/toy_town/1_1_2025")
         (folder / images).mkdir(parents=True)
-        (folder / _CRISISMMD_FOLDER).mkdir()
+        tables = folder / "crisismmd_datasplit_all"
+        tables.mkdir()
         number = 10**17  # tweet ids have 18 digits
         for split, size in self._sizes().items():
             lines = ["\t".join(_CRISISMMD_COLUMNS)]
@@ -185,12 +186,12 @@ class SyntheticCrisis(_Synthetic):
                 scene, text, label = crisis_row(rng)
                 image = (images / f"{number}_0.png").as_posix()
                 draw(scene, rng).save(folder / image, compress_level=1)
-                name = CRISIS_CLASSES[label]
+                name = crisismmd.CHOICES[label]
                 tweet_text = f"{text} https://t.co/{number % 10**6}"  # real tweets end so; readers drop it
                 lines.append("\t".join(
                     ("toy_town", str(number), f"{number}_0", tweet_text, image, name, name, name, "Positive")
                 ))  # fmt: skip
-            path = folder / _CRISISMMD_FOLDER / _CRISISMMD_FILE[split]
+            path = tables / f"task_humanitarian_text_img_{crisismmd.SPLITS[split]}.tsv"
             path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
@@ -214,42 +215,7 @@ def crisis_row(rng: np.random.Generator) -> tuple[Scene, str, int]:
     return scene, tweet(theme, rng), _CRISIS[kind, theme]
 
 
-_HATEFUL_MEMES_FILE: Mapping[Split, str] = {"train": "train", "validation": "dev_seen", "test": "test_seen"}
-_CRISISMMD_FOLDER = "crisismmd_datasplit_all"
-_CRISISMMD_FILE: Mapping[Split, str] = {
-    "train": "task_humanitarian_text_img_train.tsv",
-    "validation": "task_humanitarian_text_img_dev.tsv",
-    "test": "task_humanitarian_text_img_test.tsv",
-}
 _CRISISMMD_COLUMNS = (
     "event_name", "tweet_id", "image_id", "tweet_text", "image", "label", "label_text", "label_image",
     "label_text_image",
 )  # fmt: skip
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
-
-
-def _irony_example(path: Path, line: int, row: Mapping[str, object]) -> Example:
-    choices = ("not-ironic", "ironic")
-    return Example(
-        id=str(row["id"]),
-        fields={"image": (path.parent / str(row["img"]),), "text": str(row["text"])},
-        question="Is the content ironic?",
-        choices=choices,
-        answer=choices[int(str(row["label"]))],
-        where=f"{path}:{line}",
-    )
-
-
-def _crisis_example(root: Path, path: Path, line: int, row: Mapping[str, str]) -> Example:
-    words = [word for word in row["tweet_text"].split() if not word.startswith("http")]
-    return Example(
-        id=row["image_id"],
-        fields={"image": (root / row["image"],), "text": " ".join(words)},
-        question="Which category does the content belong to?",
-        choices=CRISIS_CLASSES,
-        answer=row["label_image"],
-        where=f"{path}:{line}",
-    )
