@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from fedmllm.types import Conversation, Named, Params, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+os.environ.setdefault("USE_HUB_KERNELS", "NO")  # else transformers asks the network for kernels at a model's first pass
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as FAMILIES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import logging
 
-from fedmllm.backbones import FromFolder
-from fedmllm.types import FedmllmError, nearest
+from fedmllm.backbones import FromFolder, nf4
+from fedmllm.types import ConfigError, FedmllmError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 OURS = {"minicpmv": "MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5, by our port"}  # model_type of config.json
 
 
@@ -30,9 +36,47 @@ def load_base(spec: FromFolder) -> tuple[PreTrainedModel, Any, Callable[[], str]
     """(frozen model on its device, processor, digest). The global random state is left as it was."""
     folder = find(spec.path)
     family = family_of(folder)
-    with torch.random.fork_rng():
-        model = load_model(folder, family, DTYPES[spec.precision.base]).to(spec.device)
-    return model, load_processor(folder, family), lambda: digest(folder)
+    device = device_of(spec.device)
+    with torch.random.fork_rng(), _quiet(), _offline():
+        model = load_model(folder, family, spec, device)
+        processor = load_processor(folder, family)
+    return model, processor, lambda: digest(folder)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that the user names. Raises ConfigError where it is not here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"backbone.device: got {name!r}; such as 'cpu', 'cuda', 'cuda:1'") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"backbone.device: got {name!r}, but this machine shows {count} CUDA devices; use 'cpu'")
+    return device
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and loading report: what does not fit is raised, not printed."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Libraries that would look something up by themselves find the network switched off."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def find(path: str) -> Path:
@@ -68,23 +112,31 @@ def family_of(folder: Path) -> str:
     return str(family)
 
 
-def load_model(folder: Path, family: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(folder: Path, family: str, spec: FromFolder, device: torch.device) -> PreTrainedModel:
     """The model with every weight from the folder's safetensors, or an error that names those that do not fit."""
     if not list(folder.glob("*.safetensors")):
         raise FedmllmError(f"{folder}: no *.safetensors; weights in other formats are not read (they may run code)")
+    nf4.check(folder, spec.precision.base)
+    four_bits = spec.precision.base == "nf4"
+    dtype = nf4.compute_dtype(device) if four_bits else DTYPES[spec.precision.base]
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    options |= nf4.options(folder, family, device, spec.lora.train_extra) if four_bits else {}
+    kind: Any = AutoModelForImageTextToText
     if family in OURS:
-        from fedmllm.backbones.minicpmv2 import MiniCPMV2ForConditionalGeneration as Model
-    else:
-        Model = AutoModelForImageTextToText
-    model, info = Model.from_pretrained(str(folder), output_loading_info=True, **options)
+        from fedmllm.backbones.minicpmv2 import MiniCPMV2ForConditionalGeneration
+
+        kind = MiniCPMV2ForConditionalGeneration
+    try:
+        model, info = kind.from_pretrained(str(folder), output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise FedmllmError(f"{folder}: its weights cannot be loaded ({family}): {error}") from error
     odd = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(odd.values()):
-        listed = "; ".join(
-            f"{len(names)} {kind.replace('_', ' ')}: {names[:3]}" for kind, names in odd.items() if names
-        )
-        raise FedmllmError(f"{folder}: the weights are not those of its config.json ({family}): {listed}")
-    return cast("PreTrainedModel", model)
+        listed = [f"{len(names)} {kind.replace('_', ' ')}: {names[:3]}" for kind, names in odd.items() if names]
+        raise FedmllmError(f"{folder}: the weights are not those of its config.json ({family}): {'; '.join(listed)}")
+    if four_bits:
+        nf4.keep_trainable(model, dtype)
+    return cast("PreTrainedModel", model if four_bits else model.to(device))
 
 
 def load_processor(folder: Path, family: str) -> Any:
@@ -141,9 +193,15 @@ class NoVideo:
 
 
 def digest(folder: Path) -> str:
-    """sha256 over config.json and every weight file, by name."""
-    h = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        with file.open("rb") as stream:
-            h.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return h.hexdigest()
+    """sha256 over config.json and every weight file, by name; files are read side by side, once in a process."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        hashes = list(pool.map(lambda f: _file_digest(f, f.stat().st_size, f.stat().st_mtime_ns), files))
+    lines = [f"{file.name} {hash_}" for file, hash_ in zip(files, hashes, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

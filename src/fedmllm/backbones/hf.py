@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedmllm.backbones import Backbone, BackboneSpec, Batch, FromFolder, Row
+from fedmllm.backbones.checkpointing import Checkpointing
 from fedmllm.backbones.decode import Decoder
 from fedmllm.backbones.dropout import seed_tensor
 from fedmllm.backbones.encode import IGNORED, Encoder
@@ -78,6 +79,9 @@ class TransformersBackbone(Backbone):
         self._live = parameters_by_saved_name(self.model)
         frozen = all(name.startswith(f"base_model.model.{self.decoder}.") for name in self._live)
         self.features = ImageFeatures(self.base, spec.keep_image_features_mb, frozen)
+        self._checkpointing = Checkpointing(
+            model.get_submodule(self.decoder), self._seeds, spec.precision.gradient_checkpointing
+        )
         self._decoder = Decoder(self)
 
     @cached_property
@@ -138,7 +142,7 @@ class TransformersBackbone(Backbone):
         target_BL = torch.cat([batch["labels"][:, 1:], batch["labels"][:, :1].fill_(IGNORED)], dim=1)
         keep_BL = target_BL != IGNORED
         seeds_B = None if dropout_seeds is None else seed_tensor(dropout_seeds, self.device)
-        with self._seeds.set(seeds_B):
+        with self._seeds.set(seeds_B), self._checkpointing.on():
             logits_NV, _ = self.logits(batch, keep_BL, use_cache=False)
         nll_N = nn.functional.cross_entropy(at_least_float32(logits_NV), target_BL[keep_BL], reduction="none")
         row_N = keep_BL.nonzero()[:, 0]

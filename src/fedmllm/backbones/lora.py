@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from fedmllm.backbones import Lora
 from fedmllm.backbones.dropout import RowDropout, Seeds, dropout_mask, module_key, seed_tensor
+from fedmllm.backbones.extra import extra_modules, widen
 from fedmllm.rng import torch_stream
 from fedmllm.tensors import same_names
-from fedmllm.types import ConfigError, FedmllmError, Params, nearest
+from fedmllm.types import ConfigError, FedmllmError, Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,31 +105,19 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, base: str) -> tuple[
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         target_modules=targets,
-        modules_to_save=list(extra_modules(model, lora.train_extra)) or None,
+        modules_to_save=extra_modules(model, lora.train_extra) or None,
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
     model.requires_grad_(False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for names that it will drop
         peft = get_peft_model(model, config)
     peft.peft_config["default"].base_model_name_or_path = base
+    widen(peft, model.dtype)
     _initialise(peft, seed)
     return peft, _own_dropout(peft, lora.dropout)
-
-
-def extra_modules(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The full names of the modules that `train_extra` means, each by its last part or whole name."""
-    known = {name: module for name, module in model.named_modules() if name}
-    chosen = []
-    for name in names:
-        fits = [full for full in known if full == name or full.endswith("." + name)]
-        if len(fits) != 1:
-            last = sorted({full.rsplit(".", 1)[-1] for full in known if not full[-1].isdigit()})
-            found = f"{len(fits)} modules are called so: {fits[:3]}" if fits else "no module is called so"
-            raise ConfigError(f"lora.train_extra: {name!r}: {found}{nearest(name, last)}")
-        chosen.append(fits[0])
-    return tuple(chosen)
 
 
 def _initialise(peft: PeftModel, seed: int) -> None:

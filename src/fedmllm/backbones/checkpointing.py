@@ -1,0 +1,50 @@
+"""Gradient checkpointing of the language model: a layer's activations are computed again instead of kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedmllm.backbones.dropout import Seeds
+from fedmllm.types import ConfigError
+
+
+class Checkpointing:
+    """The layers of `decoder`, checkpointed while `on()` is open and gradients are wanted.
+
+    transformers checkpoints layers in training mode only. Here the base never trains, so that its own dropout stays off:
+    the flag is set on the layers themselves, not on what lies in them.
+    """
+
+    def __init__(self, decoder: nn.Module, seeds: Seeds, wanted: bool) -> None:
+        self._layers = [m for m in decoder.modules() if wanted and isinstance(m, GradientCheckpointingLayer)]
+        if wanted and not self._layers:
+            raise ConfigError(
+                f"precision.gradient_checkpointing: {type(decoder).__name__} has no layers that can do it"
+            )
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), seeds.set(seeds.current)  # the second pass drops what the first one dropped
+
+        for layer in self._layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(
+                checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            )
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        active = self._layers if torch.is_grad_enabled() else []
+        for layer in active:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in active:
+                layer.training = False

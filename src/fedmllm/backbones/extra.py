@@ -1,0 +1,79 @@
+"""Whole modules that are trained and sent beside LoRA, as the reference did with embeddings and resampler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from fedmllm.types import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def extra_modules(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:
+    """The full names of the modules that `train_extra` means, each by its whole name or its last part.
+
+    Raises:
+        ConfigError: none or several are called so, or one shares its weights with another module.
+    """
+    known = {name: module for name, module in model.named_modules() if name}
+    chosen = []
+    for name in names:
+        fits = [full for full in known if full == name or full.endswith("." + name)]
+        if len(fits) != 1:
+            last = sorted({full.rsplit(".", 1)[-1] for full in known if not full[-1].isdigit()})
+            found = f"{len(fits)} modules are called so: {fits[:3]}" if fits else "no module is called so"
+            raise ConfigError(f"lora.train_extra: {name!r}: {found}{nearest(name, last)}")
+        if not all(parameter.is_floating_point() for parameter in known[fits[0]].parameters()):
+            raise ConfigError(
+                f"lora.train_extra: {fits[0]!r} is held in four bits in this folder and cannot be trained whole"
+            )
+        mine = {id(parameter) for parameter in known[fits[0]].parameters()}
+        shared = [
+            full
+            for full, module in known.items()
+            if not _within(full, fits[0]) and not _within(fits[0], full) and _own(module) & mine
+        ]
+        if shared:
+            raise ConfigError(f"lora.train_extra: {fits[0]!r} shares its weights with {shared[0]!r}: they would part")
+        chosen.append(fits[0])
+    return chosen
+
+
+def _within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(outer + ".")
+
+
+def _own(module: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in module.parameters(recurse=False)}
+
+
+def widen(peft: PeftModel, dtype: torch.dtype) -> None:
+    """Hold the trained copies in at least float32, whatever the base: an AdamW step is lost in bfloat16's rounding.
+
+    Such a module computes in float32; what comes out has the base's type again.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return
+    for wrapper in peft.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            copy = wrapper.modules_to_save["default"].float()
+            copy.register_forward_pre_hook(
+                lambda _, args, kwargs: (_cast(args, torch.float32), _cast(kwargs, torch.float32)), with_kwargs=True
+            )
+            copy.register_forward_hook(lambda _module, _args, output: _cast(output, dtype))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(v, dtype) for v in value)
+    if type(value) is dict:
+        return {key: _cast(v, dtype) for key, v in value.items()}
+    return value
