@@ -21,6 +21,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Aggregator(Named):
     """params and state before the round, the clients' updates -> params and state after it."""
 
+    def least_updates(self) -> int:
+        """How many updates a round must have for the formula to mean something."""
+        return 1
+
     def init(self, params: Params) -> State:
         return {}
 

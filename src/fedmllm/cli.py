@@ -23,7 +23,9 @@ app = typer.Typer(
 )
 
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file.", metavar="EXPERIMENT.toml")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set aggregator.lr=1e-2", metavar="A.B=V")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: --set aggregator.lr=1e-2", metavar="A.B=V")
+]
 Out = Annotated[Path | None, typer.Option(help="Folder for record, summary and adapter. Default: runs/RUN_ID.")]
 
 
@@ -41,6 +43,9 @@ def run(
     set_: Set = None,
     seed: Annotated[int | None, typer.Option(help="Override the experiment's seed.", min=0)] = None,
     out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
+    ] = False,
 ) -> None:
     """Run one experiment: data x scenario x prompt x backbone x objective x aggregator x rounds."""
     from fedmllm.config import Experiment
@@ -50,10 +55,15 @@ def run(
     from fedmllm.display import Bars, show_table
     from fedmllm.runs import run as start
 
-    with Bars() as bars:
-        rows = start(settings, out, [bars])
+    folder = out or Path("runs") / settings.run_id()
+    try:
+        with Bars() as bars:
+            rows = start(settings, folder, [bars], resume)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same with --out {folder} --resume goes on from the last finished round", err=True)
+        raise typer.Exit(130) from None
     show_table(rows)
-    typer.echo(f"record: {out or Path('runs') / settings.run_id()}")
+    typer.echo(f"record: {folder}")
 
 
 app.add_typer(data_cli.app)

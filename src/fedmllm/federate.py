@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 from fedmllm.aggregators import Aggregator
@@ -29,21 +31,30 @@ class Progress:
 
 def federate(
     progress: Progress, engine: Engine, aggregator: Aggregator, cohorts: Callable[[int], list[int]], num_rounds: int,
-    screen: Screen,
+    screen: Screen, drops_out: Callable[[int, int], bool] | None = None,
 ) -> Iterator[Progress]:  # fmt: skip
     """Yield the state after each round from `progress.round + 1` to `num_rounds`.
 
-    Raises FedmllmError for an update that may not be averaged, where screen.on_bad_update = "fail".
+    `drops_out` (round, client) says who of a cohort receives the adapter and then gives no answer.
+
+    Raises FedmllmError for an update that may not be averaged, where screen.on_bad_update = "fail", and for a global
+    adapter that would no longer be finite: no round that is yielded holds NaN or Inf.
     """
     params, state = progress.params, progress.state
     for round_ in range(progress.round + 1, num_rounds + 1):
         began, cohort = time.perf_counter(), cohorts(round_)
-        intake = Intake(screen, params, round_)
+        away = [client for client in cohort if drops_out(round_, client)] if drops_out else []
+        intake = Intake(screen, params, round_, cohort, away)
         try:
-            updates = intake.timed(engine, params, round_, cohort)
+            updates = intake.timed(engine, params, round_, [client for client in cohort if client not in away])
             params, state = aggregator.apply(params, state, intake.checked(updates))
         except NothingToAverage as error:
             intake.note = f"the global adapter stays as it was: {error}"
+        if not (is_finite(params) and all(map(is_finite, state.values()))):
+            raise FedmllmError(
+                f"round {round_}: {aggregator.name} made NaN or Inf of finite updates: the federation diverges; "
+                "lower aggregator.lr or train.lr, or set screen.max_norm"
+            )
         wall_s = time.perf_counter() - began
         times = {"server_s": wall_s - intake.engine_s, "wall_s": wall_s}
         yield Progress(round_, params, state, {"round": round_, "cohort": cohort, **intake.log(), **times})
@@ -52,8 +63,11 @@ def federate(
 class Intake:
     """The updates of one round on their way to the aggregator: checked, counted and named, one at a time."""
 
-    def __init__(self, screen: Screen, params: Params, round_: int) -> None:
+    def __init__(
+        self, screen: Screen, params: Params, round_: int, cohort: Sequence[int], away: Sequence[int] = ()
+    ) -> None:
         self._screen, self._params, self._round = screen, params, round_
+        self._cohort, self._away, self._awaited = cohort, away, set(cohort).difference(away)
         self._clients: list[dict[str, Any]] = []
         self._dropped: list[dict[str, Any]] = []
         self._up_bytes = self._up_lora_bytes = 0
@@ -65,7 +79,7 @@ class Intake:
     ) -> Iterator[ClientUpdate | ClientFailure]:
         """The engine's updates as they come, whether it computes them at once or one by one."""
         began = time.perf_counter()
-        for update in engine(params, round_, cohort):
+        for update in engine(params, round_, cohort) if cohort else ():
             self.engine_s += time.perf_counter() - began
             yield update
             began = time.perf_counter()
@@ -76,38 +90,54 @@ class Intake:
             if isinstance(update, ClientUpdate):
                 self._up_bytes += num_bytes(update.delta)
                 self._up_lora_bytes += lora_bytes(update.delta)
-            if reason := self._fault(update):
-                if self._screen.on_bad_update == "fail":
-                    raise FedmllmError(
-                        f"round {self._round}, client {update.client}: {reason}; nothing was averaged. "
-                        'screen.on_bad_update = "drop_client" leaves such clients out'
-                    )
-                self._dropped.append({"client": update.client, "reason": reason})
+            size = norm(update.delta) if isinstance(update, ClientUpdate) else 0.0
+            if reason := self._fault(update, size):
+                self._leave_out(update.client, reason)
             elif isinstance(update, ClientUpdate):
-                entry = {"client": update.client, "num_examples": update.num_examples, "norm": norm(update.delta)}
+                entry = {"client": update.client, "num_examples": update.num_examples, "norm": size}
                 self._clients.append({**entry, **update.metrics})
                 yield update
+        for client in sorted(self._awaited):
+            self._leave_out(client, "it gave no answer")
 
-    def _fault(self, update: ClientUpdate | ClientFailure) -> str:
+    def _leave_out(self, client: int, reason: str) -> None:
+        if self._screen.on_bad_update == "fail":
+            raise FedmllmError(
+                f"round {self._round}, client {client}: {reason}; nothing was averaged. "
+                'screen.on_bad_update = "drop_client" leaves such clients out'
+            )
+        self._dropped.append({"client": client, "reason": reason})
+
+    def _fault(self, update: ClientUpdate | ClientFailure, size: float) -> str:
+        """Why an update may not be averaged; "" = it may. Everything here may come from another machine."""
+        if update.client not in self._awaited:
+            asked = update.client in self._cohort
+            return "it answered twice" if asked else f"it was not asked; the cohort is {list(self._cohort)}"
+        self._awaited.remove(update.client)
         if isinstance(update, ClientFailure):
             return update.reason
         try:
             same_names(self._params, update.delta)
         except FedmllmError as error:
             return str(error)
-        if not is_finite(update.delta):
+        if odd := [n for n, d in update.delta.items() if d.dtype != self._params[n].dtype]:
+            return f"the type of {odd[0]} is {update.delta[odd[0]].dtype}, not {self._params[odd[0]].dtype}"
+        if not math.isfinite(size):
             return "its delta holds NaN or Inf"
-        if (loss := update.metrics.get("loss", 0.0)) - loss != 0:
-            return f"its loss is {loss}"
-        limit, size = self._screen.max_norm, norm(update.delta)
+        if odd := [k for k, v in update.metrics.items() if not (isinstance(v, int | float) and math.isfinite(v))]:
+            return f"its {odd[0]} is {update.metrics[odd[0]]}"
+        if not (isinstance(update.num_examples, Integral) and 0 <= update.num_examples < 2**53):
+            return f"its number of rows is {update.num_examples!r}"
+        limit = self._screen.max_norm
         return f"the norm of its delta is {size:.4g}, over screen.max_norm = {limit:.4g}" if 0 < limit < size else ""
 
     def log(self) -> dict[str, Any]:
-        asked = len(self._clients) + len(self._dropped)
+        asked = len(self._cohort)
         up = {"up_bytes": self._up_bytes, "up_lora_bytes": self._up_lora_bytes}
         down = {"down_bytes": asked * num_bytes(self._params), "down_lora_bytes": asked * lora_bytes(self._params)}
         note = {"note": self.note} if self.note else {}
-        return {"clients": self._clients, "dropped": self._dropped, **up, **down, **note}
+        away = {"away": list(self._away)} if self._away else {}
+        return {"clients": self._clients, "dropped": self._dropped, **away, **up, **down, **note}
 
 
 def cohorts(

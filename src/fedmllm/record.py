@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,20 +18,76 @@ Sink: TypeAlias = Callable[[Event], None]  # a record file, a progress bar, a tr
 
 
 class Record:
-    """`record.jsonl` in a run's folder. A line is written whole and at once, so a stopped run leaves a readable file."""
+    """`record.jsonl` in a run's folder. A line is written whole and at once, so a stopped run leaves a readable file.
+
+    Raises FedmllmError where it cannot be written, or where another process is writing it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+        except OSError as error:
+            raise FedmllmError(f"{path}: cannot be written: {error.strerror}") from error
+        if not _lock(self._file.fileno()):
+            self._file.close()
+            raise FedmllmError(f"{path}: another run is writing it; wait for that one, or choose another --out")
 
     def __call__(self, event: Event) -> None:
         line = json.dumps({**event, "time": round(time.time(), 3)}, default=str, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise FedmllmError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def num_bytes(self) -> int:
+        """Length of the file."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def truncate(self, num_bytes: int) -> None:
+        """Forget all lines behind the first `num_bytes`. One operation of the file system: done or not done."""
+        if num_bytes > self.num_bytes():
+            raise FedmllmError(
+                f"{self.path}: has {self.num_bytes()} bytes, but had {num_bytes} when the checkpoint was written: "
+                "it was cut or replaced since, so it cannot be continued"
+            )
+        self._file.truncate(num_bytes)
+
+    def sync(self) -> None:
+        """Until it is on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk was reported by the write that met it
+            self._file.close()
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether this process alone may write; the lock ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs in one folder are then not noticed
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True
+
+
+def sync(path: Path) -> None:
+    """Until a file's content, or a folder's entries, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot, and writes entries through
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def finite(value: float | None) -> float | None:
@@ -58,3 +115,4 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    sync(path.parent)

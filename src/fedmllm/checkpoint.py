@@ -1,0 +1,248 @@
+"""A run's state after a round, on disk: written whole or not at all, read back to the bit or refused. No pickle anywhere.
+
+checkpoints/round-0007/adapter_model.safetensors   the global adapter: with adapter_config.json a folder that PEFT loads
+                       state.safetensors           the aggregator's memory, tensor "KEY/NAME"; absent where it has none
+                       state.json                  all else (`Book`); the others' digests, so that damage is seen
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedmllm.record import sync
+from fedmllm.tensors import is_finite
+from fedmllm.totals import Totals
+from fedmllm.types import FedmllmError, Params, Spec, State
+
+ADAPTER, CONFIG, STATE, BOOK = "adapter_model.safetensors", "adapter_config.json", "state.safetensors", "state.json"
+FOLDER = re.compile(r"round-([0-9]{4,9})")
+DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+LARGEST_BOOK = 16 * 2**20  # bytes; a real one has some thousands
+
+
+class Best(Spec):
+    """The best adapter so far on the validation rows."""
+
+    number: NonNegativeInt  # of its checkpoint
+    round: NonNegativeInt
+    value: float
+
+
+class Book(Spec):
+    """`state.json`: where a run stands, apart from tensors. It names no file outside its folder."""
+
+    schema_version: Literal[1] = 1
+    round: NonNegativeInt  # of the federation at hand; `totals.num_rounds` counts over all of a run's federations
+    client: NonNegativeInt | None  # whose federation of one it is, for method "local"
+    totals: Totals
+    results: tuple[dict[str, dict[str, float | None]], ...]  # of the clients that are done, for method "local"
+    best: Best | None  # before this round was judged
+    wall_s: NonNegativeFloat
+    record_bytes: NonNegativeInt  # length of record.jsonl up to and with this round's line
+    settings: dict[str, Any]  # those that change results
+    digests: dict[str, str]  # of rows, partition, base
+    versions: dict[str, str]
+    state_keys: tuple[str, ...] = ()
+    files: dict[Literal["adapter_model.safetensors", "adapter_config.json", "state.safetensors"], str] = {}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read: `like` of `Checkpoints.read` says how its tensors must look."""
+
+    folder: Path
+    book: Book
+    params: Params
+    state: State
+
+
+class Checkpoints:
+    """The checkpoints of one run. A thread writes them, so that the disk's time is not the round's.
+
+    When the next one is handed over, the one before is on the disk: a power cut or kill costs the round at hand and, at
+    most, the one whose checkpoint was just being written.
+    """
+
+    def __init__(self, folder: Path, keep: int, config: bytes, sync_record: Callable[[], None]) -> None:
+        self.folder, self._keep, self._config, self._sync_record = folder, keep, config, sync_record
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, book: Book, params: Params, state: State) -> None:
+        """Hand one over to be written. Raises FedmllmError where the one before could not be."""
+        self.wait()
+        self._pending = self._writer.submit(self._write, book, params, state)
+
+    def wait(self) -> None:
+        """Until all that was handed over is on the disk. Raises FedmllmError where that failed."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread; what it is writing is finished first."""
+        self._writer.shutdown()
+
+    def _write(self, book: Book, params: Params, state: State) -> None:
+        final = self.folder / f"round-{book.totals.num_rounds:04d}"
+        partial = final.with_name(f".{final.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            files = {ADAPTER: save(_copied(params), {"format": "pt"}), CONFIG: self._config}
+            if state:
+                named = {f"{key}/{name}": t for key, tree in state.items() for name, t in tree.items()}
+                files[STATE] = save(_copied(named))
+            digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+            full = Book.model_validate({**dict(book), "files": digests, "state_keys": tuple(state)})
+            files[BOOK] = full.model_dump_json(indent=1).encode()
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
+            for name in files:  # after all are written: the first sync then carries most of the work
+                sync(partial / name)
+            sync(partial)
+            self._sync_record()
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            sync(self.folder)
+            self._prune(book)
+        except OSError as error:
+            left = max(self.numbers(), default=None)
+            last = f"the last one is {self.path(left)}" if left is not None else "there is none yet"
+            raise FedmllmError(
+                f"checkpoint {final} cannot be written: {error.strerror or error}; {last}. "
+                "When there is room again, --resume goes on from there"
+            ) from error
+
+    def _prune(self, newest: Book) -> None:
+        """Remove all but the last ones and the best that each of these names: a resume from any of them needs it."""
+        last = sorted(self.numbers())[-self._keep :]
+        best = {book.best.number for n in last if (book := read_book(self.path(n))).best}
+        for number in self.numbers():
+            if number not in last and number not in best:
+                shutil.rmtree(self.path(number), ignore_errors=True)
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"round-{number:04d}"
+
+    def numbers(self) -> list[int]:
+        return numbers(self.folder)
+
+
+def numbers(folder: Path) -> list[int]:
+    """The rounds that have a checkpoint in `folder`, which may not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(found[1]) for entry in folder.iterdir() if (found := FOLDER.fullmatch(entry.name)))
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the last round; None where there is none."""
+    found = numbers(folder)
+    return folder / f"round-{found[-1]:04d}" if found else None
+
+
+def read_book(folder: Path) -> Book:
+    """`state.json` of a checkpoint. Raises FedmllmError naming the file and what is wrong with it."""
+    path = folder / BOOK
+    try:
+        if path.stat().st_size > LARGEST_BOOK:
+            raise FedmllmError(f"{path}: {path.stat().st_size} bytes; a checkpoint's is never over {LARGEST_BOOK}")
+        return Book.model_validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise FedmllmError(f"{path}: cannot be read: {error.strerror}{_advice(folder)}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:200] or "whole file"
+        raise FedmllmError(f"{path}: {place}: {first['msg']}{_advice(folder)}") from None
+
+
+def read(folder: Path, like: Params, init: State) -> Checkpoint:
+    """A checkpoint, every byte of it checked against its digests, every tensor against the run that wants it.
+
+    Args:
+        folder: Of one round.
+        like: The adapter before training: names, shapes, types, and the order of the names.
+        init: The aggregator's state before training; a key that comes later holds tensors like the adapter's.
+    """
+    book = read_book(folder)
+    for name in (ADAPTER, STATE) if book.state_keys else (ADAPTER,):
+        try:
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise FedmllmError(f"{folder / name}: cannot be read: {error.strerror}{_advice(folder)}") from None
+        if found != book.files.get(name):  # type: ignore[call-overload]
+            raise FedmllmError(
+                f"{folder / name}: damaged: it is not what the checkpoint's digest says{_advice(folder)}"
+            )
+    params = read_tensors(folder / ADAPTER, like)
+    state: State = {}
+    if book.state_keys:
+        layout = {f"{key}/{n}": t for key in book.state_keys for n, t in init.get(key, like).items()}
+        flat = read_tensors(folder / STATE, layout)
+        state = {key: {n: flat[f"{key}/{n}"] for n in init.get(key, like)} for key in book.state_keys}
+    return Checkpoint(folder, book, params, state)
+
+
+def read_tensors(path: Path, like: Mapping[str, Tensor]) -> Params:
+    """A safetensors file from anywhere, in the order of `like`.
+
+    The header is compared before a byte of data is read. Raises FedmllmError for a file that is not safetensors, is cut
+    short, whose names, shapes or types are not those of `like`, or that holds NaN or Inf.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            there = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in there.items()}
+            wanted = {name: (tuple(t.shape), DTYPES[str(t.dtype).removeprefix("torch.")]) for name, t in like.items()}
+            if found != wanted:
+                raise FedmllmError(f"{path}: {_mismatch(found, wanted)}")
+            tensors = {name: file.get_tensor(name) for name in like}
+    except (SafetensorError, OSError) as error:
+        raise FedmllmError(f"{path}: not a whole safetensors file: {error}") from None
+    odd = [name for name, tensor in tensors.items() if not is_finite({name: tensor})]
+    if odd:
+        raise FedmllmError(f"{path}: {odd[0]} holds NaN or Inf ({len(odd)} tensors do)")
+    return tensors
+
+
+def read_adapter(place: Path, like: Params) -> Params:
+    """An adapter from a PEFT folder, or its safetensors file, for a backbone whose `lora()` is `like`."""
+    return read_tensors(place / ADAPTER if place.is_dir() else place, like)
+
+
+def _mismatch(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    kinds = {"unknown": found.keys() - wanted.keys(), "missing": wanted.keys() - found.keys()}
+    said = [f"{len(names)} {kind} tensors, such as {min(names)[:200]!r}" for kind, names in kinds.items() if names]
+    odd = sorted(name for name in found.keys() & wanted.keys() if found[name] != wanted[name])
+    if odd:
+        is_, should = (f"{list(shape)} {dtype}" for shape, dtype in (found[odd[0]], wanted[odd[0]]))
+        said.append(f"{odd[0]} is {is_}, should be {should} ({len(odd)} such)")
+    return "; ".join(said)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses shared memory
+
+
+def _advice(folder: Path) -> str:
+    others = [n for n in numbers(folder.parent) if folder.name != f"round-{n:04d}"]
+    earlier = f"delete {folder} to go on from round-{others[-1]:04d}" if others else "there is no other checkpoint"
+    return f"; {earlier}"
+
+
+__all__ = ["Best", "Book", "Checkpoint", "Checkpoints", "newest", "read", "read_adapter", "read_book", "read_tensors"]
