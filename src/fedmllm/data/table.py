@@ -118,6 +118,8 @@ class Table(Dataset):
 
     @model_validator(mode="after")
     def _shows_something(self) -> Table:
+        for named in filter(None, (self.train, self.validation, self.test)):
+            self.form_of(named)
         if not self.modalities():
             raise ConfigError('data.columns: name the column of the images or texts: columns = { image = "scan" }')
         return self
