@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from fedmllm.backbones.hf import TransformersBackbone
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
@@ -185,6 +187,9 @@ FAMILIES: dict[str, tuple[Callable[[Mapping[str, int]], dict[str, Any]], dict[st
 }
 
 
+PORTS = {"minicpmv2.6": "minicpmv26", "minicpm-llama3-v2.5": "minicpmllama3v25"}  # their folders in ../shared/parity
+
+
 def write(family: str, folder: Path) -> Path:
     """The folder of a random model, whose weights are large enough that every input moves its logits."""
     make, named = FAMILIES[family]
@@ -213,3 +218,13 @@ def _randomise(model: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=1.0 / math.sqrt(parameter.shape[-1]))
         else:
             torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+
+
+def stirred(backbone: TransformersBackbone) -> TransformersBackbone:
+    """With LoRA that does something: B drawn instead of zero."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = {
+        n: torch.randn(t.shape, generator=generator) * 0.1 if ".lora_B." in n else t for n, t in backbone.lora().items()
+    }
+    backbone.set_lora(drawn)
+    return backbone

@@ -41,10 +41,6 @@ class Decoder:
     def __init__(self, backbone: TransformersBackbone) -> None:
         self._backbone = backbone
         self._encoder = backbone.encoder
-        ends = backbone.base.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
-        eos = self._encoder.tokenizer.eos_token_id
-        self._ends = sorted({self._encoder.end_of_turn, *ends, *([] if eos is None else [eos])})
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Conversation], choices: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -184,7 +180,7 @@ class Decoder:
 
     def _generate_pass(self, rows: Sequence[Row], max_new_tokens: int) -> list[list[int]]:
         past = self._prefill(rows)
-        ends = torch.tensor(self._ends, device=self._backbone.device)
+        ends = torch.tensor(self._backbone.ends, device=self._backbone.device)
         token_B, done_B = past.logits_BV.argmax(dim=-1), torch.zeros(len(rows), dtype=torch.bool, device=ends.device)
         written: list[Tensor] = []
         keep_B1 = torch.ones(len(rows), 1, dtype=torch.bool, device=ends.device)

@@ -119,6 +119,17 @@ class TransformersBackbone(Backbone):
             batch["attention_mask"] = stack([torch.ones_like(row.input_ids) for row in rows], 0)
         return batch
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer: the template's end of a turn, the tokenizer's EOS, the model's own."""
+        own = self.base.generation_config.eos_token_id
+        ids = {
+            self.encoder.end_of_turn,
+            self.encoder.tokenizer.eos_token_id,
+            *([own] if isinstance(own, int) else own or []),
+        }
+        return sorted(ids - {None})
+
     @property
     def _pad_id(self) -> int:
         pad = self.encoder.tokenizer.pad_token_id
