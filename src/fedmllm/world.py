@@ -78,6 +78,7 @@ class World:
             num_rounds=num_rounds,
             seed=e.seed,
             availability=e.availability if e.method == "federated" else Always(),
+            experiment=e,
         )
 
     @cached_property

@@ -1,0 +1,145 @@
+"""Flower's Ray simulation as an engine: the round loop runs over the grid of a ServerApp, clients in Ray actors.
+
+The simulation is started at a process's first round and serves all its runs; Ray needs 7 to 9 s to start. It ends with the
+process, or with `stop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+for _name, _value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}.items():  # before flwr and ray are imported: nothing phones home unless the user asked for it
+    os.environ.setdefault(_name, _value)
+
+from flwr.app import Context, Message  # noqa: E402
+from flwr.serverapp import Grid, ServerApp  # noqa: E402
+from flwr.simulation import run_simulation  # noqa: E402
+from ray import cloudpickle  # noqa: E402
+
+from fedmllm.engine import Engine as EngineSettings  # noqa: E402
+from fedmllm.engine import FlowerSimulation as Settings  # noqa: E402
+from fedmllm.engines.flower import ask, pack, read_update  # noqa: E402
+from fedmllm.engines.flower_client import Job  # noqa: E402
+from fedmllm.engines.flower_client import app as client_app  # noqa: E402
+from fedmllm.local import Clients  # noqa: E402
+from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params  # noqa: E402
+
+START_S = 180.0  # Ray's own start-up, at most
+
+
+class Simulation:
+    """A running Flower simulation: a ServerApp that lends its grid, and actors behind it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.grid: Grid | None = None
+        self._ready, self._close, self._error = threading.Event(), threading.Event(), ""
+        self._thread = threading.Thread(target=self._simulate, name="flower-simulation", daemon=True)
+        self._thread.start()
+        if not self._ready.wait(START_S) or self.grid is None:
+            self.stop()
+            raise FedmllmError(f"Flower's simulation did not start: {self._error or f'nothing within {START_S:.0f} s'}")
+        if threading.current_thread() is threading.main_thread():  # Ray has put a handler of its own in our place
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+    def _simulate(self) -> None:
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+        server_app = ServerApp()
+
+        @server_app.main()
+        def lend(grid: Grid, context: Context) -> None:
+            self.grid = grid
+            self._ready.set()
+            self._close.wait()
+
+        try:
+            run_simulation(server_app, client_app, self.settings.num_actors, backend_config=self._backend())  # type: ignore[arg-type]
+        except BaseException as error:  # flwr leaves by SystemExit where an extra is missing
+            self._error = f"{type(error).__name__}: {error}"
+        finally:
+            self.grid = None
+            self._ready.set()
+
+    def _backend(self) -> dict[str, Any]:
+        s = self.settings
+        resources = {"num_cpus": s.cpus_per_actor, "num_gpus": s.gpus_per_actor}
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if address := os.environ.get("RAY_ADDRESS"):  # the user's cluster
+            return {"init_args": {"address": address, **quiet}, "client_resources": resources}
+        here = {"num_cpus": s.num_actors * s.cpus_per_actor, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        return {"init_args": {**here, **quiet}, "client_resources": resources}
+
+    def ended(self) -> str:
+        """Why it no longer runs; "" while it does."""
+        return "" if self._thread.is_alive() and self.grid else f"Flower's simulation ended: {self._error or 'stopped'}"
+
+    def stop(self) -> None:
+        self._close.set()
+        self._thread.join(timeout=30)
+
+
+_running: dict[Settings, Simulation] = {}
+
+
+def running(settings: Settings) -> Simulation:
+    """The simulation of this process: started if there is none, started anew for other settings."""
+    if settings not in _running or _running[settings].ended():
+        stop()
+        _running[settings] = Simulation(settings)
+    return _running[settings]
+
+
+def stop() -> None:
+    """End the simulation of this process, and its actors."""
+    while _running:
+        _running.popitem()[1].stop()
+
+
+# Flower's worker threads are waited for when the interpreter ends, before `atexit` runs, and only end when told to.
+threading._register_atexit(stop)  # type: ignore[attr-defined]
+
+
+class FlowerSimulation:
+    """Engine: (params, round, cohort) -> the cohort's updates, in ascending client order."""
+
+    def __init__(self, settings: EngineSettings, clients: Clients) -> None:
+        if not isinstance(settings, Settings) or clients.experiment is None:
+            raise FedmllmError("engine flower-simulation needs its own settings, and an experiment that actors can load")
+        self._settings, self._clients, self._experiment = settings, clients, clients.experiment
+
+    def __call__(self, params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate | ClientFailure]:
+        simulation = running(self._settings)
+        grid = simulation.grid
+        if grid is None:
+            raise FedmllmError(simulation.ended())
+        nodes = sorted(grid.get_node_ids())  # alike: a message says which client it is about
+        messages = {
+            client: Message(pack(params, {"job": self._job(client, round_)}), nodes[i % len(nodes)], "train")
+            for i, client in enumerate(sorted(cohort))
+        }
+        replies = dict(ask(grid, messages, self._settings.timeout_s, 0.02, simulation.ended))
+        for client in sorted(cohort):
+            reply = replies[client]
+            if reply is None:
+                yield ClientFailure(client, f"no answer within {self._settings.timeout_s:g} s")
+            else:
+                yield read_update(client, reply, params)
+
+    def _job(self, client: int, round_: int) -> bytes:
+        threads = self._settings.threads or torch.get_num_threads()
+        shard = self._clients.shards[client]
+        return bytes(cloudpickle.dumps(Job(self._experiment, self._clients.num_rounds, round_, shard, threads)))
