@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fedmllm.aggregators import Aggregator
+from fedmllm.config import FAMILIES
 from fedmllm.types import ClientUpdate, FedmllmError, NothingToAverage, Params
 
-ALL = sorted(Aggregator.members)
+ALL = sorted(FAMILIES["aggregator"].members)
 
 
 def one(client: int, value: float, num_examples: int) -> ClientUpdate:

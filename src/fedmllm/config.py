@@ -86,6 +86,8 @@ for _module in pkgutil.iter_modules(
 ):  # a new file in data/ is a new data set, with no other change
     importlib.import_module(f"fedmllm.data.{_module.name}")
 
+importlib.import_module("fedmllm.robust")  # aggregators that nothing else names
+
 FAMILIES: dict[str, type[Named]] = {
     "data": Dataset,
     "partition": Partition,
