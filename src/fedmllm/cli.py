@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedmllm import data_cli
-from fedmllm.suite_cli import suite
+from fedmllm.suite_cli import report, suite
 from fedmllm.types import ConfigError, FedmllmError
 
 app = typer.Typer(
@@ -68,6 +68,7 @@ def run(
 
 app.add_typer(data_cli.app)
 app.command()(suite)
+app.command()(report)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

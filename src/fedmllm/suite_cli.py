@@ -49,3 +49,16 @@ def suite(
     if state.failed:
         reasons = "\n".join(f"  {label}: {reason}" for label, reason in state.failed.items())
         raise FedmllmError(f"{len(state.failed)} cells failed; started again, the suite tries them again:\n{reasons}")
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of suites or runs.", metavar="DIR...")],
+    out: Annotated[Path, typer.Option(help="The page; tables are written beside it as .md and .csv.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """One HTML page, Markdown and CSV tables from the records of runs."""
+    from fedmllm.report import write_report
+
+    for path in write_report(folders, out):
+        typer.echo(str(path))

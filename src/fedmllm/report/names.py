@@ -1,0 +1,76 @@
+"""The words of tables and figures for what settings say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+SCENARIOS = {
+    "aligned": "Every row complete; labels skewed over clients",
+    "missing": "Rows lose text or image at random",
+    "cross": "Some clients see only images, the others only text",
+    "hybrid": "Each client keeps each modality with some probability",
+}
+METHODS = {
+    "zero-shot": "Zero-shot",
+    "majority": "Majority",
+    "local": "Local",
+    "centralised": "Centralised",
+    "fedavg": "FedAvg",
+    "fedavgm": "FedAvgM",
+    "fedadagrad": "FedAdagrad",
+    "fedadam": "FedAdam",
+    "fedyogi": "FedYogi",
+}
+METRICS = {
+    "auc": "AUC",
+    "auc_hard": "AUC of hard labels",
+    "macro_f1": "macro-F1",
+    "accuracy": "accuracy",
+    "accuracy_open": "accuracy, open",
+    "accuracy_closed": "accuracy, closed",
+    "token_f1": "token F1",
+}
+SHOWN = {"both": "text and image", "all": "everything", "image": "image only", "text": "text only", "none": "nothing"}
+
+
+def setting_label(settings: Mapping[str, Any]) -> str:
+    """The published names of the twelve settings; others as key=value."""
+    scenario, partition = settings["scenario"], settings["partition"]
+    name = scenario["name"]
+    if name == "aligned":
+        return f"alpha {partition['alpha']:g}" if "alpha" in partition else partition["name"]
+    if name == "missing" and not scenario.get("rates"):
+        return f"beta {100 * scenario['rate']:g} %"
+    if name == "cross" and not scenario.get("clients"):
+        images = scenario["num_image_clients"]
+        return f"I{images}:T{partition['num_clients'] - images}" if "num_clients" in partition else f"I{images}"
+    if name == "hybrid":
+        return f"p {100 * scenario['keep_rate']:g} %"
+    words = [f"{k}={v}" for k, v in scenario.items() if k != "name" and v]
+    return " ".join([name, *words])
+
+
+def method_label(settings: Mapping[str, Any], method: str, prompt: str) -> str:
+    """ "FedAdam", "FedAdam + fedprox, agnostic prompt"."""
+    head, _, objective = method.partition("+")
+    words = METHODS.get(head, head) + (f" + {objective}" if objective else "")
+    return words if prompt == "plain" or method == "majority" else f"{words}, {prompt} prompt"
+
+
+def metric_label(metric: str) -> str:
+    """ "macro_f1" -> "macro-F1"."""
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def order_of(scenario: str, setting: str) -> tuple[int, str, float]:
+    """Sorting key: scenarios as in the paper, milder settings first."""
+    known = list(SCENARIOS)
+    numbers = re.findall(r"\d+(?:\.\d+)?", setting)
+    first = float(numbers[0]) if numbers else 0.0
+    return (
+        known.index(scenario) if scenario in known else len(known),
+        re.sub(r"[\d.]+", "", setting),
+        -first if scenario in ("aligned", "hybrid") else first,
+    )
