@@ -116,6 +116,13 @@ def test_text_of_several_pictures(folders: dict[str, Path]) -> None:
     )
 
 
+@pytest.mark.parametrize(("name", "end"), [("minicpmv26", "<|im_end|>"), ("minicpmllama3v25", "<|eot_id|>")])
+def test_the_token_that_ends_a_turn_is_special(shared: Path, name: str, end: str) -> None:
+    tokenizer = MiniCPMV2Processor.from_pretrained(shared / "parity" / name).tokenizer
+    assert tokenizer.convert_tokens_to_ids(end) in tokenizer.all_special_ids  # tokenizer_config.json of 2.5 lists none
+    assert tokenizer.decode(tokenizer(f"A{end}")["input_ids"], skip_special_tokens=True) == "A"
+
+
 def test_places_are_the_placeholders_in_the_order_of_slices(processor: MiniCPMV2Processor) -> None:
     batch = processor.apply_chat_template(ROWS, add_generation_prompt=True)
     unknown = processor.tokenizer.unk_token_id

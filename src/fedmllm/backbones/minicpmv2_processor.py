@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
@@ -54,15 +55,17 @@ def build_tokenizer(folder: Path, version: float) -> PreTrainedTokenizerFast:
 
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     special = {name: content(config[name]) for name in names if config.get(name) is not None}
-    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    template_file = (
-        folder / "chat_template.jinja"
-    )  # where transformers 5 saves what the hub keeps in tokenizer_config.json
+    backend = Tokenizer.from_file(str(file))
+    # The file knows more special tokens than the hub's config lists: without them <|eot_id|> would end no turn of 2.5.
+    more = {token.content: None for token in backend.get_added_tokens_decoder().values() if token.special}
+    listed = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    more.update(dict.fromkeys(map(content, listed.values() if isinstance(listed, dict) else listed)))
+    template_file = folder / "chat_template.jinja"  # where transformers 5 saves it
     template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
     # add_bos_token and its kin stay out: given them, transformers 5 rewrites the file's post-processor.
     return PreTrainedTokenizerFast(
-        tokenizer_file=str(file),
-        extra_special_tokens=[content(token) for token in more],
+        tokenizer_object=backend,
+        extra_special_tokens=[token for token in more if token not in special.values()],
         chat_template=template or (CHATML if version > 2.5 else LLAMA3),
         model_max_length=config.get("model_max_length", 32768),
         clean_up_tokenization_spaces=False,
@@ -231,6 +234,7 @@ class MiniCPMV2Processor:
             raise FedmllmError(f"a row's text has {len(chunks) - 1} marks {IMAGE_MARK!r} but {len(pictures)} pictures")
         for index, picture in enumerate(pictures):
             chunks[index] += self.placeholder(picture.grid, index)
+        # With whatever tokenizer.json's post-processor adds, also where the template has written a BOS: as the original.
         ids = torch.tensor(self.tokenizer("".join(chunks))["input_ids"], dtype=torch.long)
         starts = torch.isin(ids, self._starts).nonzero().flatten() + 1
         ends = torch.isin(ids, self._ends).nonzero().flatten()
