@@ -16,7 +16,7 @@ from fedmllm.config import Experiment
 from fedmllm.data import Dataset
 from fedmllm.scenarios import assign, digest
 from fedmllm.scenarios.partitions import answer_label
-from fedmllm.types import ConfigError, Example, FedmllmError, Picture, Shard
+from fedmllm.types import ConfigError, Content, Example, FedmllmError, Picture, Shard
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -174,12 +174,13 @@ def exported(experiment: Experiment, example: Example, visible: frozenset[str], 
         "question": example.question,
         "choices": list(example.choices),
         "answer": example.answer,
-        **{
-            m: c if isinstance(c, str) else [str(path.absolute()) for path in c]
-            for m, c in shown.items()
-            if m != "image"
-        },
+        **{m: written(shown.get(m)) for m in experiment.data.modalities() if m != "image"},
     }
+
+
+def written(content: Content | None) -> str | list[str] | None:
+    """A text, the absolute paths of pictures, or null where the modality is hidden."""
+    return [str(path.absolute()) for path in content] if isinstance(content, tuple) else content
 
 
 def _reading_back(federation: Federation, folder: Path) -> str:

@@ -58,8 +58,8 @@ class Agnostic(Prompt):
 
     def render(self, example: Example, visible: Visible) -> Conversation:
         aside = ", without considering the modality"
-        mark = "?" if example.question.endswith("?") else ""
-        question = example.question.removesuffix("?") + aside + mark
+        asked = example.question.rstrip("?.! ")
+        question = asked + aside + example.question[len(asked) :].strip()
         return _conversation(example, example.shown(visible), f"Select the best answer{aside}.", question)
 
 

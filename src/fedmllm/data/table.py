@@ -150,8 +150,12 @@ class Table(Dataset):
         named = {"train": self.train, "validation": self.validation or self.train, "test": self.test}[split]
         if not named:
             raise ConfigError(f"data.{split}: missing; name a file or folder under {self.root}")
-        paths, known = self._paths(named), dict[str | int, str]()
-        loaded = [self._load(self._file(path, split, len(paths) > 1), known) for path in paths]
+        paths, known, seen = self._paths(named), dict[str | int, str](), {"file": ""}
+        loaded = [self._load(self._file(path, split, len(paths) > 1), known, seen) for path in paths]
+        for key, column in self._mapped(split).items():
+            if known and column not in seen:
+                has = ", ".join(seen)
+                raise DataError(f"{paths[0]}: no row has a column {column!r} (data.columns.{key}); columns: {has}")
         examples = [example for rows in loaded for example in rows.examples]
         if split != "test" and not self.validation:
             held = split == "validation"
@@ -178,21 +182,21 @@ class Table(Dataset):
             return _File(metadata, FORMS[metadata.suffix], images, prefix, columns)
         return _File(path, form, images, prefix, columns)
 
-    def _load(self, file: _File, known: dict[str | int, str]) -> Rows:
-        seen: dict[str, None] = {"file": None}
+    def _load(self, file: _File, known: dict[str | int, str], seen: dict[str, str]) -> Rows:
+        """The rows of one file. `known` gathers their ids, `seen` their columns, each with its place."""
 
         def make(where: str, row: Row) -> Example:
-            seen.update(dict.fromkeys(row))
+            seen.update(dict.fromkeys(row, where))
             return self._example(where, {"file": file.path.stem, **row}, file)
 
-        rows = collect(self._read(file), make, self.on_bad_row, known)
-        c = file.columns
-        named = {key: getattr(c, key) for key in c.model_fields_set - {"image", "text", "keep"}}
-        for key, column in {**self._image_columns(), **by_modality(c.text, "text"), **named}.items():
-            if rows.examples and column and column not in seen:
-                has = ", ".join(seen)
-                raise DataError(f"{file.path}: no row has a column {column!r} (data.columns.{key}); columns: {has}")
-        return rows
+        return collect(self._read(file), make, self.on_bad_row, known)
+
+    def _mapped(self, split: Split) -> dict[str, str]:
+        """Columns that some row must have: those of the modalities, and those that the user named."""
+        optional = {"image", "text", "keep", *(["client"] if split == "test" else [])}
+        named = {key: getattr(self.columns, key) for key in sorted(self.columns.model_fields_set - optional)}
+        mapped = {**self._image_columns(), **by_modality(self.columns.text, "text"), **named}
+        return {key: column for key, column in mapped.items() if column}
 
     def _read(self, file: _File) -> Placed:
         c, path = file.columns, file.path
@@ -221,7 +225,7 @@ class Table(Dataset):
         place = f"{where}: row {number!r}"
         fields = self._fields(row, place, file)
         question = take_text(row, c.question, place).strip() if row.get(c.question) is not None else self.question
-        if not question and "text" not in fields:
+        if not question and "text" not in fields and row.get(c.question) is None:
             raise DataError(f"{place}: no question: neither a column {c.question!r} nor data.question")
         choices = self._choices(row, place)
         kept = {name: take_text(row, name, place).strip() for name in c.keep}

@@ -1,0 +1,192 @@
+"""`fedmllm data`: where, show, plot, export, and reading an export back in."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import rawsets
+from typer.testing import CliRunner
+
+from fedmllm.config import Experiment
+from fedmllm.data import Dataset
+from fedmllm.data_cli import app
+from fedmllm.data_report import Federation, export, where
+from fedmllm.types import ConfigError, FedmllmError
+
+
+def experiment(folder: Path, name: str = "hateful-memes", tail: str = "", **settings) -> Path:
+    lines = ["[data]", f'name = "{name}"', f"root = {json.dumps(str(folder))}"]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    path = folder / "experiment.toml"
+    path.write_text("\n".join(lines) + "\n" + tail)
+    return path
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_show_as_json_needs_no_image(tmp_path: Path) -> None:
+    """The form is that of issue 3: ids as in the file, one flag a row and modality."""
+    rawsets.hateful_memes(tmp_path, 300)
+    toml = experiment(tmp_path, tail='[partition]\nname = "published"\n[scenario]\nname = "missing"\nrate = 0.5\n')
+    shown = json.loads(invoke("show", toml, "--json").stdout)
+    assert shown.keys() == {"clients", "digest"}
+    assert sorted(i for client in shown["clients"] for i in client["ids"]) == list(range(300))
+    for number, client in enumerate(shown["clients"]):
+        assert list(client) == ["client", "ids", "image", "text"]
+        assert client["client"] == number
+        assert len(client["image"]) == len(client["text"]) == len(client["ids"])
+        assert set(client["image"] + client["text"]) <= {"0", "1"}
+    again = json.loads(invoke("show", toml, "--json").stdout)
+    assert again == shown
+    other = json.loads(invoke("show", toml, "--json", "--set", "scenario.rate=0.3").stdout)
+    assert other["digest"] != shown["digest"]
+    assert [c["ids"] for c in other["clients"]] == [c["ids"] for c in shown["clients"]]
+
+
+def test_show_counts_rows_labels_and_modalities(tmp_path: Path) -> None:
+    rawsets.hateful_memes(tmp_path, 30)
+    toml = experiment(
+        tmp_path, tail='[partition]\nname = "iid"\nnum_clients = 3\n[scenario]\nname = "cross"\nnum_image_clients = 1\n'
+    )
+    text = invoke("show", toml).stdout
+    assert "not-hateful" in text
+    assert "digest" in text
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert [row[1] for row in cells] == ["10", "10", "10"]
+    assert sorted(row[4:7] for row in cells) == [["0", "10", "0"], ["0", "10", "0"], ["10", "0", "0"]]
+    assert sum(int(row[3]) for row in cells) == 10  # a third of the rows is hateful
+
+
+def test_show_counts_what_is_left_out(tmp_path: Path) -> None:
+    rawsets.hateful_memes(tmp_path, 30)
+    path = tmp_path / "train.jsonl"
+    path.write_text(path.read_text() + '{"id": 99}\n')
+    toml = experiment(tmp_path, on_bad_row="skip")
+    result = invoke("show", toml)
+    assert "30 rows, 1 bad rows left out" in result.stdout
+    assert "train.jsonl:31: row 99: no 'label'" in result.stderr
+
+
+def test_show_of_six_cameras(tmp_path: Path) -> None:
+    rawsets.drivelm(tmp_path)
+    toml = experiment(
+        tmp_path, "drivelm", '[partition]\nname = "by-column"\ncolumn = "scene"\n[scenario]\nname = "missing"\n'
+    )
+    shown = json.loads(invoke("show", toml, "--json").stdout)
+    assert list(shown["clients"][0]) == ["client", "ids", *rawsets.CAMERAS]
+    assert shown["clients"][0]["ids"][0] == "scene0/frame0/perception/0"
+
+
+def test_plot_draws_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rawsets.crisismmd(tmp_path)
+    toml = experiment(tmp_path, "crisismmd", '[scenario]\nname = "hybrid"\n')
+    invoke("show", toml, "--plot", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FedmllmError, match=r"a\.xyz: cannot be drawn"):
+        invoke("show", toml, "--plot", tmp_path / "a.xyz")
+
+
+def test_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    rawsets.hateful_memes(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(FedmllmError, match=r"pip install 'fedmllm\[plot\]'"):
+        invoke("show", experiment(tmp_path), "--plot", tmp_path / "a.png")
+
+
+MADE = {
+    "hateful-memes": rawsets.hateful_memes,
+    "crisismmd": rawsets.crisismmd,
+    "vqa-rad": rawsets.vqa_rad,
+    "medical": rawsets.medical,
+    "drivelm": rawsets.drivelm,
+}
+
+
+@pytest.mark.parametrize("scenario", ['"aligned"', '{ name = "missing", rate = 0.5 }', '{ name = "hybrid" }'])
+@pytest.mark.parametrize("name", MADE)
+def test_an_export_reads_back_in_with_the_same_clients_and_masks(tmp_path: Path, name: str, scenario: str) -> None:
+    (tmp_path / "raw").mkdir()
+    MADE[name](tmp_path / "raw")
+    toml = experiment(tmp_path / "raw", name)
+    toml.write_text(f'scenario = {scenario}\npartition = {{ name = "dirichlet", alpha = 0.05 }}\n' + toml.read_text())
+    invoke("export", toml, tmp_path / "out")
+    there, back = (Federation.of(Experiment.load(p)) for p in (toml, tmp_path / "out" / "data.toml"))
+    assert back.digest == there.digest
+    assert [len(s.rows) for s in back.shards] == [len(s.rows) for s in there.shards]
+    held = {
+        (e.id, s.client): (e, v)
+        for s in there.shards
+        for r, v in zip(s.rows, s.visible, strict=True)
+        for e in [there.examples[r]]
+    }
+    for shard in back.shards:
+        for row in shard.rows:
+            example = back.examples[row]
+            original, visible = held[example.id, shard.client]
+            assert (example.question, example.choices, example.answer) == (
+                original.question,
+                original.choices,
+                original.answer,
+            )
+            assert example.fields == {
+                m: c if isinstance(c, str) else tuple(p.absolute() for p in c)
+                for m, c in original.shown(visible).items()
+            }
+
+
+def test_exported_rows_have_the_widespread_form_and_hold_nothing_hidden(tmp_path: Path) -> None:
+    rawsets.hateful_memes(tmp_path, 50)
+    toml = experiment(tmp_path, tail='[partition]\nname = "iid"\n[scenario]\nname = "missing"\nrate = 0.5\n')
+    federation = Federation.of(Experiment.load(toml))
+    files = export(federation, tmp_path / "out")
+    assert [f.name for f in files] == [*(f"client_{k}.json" for k in range(10)), "data.toml"]
+    for shard, file in zip(federation.shards, files, strict=False):
+        rows = json.loads(file.read_text())
+        for row, r, visible in zip(rows, shard.rows, shard.visible, strict=True):
+            example = federation.examples[r]
+            assert list(row)[:3] == ["id", "image", "conversations"]
+            assert row["id"] == example.id
+            assert [turn["role"] for turn in row["conversations"]] == ["user", "assistant"]
+            assert row["conversations"][0]["content"].count("<image>\n") == ("image" in visible)
+            assert row["image"] == (str(example.fields["image"][0].absolute()) if "image" in visible else None)
+            assert ("some words" in json.dumps(row)) == ("text" in visible)
+            assert row["conversations"][1]["content"] in ("(A) not-hateful", "(B) hateful")
+
+
+def test_export_overwrites_nothing(tmp_path: Path) -> None:
+    rawsets.hateful_memes(tmp_path)
+    toml = experiment(tmp_path)
+    invoke("export", toml, tmp_path / "out", "--format", "conversations")
+    with pytest.raises(FedmllmError, match=r"client_0\.json exists; choose an empty folder"):
+        invoke("export", toml, tmp_path / "out")
+
+
+def test_where_describes_every_set() -> None:
+    for name in Dataset.members:
+        text = invoke("where", name).stdout
+        assert text.strip()
+        if Dataset.members[name].source:
+            assert "Licence:" in text
+            assert "Expected files" in text
+    with pytest.raises(ConfigError, match="no data set is called 'imagenet'; there are: crisismmd, drivelm"):
+        where("imagenet")
+
+
+def test_nothing_of_this_loads_torch(tmp_path: Path) -> None:
+    import subprocess
+
+    rawsets.hateful_memes(tmp_path)
+    code = f"""
+import sys
+from fedmllm.config import Experiment
+from fedmllm.data_report import Federation
+Federation.of(Experiment.load({str(experiment(tmp_path))!r})).to_json()
+assert not {{"torch", "PIL", "matplotlib", "transformers"}} & set(sys.modules), sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
