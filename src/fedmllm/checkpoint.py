@@ -54,6 +54,7 @@ class Book(Spec):
     settings: dict[str, Any]  # those that change results
     digests: dict[str, str]  # of rows, partition, base
     versions: dict[str, str]
+    device: dict[str, str | int] = {}  # noqa: RUF012
     state_keys: tuple[str, ...] = ()
     files: dict[Literal["adapter_model.safetensors", "adapter_config.json", "state.safetensors"], str] = {}  # noqa: RUF012
 
@@ -179,13 +180,15 @@ def read(folder: Path, like: Params, init: State) -> Checkpoint:
         init: The aggregator's state before training; a key that comes later holds tensors like the adapter's.
     """
     book = read_book(folder)
+    if (found := FOLDER.fullmatch(folder.name)) and int(found[1]) != book.totals.num_rounds:
+        raise FedmllmError(f"{folder}: holds the checkpoint of round {book.totals.num_rounds}; rename or delete it")
     for name in (ADAPTER, STATE) if book.state_keys else (ADAPTER,):
         try:
             with (folder / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                sha = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise FedmllmError(f"{folder / name}: cannot be read: {error.strerror}{_advice(folder)}") from None
-        if found != book.files.get(name):  # type: ignore[call-overload]
+        if sha != book.files.get(name):  # type: ignore[call-overload]
             raise FedmllmError(
                 f"{folder / name}: damaged: it is not what the checkpoint's digest says{_advice(folder)}"
             )
@@ -213,7 +216,7 @@ def read_tensors(path: Path, like: Mapping[str, Tensor]) -> Params:
                 raise FedmllmError(f"{path}: {_mismatch(found, wanted)}")
             tensors = {name: file.get_tensor(name) for name in like}
     except (SafetensorError, OSError) as error:
-        raise FedmllmError(f"{path}: not a whole safetensors file: {error}") from None
+        raise FedmllmError(f"{path}: not a whole safetensors file: {error}{_advice(path.parent)}") from None
     odd = [name for name, tensor in tensors.items() if not is_finite({name: tensor})]
     if odd:
         raise FedmllmError(f"{path}: {odd[0]} holds NaN or Inf ({len(odd)} tensors do)")
@@ -240,6 +243,8 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _advice(folder: Path) -> str:
+    if not FOLDER.fullmatch(folder.name):
+        return ""
     others = [n for n in numbers(folder.parent) if folder.name != f"round-{n:04d}"]
     earlier = f"delete {folder} to go on from round-{others[-1]:04d}" if others else "there is no other checkpoint"
     return f"; {earlier}"

@@ -23,7 +23,7 @@ from fedmllm.federate import Progress, cohorts, federate
 from fedmllm.record import Record, Sink, finite, sync
 from fedmllm.totals import Totals
 from fedmllm.types import ConfigError, Example, FedmllmError, Params, Shard
-from fedmllm.world import World, start_engine, versions
+from fedmllm.world import World, device, start_engine, versions
 
 CHECKPOINTS = "checkpoints"
 Scores = dict[str, dict[str, float | None]]  # visibility -> metric -> value
@@ -126,6 +126,7 @@ class Run:
             settings=self.experiment.identity(),
             digests=self.world.digests,
             versions=versions(),
+            device=device(self.backbone),
         )
         self._checkpoints.save(book, progress.params, progress.state)
 
