@@ -69,10 +69,10 @@ def attempt(experiment: Experiment, folder: Path, record: Record, sinks: Sequenc
     for sink in sinks:
         sink(head)
     if at:
-        since = {"round": at.book.round, "num_rounds_done": at.book.totals.num_rounds, "versions": versions()}
-        running.emit(
-            "resumed", **since, device=device(world.backbone), changed=differences(at.book.versions, versions())
-        )
+        before = {"versions": at.book.versions, "device": at.book.device}
+        now: dict[str, Any] = {"versions": versions(), "device": device(world.backbone)}
+        changed = differences(before, now)  # where there is anything, the last bits of what follows may be others
+        running.emit("resumed", round=at.book.round, num_rounds_done=at.book.totals.num_rounds, **now, changed=changed)
     elif empty := [shard.client for shard in world.shards if not shard.rows]:
         running.emit("empty_clients", clients=empty, note="these clients hold no row and are never asked")
     try:
