@@ -20,6 +20,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def feature_argument(model: PreTrainedModel) -> str:
+    """The argument of the forward pass that takes the tower's output in place of pixels.
+
+    Raises FedmllmError where the family has none: then batches of rows with several pictures could not be put together.
+    """
+    arguments = inspect.signature(model.forward).parameters
+    if hasattr(model.base_model, "get_image_features"):
+        for name in ("mm_encoder_outputs", "image_features"):
+            if name in arguments:
+                return name
+    raise FedmllmError(
+        f"{model.config.model_type}: its forward pass takes no precomputed image features (mm_encoder_outputs), which "
+        "this package needs; families that do are in results/families.md"
+    )
+
+
 class ImageFeatures:
     """The tower of one model, up to the vectors that stand in the text.
 
@@ -31,14 +47,8 @@ class ImageFeatures:
     """
 
     def __init__(self, model: PreTrainedModel, keep_mb: int, frozen: bool) -> None:
+        self._argument = feature_argument(model)
         self._tower = model.base_model.get_image_features
-        forward = inspect.signature(model.forward).parameters
-        self._argument = next((name for name in ("mm_encoder_outputs", "image_features") if name in forward), "")
-        if not self._argument:
-            raise FedmllmError(
-                f"{model.config.model_type}: its forward pass takes no precomputed image features "
-                "(mm_encoder_outputs), which this package needs; see `fedmllm doctor` for the families that do"
-            )
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self._device = model.device
         self._keep_bytes = keep_mb * 2**20 if frozen else 0

@@ -28,6 +28,10 @@ from fedmllm.types import ConfigError, FedmllmError, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PROCESSOR_FILES = {  # one of the names must be there
+    ("tokenizer.json", "tokenizer.model", "vocab.json"): "the tokenizer",
+    ("preprocessor_config.json", "processor_config.json"): "what says how the model reads pictures",
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 OURS = {"minicpmv": "MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5, by our port"}  # model_type of config.json
 
@@ -85,7 +89,12 @@ def find(path: str) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        return Path(snapshot_download(path.removeprefix("hub:"), allow_patterns=patterns))
+        try:
+            return Path(snapshot_download(path.removeprefix("hub:"), allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            raise FedmllmError(
+                f"backbone.path: {path} cannot be fetched from the hub, nor is it in its cache: {error}"
+            ) from error
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise FedmllmError(
@@ -98,7 +107,9 @@ def family_of(folder: Path) -> str:
     """`model_type` of its config.json, checked to be one that reads pictures and text."""
     file = folder / "config.json"
     if not file.is_file():
-        raise FedmllmError(f"{folder} is not a model folder: it has no config.json")
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = "; it holds a LoRA adapter: give the folder of its base model" if adapter else ""
+        raise FedmllmError(f"{folder} is not a model folder: it has no config.json{hint}")
     try:
         family = json.loads(file.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
@@ -120,6 +131,7 @@ def load_model(folder: Path, family: str, spec: FromFolder, device: torch.device
     four_bits = spec.precision.base == "nf4"
     dtype = nf4.compute_dtype(device) if four_bits else DTYPES[spec.precision.base]
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    options["ignore_mismatched_sizes"] = True  # they are listed in `info` then, and raised below
     options |= nf4.options(folder, family, device, spec.lora.train_extra) if four_bits else {}
     kind: Any = AutoModelForImageTextToText
     if family in OURS:
@@ -128,7 +140,7 @@ def load_model(folder: Path, family: str, spec: FromFolder, device: torch.device
         kind = MiniCPMV2ForConditionalGeneration
     try:
         model, info = kind.from_pretrained(str(folder), output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         raise FedmllmError(f"{folder}: its weights cannot be loaded ({family}): {error}") from error
     odd = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(odd.values()):
@@ -141,20 +153,24 @@ def load_model(folder: Path, family: str, spec: FromFolder, device: torch.device
 
 def load_processor(folder: Path, family: str) -> Any:
     """The family's processor on PIL alone, without its video part, so that torchvision is not needed."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise FedmllmError(f"{folder}: no tokenizer.json (or tokenizer.model)")
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise FedmllmError(f"{folder}: no preprocessor_config.json: how this model reads pictures is not said")
-    if family in OURS:
-        from fedmllm.backbones.minicpmv2 import MiniCPMV2Processor
+    for names, what in PROCESSOR_FILES.items():
+        if not any((folder / name).is_file() for name in names):
+            raise FedmllmError(
+                f"{folder}: {what} is missing; it lies beside the weights on the hub as {' or '.join(names)}"
+            )
+    try:
+        if family in OURS:
+            from fedmllm.backbones.minicpmv2 import MiniCPMV2Processor
 
-        processor = MiniCPMV2Processor.from_pretrained(str(folder))
-        template = processor.tokenizer.chat_template
-    else:
-        processor = _videoless(folder)
-        template = processor.chat_template or processor.tokenizer.chat_template
-    if not template:
-        raise FedmllmError(f"{folder}: no chat template; it belongs into chat_template.jinja or tokenizer_config.json")
+            processor = MiniCPMV2Processor.from_pretrained(str(folder))
+        else:
+            processor = _videoless(folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise FedmllmError(f"{folder}: its processor ({family}) cannot be made: {error}") from error
+    if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
+        raise FedmllmError(
+            f"{folder}: no chat template; it lies on the hub as chat_template.jinja or in tokenizer_config.json"
+        )
     return processor
 
 

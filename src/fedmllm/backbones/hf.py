@@ -21,7 +21,7 @@ from fedmllm.backbones.checkpointing import Checkpointing
 from fedmllm.backbones.decode import Decoder
 from fedmllm.backbones.dropout import seed_tensor
 from fedmllm.backbones.encode import IGNORED, Encoder
-from fedmllm.backbones.features import ImageFeatures
+from fedmllm.backbones.features import ImageFeatures, feature_argument
 from fedmllm.backbones.lora import adapter_config, add_lora, copy_of, decoder_name, load_into, parameters_by_saved_name
 from fedmllm.types import Conversation, Params
 
@@ -73,6 +73,7 @@ class TransformersBackbone(Backbone):
         self.device = model.device
         self.decoder = decoder_name(model)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
+        feature_argument(model)  # raises where a family cannot be used at all
         self.encoder = Encoder(model, processor, spec.max_tokens)
         self.model, self._seeds = add_lora(model, spec.lora, seed, base)
         self.model.eval()  # dropout of the base stays off, as in the reference; LoRA's follows its row seeds
@@ -185,7 +186,6 @@ class TransformersBackbone(Backbone):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.lora(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = adapter_config(self.model)
-        config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()} | {"inference_mode": True}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedmllm.backbones import Lora
@@ -101,7 +102,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, base: str) -> tuple[
     target_names(model, targets)  # raises where they fit nothing, or too much
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # PEFT says int and divides by it: a float is as good
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         target_modules=targets,
@@ -112,7 +113,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, base: str) -> tuple[
     )
     model.requires_grad_(False)
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for names that it will drop
+        warnings.simplefilter("ignore")  # names that transformers will drop; `base` not being this machine's path
         peft = get_peft_model(model, config)
     peft.peft_config["default"].base_model_name_or_path = base
     widen(peft, model.dtype)
@@ -154,9 +155,14 @@ def parameters_by_saved_name(peft: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def adapter_config(peft: PeftModel) -> dict[str, Any]:
-    """What PEFT writes into adapter_config.json."""
-    config: Any = peft.peft_config
-    return dict(config["default"].to_dict())
+    """What goes into adapter_config.json: PEFT's own, with the adapted modules by full name.
+
+    A regex would do for PEFT; vLLM reads the last part of each name in a list, and only a simple kind of regex.
+    """
+    configs: Any = peft.peft_config
+    config = {key: sorted(v) if isinstance(v, set) else v for key, v in configs["default"].to_dict().items()}
+    adapted = [name for name, module in peft.get_base_model().named_modules() if isinstance(module, LoraLayer)]
+    return config | {"target_modules": sorted(adapted), "inference_mode": True}
 
 
 def copy_of(live: dict[str, nn.Parameter]) -> Params:
