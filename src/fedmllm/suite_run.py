@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from fedmllm.suite_worker import work
 from fedmllm.types import FedmllmError
 
 SUMMARY = "summary.json"  # of a run; it is written last, so a cell is finished exactly if its folder holds one
-RECORD = "record.jsonl"
 
 
 @dataclass
@@ -131,12 +129,9 @@ def hire(state: State, num_jobs: int, num_threads: int, budget_bytes: int) -> No
 
 
 def give(job: Job, cell: Cell, folder: Path) -> None:
-    """Hand a cell to a process; what an earlier, killed start left in its folder is removed."""
-    out = folder / cell.run_id
-    if (out / RECORD).exists():
-        shutil.rmtree(out)
+    """Hand a cell to a process."""
     job.cell, job.began, job.event = cell, time.perf_counter(), {}
-    job.pipe.send((cell.experiment.model_dump(mode="json"), str(out)))
+    job.pipe.send((cell.experiment.model_dump(mode="json"), str(folder / cell.run_id)))
 
 
 def listen(state: State, display: Display, timeout_s: float = 0.5) -> None:

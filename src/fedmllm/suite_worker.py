@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 def work(pipe: Connection, num_threads: int) -> None:
     """Receive (settings, folder) until None; answer events as they come, then {"event": "done", "error": text or ""}.
 
-    An error of one cell is told and the next cell is taken; Ctrl-C and a lost pipe end the process.
+    A cell that was stopped goes on from its last checkpoint. An error of one cell is told and the next cell is taken;
+    Ctrl-C and a lost pipe end the process. What libraries write to stderr goes to `worker.log` beside the cells.
     """
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read by torch when it is loaded, below
     from fedmllm.config import Experiment
@@ -23,10 +25,12 @@ def work(pipe: Connection, num_threads: int) -> None:
 
     try:
         while (order := pipe.recv()) is not None:
-            settings, folder = order
+            settings, folder = order[0], Path(order[1])
+            keep_stderr(folder.parent / "worker.log")
             error = ""
             try:
-                run(Experiment.parse(settings), Path(folder), [tell])
+                run(Experiment.parse(settings), folder, [tell], resume=True)
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished cell needs none
             except (BrokenPipeError, EOFError):
                 return
             except Exception as failure:  # whatever breaks one cell must not take the others with it
@@ -34,3 +38,9 @@ def work(pipe: Connection, num_threads: int) -> None:
             tell({"event": "done", "error": error})
     except (KeyboardInterrupt, BrokenPipeError, EOFError):
         return
+
+
+def keep_stderr(path: Path) -> None:
+    """Send this process's stderr to a file: progress bars of libraries would tear the live table."""
+    with path.open("a") as file:
+        os.dup2(file.fileno(), 2)
