@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedmllm import data_cli
-from fedmllm.suite_cli import report, suite
+from fedmllm.suite_cli import compare, report, suite
 from fedmllm.types import ConfigError, FedmllmError
 
 app = typer.Typer(
@@ -46,6 +46,9 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
     ] = False,
+    track: Annotated[
+        list[str] | None, typer.Option(help="Also tell: tensorboard, wandb, mlflow, trackio.", metavar="NAME")
+    ] = None,
 ) -> None:
     """Run one experiment: data x scenario x prompt x backbone x objective x aggregator x rounds."""
     from fedmllm.config import Experiment
@@ -54,11 +57,13 @@ def run(
     settings = Experiment.load(experiment, overrides)  # every setting is checked before torch is loaded
     from fedmllm.display import Bars, show_table
     from fedmllm.runs import run as start
+    from fedmllm.trackers import tracker
 
     folder = out or Path("runs") / settings.run_id()
+    trackers = [tracker(name, folder) for name in track or []]
     try:
         with Bars() as bars:
-            rows = start(settings, folder, [bars], resume)
+            rows = start(settings, folder, [bars, *trackers], resume)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same with --out {folder} --resume goes on from the last finished round", err=True)
         raise typer.Exit(130) from None
@@ -69,6 +74,7 @@ def run(
 app.add_typer(data_cli.app)
 app.command()(suite)
 app.command()(report)
+app.command()(compare)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -62,3 +62,14 @@ def report(
 
     for path in write_report(folders, out):
         typer.echo(str(path))
+
+
+Side = typer.Argument(help="Folder of a run, or of several that differ in seed.", show_default=False)
+
+
+def compare(a: Annotated[Path, Side], b: Annotated[Path, Side]) -> None:
+    """What differs between two runs, or groups of runs, and whether their results differ by more than noise."""
+    from fedmllm.compare import compare as start
+    from fedmllm.compare import show
+
+    show(start([a], [b]))

@@ -1,0 +1,99 @@
+"""Every tracker takes a run's events without a network and gives back the numbers that it was told."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+from made_up import write_run
+
+from fedmllm.config import Experiment
+from fedmllm.record import read
+from fedmllm.trackers import TRACKERS, Tracker, tracker
+from fedmllm.types import ConfigError
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    settings = {"data": "synthetic-irony", "num_rounds": 3, "evaluate": {"every": 1, "visible": ["both", "text"]}}
+    write_run(tmp_path / "run", Experiment.parse(settings))
+    return tmp_path / "run"
+
+
+def play(name: str, folder: Path) -> list[dict[str, object]]:
+    pytest.importorskip(TRACKERS[name].needs.split(".")[0], reason=f"the extra {name!r} is not installed")
+    events = list(read(folder / "record.jsonl"))
+    sink = tracker(name, folder)
+    for event in events:
+        sink(event)
+    return events
+
+
+def test_tensorboard_holds_every_number_by_round(run_folder: Path):
+    events = play("tensorboard", run_folder)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run_folder / "tensorboard"))
+    board.Reload()
+    last = [e for e in events if e["event"] == "eval" and e["visible"] == "text"][-1]
+    assert board.Scalars("text/auc")[-1].value == pytest.approx(last["metrics"]["auc"])
+    assert [s.step for s in board.Scalars("round/loss")] == [1, 2, 3]
+    assert board.Scalars("cost/sent_bytes")[-1].value == 3 * 2 * 262144
+
+
+def test_mlflow_writes_into_the_run_folder(run_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(run_folder)
+    play("mlflow", run_folder)
+    with sqlite3.connect(run_folder / "mlflow.db") as base:
+        steps = base.execute("select step from metrics where key = 'round/loss' order by step").fetchall()
+        status = base.execute("select status from runs").fetchall()
+        assert base.execute("select value from params where key = 'num_rounds'").fetchall() == [("3",)]
+    assert (steps, status) == ([(1,), (2,), (3,)], [("FINISHED",)])
+
+
+def test_wandb_is_offline_unless_asked(run_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    play("wandb", run_folder)
+    assert list((run_folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_trackio_keeps_local_files(run_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    play("trackio", run_folder)
+    assert [p for p in (tmp_path / "trackio").rglob("*") if p.is_file()]
+
+
+def test_an_unknown_or_missing_tracker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="got 'tensorbord'; allowed: .*did you mean 'tensorboard'"):
+        tracker("tensorbord", tmp_path)
+    monkeypatch.setattr(TRACKERS["wandb"], "needs", "no_such_module")
+    with pytest.raises(ConfigError, match=r"pip install 'fedmllm\[wandb\]'"):
+        tracker("wandb", tmp_path)
+
+
+def test_a_tracker_of_ones_own_is_a_sink(run_folder: Path):
+    class Told(Tracker):
+        needs, extra = "json", "told"
+
+        def begin(self, run_id, settings):
+            self.told = {"run_id": run_id, "alpha": settings["partition.alpha"]}
+
+        def log(self, round_, values):
+            self.told |= {f"{round_}:{k}": v for k, v in values.items()}
+
+        def finish(self, failed):
+            self.told["failed"] = failed
+
+    told = Told(run_folder)
+    for event in read(run_folder / "record.jsonl"):
+        told(event)
+    assert told.told["alpha"] == 0.5
+    assert {"1:both/auc", "3:both/auc", "2:round/norm"} <= told.told.keys()
+    assert told.told["failed"] is False
+    assert json.dumps(told.told)
+    assert os.environ.get("HF_HUB_OFFLINE") == "1"
