@@ -49,11 +49,13 @@ class Federation:
     def to_json(self) -> dict[str, Any]:
         """{"clients": [{"client", "ids", one string of 0/1 per modality}], "digest"}: a flag a row, ids as in the file."""
         modalities = self.experiment.data.modalities()
+        different = {visible for shard in self.shards for visible in shard.visible}
+        flags = {m: {visible: "1" if m in visible else "0" for visible in different} for m in modalities}
         clients = [
             {
                 "client": shard.client,
                 "ids": [self.examples[row].id for row in shard.rows],
-                **{m: "".join("1" if m in visible else "0" for visible in shard.visible) for m in modalities},
+                **{m: "".join(map(flags[m].__getitem__, shard.visible)) for m in modalities},
             }
             for shard in self.shards
         ]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from fedmllm.data import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Placed, Row, collect, find, held_out, json_text, picture, take, take_text
+from fedmllm.data.reading import Placed, Row, collect, find, held_out, json_text, picture, take_text
 from fedmllm.data.vqa_rad import METRICS, YES_NO
 from fedmllm.types import Content, DataError, Example, Modality
 
@@ -83,11 +83,12 @@ class DriveLM(Dataset):
                 yield place, error
                 continue
             for task in self.tasks:
-                columns = {"set": self.name, "scene": scene, "frame": frame, "task": task}
+                about = {"set": self.name, "scene": scene, "frame": frame, "task": task}
+                shared = {"fields": fields, **{kind: {**about, "answer_type": kind} for kind in ("OPEN", "CLOSED")}}
                 for index, row in enumerate(entry["QA"].get(task) or ()):
                     where = f"{place}/{task}[{index}]"
                     if isinstance(row, dict):
-                        yield where, {**row, "id": f"{scene}/{frame}/{task}/{index}", "in": columns, "shown": fields}
+                        yield where, {"row": row, "id": f"{scene}/{frame}/{task}/{index}", **shared}
                     else:
                         yield where, DataError(f"{where}: an object with Q and A is expected, not {row!r:.60}")
 
@@ -117,7 +118,7 @@ def _frames(scenes: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _example(where: str, row: Row) -> Example:
-    question, answer = take_text(row, "Q", where).strip(), take_text(row, "A", where).strip()
+    question, answer = take_text(row["row"], "Q", where).strip(), take_text(row["row"], "A", where).strip()
     choices: tuple[str, ...] = ()
     plain = answer.lower().rstrip(".")
     if plain in YES_NO:
@@ -127,15 +128,8 @@ def _example(where: str, row: Row) -> Example:
         if plain.upper() not in options:
             raise DataError(f"{where}: row {row['id']!r}: the answer {answer!r} is none of {', '.join(options)}")
         choices, answer = tuple(options.values()), options[plain.upper()]
-    return Example(
-        id=take(row, "id", where),
-        fields=row["shown"],
-        question=question,
-        choices=choices,
-        answer=answer,
-        where=where,
-        columns={**row["in"], "answer_type": "CLOSED" if choices else "OPEN"},
-    )
+    columns = row["CLOSED" if choices else "OPEN"]
+    return Example(row["id"], row["fields"], question, choices, answer, where, columns)
 
 
 def _options(question: str) -> tuple[str, dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing, Scenario
 from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Iid, Partition
@@ -48,9 +49,10 @@ def assign(
     else:
         rows = partition.split(examples, seed)
         masks = scenario.hide(rows, modalities, seed)
-    has = [frozenset(example.fields) for example in examples]
+    meet = lru_cache(maxsize=None)(lambda mask, has: mask & frozenset(has))  # few different ones, and rows share them
+    has = [tuple(example.fields) for example in examples]
     return tuple(
-        Shard(client, tuple(own), tuple(mask & has[row] for row, mask in zip(own, shown, strict=True)))
+        Shard(client, tuple(own), tuple(meet(mask, has[row]) for row, mask in zip(own, shown, strict=True)))
         for client, (own, shown) in enumerate(zip(rows, masks, strict=True))
     )
 
@@ -72,8 +74,8 @@ def show_only(examples: Sequence[Example], visible: Visible) -> tuple[Visible, .
 def digest(shards: Sequence[Shard], examples: Sequence[Example]) -> str:
     """sha256 (16 hex digits) of who holds which ids and what they show: equal exactly if partition and masks are."""
     sha = hashlib.sha256()
+    shown = {v: "".join(f"\x1f{m}" for m in sorted(v)) for v in {v for shard in shards for v in shard.visible}}
     for shard in shards:
-        sha.update(f"client\x1f{shard.client}\x1e".encode())
-        for row, visible in zip(shard.rows, shard.visible, strict=True):
-            sha.update("\x1f".join([str(examples[row].id), *sorted(visible)]).encode() + b"\x1e")
+        rows = [f"{examples[row].id}{shown[v]}\x1e" for row, v in zip(shard.rows, shard.visible, strict=True)]
+        sha.update(f"client\x1f{shard.client}\x1e{''.join(rows)}".encode())
     return sha.hexdigest()[:16]

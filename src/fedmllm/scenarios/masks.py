@@ -67,8 +67,11 @@ class Missing(Scenario):
     def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         known(self.rates, modalities, "scenario.rates")
         size = 1 + max((row for own in rows for row in own), default=-1)
-        kept = {m: stream(seed, "missing", m).random(size) >= self.rate_of(m) for m in modalities}
-        return [[frozenset(m for m in modalities if kept[m][row]) for row in own] for own in rows]
+        code = np.zeros(size, dtype=np.int64)  # bit i: modality i is kept
+        for i, modality in enumerate(modalities):
+            code |= (stream(seed, "missing", modality).random(size) >= self.rate_of(modality)).astype(np.int64) << i
+        masks = {c: frozenset(m for i, m in enumerate(modalities) if c >> i & 1) for c in set(code.tolist())}
+        return [[masks[c] for c in code[np.asarray(own, dtype=np.int64)].tolist()] for own in rows]
 
     def hide_as_published(self, rows: Rows) -> Masks:
         known(self.rates, ("image", "text"), "scenario.rates")
