@@ -190,26 +190,44 @@ FAMILIES: dict[str, tuple[Callable[[Mapping[str, int]], dict[str, Any]], dict[st
 PORTS = {"minicpmv2.6": "minicpmv26", "minicpm-llama3-v2.5": "minicpmllama3v25"}  # their folders in ../shared/parity
 
 
-def write(family: str, folder: Path) -> Path:
-    """The folder of a random model, whose weights are large enough that every input moves its logits."""
+TWO_BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 16}
+
+
+def write(family: str, folder: Path, tied: bool = False, sizes: Mapping[str, int] | None = None) -> Path:
+    """The folder of a random model, whose weights are large enough that every input moves its logits.
+
+    `sizes` replaces those of the language model.
+    """
     make, named = FAMILIES[family]
     words = tokenizer(named, bos="<bos>" if family == "gemma3" else None)
     ids = {key: words.convert_tokens_to_ids(token) for key, token in named.items()}
     ids |= {"size": len(words), "<pad>": words.pad_token_id, "<bos>": words.convert_tokens_to_ids("<bos>")}
     parts = make(ids)
+    if sizes:
+        _resize(parts["config"], sizes)
     words.save_pretrained(folder)
     end = "<end_of_utterance>" if family == "smolvlm" else "<|im_end|>"
     template = CHATML.replace("IMAGE", parts["slot"]).replace("<|im_end|>", end)
     (folder / "chat_template.jinja").write_text(("{{ bos_token }}" if family == "gemma3" else "") + template)
     (folder / "preprocessor_config.json").write_text(json.dumps(parts["pictures"]))
     (folder / "processor_config.json").write_text(json.dumps(parts["processor"]))
-    config = AutoConfig.for_model(family, **parts["config"])
+    config = AutoConfig.for_model(family, **{**parts["config"], **({"tie_word_embeddings": True} if tied else {})})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config)
         _randomise(model)
     model.save_pretrained(folder)
     return folder
+
+
+def _resize(config: dict[str, Any], sizes: Mapping[str, int]) -> None:
+    """In place: the language model's sizes, and those of the tower that must agree."""
+    config["text_config"].update(
+        sizes, vocab_size=151_936 if sizes["hidden_size"] > 1000 else config["text_config"]["vocab_size"]
+    )
+    head = sizes["hidden_size"] // sizes["num_attention_heads"]
+    config["text_config"]["rope_parameters"] = MROPE | {"mrope_section": [head // 8, head * 3 // 16, head * 3 // 16]}
+    config["vision_config"]["hidden_size"] = sizes["hidden_size"]
 
 
 def _randomise(model: torch.nn.Module) -> None:
