@@ -42,3 +42,15 @@ class FlowerSimulation(Engine):
     gpus_per_actor: NonNegativeFloat = 0.0
     threads: NonNegativeInt = 0  # of torch in an actor; 0 = as many as here, which the equality of bytes needs
     timeout_s: PositiveFloat = 3600.0  # a round at most; clients that have not answered are left out
+
+
+class FlowerSites(Engine):
+    """Real sites, each with its own data and process, asked over Flower: `fedmllm server run`."""
+
+    name: Literal["flower-sites"] = "flower-sites"
+    entry = "fedmllm.engines.flower_server:Sites"
+    min_sites: PositiveInt = 1  # usable answers that a round needs, if its cohort is that large
+    attempts: PositiveInt = 3  # at a round, before the run stops
+    round_timeout_s: PositiveFloat = 3600.0  # of an attempt; a later answer is dropped
+    connect_s: NonNegativeFloat = 120.0  # wait for the sites of a cohort that are not connected
+    retry_s: NonNegativeFloat = 30.0  # between two attempts
