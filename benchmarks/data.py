@@ -1,0 +1,118 @@
+"""How long it takes to split the published sets, and to show who holds what: made-up files of the published sizes.
+
+python benchmarks/data.py > results/data.md
+
+Targets of issue 3: 13,608 CrisisMMD rows partitioned and masked in under 1 s; `data show` on any set under 2 s on 2 cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "data"))
+
+import rawsets
+from machine import describe
+
+from fedmllm.scenarios import Aligned, Cross, Dirichlet, Hybrid, Missing, Published, assign, digest
+
+REPEATS = 5
+CORES = 2
+SHOW = """
+import sys
+from pathlib import Path
+from fedmllm.cli import app
+app(standalone_mode=False)
+status = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in status if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
+
+def slake(root: Path) -> None:
+    """9,835 training rows in two languages, 4,919 of them English."""
+    rows = [rawsets.slake_row(i, q_lang="en" if i % 2 == 0 else "zh") for i in range(9835)]
+    rawsets.write_json(root / "train.json", rows)
+
+
+def drivelm(root: Path) -> None:
+    """v1.1 train: 4,072 keyframes of 696 scenes, 377,983 questions: about 93 a keyframe."""
+    frame = json.loads(rawsets.drivelm(root, 1).read_text())["scene0"]["key_frames"]["frame0"]
+    qa = frame["QA"]
+    qa["planning"] = qa["prediction"] = qa["prediction"] * 31
+    qa["perception"] *= 30
+    scenes: dict[str, dict[str, dict[str, object]]] = {}
+    for i in range(4072):
+        scenes.setdefault(f"scene{i % 696}", {"key_frames": {}})["key_frames"][f"frame{i}"] = frame
+    rawsets.write_json(root / "QA_dataset_nus" / "v1_1_train_nus.json", scenes)
+
+
+SETS: dict[str, Callable[[Path], object]] = {
+    "hateful-memes": lambda root: rawsets.hateful_memes(root, 8500),
+    "crisismmd": lambda root: rawsets.crisismmd(root, 13_608),
+    "vqa-rad": lambda root: rawsets.vqa_rad(root, 3064),
+    "slake": slake,
+    "flashcards": lambda root: rawsets.flashcards(root, 33_955),
+    "medical": lambda root: rawsets.medical(root, 1797, 33_955),
+    "drivelm": drivelm,
+}
+
+
+def best(work: Callable[[], object]) -> float:
+    """The shortest of several runs, in seconds."""
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def partitions(root: Path) -> None:
+    rawsets.crisismmd(root, 13_608)
+    data = rawsets.dataset("crisismmd", root)
+    examples = data.load("train").examples
+    print("| CrisisMMD, 13,608 rows | ours | published |\n|---|---|---|")
+    print(f"| read the file | {best(lambda: data.load('train')):.2f} s | the same |")
+    for scenario in (Aligned(), Missing(rate=0.5), Cross(), Hybrid(keep_rate=0.6)):
+        spent = []
+        for partition in (Dirichlet(), Published()):
+            spent.append(
+                best(lambda p=partition, s=scenario: digest(assign(examples, data.modalities(), p, s, 0), examples))
+            )
+        print(f"| partition, {scenario.name}, digest | {spent[0]:.2f} s | {spent[1]:.2f} s |")
+
+
+def shows(root: Path) -> None:
+    print("\n| `fedmllm data show --json` | rows | wall time | peak memory |\n|---|---|---|---|")
+    for name, make in SETS.items():
+        make(root / name)
+        toml = root / name / "experiment.toml"
+        toml.write_text(f'scenario = "missing"\n[data]\nname = "{name}"\nroot = {json.dumps(str(root / name))}\n')
+        spent, rows, memory = [], 0, 0
+        for _ in range(2 if name == "drivelm" else 3):
+            began = time.perf_counter()
+            command = [sys.executable, "-c", SHOW, "data", "show", str(toml), "--json"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            spent.append(time.perf_counter() - began)
+            rows = sum(len(client["ids"]) for client in json.loads(done.stdout)["clients"])
+            memory = int(done.stderr)
+        print(f"| {name} | {rows:,} | {min(spent):.2f} s | {memory / 1024:.0f} MiB |")
+
+
+def main() -> None:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    print(f"# Data: splitting and showing\n\n{describe()}. Pinned to {CORES} cores; the best of several runs.\n")
+    with tempfile.TemporaryDirectory() as folder:
+        partitions(Path(folder) / "crisismmd")
+        shows(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
