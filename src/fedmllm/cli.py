@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedmllm import data_cli
+from fedmllm import data_cli, site_cli
 from fedmllm.suite_cli import compare, report, suite
 from fedmllm.types import ConfigError, FedmllmError
 
@@ -46,6 +46,8 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
     ] = False,
+    engine: Annotated[str | None, typer.Option(help="in-process, stacked or flower-simulation.", metavar="NAME")] = None,
+    num_actors: Annotated[int | None, typer.Option(help="Ray actors of flower-simulation.", min=1)] = None,
     track: Annotated[
         list[str] | None, typer.Option(help="Also tell: tensorboard, wandb, mlflow, trackio.", metavar="NAME")
     ] = None,
@@ -53,7 +55,8 @@ def run(
     """Run one experiment: data x scenario x prompt x backbone x objective x aggregator x rounds."""
     from fedmllm.config import Experiment
 
-    overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
+    named = {"seed": seed, "engine.name": engine, "engine.num_actors": num_actors}
+    overrides = [*(set_ or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
     settings = Experiment.load(experiment, overrides)  # every setting is checked before torch is loaded
     from fedmllm.display import Bars, show_table
     from fedmllm.runs import run as start
@@ -72,6 +75,8 @@ def run(
 
 
 app.add_typer(data_cli.app)
+app.add_typer(site_cli.site_app, name="site")
+app.add_typer(site_cli.server_app, name="server")
 app.command()(suite)
 app.command()(report)
 app.command()(compare)

@@ -16,12 +16,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedmllm.engines.flower_names import ABOUT, ADAPTER, FLAT, REFUSED
 from fedmllm.tensors import flatten, manifest_digest, unflatten
 from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params
-
-ADAPTER, ABOUT = "adapter", "about"  # the two records of a message
-FLAT = "flat"  # the one array of the adapter record
-REFUSED = "refused"  # key of a reply that holds a reason instead of an update
 
 
 def pack(params: Params, about: Mapping[str, str | int | float | bytes]) -> RecordDict:

@@ -15,10 +15,12 @@ from ray import cloudpickle
 
 from fedmllm.backbones import Backbone
 from fedmllm.config import Experiment
-from fedmllm.engines.flower import ABOUT, unpack, update_content
+from fedmllm.engines.flower import unpack, update_content
+from fedmllm.engines.flower_names import ABOUT
 from fedmllm.local import Clients
 from fedmllm.world import World
 from fedmllm.types import Shard
+from fedmllm.world import World
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""Flower's own programs as child processes that end with us. Loads no Flower."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedmllm.types import FedmllmError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def binary(name: str) -> str:
+    """The program `name` of the environment that runs us. Raises FedmllmError where Flower is not installed."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        raise FedmllmError(f"{name} is not installed: pip install 'fedmllm[flower]'")
+    return found
+
+
+def die_with_parent() -> None:
+    """In a child before it becomes its program: Linux then ends it when its parent dies, also by -9. Elsewhere nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop(process: subprocess.Popen[Any], grace_s: float = 5.0) -> None:
+    """End a child: asked first, then made to."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
+    if process.poll() is None:
+        process.kill()
+        process.wait()

@@ -1,0 +1,133 @@
+"""The ServerApp of a real federation: our round loop over the sites' answers, with checkpoints, on the server's machine.
+
+A round asks each site of the cohort once. Too few answers: those that are missing are asked again; still too few: the run
+stops with a reason, and `--resume` goes on from its last finished round. Nothing waits without an end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.serverapp import Grid, ServerApp
+
+from fedmllm.config import Experiment
+from fedmllm.engine import Engine as EngineSettings
+from fedmllm.engine import FlowerSites as Settings
+from fedmllm.engines.flower import ask, pack, read_update
+from fedmllm.local import Clients
+from fedmllm.runs import run
+from fedmllm.sites import AtSites, Request
+from fedmllm.tensors import is_finite
+from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params
+
+POLL_S = 0.5
+Answers = dict[int, ClientUpdate | ClientFailure]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `fedmllm server run` hands over, as a JSON file on the server's machine."""
+
+    experiment: Experiment  # as `over_sites` made it
+    nodes: Mapping[str, int]  # site -> Flower's node id, bound to the site's key; client 0 first
+    out: Path
+    resume: bool
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        experiment = Experiment.parse(table["experiment"], str(path))
+        return cls(experiment, table["nodes"], Path(table["out"]), table["resume"])
+
+
+@dataclass(frozen=True)
+class Link:
+    """The sites that a ServerApp can reach: lent to the engine while the app runs."""
+
+    grid: Grid
+    nodes: Sequence[int]  # of client 0, 1, ...
+
+
+_link: list[Link] = []
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the job whose file the run's configuration names. Ends with an error where the run stopped."""
+    job = Job.read(Path(str(context.run_config["job"])))
+    _link[:] = [Link(grid, tuple(job.nodes.values()))]
+    run(job.experiment, job.out, resume=job.resume)
+
+
+class Sites:
+    """Engine: (params, round, cohort) -> what the sites of the cohort answered, in ascending client order."""
+
+    def __init__(self, settings: EngineSettings, clients: Clients) -> None:
+        if not isinstance(settings, Settings) or not clients.experiment:
+            raise FedmllmError("engine flower-sites needs its own settings")
+        if not _link:
+            raise FedmllmError("engine flower-sites: run it with `fedmllm server run`, which reaches the sites")
+        self._settings, self._clients, self._link = settings, clients, _link[0]
+        self._experiment = clients.experiment
+        if not isinstance(self._experiment.data, AtSites):
+            raise FedmllmError(f"engine flower-sites: data is {self._experiment.data.name}, not at-sites")
+        self._names = self._experiment.data.sites
+
+    def __call__(self, params: Params, round_: int, cohort: Sequence[int]) -> Iterable[ClientUpdate | ClientFailure]:
+        s, answers = self._settings, Answers()
+        for attempt in range(1, s.attempts + 1):
+            missing = [k for k in sorted(cohort) if not usable(answers.get(k))]
+            answers |= self._attempt(params, round_, missing)
+            num_usable = sum(map(usable, answers.values()))
+            if num_usable >= min(s.min_sites, len(cohort)):
+                return [answers[client] for client in sorted(cohort)]
+            if attempt < s.attempts:
+                time.sleep(s.retry_s)
+        said = "; ".join(
+            f"{self._names[k]}: {a.reason if isinstance(a, ClientFailure) else 'its delta holds NaN or Inf'}"
+            for k, a in sorted(answers.items())
+            if not usable(a)
+        )
+        raise FedmllmError(
+            f"round {round_}: {num_usable} of {len(cohort)} sites answered, engine.min_sites is {s.min_sites}, "
+            f"after {s.attempts} attempts ({said}). --resume goes on from round {round_ - 1}"
+        )
+
+    def _attempt(self, params: Params, round_: int, cohort: Sequence[int]) -> Answers:
+        """Ask each of these sites that is connected, or becomes so within `connect_s`."""
+        s = self._settings
+        online = self._online(cohort)
+        messages = {k: self._message(params, round_, k) for k in cohort if k in online}
+        answers: Answers = {k: ClientFailure(k, "not connected") for k in cohort}
+        for client, reply in ask(self._link.grid, messages, s.round_timeout_s, POLL_S, lambda: ""):
+            late = ClientFailure(client, f"no answer within engine.round_timeout_s = {s.round_timeout_s:g}")
+            answers[client] = late if reply is None else read_update(client, reply, params)
+        return answers
+
+    def _online(self, cohort: Sequence[int]) -> set[int]:
+        until = time.monotonic() + self._settings.connect_s
+        while True:
+            known = set(self._link.grid.get_node_ids())
+            online = {k for k in cohort if self._link.nodes[k] in known}
+            if len(online) == len(cohort) or time.monotonic() > until:
+                return online
+            time.sleep(POLL_S)
+
+    def _message(self, params: Params, round_: int, client: int) -> Message:
+        base = self._clients.backbone.digest
+        request = Request.of(self._experiment, base, self._names[client], client, round_)
+        content = pack(params, {"request": request.model_dump_json()})
+        ttl = self._settings.round_timeout_s  # a site that was away does not work off what is over
+        return Message(content, self._link.nodes[client], "train", ttl=ttl, group_id=str(round_))
+
+
+def usable(answer: ClientUpdate | ClientFailure | None) -> bool:
+    """Whether it can count towards `min_sites`; limits of the screen are checked later, by the loop."""
+    return isinstance(answer, ClientUpdate) and is_finite(answer.delta)
+

@@ -1,0 +1,213 @@
+"""The server's side around the ServerApp: SuperLink, registered sites, and runs that outlive a killed SuperLink.
+
+Everything lies in one folder: certificates, the register of sites, SuperLink's database, the app. Flower's own programs do
+the work, so this module loads neither torch nor Flower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from fedmllm.config import Experiment
+from fedmllm.engines.flower_processes import binary, die_with_parent, stop
+from fedmllm.record import read, write_atomically
+from fedmllm.scenarios.partitions import numbers_first
+from fedmllm.sites import over_sites, quiet_environment
+from fedmllm.types import ConfigError, FedmllmError, Spec, validate
+
+SETTINGS, SITES, CONNECTION = "server.toml", "sites.json", "fedmllm"
+START_S = 60.0  # of a SuperLink, at most
+APP = """[project]
+name = "fedmllm-federation"
+version = "0.1.0"
+description = "The round loop of fedmllm; the code is the installed package's"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedmllm"
+
+[tool.flwr.app.components]
+serverapp = "fedmllm.engines.flower_server:app"
+clientapp = "fedmllm.engines.flower_client:app"
+
+[tool.flwr.app.config]
+job = ""
+"""
+
+
+class Listen(Spec):
+    """`server.toml`."""
+
+    host: str = "127.0.0.1"  # SuperLink's; sites of other machines come through the proxy of deploy/, or a gate
+    port: int = Field(8000, ge=1, le=65535)
+
+
+class Server:
+    """A federation's server, by its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        try:
+            table = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{folder / SETTINGS}: cannot be read: {error.strerror}; `fedmllm server new` makes it") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{folder / SETTINGS}: not a TOML file: {error}") from None
+        self.listen = Listen.model_validate(validate(Listen, table, str(folder / SETTINGS)))
+
+    @classmethod
+    def new(cls, folder: Path, hosts: Sequence[str], port: int) -> Server:
+        """A folder with certificates for `hosts`, settings, and the app. Raises FedmllmError where one exists."""
+        from fedmllm.engines.flower_keys import CA, make_authority
+
+        if (folder / SETTINGS).exists():
+            raise FedmllmError(f"{folder / SETTINGS} exists; choose another folder")
+        make_authority(folder, hosts)
+        (folder / SETTINGS).write_text(f'host = "127.0.0.1"\nport = {port}\n', encoding="utf-8")
+        (folder / "app").mkdir()
+        (folder / "app" / "pyproject.toml").write_text(APP, encoding="utf-8")
+        (folder / "flwr").mkdir(mode=0o700)
+        where = f'address = "127.0.0.1:{port}"\nroot-certificates = "{(folder / CA).absolute()}"\n'
+        head = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        (folder / "flwr" / "config.toml").write_text(head + where, encoding="utf-8")
+        write_atomically(folder / SITES, "{}")
+        return cls(folder)
+
+    def environment(self) -> dict[str, str]:
+        return quiet_environment() | {"FLWR_HOME": str(self.folder / "flwr")}
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """A SuperLink that ends with us -> its process, once it answers. Raises FedmllmError where it does not."""
+        f = self.folder
+        command = [
+            binary("flower-superlink"), "--host", self.listen.host, "--port", str(self.listen.port),
+            "--ssl-ca-certfile", str(f / "ca.crt"), "--ssl-certfile", str(f / "server.crt"), "--ssl-keyfile", str(f / "server.key"),
+            "--enable-supernode-auth", "--database", str(f / "state.db"), "--disable-runtime-dependency-installation",
+        ]  # fmt: skip
+        log = (f / "superlink.log").open("ab")
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=self.environment(), cwd=f, preexec_fn=die_with_parent
+        )
+        log.close()
+        until = time.monotonic() + START_S
+        while process.poll() is None and time.monotonic() < until:
+            with contextlib.suppress(FedmllmError):
+                self.flwr("list", "--limit", "1")
+                return process
+            time.sleep(0.5)
+        stop(process)
+        raise FedmllmError(f"SuperLink did not start on port {self.listen.port}; see {f / 'superlink.log'}")
+
+    def serve(self, say: Callable[[str], None]) -> None:
+        """Keep a SuperLink running until we are interrupted; one that dies is started again on the same database."""
+        process = self.start()
+        try:
+            say(f"SuperLink on {self.listen.host}:{self.listen.port}, log: {self.folder / 'superlink.log'}")
+            while True:
+                if process.poll() is not None:
+                    say(f"SuperLink died (exit status {process.returncode}); starting it again")
+                    process = self.start()
+                time.sleep(1)
+        finally:
+            stop(process)
+
+    def flwr(self, *words: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        """`flwr WORDS --format json` -> what it printed. Raises FedmllmError with Flower's own words."""
+        command = [binary("flwr"), *words, "--format", "json"]
+        try:
+            done = subprocess.run(
+                command, env=self.environment(), cwd=self.folder, capture_output=True, text=True, timeout=timeout_s
+            )
+        except subprocess.TimeoutExpired:
+            raise FedmllmError(f"flwr {words[0]}: no answer from SuperLink within {timeout_s:g} s") from None
+        text = done.stdout[done.stdout.find("{") :]
+        try:
+            found: dict[str, Any] = json.loads(text)
+        except ValueError:
+            found = {"error-message": (done.stdout + done.stderr).strip()[-500:]}
+        if done.returncode or not found.get("success"):
+            raise FedmllmError(f"flwr {' '.join(words[:2])}: {found.get('error-message', found)}")
+        return found
+
+    def sites(self) -> dict[str, int]:
+        """Registered sites with their node ids, in the order of their names: client 0, 1, ..."""
+        table = json.loads((self.folder / SITES).read_text(encoding="utf-8"))
+        return {name: int(table[name]) for name in sorted(table, key=numbers_first)}
+
+    def add(self, name: str, public_key: Path) -> int:
+        """Register a site by its public key -> its node id. SuperLink must be running."""
+        sites = self.sites()
+        if name in sites:
+            raise FedmllmError(f"site {name!r} is registered already, as node {sites[name]}")
+        node = int(self.flwr("supernode", "register", str(public_key.absolute()), CONNECTION, "--name", name)["node-id"])
+        write_atomically(self.folder / SITES, json.dumps({**sites, name: node}, indent=1))
+        return node
+
+    def status(self, run_id: str) -> str:
+        """Of a run: "running", "finished:completed", "finished:failed", ...; "unreachable" where SuperLink does not answer."""
+        try:
+            return str(self.flwr("list", "--run-id", run_id)["runs"][0]["status"])
+        except (FedmllmError, KeyError, IndexError):
+            return "unreachable"
+
+    def run(
+        self, experiment: Experiment, out: Path, resume: bool, test: bool, only: Sequence[str] = (), restarts: int = 5
+    ) -> Iterator[dict[str, Any]]:
+        """Run an experiment over the sites; yield the record's events as they come.
+
+        A run that a killed SuperLink took with it is begun again from its last finished round, `restarts` times at most.
+        Raises FedmllmError where it stopped for a reason of its own.
+        """
+        sites = {k: v for k, v in self.sites().items() if not only or k in only}
+        if not sites or len(sites) < len(only):
+            raise ConfigError(f"sites: got {list(only)}; registered: {', '.join(self.sites()) or 'none'}")
+        whole = over_sites(experiment, tuple(sites), test)
+        out.mkdir(parents=True, exist_ok=True)
+        record, job = out.absolute() / "record.jsonl", out.absolute() / "job.json"
+        if record.exists() and not resume:
+            raise FedmllmError(f"{record} exists; --resume goes on with that run; or choose another --out")
+        seen = sum(1 for _ in read(record)) if record.exists() else 0
+        for attempt in range(restarts + 1):
+            settings = whole.model_dump(mode="json")
+            about = {"nodes": sites, "out": str(out.absolute()), "resume": resume or attempt > 0}
+            write_atomically(job, json.dumps({"experiment": settings, **about}))
+            started = self._submit(job)
+            yield {"event": "submitted", "run": started, "attempt": attempt + 1}
+            status = "running"
+            while True:
+                ended = status.startswith("finished") or status == "unreachable"
+                events = list(read(record)) if record.exists() else []
+                seen = min(seen, len(events))  # a resumed record forgets what came after its checkpoint
+                yield from events[seen:]
+                last, seen = (events[-1] if events else {}), len(events)
+                if last.get("event") == "end" and (out / "summary.json").exists():
+                    return
+                if ended:
+                    break
+                time.sleep(1)
+                status = self.status(started)
+            if last.get("event") == "stopped" and "FedmllmError" in last["reason"] or "ConfigError" in last.get("reason", ""):
+                raise FedmllmError(last["reason"].partition(": ")[2])
+            yield {"event": "lost", "status": status, "note": f"log: {self.folder / 'superlink.log'}"}
+        raise FedmllmError(f"the run was lost {restarts + 1} times; see {self.folder / 'superlink.log'}; --resume goes on")
+
+    def _submit(self, job: Path) -> str:
+        """Start the run once SuperLink answers -> its id."""
+        until, words = time.monotonic() + 2 * START_S, ("-c", f"job={json.dumps(str(job))}")
+        while True:
+            try:
+                return str(self.flwr("run", str(self.folder / "app"), CONNECTION, *words)["run-id"])
+            except FedmllmError as error:
+                if time.monotonic() > until:
+                    raise FedmllmError(f"no run could be started: {error}; is `fedmllm server start` running?") from None
+            time.sleep(2)
