@@ -20,7 +20,7 @@ from pydantic import Field
 from fedmllm.config import Experiment
 from fedmllm.engines.flower_processes import binary, die_with_parent, stop
 from fedmllm.record import read, write_atomically
-from fedmllm.scenarios.partitions import numbers_first
+from fedmllm.scenarios.partitions import in_order
 from fedmllm.sites import over_sites, quiet_environment
 from fedmllm.types import ConfigError, FedmllmError, Spec, validate
 
@@ -142,7 +142,7 @@ class Server:
     def sites(self) -> dict[str, int]:
         """Registered sites with their node ids, in the order of their names: client 0, 1, ..."""
         table = json.loads((self.folder / SITES).read_text(encoding="utf-8"))
-        return {name: int(table[name]) for name in sorted(table, key=numbers_first)}
+        return {name: int(table[name]) for name in sorted(table, key=in_order)}
 
     def add(self, name: str, public_key: Path) -> int:
         """Register a site by its public key -> its node id. SuperLink must be running."""
