@@ -10,6 +10,7 @@ import rawsets
 
 from fedmllm.data import Dataset
 from fedmllm.data.pictures import check_rows
+from fedmllm.images import open_image
 from fedmllm.types import ConfigError, DataError
 
 
@@ -29,6 +30,7 @@ def test_vqa_rad_has_1797_and_451_rows_and_its_images_are_sound(shared: Path) ->
     assert len(list((root / "images").iterdir())) == 315
     assert {p.name for p in (root / "images").iterdir()} - {p.name for p in images} == {"synpic35356.jpg"}
     assert len({e.fields["image"] for e in train} & {e.fields["image"] for e in test}) == 202
+    assert all(open_image(path).mode == "RGB" for path in (root / "images").iterdir())
     assert check_rows((*train, *test), frozenset({"image"}), "fail") == ((*train, *test), ())
 
 
