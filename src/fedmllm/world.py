@@ -16,6 +16,7 @@ import torch
 from fedmllm.availability import Always
 from fedmllm.backbones import Backbone
 from fedmllm.config import Experiment
+from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.engine import Engine as EngineSettings
 from fedmllm.evaluate import visible_of
 from fedmllm.federate import Engine
@@ -23,7 +24,7 @@ from fedmllm.identity import rows_digest
 from fedmllm.local import Clients, RowStore
 from fedmllm.scenarios import assign, digest
 from fedmllm.scenarios.partitions import answer_label
-from fedmllm.types import ConfigError, Example, Params, Shard
+from fedmllm.types import ConfigError, DataError, Example, Params, Shard
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class World:
     def load(cls, experiment: Experiment) -> World:
         """Read the rows, split and hide them, check that what is shown is there; the model comes last, being dear."""
         data, modalities = experiment.data, experiment.data.modalities()
-        for visible in experiment.evaluate.visible:
-            visible_of(visible, modalities)
+        judged = frozenset[str]().union(*(visible_of(v, modalities) for v in experiment.evaluate.visible))
         train, test = data.load("train"), data.load("test")
         limit = experiment.evaluate.limit or None
         validation = data.load("validation").examples if experiment.evaluate.select == "validation" else ()
@@ -53,13 +53,18 @@ class World:
                 f"evaluate.select: got 'validation', but {data.name} has no validation rows; allowed: last"
             )
         shards = assign(train.examples, modalities, experiment.partition, experiment.scenario, experiment.seed)
+        shards, bad_train = check_shards(train.examples, shards, data.on_bad_row)
+        test_rows, bad_test = check_rows(test.examples[:limit], judged, data.on_bad_row)
+        validation, bad_validation = check_rows(validation[:limit], judged, data.on_bad_row)
+        if not test_rows:
+            raise DataError(f"{data.name}: no usable test row")
         backbone = experiment.backbone.load(experiment.seed)
         return cls(
             experiment=experiment,
             train=train.examples,
-            validation=validation[:limit],
-            test=test.examples[:limit],
-            skipped=(*train.skipped, *test.skipped),
+            validation=validation,
+            test=test_rows,
+            skipped=(*train.skipped, *test.skipped, *bad_train, *bad_test, *bad_validation),
             shards=shards,
             backbone=backbone,
             start=backbone.lora(),
