@@ -8,12 +8,12 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from made_up import write_run
 
 from fedmllm.config import Experiment
 from fedmllm.record import read
 from fedmllm.trackers import TRACKERS, Tracker, tracker
 from fedmllm.types import ConfigError
+from made_up import write_run
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_trackio_keeps_local_files(run_folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_unknown_or_missing_tracker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ConfigError, match="got 'tensorbord'; allowed: .*did you mean 'tensorboard'"):
+    with pytest.raises(ConfigError, match=r"got 'tensorbord'; allowed: .*did you mean 'tensorboard'"):
         tracker("tensorbord", tmp_path)
     monkeypatch.setattr(TRACKERS["wandb"], "needs", "no_such_module")
     with pytest.raises(ConfigError, match=r"pip install 'fedmllm\[wandb\]'"):

@@ -1,0 +1,301 @@
+"""A report says what the records say, and its page stands alone."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from scipy import stats as scipy_stats
+
+from fedmllm.compare import compare
+from fedmllm.config import Experiment
+from fedmllm.record import read
+from fedmllm.report import write_report
+from fedmllm.report.findings import findings
+from fedmllm.report.published import published_for
+from fedmllm.report.reading import read_book
+from fedmllm.report.stats import all_pairs, holm, paired
+from fedmllm.report.tables import results
+from fedmllm.suite import Suite
+from fedmllm.types import FedmllmError
+from made_up import write_run
+
+ROOT = Path(__file__).parents[1]
+SUITE = ROOT / "experiments/tiny/irony.toml"
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny matrix with made-up numbers: 216 runs."""
+    folder = tmp_path_factory.mktemp("made-up")
+    suite = Suite.load(SUITE)
+    suite.save(folder)
+    for cell in suite.cells:
+        write_run(folder / cell.run_id, cell.experiment)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(made_up: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "report.html"
+    write_report([made_up], out)
+    return out
+
+
+def test_paired_t_test_is_that_of_scipy():
+    a, b = {0: 0.91, 1: 0.87, 2: 0.93, 7: 1.0}, {0: 0.88, 1: 0.86, 2: 0.88, 9: 0.0}
+    found = paired(a, b)
+    expected = scipy_stats.ttest_rel([0.91, 0.87, 0.93], [0.88, 0.86, 0.88])
+    interval = expected.confidence_interval(0.95)
+    assert found is not None
+    assert (found.n, found.difference) == (3, pytest.approx(0.03))
+    assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, interval.low, interval.high))
+
+
+def test_one_seed_claims_nothing_and_equal_seeds_differ_by_nothing():
+    one, same = paired({0: 0.9}, {0: 0.1}), paired({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6})
+    assert one is not None
+    assert same is not None
+    assert (one.p, one.verdict) == (None, "one seed: cannot be told from noise")
+    assert (same.p, same.verdict) == (1.0, "within noise")
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_holm_by_hand():
+    # sorted 0.01 * 3, max(0.03, 0.02 * 2), max(0.04, 0.04 * 1)
+    assert holm({"a": 0.04, "b": 0.01, "c": 0.02}) == pytest.approx({"b": 0.03, "c": 0.04, "a": 0.04})
+
+
+def test_the_table_holds_means_and_deviations_over_seeds(made_up: Path, written: Path):
+    cells = [cell for cell in Suite.load(SUITE).cells if cell.label.startswith("beta 40 % · FedAdam ·")]
+    values = []
+    for cell in cells:
+        evals = [
+            e for e in read(made_up / cell.run_id / "record.jsonl") if e["event"] == "eval" and e["visible"] == "both"
+        ]
+        values.append(evals[-1]["metrics"]["auc"])
+    rows = list(csv.DictReader(io.StringIO(written.with_name("report-results.csv").read_text())))
+    wanted = {"setting": "beta 40 %", "method": "FedAdam", "test_shows": "both", "metric": "auc"}
+    (row,) = [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+    assert float(row["mean"]) == pytest.approx(statistics.fmean(values), rel=1e-5)
+    assert float(row["std"]) == pytest.approx(statistics.stdev(values), rel=1e-4)
+    assert (row["n"], row["seeds"]) == ("3", "0 1 2")
+    text = f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+    line = next(line for line in written.with_suffix(".md").read_text().splitlines() if "| beta 40 % |" in line)
+    assert text in line
+
+
+def test_best_and_second_are_marked_in_every_row(made_up: Path):
+    table = results(read_book([made_up]).chapters[0])
+    assert len(table.rows) == 12
+    for row in table.rows:
+        ranked = sorted(row.cells, key=lambda m: -row.cells[m].spread.mean)
+        assert [row.cells[m].mark for m in ranked] == ["best", "second", "", "", "", ""]
+        assert row.published["FedAdam"] == published_for("hateful-memes").values["FedAdam"][row.setting]
+
+
+def test_every_pair_of_methods_once_the_better_one_first(made_up: Path):
+    pairs = all_pairs(read_book([made_up]).chapters[0])
+    assert len({frozenset((v.a, v.b)) for v in pairs}) == len(pairs) == 6 * 5 / 2
+    for v in pairs:
+        assert v.paired.difference >= 0
+        assert v.cells == 36
+        assert v.wins >= 3 * len(v.stable)
+        assert not set(v.stable) & set(v.reversed)
+
+
+def test_a_claim_bears_its_test_and_number_of_seeds(made_up: Path):
+    chapter = read_book([made_up]).chapters[0]
+    for finding in findings(chapter, results(chapter)):
+        assert (finding.is_clear is None) or "Paired t-test over 3 seeds: p " in finding.detail
+        assert ("within noise" in finding.text) == (finding.is_clear is False)
+
+
+def test_runs_without_a_suite_get_names_and_odd_settings_are_told_apart(tmp_path: Path):
+    for i, change in enumerate(({}, {"train": {"lr": 1e-3}}, {"prompt": "agnostic"}, {"seed": 1})):
+        write_run(tmp_path / str(i), Experiment.parse({"data": "synthetic-irony", "aggregator": "fedadam", **change}))
+    chapter = read_book([tmp_path]).chapters[0]
+    assert chapter.settings == ["alpha 0.5"]
+    assert set(chapter.methods) == {"FedAdam (train.lr=2e-05)", "FedAdam (train.lr=0.001)", "FedAdam, agnostic prompt"}
+
+
+def test_unfinished_runs_are_counted_and_nothing_at_all_is_an_error(tmp_path: Path, made_up: Path):
+    with pytest.raises(FedmllmError, match="no such folder"):
+        read_book([tmp_path / "none"])
+    with pytest.raises(FedmllmError, match="no finished run"):
+        read_book([tmp_path])
+    shutil.copytree(made_up, tmp_path / "copy")
+    first, second = [f for f in sorted((tmp_path / "copy").iterdir()) if f.is_dir()][:2]
+    (first / "summary.json").unlink()
+    book = read_book([tmp_path / "copy"])
+    assert (len(book.runs), book.unfinished, book.missing) == (215, (str(first),), 1)
+    (second / "summary.json").write_text('{"rows": []}')
+    with pytest.raises(FedmllmError, match=f"{second.name}: not a run's record and summary"):
+        read_book([tmp_path / "copy"])
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, ids and addresses of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        of_tag = dict(attrs)
+        if "id" in of_tag:
+            self.ids.append(of_tag["id"])
+        self.addresses += [of_tag[key] for key in ("href", "src", "xlink:href") if of_tag.get(key)]
+
+
+def test_the_page_stands_alone_and_its_figures_can_be_read_aloud(written: Path):
+    text = written.read_text()
+    page = Page(text)
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org)", text)
+    figures = page.tags.count("svg")
+    assert figures == page.tags.count("desc") >= 1 + 4 + 12 + 9 + 2
+    assert text.count('role="img"') == figures
+    named = [i for i in page.ids if i.endswith(("-t", "-d"))]
+    assert len(named) == len(set(named)) == 2 * figures
+    assert not re.search(r"#0100[0-9a-f]{2}", text), "a colour that does not follow the theme"
+    assert {i[1:] for i in page.addresses if i.startswith("#c")} <= set(page.ids)
+
+
+def test_300_runs_in_ten_seconds_and_three_megabytes(made_up: Path, tmp_path: Path):
+    suite = Suite.load(SUITE)
+    for cell in suite.cells[:84]:
+        changed = cell.experiment.model_copy(update={"seed": cell.experiment.seed + 3})
+        write_run(tmp_path / "more" / changed.run_id(), changed)
+    began = time.process_time()
+    write_report([made_up, tmp_path / "more"], tmp_path / "report.html")
+    assert time.process_time() - began < 10
+    assert (tmp_path / "report.html").stat().st_size < 3e6
+    assert len(read_book([made_up, tmp_path / "more"]).runs) == 300
+
+
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not found:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    return found
+
+
+def in_browser(path: Path, *options: str) -> str:
+    command = [
+        browser(),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        *options,
+        path.as_uri(),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.parametrize("width", [500, 1280])  # headless chromium has no narrower window; a phone is a frame in it
+def test_the_page_fits_and_sorts_in_a_browser(written: Path, tmp_path: Path, width: int):
+    probe = """<script>
+    const heads = [...document.querySelectorAll("table.sortable")[0].querySelectorAll("thead tr:last-child th button")];
+    heads[2].click();
+    const column = [...document.querySelectorAll("table.sortable")[0].tBodies[0].rows].map((r) => +r.children[2].dataset.value);
+    const falls = column.every((v, i) => i === 0 || column[i - 1] >= v);
+    const over = document.documentElement.scrollWidth - innerWidth;
+    document.body.dataset.probe = [over, falls, heads[2].closest("th").ariaSort].join();
+    </script></body>"""
+    page = tmp_path / "page.html"
+    page.write_text(written.read_text().replace("</body>", probe))
+    found = in_browser(page, f"--window-size={width},900", "--dump-dom")
+    told = re.search(r'data-probe="(-?\d+),(\w+),(\w+)"', found)
+    assert told
+    assert int(told.group(1)) <= 0, "the page is wider than the window"
+    assert told.groups()[1:] == ("true", "descending")
+
+
+def test_a_phone_needs_no_sideways_scrolling(written: Path, tmp_path: Path):
+    shutil.copy(written, tmp_path / "page.html")
+    probe = "document.body.dataset.probe = f.contentDocument.documentElement.scrollWidth"
+    frame = f'<body><iframe id="f" src="page.html" width="390" height="800" onload="{probe}"></iframe></body>'
+    (tmp_path / "phone.html").write_text(frame)
+    found = in_browser(
+        tmp_path / "phone.html", "--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom"
+    )
+    assert re.search(r'data-probe="390"', found)
+
+
+def test_a_picture_of_the_page_can_be_taken(written: Path, tmp_path: Path):
+    in_browser(written, "--window-size=1280,1600", f"--screenshot={tmp_path / 'page.png'}")
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+
+
+def test_published_numbers_are_twelve_settings_a_method():
+    for data in ("hateful-memes", "synthetic-irony", "crisismmd", "synthetic-crisis"):
+        published = published_for(data)
+        assert published is not None
+        assert {len(row) for row in published.values.values()} == {12}
+        assert published.same_data == (not data.startswith("synthetic"))
+    assert published_for("hateful-memes").values["FedYogi"]["I7:T3"] == 75.94
+    assert published_for("crisismmd").values["FedAvgM"]["p 60 %"] == 39.44
+    assert published_for("vqa-rad") is None
+    suite = {cell.labels["settings"] for cell in Suite.load(SUITE).cells}
+    assert suite == set(published_for("hateful-memes").values["FedYogi"])
+
+
+def test_compare_pairs_seed_with_seed(tmp_path: Path):
+    for seed in (0, 1, 2):
+        for side, name in (("a", "fedadam"), ("b", "fedavgm")):
+            table = {
+                "data": "synthetic-irony",
+                "aggregator": name,
+                "seed": seed,
+                "engine": "in-process" if side == "a" else "stacked",
+            }
+            write_run(tmp_path / side / str(seed), Experiment.parse(table))
+    found = compare([tmp_path / "a"], [tmp_path / "b"])
+    assert (found.num_a, found.num_b, found.num_pairs) == (3, 3, 3)
+    assert found.settings["aggregator.name"] == ("fedadam", "fedavgm")
+    assert set(found.how) >= {"engine.name"}
+    assert found.rows[0].test is not None
+    assert found.rows[0].test.n == 3
+    alone = compare([tmp_path / "a/0"], [tmp_path / "b/0"])
+    assert alone.rows[0].test is not None
+    assert alone.rows[0].test.p is None
+    with pytest.raises(FedmllmError, match="several runs"):
+        compare([tmp_path / "a", tmp_path / "b"], [tmp_path / "a"])
+
+
+def test_made_up_records_have_the_form_of_real_ones(tmp_path: Path):
+    from fedmllm.runs import run
+
+    settings = Experiment.parse(
+        {
+            "data": {"name": "synthetic-irony", "num_train": 30, "num_validation": 5, "num_test": 8},
+            "partition": {"name": "iid", "num_clients": 3},
+            "train": {"batch_size": 8, "max_steps": 1},
+            "evaluate": {"every": 1, "visible": ["both"]},
+            "num_rounds": 2,
+        }
+    )
+    run(settings, tmp_path / "real")
+    write_run(tmp_path / "made-up", settings, num_clients=3)
+    real, ours = (list(read(tmp_path / name / "record.jsonl")) for name in ("real", "made-up"))
+    for kind in ("experiment", "round", "eval", "end"):
+        of_real, of_ours = (next(e for e in events if e["event"] == kind) for events in (real, ours))
+        assert of_ours.keys() <= of_real.keys(), kind
+    assert (
+        read_book([tmp_path / "real"]).runs[0].rows[0].keys()
+        >= read_book([tmp_path / "made-up"]).runs[0].rows[0].keys()
+    )

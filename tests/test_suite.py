@@ -1,0 +1,217 @@
+"""A suite expands to the experiments that its file says, and runs them so that nothing finished is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedmllm.suite import Suite, merge
+from fedmllm.suite_run import Job, State, hire, run_suite
+from fedmllm.types import ConfigError, FedmllmError
+
+ROOT = Path(__file__).parents[1]
+SMALL = """
+title = "small"
+[base]
+data = { name = "synthetic-irony", num_train = 40, num_validation = 10, num_test = 12 }
+partition = { name = "dirichlet", alpha = 5.0, num_clients = 3 }
+train = { lr = 1e-3, batch_size = 4, accumulation = 1, max_steps = 2 }
+num_rounds = 3
+evaluate = { every = 1, visible = ["both", "image"] }
+[matrix]
+seeds = [0, 1]
+[matrix.settings]
+"whole" = {}
+"half" = { scenario = { name = "missing", rate = 0.5 } }
+[matrix.methods]
+"Zero-shot" = { method = "zero-shot" }
+"FedAdam" = { aggregator = "fedadam" }
+"""
+
+
+def file(folder: Path, text: str, name: str = "suite.toml") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_cells_are_the_product_in_the_order_of_the_file_seeds_last(tmp_path: Path):
+    suite = Suite.load(file(tmp_path, SMALL))
+    assert [cell.label for cell in suite.cells[:4]] == [
+        "whole · Zero-shot · 0", "whole · Zero-shot · 1", "whole · FedAdam · 0", "whole · FedAdam · 1",
+    ]  # fmt: skip
+    assert len(suite.cells) == 2 * 2 * 2
+    half = suite.cells[-1].experiment
+    assert (half.scenario.name, half.aggregator.name, half.seed, half.num_rounds) == ("missing", "fedadam", 1, 3)
+
+
+def test_another_name_replaces_a_table_and_the_same_name_changes_it():
+    table = {"aggregator": {"name": "fedadam", "lr": 1.0}}
+    assert merge(table, {"aggregator": {"lr": 2.0}}) == {"aggregator": {"name": "fedadam", "lr": 2.0}}
+    assert merge(table, {"aggregator": {"name": "fedavg"}}) == {"aggregator": {"name": "fedavg"}}
+    assert merge({"aggregator": "fedadam"}, {"aggregator": {"lr": 2.0}}) == {
+        "aggregator": {"name": "fedadam", "lr": 2.0}
+    }
+
+
+def test_a_file_extends_another_axis_by_axis_and_skips(tmp_path: Path):
+    file(tmp_path, SMALL, "below.toml")
+    above = """
+extends = "below.toml"
+[base]
+num_rounds = 2
+[matrix.methods]
+"FedAvg" = {}
+"FedYogi" = { aggregator = "fedyogi" }
+[[matrix.skip]]
+methods = ["FedAvg"]
+settings = ["half"]
+"""
+    suite = Suite.load(file(tmp_path, above))
+    assert {cell.label for cell in suite.cells} == {
+        f"{s} · {m} · {k}" for s, m in (("whole", "FedAvg"), ("whole", "FedYogi"), ("half", "FedYogi")) for k in (0, 1)
+    }
+    assert {cell.experiment.num_rounds for cell in suite.cells} == {2}
+
+
+def test_equal_experiments_stand_once(tmp_path: Path):
+    twice = SMALL + '"FedAdam again" = { aggregator = { name = "fedadam", lr = 1e-3 } }\n'
+    assert len(Suite.load(file(tmp_path, twice)).cells) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("num_rounds = 3", "num_round = 3"), "num_round: unknown key; allowed: .*did you mean 'num_rounds'"),
+        (("rate = 0.5", "rate = 1.5"), "scenario.rate: got 1.5"),
+        (("seeds = [0, 1]", 'seeds = ["a"]'), "matrix.seeds: got .*whole numbers"),
+        (("[matrix.settings]", "[matrix.settings]\nx = 3"), "matrix.settings: got .*label = "),
+        (("[base]", "[bas]"), "bas: unknown key; allowed: title, extends, base, matrix; did you mean 'base'"),
+        (('title = "small"', 'title = "small'), "not a TOML file"),
+        (('title = "small"', 'extends = "suite.toml"'), "extends itself"),
+        (('title = "small"', 'extends = "none.toml"'), "none.toml: cannot be read: No such file"),
+    ],
+)
+def test_a_bad_file_is_refused_before_anything_runs(tmp_path: Path, change: tuple[str, str], message: str):
+    path = file(tmp_path, SMALL.replace(*change))
+    with pytest.raises(ConfigError, match=message) as error:
+        Suite.load(path)
+    assert "toml" in str(error.value)
+
+
+def test_an_unknown_label_in_skip_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="skip 1: methods = 'FedAvg': no such label; known: Zero-shot, FedAdam"):
+        Suite.load(file(tmp_path, SMALL + '[[matrix.skip]]\nmethods = ["FedAvg"]\n'))
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"), [("hateful-memes", 792), ("crisismmd", 792), ("medical", 396), ("as-published", 360)]
+)
+def test_the_published_benchmark_is_complete(name: str, cells: int):
+    # settings x methods x strategies x seeds, less zero-shot with an objective: 12*6*4*3 - 12*2*3
+    assert len(Suite.load(ROOT / f"experiments/paper/{name}.toml").cells) == cells
+
+
+def test_the_tiny_matrix_is_twelve_by_six_by_three():
+    suite = Suite.load(ROOT / "experiments/tiny/irony.toml")
+    assert len(suite.cells) == 12 * 6 * 3
+    assert all(cell.experiment.backbone.name == "tiny" for cell in suite.cells)
+
+
+class Told:
+    """A display that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.cells: list[tuple[str, str]] = []
+        self.most_jobs = 0
+
+    def update(self, state: State) -> None:
+        self.most_jobs = max(self.most_jobs, sum(1 for job in state.jobs if job.cell))
+
+    def finished(self, cell, seconds, error) -> None:
+        self.cells.append((cell.label, error))
+
+
+def test_two_processes_give_the_bytes_of_one(tmp_path: Path):
+    from fedmllm.runs import run
+
+    suite, told = Suite.load(file(tmp_path, SMALL)), Told()
+    state = run_suite(suite, tmp_path / "out", 2, 1, 10**12, told)
+    assert (state.finished, state.kept, state.failed) == (8, 0, {})
+    assert told.most_jobs == 2
+    cell = suite.cells[-1]
+    run(cell.experiment, tmp_path / "alone")
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "out" / cell.run_id / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
+    assert not (tmp_path / "out" / cell.run_id / "checkpoints").exists()
+    again = Told()
+    state = run_suite(suite, tmp_path / "out", 2, 1, 10**12, again)
+    assert (state.finished, state.kept, again.cells) == (8, 8, [])
+
+
+def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path):
+    bad = SMALL.replace(
+        '"Zero-shot" = { method = "zero-shot" }', '"Lost" = { data = { name = "hateful-memes", root = "/no" } }'
+    )
+    state = run_suite(Suite.load(file(tmp_path, bad)), tmp_path / "out", 1, 1, 10**12, Told())
+    assert (state.finished, len(state.failed)) == (4, 4)
+    assert "train.jsonl" in state.failed["whole · Lost · 0"]
+
+
+def test_a_process_that_dies_is_named_and_its_work_goes_on(tmp_path: Path):
+    class Killer(Told):
+        def update(self, state: State) -> None:
+            job = next((j for j in state.jobs if j.cell and j.event.get("event") == "round"), None)
+            if job and not self.most_jobs:
+                self.most_jobs = 1
+                os.kill(job.process.pid, signal.SIGKILL)
+
+    suite = Suite.load(file(tmp_path, SMALL))
+    state = run_suite(suite, tmp_path / "out", 1, 1, 10**12, Killer())
+    assert (state.finished, len(state.failed)) == (7, 1)
+    assert "exit code -9" in next(iter(state.failed.values()))
+    state = run_suite(suite, tmp_path / "out", 1, 1, 10**12, Told())
+    assert (state.finished, state.kept, state.failed) == (8, 7, {})
+
+
+def test_a_killed_suite_goes_on_and_two_in_one_folder_are_refused(tmp_path: Path):
+    path, out = file(tmp_path, SMALL), tmp_path / "out"
+    command = [sys.executable, "-m", "fedmllm.cli", "suite", str(path), "--out", str(out), "--threads", "1"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("*/summary.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with pytest.raises(FedmllmError, match="another suite is running here"):
+        run_suite(Suite.load(path), out, 1, 1, 10**12, Told())
+    first.kill()
+    first.wait()
+    kept = len(list(out.glob("*/summary.json")))
+    state = run_suite(Suite.load(path), out, 1, 1, 10**12, Told())
+    assert state.finished == 8
+    assert state.kept >= kept >= 1
+    assert len(json.loads((out / "suite.json").read_text())["cells"]) == 8
+
+
+def test_no_further_process_is_started_over_the_memory_budget():
+    working = Job(process=None, pipe=None, host_bytes=3 * 10**9, event={"event": "round"})
+    state = State(waiting=[None, None], jobs=[working])
+    hire(state, num_jobs=4, num_threads=1, budget_bytes=5 * 10**9)
+    assert len(state.jobs) == 1
+    assert "1 of 4 jobs" in state.note
+    working.event = {}  # it has not shown yet what it needs
+    state.note = ""
+    hire(state, num_jobs=4, num_threads=1, budget_bytes=10**12)
+    assert (len(state.jobs), state.note) == (1, "")
+
+
+def test_expected_time_goes_by_method(tmp_path: Path):
+    cells = list(Suite.load(file(tmp_path, SMALL)).cells)
+    assert State(waiting=cells).left_s() is None
+    state = State(waiting=cells, seconds={"zero-shot": [1.0], "fedadam": [9.0, 11.0]})
+    assert state.left_s() == pytest.approx(4 * 1.0 + 4 * 10.0)
