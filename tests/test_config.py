@@ -97,3 +97,17 @@ def test_settings_survive_the_record() -> None:
 def test_loads_no_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_rows_that_name_their_clients_are_the_real_federation(tmp_path: Path) -> None:
+    data = {"name": "table", "root": str(tmp_path), "train": "rows.csv", "columns": {"image": "scan"}}
+    assert Experiment.parse({"data": data}).partition.name == "dirichlet"
+    named = {**data, "columns": {"image": "scan", "client": "site"}}
+    assert Experiment.parse({"data": named}).partition.name == "by-column"
+    assert Experiment.parse({"data": named, "partition": "iid"}).partition.name == "iid"
+
+
+def test_metrics_that_a_user_names_must_exist(tmp_path: Path) -> None:
+    data = {"name": "table", "root": str(tmp_path), "train": "a.csv", "columns": {"text": "t"}, "judged_by": ["acuracy"]}
+    with pytest.raises(ConfigError, match="no metric 'acuracy'; allowed: .*accuracy"):
+        Experiment.parse({"data": data})

@@ -27,11 +27,12 @@ from fedmllm.availability import Always, Availability
 from fedmllm.backbones import BackboneSpec, Tiny
 from fedmllm.data import Dataset
 from fedmllm.engine import Engine, InProcess
+from fedmllm.metrics import METRICS
 from fedmllm.objectives import Objective, TaskLoss
 from fedmllm.prompts import Plain, Prompt
-from fedmllm.scenarios import Aligned, Dirichlet, Partition, Scenario
+from fedmllm.scenarios import Aligned, ByColumn, Dirichlet, Partition, Scenario
 from fedmllm.schedules import Schedule
-from fedmllm.types import ConfigError, Named, Spec, validate
+from fedmllm.types import ConfigError, Named, Spec, nearest, validate
 
 
 class Train(Spec):
@@ -123,6 +124,13 @@ class Experiment(Spec):
     cohort: Literal["seeded", "reference"] = "seeded"
     seed: NonNegativeInt = 0
 
+    @model_validator(mode="after")
+    def _metrics_exist(self) -> Experiment:
+        for name in self.data.metrics():
+            if name not in METRICS:
+                raise ValueError(f"no metric {name!r}; allowed: {', '.join(sorted(METRICS))}{nearest(name, METRICS)}")
+        return self
+
     @classmethod
     def parse(cls, table: Mapping[str, Any], place: str = "") -> Experiment:
         """The experiment that a TOML table describes. Raises ConfigError listing every bad key."""
@@ -134,6 +142,9 @@ class Experiment(Spec):
                 except ConfigError as error:
                     errors.append(str(error))
                     del values[key]
+        data = values.get("data")
+        if "partition" not in values and isinstance(data, Dataset) and data.client_column():
+            values["partition"] = ByColumn()  # the rows name their clients: the real federation, no simulation
         try:
             experiment = validate(cls, values, "")
         except ConfigError as error:
