@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fedmllm.sites import quiet_environment
 from fedmllm.types import FedmllmError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -24,6 +26,12 @@ def binary(name: str) -> str:
     if not found:
         raise FedmllmError(f"{name} is not installed: pip install 'fedmllm[flower]'")
     return found
+
+
+def environment(home: Path) -> dict[str, str]:
+    """For Flower's programs: nothing phones home, `home` is theirs alone, and they find each other."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return quiet_environment() | {"FLWR_HOME": str(home), "PATH": path}
 
 
 def die_with_parent() -> None:

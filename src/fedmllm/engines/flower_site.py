@@ -37,7 +37,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from fedmllm.engines.flower_names import ABOUT, ADAPTER, FLAT, REFUSED
-from fedmllm.engines.flower_processes import binary, die_with_parent, free_port, stop
+from fedmllm.engines.flower_processes import binary, die_with_parent, environment, free_port, stop
 from fedmllm.sites import Site, quiet_environment
 
 POLL_S = 0.2
@@ -111,8 +111,8 @@ class SuperNode:
             "--host", "127.0.0.1", "--port", str(self.port), "--superexec-auth-secret-file", str(self._secret_file),
         ]  # fmt: skip
         log = (self._state / "supernode.log").open("ab")
-        environment = quiet_environment() | {"FLWR_HOME": str(self._state / "flwr")}
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, preexec_fn=die_with_parent)
+        env = environment(self._state / "flwr")
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, preexec_fn=die_with_parent)
         log.close()
         self.num_starts, self._started = self.num_starts + 1, time.monotonic()
 

@@ -18,10 +18,10 @@ from typing import Any
 from pydantic import Field
 
 from fedmllm.config import Experiment
-from fedmllm.engines.flower_processes import binary, die_with_parent, stop
+from fedmllm.engines.flower_processes import binary, die_with_parent, environment, stop
 from fedmllm.record import read, write_atomically
 from fedmllm.scenarios.partitions import in_order
-from fedmllm.sites import over_sites, quiet_environment
+from fedmllm.sites import over_sites
 from fedmllm.types import ConfigError, FedmllmError, Spec, validate
 
 SETTINGS, SITES, CONNECTION = "server.toml", "sites.json", "fedmllm"
@@ -83,9 +83,6 @@ class Server:
         write_atomically(folder / SITES, "{}")
         return cls(folder)
 
-    def environment(self) -> dict[str, str]:
-        return quiet_environment() | {"FLWR_HOME": str(self.folder / "flwr")}
-
     def start(self) -> subprocess.Popen[bytes]:
         """A SuperLink that ends with us -> its process, once it answers. Raises FedmllmError where it does not."""
         f = self.folder
@@ -96,7 +93,7 @@ class Server:
         ]  # fmt: skip
         log = (f / "superlink.log").open("ab")
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=self.environment(), cwd=f, preexec_fn=die_with_parent
+            command, stdout=log, stderr=log, env=environment(self.folder / "flwr"), cwd=f, preexec_fn=die_with_parent
         )
         log.close()
         until = time.monotonic() + START_S
@@ -126,7 +123,12 @@ class Server:
         command = [binary("flwr"), *words, "--format", "json"]
         try:
             done = subprocess.run(
-                command, env=self.environment(), cwd=self.folder, capture_output=True, text=True, timeout=timeout_s
+                command,
+                env=environment(self.folder / "flwr"),
+                cwd=self.folder,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
             )
         except subprocess.TimeoutExpired:
             raise FedmllmError(f"flwr {words[0]}: no answer from SuperLink within {timeout_s:g} s") from None
