@@ -79,6 +79,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, config: bytes, sync_record: Callable[[], None]) -> None:
         self.folder, self._keep, self._config, self._sync_record = folder, keep, config, sync_record
         self._writer = ThreadPoolExecutor(1, "checkpoint")
+        for left in folder.glob(".round-*"):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
         self._pending: Future[None] | None = None
 
     def save(self, book: Book, params: Params, state: State) -> None:
@@ -134,7 +136,8 @@ class Checkpoints:
         best = {book.best.number for n in last if (book := read_book(self.path(n))).best}
         for number in self.numbers():
             if number not in last and number not in best:
-                shutil.rmtree(self.path(number), ignore_errors=True)
+                gone = self.path(number).rename(self.folder / f".round-{number:04d}.gone")  # never half a checkpoint
+                shutil.rmtree(gone, ignore_errors=True)
 
     def path(self, number: int) -> Path:
         return self.folder / f"round-{number:04d}"

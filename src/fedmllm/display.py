@@ -47,7 +47,7 @@ class Bars:
             losses = [c["loss"] for c in event["clients"]]
             note = f"loss {sum(losses) / len(losses):.3f}" if losses else "no update"
             who = (
-                f"{self._label}: client {event['cohort'][0]} alone" if event.get("alone") else f"{self._label}: rounds"
+                f"{self._label}: client {event['cohort'][0]} alone" if "alone" in event else f"{self._label}: rounds"
             )
             show(self._run, description=who, completed=event["round"], total=event["num_rounds"], note=note)
         elif event["event"] == "eval":

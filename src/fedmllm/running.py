@@ -92,7 +92,9 @@ class Run:
         progress = begin
         for progress in federate(begin, engine, e.aggregator, draw, num_rounds, e.screen, drops_out):
             self.totals = self.totals.plus(progress.log)
-            self.emit("round", **progress.log, lr=clients.round_lr(progress.round), num_rounds=num_rounds)
+            alone = {} if client is None else {"alone": client}
+            about = {"lr": clients.round_lr(progress.round), "num_rounds": num_rounds, **alone}
+            self.emit("round", **progress.log, **about)
             judged = e.evaluate.select == "validation" and progress.round % e.evaluate.every == 0
             if judged or progress.round % e.checkpoint.every == 0 or progress.round == num_rounds:
                 self._save_checkpoint(progress, selection.best, client)
