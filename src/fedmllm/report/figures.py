@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 3.7, 2.7  # inches: small enough for a phone, put side by side on a desk
-MARKERS = "osD^vPX*<>"
+MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "*": "★", "<": "◀", ">": "▶"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Look:
     colour: str
     marker: str
     line: str
+
+    @property
+    def sign(self) -> str:
+        """The marker as a character, for the legend."""
+        return MARKERS.get(self.marker, {"x": "×", "_": "–"}.get(self.marker, "+"))
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def looks(chapter: Chapter) -> dict[str, Look]:
     coloured = greys = 0
     for method in chapter.methods:
         if chapter.pick(method=method)[0].federated:
-            found[method] = Look(SERIES[coloured % len(SERIES)], MARKERS[coloured % len(MARKERS)], "-")
+            found[method] = Look(SERIES[coloured % len(SERIES)], list(MARKERS)[coloured % len(MARKERS)], "-")
             coloured += 1
         else:
             line = ("--", ":", "-.")[greys % 3]
@@ -66,7 +71,7 @@ def draw(
         if polar:
             figure.subplots_adjust(left=0.13, right=0.87, bottom=0.08, top=0.92)
         else:  # margins in inches; matplotlib's layout engines draw everything twice
-            left, bottom, top, right = 0.52, 0.42, 0.08, 0.06
+            left, bottom, top, right = 0.62, 0.44, 0.08, 0.06
             width, height = size
             figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
         paint(figure.add_subplot(projection="polar" if polar else None))

@@ -1,0 +1,53 @@
+"""The diffs of docs/extend are real: each is applied to a copy of the tree, and its commands run there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs/extend").glob("*.md"))
+KINDS = {"aggregator", "objective", "scenario", "prompt", "dataset", "metric", "backbone", "engine"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_there_is_a_page_for_each_way_to_extend():
+    assert {page.stem for page in PAGES} == KINDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_diff_applies_and_its_commands_run(page: Path, tmp_path: Path):
+    tree = tmp_path / "tree"
+    for part in ("src", "tests", "experiments", "pyproject.toml"):
+        place = ROOT / part
+        copy = shutil.copytree if place.is_dir() else shutil.copy
+        tree.mkdir(exist_ok=True)
+        copy(place, tree / part)
+    (diff,) = blocks(page, "diff")
+    (tmp_path / "page.diff").write_text(diff)
+    subprocess.run(["git", "apply", "--recount", str(tmp_path / "page.diff")], cwd=tree, check=True)
+    (commands,) = blocks(page, "sh")
+    for command in commands.splitlines():
+        program, *arguments = command.split()
+        module = {"fedmllm": "fedmllm.cli", "pytest": "pytest"}[program]
+        environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=tree,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    if "experiments" in diff and page.stem != "dataset":
+        assert list(tree.glob("runs/*/summary.json"))
