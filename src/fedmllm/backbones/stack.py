@@ -76,7 +76,7 @@ class Stack:
 
     def _views(self, matrix_KP: Tensor) -> dict[str, Tensor]:
         """Name -> [K, *shape], a view."""
-        pieces = matrix_KP.split(list(self.sizes.values()), dim=1)
+        pieces = torch.split(matrix_KP, list(self.sizes.values()), dim=1)
         shapes = {name: (len(matrix_KP), *t.shape) for name, t in self._start.items()}
         return {name: piece.view(shapes[name]) for name, piece in zip(self.sizes, pieces, strict=True)}
 
@@ -98,10 +98,8 @@ class Stack:
     def delta(self, client: int) -> Params:
         """What client 0..K-1 has learned: copies on the CPU, float32 (float64 where the start is)."""
         row_P = (self.weights_KP[client] - self.anchor_P).cpu()
-        pieces = row_P.split(list(self.sizes.values()))
-        return {
-            name: piece.view(t.shape).clone() for (name, t), piece in zip(self._start.items(), pieces, strict=True)
-        }
+        pieces = torch.split(row_P, list(self.sizes.values()))
+        return {name: piece.view(t.shape).clone() for (name, t), piece in zip(self._start.items(), pieces, strict=True)}
 
 
 class _Layer:
@@ -123,7 +121,7 @@ class _Layer:
 
     def _forward(self, x_BLC: Tensor) -> Tensor:
         keep_BLC, gain = self._dropout.mask(x_BLC)
-        out: Tensor = _RowLora.apply(x_BLC, self._base(x_BLC), self._switch, keep_BLC, gain, self)
+        out: Tensor = _RowLora.apply(x_BLC, self._base(x_BLC), self._switch, keep_BLC, gain, self)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -135,7 +133,7 @@ class _RowLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x_BLC: Tensor, base_BLD: Tensor, switch: Tensor, keep_BLC: Tensor | None, gain: float, layer: _Layer
     ) -> Tensor:
         a_BrC = layer.a_KrC.index_select(0, layer.clients_B)
@@ -147,7 +145,7 @@ class _RowLora(torch.autograd.Function):
         return sum_BLD.to(base_BLD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_BLD: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_BLD: Tensor) -> Any:
         x_BLC, keep_BLC, low_BLr, a_BrC, b_BDr, clients_B = ctx.saved_tensors
         layer: _Layer = ctx.layer
         scaled_BLD = grad_BLD.to(low_BLr.dtype) * ctx.scaling
