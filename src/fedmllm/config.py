@@ -26,7 +26,7 @@ from fedmllm.aggregators import Aggregator, FedAvg
 from fedmllm.availability import Always, Availability
 from fedmllm.backbones import BackboneSpec, Tiny
 from fedmllm.data import Dataset
-from fedmllm.engine import Engine, InProcess
+from fedmllm.engine import Engine, Stacked
 from fedmllm.metrics import METRICS
 from fedmllm.objectives import Objective, TaskLoss
 from fedmllm.prompts import Plain, Prompt
@@ -118,7 +118,7 @@ class Experiment(Spec):
     availability: SerializeAsAny[Availability] = Always()
     checkpoint: Checkpointing = Checkpointing()
     method: Literal["federated", "zero-shot", "majority", "local", "centralised"] = "federated"
-    engine: SerializeAsAny[Engine] = InProcess()
+    engine: SerializeAsAny[Engine] = Stacked()
     num_rounds: PositiveInt = 25
     cohort_size: PositiveInt = 2
     cohort: Literal["seeded", "reference"] = "seeded"

@@ -87,6 +87,8 @@ class Run:
             self._milestone(begin, num_rounds, selection)  # if it had begun before the stop, the record forgot it
             self._at = None
         engine = start_engine(e.engine, clients)
+        if note := getattr(engine, "note", ""):
+            self.emit("engine", note=note)
         away = clients.availability
         drops_out = None if away.name == "always" else lambda round_, k: away.share(e.seed, round_, k) == 0
         progress = begin
