@@ -191,7 +191,7 @@ def test_other_settings_are_refused_and_named(whole: Path) -> None:
 
 
 def test_where_and_how_fast_may_change(whole: Path) -> None:
-    elsewhere = adam(engine={"name": "in-process"}, checkpoint={"keep": 1})
+    elsewhere = adam(engine={"name": "stacked", "clients": 3}, checkpoint={"keep": 1})
     assert run(elsewhere, whole, resume=True)
 
 
