@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import logging
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,10 @@ from fedmllm.types import Conversation, Named, Params, Spec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-os.environ.setdefault("USE_HUB_KERNELS", "NO")  # else transformers asks the network for kernels at a model's first pass
+# Where the package `kernels` is installed, transformers (at a model's first pass) and bitsandbytes (when imported) fetch
+# compiled code from the network with it. They manage without; bitsandbytes need not say so each time.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None = not importable
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def load_base(spec: FromFolder) -> tuple[PreTrainedModel, Any, Callable[[], str]
     folder = find(spec.path)
     family = family_of(folder)
     device = device_of(spec.device)
-    with torch.random.fork_rng(), _quiet(), _offline():
+    with torch.random.fork_rng(), quiet(), _offline():
         model = load_model(folder, family, spec, device)
         processor = load_processor(folder, family)
     return model, processor, lambda: digest(folder)
@@ -60,7 +60,7 @@ def device_of(name: str) -> torch.device:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and loading report: what does not fit is raised, not printed."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -83,12 +83,12 @@ def _offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def find(path: str) -> Path:
+def find(path: str, config_only: bool = False) -> Path:
     """The folder that `path` names; "hub:owner/name" is fetched by its client, or found in its cache."""
     if path.startswith("hub:"):
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
         try:
             return Path(snapshot_download(path.removeprefix("hub:"), allow_patterns=patterns))
         except (OSError, ValueError) as error:

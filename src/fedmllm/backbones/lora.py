@@ -124,6 +124,8 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, base: str) -> tuple[
 def _initialise(peft: PeftModel, seed: int) -> None:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), which is kaiming-uniform with a = sqrt(5), each from its own stream."""
     for name, parameter in parameters_by_saved_name(peft).items():
+        if parameter.is_meta:
+            continue
         if ".lora_A." in name:
             bound = 1 / math.sqrt(parameter.shape[1])
             values = torch.empty(parameter.shape, dtype=torch.float32)

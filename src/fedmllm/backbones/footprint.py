@@ -1,0 +1,210 @@
+"""What a model needs, counted on torch's meta device: from its config.json alone, without weights and without memory.
+
+Activations are not a formula: the language model runs forward on meta tensors, and what autograd would keep is summed. So
+the figure holds for every family, with its norms, gates and LoRA casts. Shapes: B = 1 row, L tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fedmllm.backbones import BackboneSpec, nf4
+from fedmllm.backbones.dropout import Seeds
+from fedmllm.backbones.folder import DTYPES, OURS, family_of, quiet
+from fedmllm.backbones.lora import add_lora, decoder_name, parameters_by_saved_name
+from fedmllm.types import FedmllmError
+
+PROBE_TOKENS = 256
+# NF4 with double quantisation: 4 bits a weight, 8 bits for the scale of 64 weights, 32 bits for that of 256 scales
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of the frozen base."""
+
+    name: str
+    num_weights: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of one model under one specification."""
+
+    family: str
+    parts: tuple[Part, ...]
+    num_layers: int
+    num_vocabulary: int
+    trained: dict[str, int]  # weights that are trained and sent, by group: "LoRA", and each whole module
+    targets: tuple[str, ...]  # adapted modules
+    activation_bytes: float  # a token, kept from forward to backward
+    checkpointed_bytes: float  # the same with gradient checkpointing, without the one layer that is computed again
+    layer_bytes: float  # a token, of one layer: the largest that is computed again
+
+    @property
+    def num_weights(self) -> int:
+        return sum(part.num_weights for part in self.parts)
+
+    @property
+    def base_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.trained.values())
+
+    @property
+    def payload_bytes(self) -> int:
+        """One way, one client: float32."""
+        return 4 * self.num_trained
+
+
+def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
+    """Counted from `folder`/config.json. Raises FedmllmError where it is not an image-text-to-text model's."""
+    family = family_of(folder)
+    model = _empty(folder, family)
+    parts = _parts(model, family, spec)
+    dtype = (
+        nf4.compute_dtype(torch.device(spec.device)) if spec.precision.base == "nf4" else DTYPES[spec.precision.base]
+    )
+    name = decoder_name(model)
+    config = model.config.get_text_config()
+    peft, seeds = add_lora(model.to(dtype), spec.lora, 0, "")
+    live = parameters_by_saved_name(peft)
+    trained = {"LoRA": sum(p.numel() for n, p in live.items() if ".lora_" in n)}
+    for extra in spec.lora.train_extra:
+        trained[extra] = sum(p.numel() for n, p in live.items() if f".{extra}." in n and ".lora_" not in n)
+    kept = _kept_bytes(model.get_submodule(name), config.hidden_size, dtype, seeds) / PROBE_TOKENS
+    return Footprint(
+        family=family,
+        parts=parts,
+        num_layers=int(config.num_hidden_layers),
+        num_vocabulary=int(config.vocab_size),
+        trained=trained,
+        targets=tuple(sorted({n.removeprefix("base_model.model.").rsplit(".", 2)[0] for n in live if ".lora_" in n})),
+        activation_bytes=kept,
+        checkpointed_bytes=float(config.num_hidden_layers * config.hidden_size * dtype.itemsize),
+        layer_bytes=kept / config.num_hidden_layers,
+    )
+
+
+def _empty(folder: Path, family: str) -> PreTrainedModel:
+    """The model without weights."""
+    try:
+        with torch.device("meta"), quiet():
+            if family in OURS:
+                from fedmllm.backbones.minicpmv2 import MiniCPMV2Config, MiniCPMV2ForConditionalGeneration
+
+                ours = MiniCPMV2Config.from_pretrained(str(folder), local_files_only=True)
+                return MiniCPMV2ForConditionalGeneration(ours)
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            config.quantization_config = None  # of a folder in four bits: counted here, not made
+            return cast("PreTrainedModel", AutoModelForImageTextToText.from_config(config))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise FedmllmError(f"{folder / 'config.json'}: no model ({family}) can be made of it: {error}") from error
+
+
+def _parts(model: PreTrainedModel, family: str, spec: BackboneSpec) -> tuple[Part, ...]:
+    decoder = decoder_name(model)
+    shared = decoder.rsplit(".", 1)[0] + "."  # "model." or "llm."
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    small = {id(p) for p in _quantised(model, family, spec)}
+    sizes: dict[str, list[float]] = {}
+    for name, parameter in model.named_parameters():  # tied ones come once
+        if any(parameter is p for p in embeddings.parameters()):
+            group = "embeddings"
+        elif head is not None and any(parameter is p for p in head.parameters()):
+            group = "language-model head"
+        elif name.startswith(decoder + "."):
+            group = "language model"
+        else:
+            group = name.removeprefix(shared).split(".")[0]
+        each = NF4_BYTES if id(parameter) in small else _plain_bytes(spec)
+        weights = sizes.setdefault(group, [0, 0])
+        weights[0] += parameter.numel()
+        weights[1] += parameter.numel() * each
+    return tuple(Part(group, int(count), round(num_bytes)) for group, (count, num_bytes) in sizes.items())
+
+
+def _plain_bytes(spec: BackboneSpec) -> int:
+    if spec.precision.base == "nf4":
+        return nf4.compute_dtype(torch.device(spec.device)).itemsize
+    return DTYPES[spec.precision.base].itemsize
+
+
+def _quantised(model: PreTrainedModel, family: str, spec: BackboneSpec) -> Iterator[Tensor]:
+    """Weights that go into four bits: those of linear layers but the head and what the family leaves alone."""
+    if spec.precision.base != "nf4":
+        return
+    skipped = {*nf4.SKIPPED.get(family, ["lm_head"]), *spec.lora.train_extra}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not skipped & set(name.split(".")):
+            yield module.weight
+
+
+# --- activations
+
+
+class _Kept(torch.autograd.Function):
+    """Fused attention as autograd sees it: queries, keys, values and the result are kept, no L x L matrix is."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+def _attention(
+    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    kept = _Kept.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return kept.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _fused_attention(config: Any) -> Iterator[None]:
+    ALL_ATTENTION_FUNCTIONS.register("fedmllm_kept", _attention)
+    before, config._attn_implementation = config._attn_implementation, "fedmllm_kept"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _kept_bytes(decoder: nn.Module, width: int, dtype: torch.dtype, seeds: Seeds) -> int:
+    """What autograd keeps of one forward pass over `PROBE_TOKENS`: each storage once, weights and buffers not."""
+    own = {t.untyped_storage()._cdata for t in [*decoder.parameters(), *decoder.buffers()]}
+    found: dict[int, tuple[int, Any]] = {}  # the storage is held, so that no other can take its place
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = (storage.nbytes(), storage)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        seeds.set(torch.zeros(1, dtype=torch.int64, device="meta")),
+        _fused_attention(decoder.config),
+        quiet(),
+    ):
+        embeds = torch.empty(1, PROBE_TOKENS, width, dtype=dtype, device="meta")
+        decoder(inputs_embeds=embeds, attention_mask=_mask(decoder.config, dtype), use_cache=False)
+    return sum(num_bytes for key, (num_bytes, _) in found.items() if key not in own)
+
+
+def _mask(config: Any, dtype: torch.dtype) -> Any:
+    """A mask that is made already: making one asks for values, which meta tensors have not."""
+    if "linear_attention" in (getattr(config, "layer_types", None) or []):
+        return dict.fromkeys(("full_attention", "linear_attention", "sliding_attention"))
+    return torch.empty(1, 1, PROBE_TOKENS, PROBE_TOKENS, dtype=dtype, device="meta")

@@ -1,0 +1,96 @@
+"""An adapter folded into its base: W + scaling * B A, summed in float32, rounded once to the base's own type."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import nn
+
+from fedmllm.backbones import FromFolder, Precision, nf4
+from fedmllm.backbones.folder import family_of, load_model, quiet
+from fedmllm.types import FedmllmError
+
+WEIGHTS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.onnx",
+)
+
+
+def merge(base: Path, adapter: Path, out: Path) -> None:
+    """Write `out`: the folder `base` with the adapter of the PEFT folder `adapter` in its weights.
+
+    Everything but the weights is copied as it is. `out` appears when it is complete.
+
+    Raises:
+        FedmllmError: `out` exists, the base is held in four bits, or the adapter does not fit it.
+    """
+    if out.exists():
+        raise FedmllmError(f"{out} exists; name a folder that does not")
+    family = family_of(base)
+    if nf4.is_quantised(base):
+        raise FedmllmError(
+            f"{base} holds 4-bit weights; merge into the full checkpoint that they were made of (--base)"
+        )
+    own = _own_type(base)
+    held = "bfloat16" if own == torch.bfloat16 else "float64" if own == torch.float64 else "float32"
+    spec = FromFolder(path=str(base), precision=Precision.model_validate({"base": held}))
+    with quiet(), torch.random.fork_rng(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = load_model(base, family, spec, torch.device("cpu"))
+        merged: Any = _merged(model, adapter).to(own)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+            folder = Path(temporary) / "model"
+            merged.save_pretrained(folder)
+            _copy_others(base, folder)
+            folder.rename(out)
+
+
+def _own_type(base: Path) -> torch.dtype:
+    """Of the first matrix of fractions in the checkpoint."""
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(name)
+                if len(part.get_shape()) > 1 and part[:1].is_floating_point():
+                    return cast("torch.dtype", part[:1].dtype)
+    raise FedmllmError(f"{base}: no *.safetensors with weights")
+
+
+def _merged(model: nn.Module, adapter: Path) -> nn.Module:
+    try:
+        peft = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise FedmllmError(f"{adapter}: this adapter does not fit its base: {error}") from error
+    for module in peft.modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            delta = cast("Any", module).get_delta_weight("default")
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            weight.copy_(weight.to(wide) + delta.to(wide))
+            if not bool(weight.isfinite().all()):
+                raise FedmllmError(f"{adapter}: merging it gives weights that are not finite")
+    plain: nn.Module = peft.unload()
+    return plain
+
+
+def _copy_others(base: Path, folder: Path) -> None:
+    """Configuration, tokenizer, processor: whatever lies beside the weights, as it is."""
+    weights = {file.name for pattern in WEIGHTS for file in base.glob(pattern)}
+    for file in base.iterdir():
+        if file.is_file() and file.name not in weights:
+            shutil.copyfile(file, folder / file.name)
