@@ -22,10 +22,14 @@ from fedmllm.engine import FlowerSites
 from fedmllm.objectives import Objective, TaskLoss
 from fedmllm.prompts import Plain, Prompt
 from fedmllm.scenarios.partitions import ByColumn, value_of
-from fedmllm.types import ConfigError, DataError, Example, Modality, Shard, Spec, Visible, nearest, validate
+from fedmllm.types import ConfigError, DataError, Example, FedmllmError, Modality, Shard, Spec, Visible, nearest, validate
 
 METRICS = ("loss", "num_steps", "num_tokens", "time_s")  # what a client's training can report
 LARGEST_REQUEST = 2**20  # bytes of settings
+
+
+class Refused(FedmllmError):
+    """A site does not do what is asked. Its message, unlike that of any other error, is for the server's eyes."""
 
 
 class Request(Spec):
@@ -113,7 +117,8 @@ class Range(Spec):
         return isinstance(value, (int, float)) and self.min <= value <= self.max
 
     def __str__(self) -> str:
-        return f"{self.min:g} to {self.max:g}"
+        bounds = {"at least": self.min, "at most": self.max}
+        return " and ".join(f"{word} {value:g}" for word, value in bounds.items() if abs(value) != float("inf")) or "any number"
 
 
 CLOSED: Mapping[str, tuple[Any, ...]] = {"lora.targets": ("",), "lora.train_extra": ([],)}  # unless a site opens them

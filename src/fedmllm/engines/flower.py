@@ -20,6 +20,8 @@ from fedmllm.engines.flower_names import ABOUT, ADAPTER, FLAT, REFUSED
 from fedmllm.tensors import flatten, manifest_digest, unflatten
 from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params
 
+CHECK_S = 2.0  # between two looks at whether an answer can still come
+
 
 def pack(params: Params, about: Mapping[str, str | int | float | bytes]) -> RecordDict:
     """A message's content: the adapter as one array [P], and what is said about it."""
@@ -54,8 +56,10 @@ def refusal(reason: str) -> RecordDict:
     return RecordDict({ABOUT: ConfigRecord({REFUSED: reason})})
 
 
-def read_update(client: int, reply: Message, like: Params) -> ClientUpdate | ClientFailure:
+def read_update(client: int, reply: Message | str, like: Params) -> ClientUpdate | ClientFailure:
     """A reply as an update, or as the reason why it is none. Nothing in a reply can raise."""
+    if isinstance(reply, str):
+        return ClientFailure(client, reply)
     if reply.has_error():
         return ClientFailure(client, f"Flower: {reply.error.reason or 'error'} (code {reply.error.code})")
     try:
@@ -73,24 +77,32 @@ def read_update(client: int, reply: Message, like: Params) -> ClientUpdate | Cli
 
 
 def ask(
-    grid: Grid, messages: Mapping[int, Message], timeout_s: float, poll_s: float, stopped: Callable[[], str]
-) -> Iterator[tuple[int, Message | None]]:
-    """Send one message a client -> (client, reply) as they come; None for those that have not answered in time.
+    grid: Grid,
+    messages: Mapping[int, Message],
+    timeout_s: float,
+    poll_s: float,
+    lost: Callable[[], Mapping[int, str]],
+) -> Iterator[tuple[int, Message | str]]:
+    """Send one message a client -> (client, its reply, or why there is none) as they come.
 
-    What `Grid.send_and_receive` does, without its fixed sleeps of 3 s and with a way out: raises FedmllmError as soon as
-    `stopped` gives a reason.
+    What `Grid.send_and_receive` does, without its fixed sleeps of 3 s, and with a way out: `lost`, looked at every
+    CHECK_S, says of which clients no reply can come any more. It may raise.
     """
     clients = list(messages)
-    sent = list(grid.push_messages([messages[client] for client in clients]))
+    sent = list(grid.push_messages([messages[client] for client in clients])) if clients else []
     waiting = {message_id: client for message_id, client in zip(sent, clients, strict=False) if message_id}
-    yield from ((client, None) for client in set(clients) - set(waiting.values()))
-    until = time.monotonic() + timeout_s
+    yield from ((client, "Flower did not take the message") for client in set(clients) - set(waiting.values()))
+    until, check = time.monotonic() + timeout_s, 0.0
     while waiting and time.monotonic() < until:
-        if reason := stopped():
-            raise FedmllmError(reason)
         for reply in grid.pull_messages(list(waiting)):
             if (client := waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
                 yield client, reply
+        if waiting and time.monotonic() > check:
+            check, reasons = time.monotonic() + CHECK_S, lost()
+            for message_id, client in list(waiting.items()):
+                if client in reasons:
+                    del waiting[message_id]
+                    yield client, reasons[client]
         if waiting:
             time.sleep(poll_s)
-    yield from ((client, None) for client in waiting.values())
+    yield from ((client, f"no answer within {timeout_s:g} s") for client in waiting.values())

@@ -26,6 +26,7 @@ from fedmllm.tensors import is_finite
 from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params
 
 POLL_S = 0.5
+RESTARTED = "its SuperNode was started anew and has forgotten the request"
 Answers = dict[int, ClientUpdate | ClientFailure]
 
 
@@ -101,20 +102,25 @@ class Sites:
 
     def _attempt(self, params: Params, round_: int, cohort: Sequence[int]) -> Answers:
         """Ask each of these sites that is connected, or becomes so within `connect_s`."""
-        s = self._settings
-        online = self._online(cohort)
-        messages = {k: self._message(params, round_, k) for k in cohort if k in online}
+        grid, s = self._link.grid, self._settings
+        since = self._connected(cohort)
+        messages = {k: self._message(params, round_, k) for k in since}
         answers: Answers = {k: ClientFailure(k, "not connected") for k in cohort}
-        for client, reply in ask(self._link.grid, messages, s.round_timeout_s, POLL_S, lambda: ""):
-            late = ClientFailure(client, f"no answer within engine.round_timeout_s = {s.round_timeout_s:g}")
-            answers[client] = late if reply is None else read_update(client, reply, params)
+
+        def lost() -> dict[int, str]:  # a SuperNode that was killed forgets what it had fetched, and Flower waits on
+            now = activations(grid)
+            return {k: RESTARTED for k in since if now.get(self._link.nodes[k], since[k]) != since[k]}
+
+        for client, reply in ask(grid, messages, s.round_timeout_s, POLL_S, lost):
+            answers[client] = read_update(client, reply, params)
         return answers
 
-    def _online(self, cohort: Sequence[int]) -> set[int]:
+    def _connected(self, cohort: Sequence[int]) -> dict[int, str]:
+        """Client -> since when, of those that are connected, once all are or `connect_s` is over."""
         until = time.monotonic() + self._settings.connect_s
         while True:
-            known = set(self._link.grid.get_node_ids())
-            online = {k for k in cohort if self._link.nodes[k] in known}
+            known = activations(self._link.grid)
+            online = {k: known[node] for k in cohort if (node := self._link.nodes[k]) in known}
             if len(online) == len(cohort) or time.monotonic() > until:
                 return online
             time.sleep(POLL_S)
@@ -125,6 +131,11 @@ class Sites:
         content = pack(params, {"request": request.model_dump_json()})
         ttl = self._settings.round_timeout_s  # a site that was away does not work off what is over
         return Message(content, self._link.nodes[client], "train", ttl=ttl, group_id=str(round_))
+
+
+def activations(grid: Grid) -> dict[int, str]:
+    """Node id -> when it connected last, of the nodes that are connected."""
+    return {node.node_id: node.last_activated_at for node in grid.get_nodes()}
 
 
 def usable(answer: ClientUpdate | ClientFailure | None) -> bool:

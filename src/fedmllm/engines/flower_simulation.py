@@ -87,6 +87,12 @@ class Simulation:
         """Why it no longer runs; "" while it does."""
         return "" if self._thread.is_alive() and self.grid else f"Flower's simulation ended: {self._error or 'stopped'}"
 
+    def check(self) -> dict[int, str]:
+        """Nobody is lost while it runs. Raises FedmllmError where it has ended."""
+        if reason := self.ended():
+            raise FedmllmError(reason)
+        return {}
+
     def stop(self) -> None:
         self._close.set()
         self._thread.join(timeout=30)
@@ -131,13 +137,9 @@ class FlowerSimulation:
             client: Message(pack(params, {"job": self._job(client, round_)}), nodes[i % len(nodes)], "train")
             for i, client in enumerate(sorted(cohort))
         }
-        replies = dict(ask(grid, messages, self._settings.timeout_s, 0.02, simulation.ended))
+        replies = dict(ask(grid, messages, self._settings.timeout_s, 0.02, simulation.check))
         for client in sorted(cohort):
-            reply = replies[client]
-            if reply is None:
-                yield ClientFailure(client, f"no answer within {self._settings.timeout_s:g} s")
-            else:
-                yield read_update(client, reply, params)
+            yield read_update(client, replies[client], params)
 
     def _job(self, client: int, round_: int) -> bytes:
         threads = self._settings.threads or torch.get_num_threads()

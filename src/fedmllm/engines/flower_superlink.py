@@ -26,6 +26,8 @@ from fedmllm.types import ConfigError, FedmllmError, Spec, validate
 
 SETTINGS, SITES, CONNECTION = "server.toml", "sites.json", "fedmllm"
 START_S = 60.0  # of a SuperLink, at most
+STATUS_S = 5.0  # between two questions to SuperLink how a run is
+OWN_REASON = "ServerApp failed with exception: "
 APP = """[project]
 name = "fedmllm-federation"
 version = "0.1.0"
@@ -155,12 +157,13 @@ class Server:
         write_atomically(self.folder / SITES, json.dumps({**sites, name: node}, indent=1))
         return node
 
-    def status(self, run_id: str) -> str:
-        """Of a run: "running", "finished:completed", "finished:failed", ...; "unreachable" where SuperLink does not answer."""
+    def status(self, run_id: str) -> tuple[str, str]:
+        """Of a run: ("running", ""), ("finished:failed", why), ...; "unreachable" where SuperLink does not answer."""
         try:
-            return str(self.flwr("list", "--run-id", run_id)["runs"][0]["status"])
+            found = self.flwr("list", "--run-id", run_id)["runs"][0]
+            return str(found["status"]), str(found.get("status-details", ""))
         except (FedmllmError, KeyError, IndexError):
-            return "unreachable"
+            return "unreachable", ""
 
     def run(
         self, experiment: Experiment, out: Path, resume: bool, test: bool, only: Sequence[str] = (), restarts: int = 5
@@ -185,7 +188,7 @@ class Server:
             write_atomically(job, json.dumps({"experiment": settings, **about}))
             started = self._submit(job)
             yield {"event": "submitted", "run": started, "attempt": attempt + 1}
-            status = "running"
+            status, details, check = "running", "", time.monotonic() + STATUS_S
             while True:
                 ended = status.startswith("finished") or status == "unreachable"
                 events = list(read(record)) if record.exists() else []
@@ -196,10 +199,11 @@ class Server:
                     return
                 if ended:
                     break
-                time.sleep(1)
-                status = self.status(started)
-            if last.get("event") == "stopped" and "FedmllmError" in last["reason"] or "ConfigError" in last.get("reason", ""):
-                raise FedmllmError(last["reason"].partition(": ")[2])
+                time.sleep(0.5)
+                if time.monotonic() > check:
+                    (status, details), check = self.status(started), time.monotonic() + STATUS_S
+            if details.startswith(OWN_REASON):  # SuperLink lived to hear it, so it is the run's own
+                raise FedmllmError(details.removeprefix(OWN_REASON))
             yield {"event": "lost", "status": status, "note": f"log: {self.folder / 'superlink.log'}"}
         raise FedmllmError(f"the run was lost {restarts + 1} times; see {self.folder / 'superlink.log'}; --resume goes on")
 

@@ -20,9 +20,9 @@ import torch
 
 from fedmllm.backbones import Backbone, BackboneSpec
 from fedmllm.local import Clients, RowStore
-from fedmllm.sites import Request, Site
+from fedmllm.sites import Refused, Request, Site
 from fedmllm.tensors import flatten, manifest_digest, unflatten
-from fedmllm.types import Example, FedmllmError, Params, Shard
+from fedmllm.types import ConfigError, Example, FedmllmError, Params, Shard
 
 
 class Trainer:
@@ -39,14 +39,14 @@ class Trainer:
         self._store: tuple[Any, RowStore] | None = None
 
     def train(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> tuple[Params, dict[str, Any]]:
-        """-> the delta, and what is said about it. Raises FedmllmError with the site's refusal."""
+        """-> the delta, and what is said about it. Raises Refused where the site does not allow it."""
         backbone, shard = self.backbone(request), self._rows(request.client)
         clients = self._clients(request, backbone, shard)
         if reason := self.site.refuse(request, backbone.digest, clients.planned_steps(request.client)):
-            raise FedmllmError(reason)
+            raise Refused(reason)
         start = backbone.lora()
         if manifest != (ours := manifest_digest(start)):
-            raise FedmllmError(
+            raise Refused(
                 f"refused by site {self.site.name}: manifest {manifest[:12]} of the adapter is not the one here, {ours[:12]}"
             )
         update = clients.update(request.client, request.round, unflatten(torch.from_numpy(flat), start))
@@ -97,10 +97,11 @@ def serve(site: Site, link: Connection) -> None:
             request = Request.read(head["request"])
             params, about = trainer.train(request, _floats(body), head["manifest"])
             delta = flatten(params).numpy().tobytes()
-        except FedmllmError as error:
+        except (Refused, ConfigError) as error:  # both speak of the request alone
             about = {"refused": str(error)}
-        except Exception as error:
-            about = {"refused": f"site {site.name}: training failed: {type(error).__name__}: {error}"}
+        except Exception as error:  # may name rows and files: that stays here
+            print(f"site {site.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            about = {"refused": f"site {site.name}: training failed with {type(error).__name__}; its own log says why"}
         about |= {"num_loads": trainer.num_loads, "busy_s": time.perf_counter() - began}
         link.send_bytes(json.dumps(about).encode())
         link.send_bytes(delta)
