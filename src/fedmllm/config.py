@@ -164,7 +164,7 @@ class Experiment(Spec):
             table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or lists in lists in lists
             raise ConfigError(f"{path}: not a TOML file: {error}") from None
         for override in overrides:
             set_key(table, override)
@@ -207,7 +207,7 @@ def set_key(table: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: write key=value or table.key=value")
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     here = table
     for key in keys[:-1]:

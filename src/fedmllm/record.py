@@ -97,22 +97,32 @@ def finite(value: float | None) -> float | None:
 
 def read(path: Path) -> Iterator[Event]:
     """The events of a record. A half-written last line, left by a kill, is passed over; any other bad line is an error."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise FedmllmError(f"{path}: cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            event = json.loads(line)
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or too deep
             if number == len(lines):
                 return
             raise FedmllmError(f"{path}:{number}: not a JSON line: {error}") from None
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+            raise FedmllmError(f"{path}:{number}: not an event: {line[:80]!r}")
+        yield event
 
 
 def write_atomically(path: Path, text: str) -> None:
     """All of `text` or none of it: a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(path.parent)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise FedmllmError(f"{path}: cannot be written: {error.strerror}") from error

@@ -15,7 +15,7 @@ from fedmllm.costs import reset_peaks
 from fedmllm.identity import differences
 from fedmllm.methods import METHODS
 from fedmllm.record import Record, Sink, read, write_atomically
-from fedmllm.running import CHECKPOINTS, Run, writing
+from fedmllm.running import CHECKPOINTS, Run
 from fedmllm.types import ConfigError, FedmllmError
 from fedmllm.world import World, device, heading, versions
 
@@ -45,8 +45,8 @@ def run(
             )
         if resume:
             refuse_other_settings(folder, experiment)
-            if (folder / SUMMARY).exists():
-                return list(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["rows"])
+            if rows := finished(folder):
+                return rows
         try:
             return attempt(experiment, folder, record, sinks)
         except BaseException as error:
@@ -80,9 +80,24 @@ def attempt(experiment: Experiment, folder: Path, record: Record, sinks: Sequenc
     finally:
         running.close()
     running.emit("end", num_rows=len(rows))
-    with writing(folder / SUMMARY):
-        write_atomically(folder / SUMMARY, json.dumps({"rows": rows}, indent=1))
+    write_atomically(folder / SUMMARY, json.dumps({"rows": rows}, indent=1))
     return rows
+
+
+def finished(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run that has ended; [] of any other. Raises FedmllmError where its summary is not one of ours."""
+    path = folder / SUMMARY
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_bytes())["rows"]
+        if not rows or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("no rows")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise FedmllmError(
+            f"{path}: not a summary ({type(error).__name__}: {error}); delete it to end the run anew"
+        ) from None
+    return list(rows)
 
 
 def refuse_other_settings(folder: Path, experiment: Experiment) -> None:
@@ -94,7 +109,12 @@ def refuse_other_settings(folder: Path, experiment: Experiment) -> None:
         first = next(read(folder / RECORD), {})
         if first.get("event") != "experiment":
             return
-        before = Experiment.parse(first["settings"], str(folder / RECORD)).identity()
+        settings = first.get("settings")
+        if not isinstance(settings, dict):
+            raise FedmllmError(
+                f"{folder / RECORD}:1: no settings in it, so it cannot be continued; choose another --out"
+            )
+        before = Experiment.parse(settings, str(folder / RECORD)).identity()
     if odd := differences(before, experiment.identity()):
         raise ConfigError(f"{folder}: cannot be resumed with other settings: {'; '.join(odd)}. Choose another --out")
 

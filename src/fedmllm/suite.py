@@ -99,7 +99,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or lists in lists in lists
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
     for key in table:
         if key not in KEYS:

@@ -61,6 +61,8 @@ class DriveLM(Dataset):
             scenes = json.loads(json_text(path))
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} in column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: not JSON of scenes: {error}") from None
         if not isinstance(scenes, dict):
             raise DataError(f"{path}:1: an object of scenes is expected here")
         ours = {name: scene for name, scene in scenes.items() if self._split_of(name) == split}

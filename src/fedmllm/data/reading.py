@@ -61,6 +61,8 @@ def jsonl_rows(path: Path) -> Placed:
                 yield where, _object(json.loads(line), where)
             except json.JSONDecodeError as error:
                 yield where, DataError(f"{where}: not JSON: {error.msg} in column {error.colno}")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+                yield where, DataError(f"{where}: not JSON of a row: {error}")
 
 
 def json_rows(path: Path) -> Placed:
@@ -77,6 +79,8 @@ def json_rows(path: Path) -> Placed:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}[{index}]: not JSON: {error.msg} in column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+            raise DataError(f"{where}: not JSON of a row: {error}") from None
         yield where, _object(value, where)
         index, position = index + 1, _skip(text, position)
         if text[position : position + 1] == ",":

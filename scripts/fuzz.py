@@ -1,0 +1,98 @@
+"""Put strange inputs into every way in; whatever raises more than our own error is a crash and goes into tests/corpus/.
+
+python scripts/fuzz.py                       # 100,000 inputs, about fifteen minutes on one core; results/fuzz.json
+python scripts/fuzz.py --inputs 2000 --target adapter --seed 7
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from fuzz_targets import TARGETS, Target, survives
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from fedmllm.record import write_atomically
+from fedmllm.world import versions
+
+ROOT = Path(__file__).parents[1]
+
+
+def fuzz(target: Target, number: int, folder: Path, start: int) -> dict[str, Any]:
+    """Count inputs, and those that were accepted; the smallest input that crashes, if one does."""
+    counts = {"inputs": 0, "accepted": 0}
+    smallest: list[bytes] = []
+
+    @seed(start)
+    @settings(
+        max_examples=number,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(target.inputs)
+    def attempt(content: bytes) -> None:
+        counts["inputs"] += 1
+        try:
+            counts["accepted"] += survives(target, content, folder)
+        except BaseException:
+            smallest[:] = [content]
+            raise
+
+    began = time.monotonic()
+    result: dict[str, Any] = {"target": target.name}
+    try:
+        attempt()
+    except Exception:
+        kept = ROOT / "tests" / "corpus" / target.name / hashlib.sha256(smallest[0]).hexdigest()[:12]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(smallest[0])
+        result["crash"] = {
+            "input": str(kept.relative_to(ROOT)),
+            "error": traceback.format_exc().strip().splitlines()[-1],
+        }
+        traceback.print_exc()
+    return {**result, **counts, "seconds": round(time.monotonic() - began, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--target", choices=[target.name for target in TARGETS])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "fuzz.json")
+    arguments = parser.parse_args()
+    chosen = [target for target in TARGETS if arguments.target in (None, target.name)]
+    whole = sum(target.share for target in chosen)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        for target in chosen:
+            left, start = round(arguments.inputs * target.share / whole), arguments.seed
+            while left > 0:  # hypothesis ends early where it has seen all it can think of: then with another seed
+                results.append(fuzz(target, left, Path(folder) / "case", start))
+                print(results[-1], flush=True)
+                left, start = left - max(1, results[-1]["inputs"]), start + 1
+                if "crash" in results[-1]:
+                    break
+    crashes = [result for result in results if "crash" in result]
+    inputs = sum(result["inputs"] for result in results)
+    summary = {"inputs": inputs, "crashes": len(crashes), "python": platform.python_version(), "versions": versions()}
+    if not arguments.target:
+        write_atomically(
+            arguments.out, json.dumps({**summary, "seed": arguments.seed, "log": results}, indent=1) + "\n"
+        )
+    print(f"{inputs} inputs, {len(crashes)} crashes")
+    sys.exit(bool(crashes))
+
+
+if __name__ == "__main__":
+    main()
