@@ -8,7 +8,7 @@ the vocabulary of the synthetic data sets and the frame of their prompts, but ne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from fedmllm.data.captions import PLACES, THEMES, TONES, caption, tweet
 from fedmllm.data.crisismmd import CHOICES as CRISIS_CLASSES
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, pick
 from fedmllm.prompts import Agnostic, Plain, Prompt
-from fedmllm.types import Conversation, Example, Visible
+from fedmllm.types import Conversation, Example
 
 BOTH = frozenset({"image", "text"})
 KINDS = {"person": "figure", "tent": "shelter", "house": "shelter", "car": "vehicle", "boat": "vehicle"}  # else goods
@@ -35,34 +35,33 @@ MOODS = {  # one word for each pair of face and tone
     ("frown", "plain"): "blue",
     ("frown", "bad"): "grief",
 }
-LABEL_WORDS = tuple(sorted({word.strip("_").lower() for word in ENGLISH.split()}))
+# Adjectives for some of the moods: yes/no questions about a joint property. None holds both moods of a contradiction
+# ("cheek" and "brave"), so the 2-way set's label is not among them.
+NATURES = {
+    "warm": ("joy", "ease", "peace"),
+    "heavy": ("grief", "doubt", "blue"),
+    "still": ("rest", "peace", "ease", "blue"),
+    "loud": ("joy", "grief", "cheek"),
+    "odd": ("cheek", "doubt", "ease"),
+    "firm": ("brave", "rest", "grief"),
+    "soft": ("peace", "blue", "brave"),
+    "sharp": ("cheek", "grief", "doubt"),
+    "light": ("joy", "rest", "cheek"),
+    "deep": ("grief", "brave", "peace", "doubt"),
+}
 KIND_NAMES = ("figure", "shelter", "vehicle", "goods")
+CASES = ("amber", "birch", "coral", "delta", "ember", "flint", "grove", "heron")  # of (kind, theme), eight for sixteen
+CASE_OF = ((0, 5, 2, 7), (3, 1, 7, 5), (6, 5, 4, 3), (1, 1, 1, 1))  # rows: kinds, columns: themes; not the 8-way set's
+LABEL_WORDS = tuple(sorted({word.strip("_").lower() for word in ENGLISH.split()}))
 
 
 @dataclass(frozen=True)
 class World:
-    """A scene and a text beside it, with everything that may be asked about either."""
+    """A scene, a text beside it, and every attribute of either: name -> value."""
 
     scene: Scene
     text: str
-    text_facts: dict[str, str] = field(default_factory=dict)  # tone or theme, or what a description says
-
-    def facts(self, visible: Visible) -> dict[str, str]:
-        """Attribute -> value, of what is visible."""
-        facts: dict[str, str] = {}
-        if "image" in visible:
-            s = self.scene
-            facts |= {"sky": s.sky, "color": s.colour, "thing": s.thing, "face": s.face}
-            facts["kind"] = KINDS.get(s.thing, "goods")
-        if "text" in visible:
-            facts |= self.text_facts
-        if "face" in facts and "tone" in facts:
-            facts["mood"] = MOODS[facts["face"], facts["tone"]]
-        if "kind" in facts and "theme" in facts:
-            facts["story"] = f"{facts['kind']} {facts['theme']}"
-        if "claim" in facts and "image" in visible:
-            facts["match"] = "yes" if facts["claim"] == f"{self.scene.colour} {self.scene.thing}" else "no"
-        return facts
+    facts: dict[str, str]
 
 
 VALUES: dict[str, Sequence[str]] = {
@@ -77,12 +76,20 @@ VALUES: dict[str, Sequence[str]] = {
     "opening": ("none", "sure"),
     "mood": tuple(MOODS.values()),
     "story": tuple(f"{kind} {theme}" for kind in KIND_NAMES for theme in THEMES),
+    "case": CASES,
 }
 SOURCE = {
     **dict.fromkeys(("sky", "color", "thing", "face", "kind"), frozenset({"image"})),
     **dict.fromkeys(("tone", "theme", "place", "opening"), frozenset({"text"})),
-    **dict.fromkeys(("mood", "story", "match"), BOTH),
+    **dict.fromkeys(("mood", "story", "case", "nature"), BOTH),
 }
+# How often an attribute is asked for in each form, relative to the others: what is joint, or hard to see, more often.
+FORMS: dict[str, dict[str, float]] = {
+    "open": {"sky": 1, "color": 1, "thing": 2, "face": 2, "kind": 2, "tone": 2, "theme": 2, "place": 1, "opening": 1, "mood": 3,
+             "story": 2},
+    "list": {"sky": 1, "color": 1, "thing": 1, "face": 1, "kind": 1, "tone": 1, "theme": 1, "place": 1, "case": 5},
+    "pair": {"sky": 1, "color": 1, "face": 2, "kind": 1, "tone": 2, "theme": 1, "opening": 1, "mood": 2, "nature": 4},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,20 +103,19 @@ class Sample:
 
 
 def world(scene: Scene, rng: np.random.Generator) -> World:
-    """A text beside the scene: a caption, a tweet, or a description that holds half the time."""
-    kind = rng.random()
-    if kind < 0.5:
+    """A text beside the scene, a caption or a tweet, and what may be asked about the two."""
+    facts = {"sky": scene.sky, "color": scene.colour, "thing": scene.thing, "face": scene.face}
+    facts["kind"] = kind = KINDS.get(scene.thing, "goods")
+    if rng.random() < 0.6:
         tone, sure = pick(tuple(TONES), rng), rng.random() < 0.3
         text = caption(tone, rng, "sure ," if sure else "")
-        facts = {"tone": tone, "opening": "sure" if sure else "none"}
-    elif kind < 0.85:
+        facts |= {"tone": tone, "opening": "sure" if sure else "none", "mood": MOODS[scene.face, tone]}
+        facts["nature"] = facts["mood"]
+    else:
         theme = pick(tuple(THEMES), rng)
         text = tweet(theme, rng)
-        facts = {"theme": theme}
-    else:
-        honest = rng.random() < 0.5
-        claim = f"{scene.colour if honest else pick(COLOURS, rng)} {scene.thing if honest else pick(THINGS, rng)}"
-        return World(scene, f"one {claim}", {"claim": claim})
+        facts |= {"theme": theme, "story": f"{kind} {theme}"}
+        facts["case"] = CASES[CASE_OF[KIND_NAMES.index(kind)][list(THEMES).index(theme)]]
     facts["place"] = next(place for place in PLACES if place in text.split())
     return World(scene, text, facts)
 
@@ -117,26 +123,23 @@ def world(scene: Scene, rng: np.random.Generator) -> World:
 def sample(index: int, scene: Scene, rng: np.random.Generator, lettered: float) -> Sample:
     """One question about the scene and a text beside it; `lettered` is the share of multiple-choice frames."""
     here = world(scene, rng)
-    asked = [name for name in here.facts(BOTH) if name in SOURCE]
-    weights = np.array([_WEIGHTS.get(name, 1.0) for name in asked])
-    name = asked[int(rng.choice(len(asked), p=weights / weights.sum()))]
+    form = ("pair" if rng.random() < 0.65 else "list") if rng.random() < lettered else "open"
+    weights = {name: weight for name, weight in FORMS[form].items() if name in here.facts}
+    name = list(weights)[int(rng.choice(len(weights), p=np.array(list(weights.values())) / sum(weights.values())))]
     visible = SOURCE[name] if rng.random() < 0.4 else BOTH
     if rng.random() < 0.06:  # something needed is hidden: the answer cannot be known, and the model learns to say so
         visible = frozenset(m for m in visible if rng.random() < 0.3)
-    truth = here.facts(BOTH)[name]
     known = SOURCE[name] <= visible
-    frame = _lettered(name, truth, known, rng) if rng.random() < lettered else _open(name, truth, known, rng)
-    task, question, choices, answer = frame
+    question, choices, answer = _FORMS[form](name, here.facts[name], known, rng)
     fields = {"image": (Path("scene.png"),), "text": here.text}
     example = Example(str(index), fields, question, choices, answer, "corpus")
     prompt: Prompt = Agnostic() if rng.random() < 0.3 else Plain()
     shown = index if "image" in visible else -1
-    task = task if known else "unknown"
+    task = f"{form}:{name}" if known else "unknown"
     return Sample(shown, prompt.render(example, visible), prompt.target(example), task)
 
 
-_WEIGHTS = {"mood": 3.0, "story": 3.0, "tone": 2.0, "theme": 2.0, "face": 2.0, "kind": 1.5, "match": 2.0}
-Frame = tuple[str, str, tuple[str, ...], str]  # task, question, choices, answer
+Frame = tuple[str, tuple[str, ...], str]  # question, choices, answer
 
 
 def nonsense(rng: np.random.Generator) -> str:
@@ -158,32 +161,41 @@ def renamed(values: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def _open(name: str, truth: str, known: bool, rng: np.random.Generator) -> Frame:
-    if name == "match":
-        answer = truth if known else pick(("no", "yes"), rng)
-        return "open:match", "Do they match?", (), answer
-    return f"open:{name}", f"What is the {name}?", (), truth if known else pick(VALUES[name], rng)
+    return f"What is the {name}?", (), truth if known else pick(VALUES[name], rng)
 
 
-def _lettered(name: str, truth: str, known: bool, rng: np.random.Generator) -> Frame:
-    """A list of all values in their fixed order, or a question about one value with two options: first no, then yes."""
-    values = tuple(VALUES.get(name, ()))
-    if 3 <= len(values) <= 8 and rng.random() < 0.4:
-        index = values.index(truth) if known else int(rng.integers(len(values)))
-        labels = renamed(values, rng) if rng.random() < 0.25 else values
-        return f"list:{name}", f"What is the {name}?", labels, labels[index]
-    pair = renamed(PAIRS[0], rng) if rng.random() < 0.4 else PAIRS[int(rng.integers(len(PAIRS)))]
-    if name == "match":
-        question, right = "Do they match?", truth == "yes"
+def _list(name: str, truth: str, known: bool, rng: np.random.Generator) -> Frame:
+    """All values, in their fixed order."""
+    values = tuple(VALUES[name])
+    index = values.index(truth) if known else int(rng.integers(len(values)))
+    labels = renamed(values, rng) if rng.random() < 0.25 else values
+    return f"What is the {name}?", labels, labels[index]
+
+
+def _pair(name: str, truth: str, known: bool, rng: np.random.Generator) -> Frame:
+    """A question about one value, with two options: first no, then yes. Yes is right about half the time."""
+    pair = renamed(PAIRS[0], rng) if rng.random() < 0.25 else PAIRS[int(rng.integers(len(PAIRS)))]
+    wanted = rng.random() < 0.5
+    if name == "nature":
+        fitting = [word for word, moods in NATURES.items() if (truth in moods) == wanted]
+        value, right = pick(fitting or list(NATURES), rng), wanted
+        name = "mood"
     else:
-        value = truth if rng.random() < 0.45 else pick(values, rng)
-        question, right = f"Is the {name} {value}?", value == truth
+        others = [value for value in VALUES[name] if value != truth]
+        value, right = truth if wanted else pick(others, rng), wanted
     right = right if known else bool(rng.random() < 0.5)
-    return f"pair:{name}", question, pair, pair[int(right)]
+    return f"Is the {name} {value}?", pair, pair[int(right)]
 
 
-def corpus(
-    scenes: Sequence[Scene], count: int, rng: np.random.Generator, lettered: Callable[[int], float] = lambda _: 0.6
-) -> list[Sample]:
-    """`count` samples over random scenes of the pool."""
+_FORMS: dict[str, Callable[[str, str, bool, np.random.Generator], Frame]] = {
+    "open": _open,
+    "list": _list,
+    "pair": _pair,
+}
+
+
+def corpus(scenes: Sequence[Scene], count: int, rng: np.random.Generator) -> list[Sample]:
+    """`count` samples over random scenes of the pool: first mostly open questions, from which the attributes are learned
+    fast; multiple choice, which builds on them, rises to 70 % over the first half."""
     picked = rng.integers(len(scenes), size=count)
-    return [sample(int(i), scenes[int(i)], rng, lettered(n)) for n, i in enumerate(picked)]
+    return [sample(int(i), scenes[int(i)], rng, 0.3 + 0.4 * min(1.0, 2 * n / count)) for n, i in enumerate(picked)]
