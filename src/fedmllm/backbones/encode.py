@@ -145,7 +145,11 @@ class Encoder:
 
 def _extend(key: str, value: Tensor, num: int) -> Tensor:
     """Token types of an answer are 0 (text); positions count on from the largest."""
-    tail = value.new_zeros(num) if key != "position_ids" else value.max() + 1 + torch.arange(num).expand(3, -1)
+    tail = (
+        value.new_zeros(num)
+        if key != "position_ids"
+        else value.max() + 1 + torch.arange(num).expand(*value.shape[:-1], -1)
+    )
     return torch.cat([value, tail], dim=-1)
 
 

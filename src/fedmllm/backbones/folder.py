@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as FAMILIES
@@ -33,6 +34,18 @@ PROCESSOR_FILES = {  # one of the names must be there
     ("preprocessor_config.json", "processor_config.json"): "what says how the model reads pictures",
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+# what transformers, its configurations and tokenizers raise about files that do not fit
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
 OURS = {"minicpmv": "MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5, by our port"}  # model_type of config.json
 
 
@@ -140,7 +153,7 @@ def load_model(folder: Path, family: str, spec: FromFolder, device: torch.device
         kind = MiniCPMV2ForConditionalGeneration
     try:
         model, info = kind.from_pretrained(str(folder), output_loading_info=True, **options)
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise FedmllmError(f"{folder}: its weights cannot be loaded ({family}): {error}") from error
     odd = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(odd.values()):
@@ -165,7 +178,7 @@ def load_processor(folder: Path, family: str) -> Any:
             processor = MiniCPMV2Processor.from_pretrained(str(folder))
         else:
             processor = _videoless(folder)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise FedmllmError(f"{folder}: its processor ({family}) cannot be made: {error}") from error
     if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
         raise FedmllmError(

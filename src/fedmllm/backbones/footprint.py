@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fedmllm.backbones import BackboneSpec, nf4
 from fedmllm.backbones.dropout import Seeds
-from fedmllm.backbones.folder import DTYPES, OURS, family_of, quiet
+from fedmllm.backbones.folder import DTYPES, LOADING_ERRORS, OURS, family_of, quiet
 from fedmllm.backbones.lora import add_lora, decoder_name, parameters_by_saved_name
 from fedmllm.types import FedmllmError
 
@@ -110,7 +110,7 @@ def _empty(folder: Path, family: str) -> PreTrainedModel:
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
             config.quantization_config = None  # of a folder in four bits: counted here, not made
             return cast("PreTrainedModel", AutoModelForImageTextToText.from_config(config))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except LOADING_ERRORS as error:
         raise FedmllmError(f"{folder / 'config.json'}: no model ({family}) can be made of it: {error}") from error
 
 

@@ -31,18 +31,7 @@ if TYPE_CHECKING:
 # Families whose tokens never look to the right of themselves, padding included: right padding then needs no attention
 # mask, which keeps the fast causal path. Each is tested (tests/backbones); any other family gets a mask.
 CAUSAL = frozenset(
-    [
-        "minicpmv",
-        "minicpmv4_6",
-        "qwen2_vl",
-        "qwen2_5_vl",
-        "qwen3_vl",
-        "qwen3_5",
-        "smolvlm",
-        "llava",
-        "internvl",
-        "gemma3",
-    ]
+    "minicpmv minicpmv4_6 minicpmv4_7 qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 smolvlm llava internvl gemma3".split()  # noqa: SIM905
 )
 
 
