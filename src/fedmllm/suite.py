@@ -13,7 +13,8 @@
     methods = ["Zero-shot"]
     prompts = ["agnostic"]
 
-Axes may have any names; their product is run in the order of the file, seeds last.
+Axes may have any names. Their product is run in the order of the file, one seed after the other, so that a suite that is
+stopped has whole seeds.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Suite:
         cells: dict[str, Cell] = {}
         errors: dict[str, None] = {}
         for combination in itertools.product(*(axis.items() for axis in axes.values())):
-            labels = {axis: label for axis, (label, _) in zip(axes, combination, strict=True)}
+            words = {axis: label for axis, (label, _) in zip(axes, combination, strict=True)}
+            labels = {**{axis: word for axis, word in words.items() if axis != "seeds"}, "seeds": words["seeds"]}
             if any(all(labels[axis] in chosen for axis, chosen in skip.items()) for skip in skips):
                 continue
             settings: Any = table.get("base", {})
@@ -129,7 +131,10 @@ def matrix(table: Any, path: Path) -> tuple[dict[str, dict[str, Any]], list[dict
     """(axis -> label -> changes, cells to skip). Raises ConfigError with the place."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{path}: matrix: missing; give seeds and axes, as in [matrix.settings]")
-    axes: dict[str, dict[str, Any]] = {}
+    seeds = table.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ConfigError(f"{path}: matrix.seeds: got {seeds!r}; give a list of whole numbers")
+    axes: dict[str, dict[str, Any]] = {"seeds": {str(seed): {"seed": seed} for seed in seeds}}
     for axis, labels in table.items():
         if axis in ("seeds", "skip"):
             continue
@@ -138,10 +143,6 @@ def matrix(table: Any, path: Path) -> tuple[dict[str, dict[str, Any]], list[dict
                 f"{path}: matrix.{axis}: got {labels!r}; give a table of tables: label = {{ key = value }}"
             )
         axes[axis] = dict(labels)
-    seeds = table.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise ConfigError(f"{path}: matrix.seeds: got {seeds!r}; give a list of whole numbers")
-    axes["seeds"] = {str(seed): {"seed": seed} for seed in seeds}
     skips = table.get("skip", [])
     for number, skip in enumerate(skips, start=1):
         for axis, chosen in skip.items():

@@ -1,0 +1,142 @@
+"""Write README's table of results, the reports and the pictures of docs/ from results/. CI runs it with --check.
+
+python scripts/readme_results.py            # table, reports (results/*.md, *.csv) and docs/radar.svg
+python scripts/readme_results.py --check    # write nothing; fail where the table is not what results/ says
+python scripts/readme_results.py --shots    # also docs/report-*.png, with a chromium on the PATH
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+from fedmllm.report import write_report
+from fedmllm.report.figures import looks, radar
+from fedmllm.report.names import metric_label
+from fedmllm.report.published import published_for
+from fedmllm.report.reading import Chapter, read_book
+from fedmllm.report.stats import Spread, mean_over_settings
+from fedmllm.report.tables import results
+from fedmllm.report.texts import spread_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+BEGIN, END = "<!-- results: written by scripts/readme_results.py -->", "<!-- end of results -->"
+
+
+def table(chapter: Chapter) -> str:
+    """Methods by scenario: means over its settings, then mean ± standard deviation over seeds; the published means beside."""
+    values, published = chapter.values(), published_for(chapter.data)
+    groups = {**chapter.scenarios, "all settings": chapter.settings}
+    spreads = {
+        group: {
+            m: Spread.of(list(seeds.values()))
+            for m in chapter.methods
+            if (seeds := mean_over_settings(values, m, settings))
+        }
+        for group, settings in groups.items()
+    }
+    head = [metric_label(chapter.metric) + ", %", *groups, *([f"published: {published.title}"] if published else [])]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for method in chapter.methods:
+        cells = []
+        for group in groups:
+            of_group = spreads[group]
+            best = max(of_group, key=lambda m: of_group[m].mean, default="")
+            text = spread_text(of_group[method]) if method in of_group else ""
+            cells.append(f"**{text}**" if method == best else text)
+        theirs = published.values.get(method, {}) if published else {}
+        cells += [f"{sum(theirs.values()) / len(theirs):.1f}" if theirs else ""] if published else []
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def text_of(folders: list[Path]) -> str:
+    """What stands between the markers."""
+    parts = []
+    for folder in folders:
+        book = read_book([folder])
+        for chapter in book.chapters:
+            settings = " + ".join(f"{len(s)} {name}" for name, s in chapter.scenarios.items())
+            parts.append(
+                f"{book.title}: {len(chapter.runs)} runs, {len(chapter.seeds)} seeds ({settings}).\n\n{table(chapter)}\n"
+            )
+    note = (
+        "Mean over a scenario's settings ± standard deviation over seeds; bold is the highest mean, which need not be more than "
+        "noise: the reports under `results/` have every setting, the paired tests and the costs. Published numbers are single "
+        "runs of another model on real data; compare orderings."
+    )
+    return "\n".join([*parts, note])
+
+
+def standalone(svg: str) -> str:
+    """An inline figure as a file of its own, with the page's colours of both themes."""
+    style = (files("fedmllm.report") / "page/page.css").read_text(encoding="utf-8")
+    colours = style[: style.index("* {")]
+    head, _, rest = svg.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{colours}</style>{rest}\n'
+
+
+def shots(page: Path) -> None:
+    """Light, dark and phone (a frame of 390 px) pictures of a page."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        sys.exit("--shots: no chromium on the PATH (Debian: apt-get install chromium)")
+    frame = page.with_name("phone.html")
+    frame.write_text(
+        f"<body style='margin:0'><iframe src='{page.name}' width='390' height='1500' style='border:0'></iframe></body>"
+    )
+    dark = ["--blink-settings=preferredColorScheme=0"]
+    for name, source, size, options in (
+        ("light", page, "1280,1500", []),
+        ("dark", page, "1280,1500", dark),
+        ("phone", frame, "500,1500", ["--allow-file-access-from-files", "--virtual-time-budget=4000"]),
+    ):
+        out = ROOT / f"docs/report-{name}.png"
+        command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *options]
+        subprocess.run(
+            [*command, f"--window-size={size}", f"--screenshot={out}", source.as_uri()],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+        print(out.relative_to(ROOT))
+
+
+def main() -> None:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--shots", action="store_true")
+    arguments = parser.parse_args()
+    folders = sorted(path.parent for path in RESULTS.glob("*/suite.json"))
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    if before.count(BEGIN) != 1 or before.count(END) != 1:
+        sys.exit(f"README.md: the lines {BEGIN!r} and {END!r} must stand there once each")
+    inside = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.DOTALL)
+    after = inside.sub(lambda _: f"{BEGIN}\n{text_of(folders)}\n{END}", before)
+    if arguments.check:
+        sys.exit("README.md: not what results/ says; run scripts/readme_results.py" if after != before else 0)
+    readme.write_text(after, encoding="utf-8")
+    with tempfile.TemporaryDirectory() as place:
+        for folder in folders:
+            written = write_report([folder], Path(place) / f"{folder.name}.html")
+            for path in written:
+                if path.suffix != ".html":
+                    shutil.copy(path, RESULTS / path.name)
+                    print((RESULTS / path.name).relative_to(ROOT))
+            chapter = read_book([folder]).chapters[0]
+            if picture := radar(results(chapter), looks(chapter), folder.name):
+                (ROOT / f"docs/radar-{folder.name}.svg").write_text(standalone(picture.svg), encoding="utf-8")
+            if arguments.shots and folder == folders[0]:
+                shots(written[0])
+
+
+if __name__ == "__main__":
+    main()
