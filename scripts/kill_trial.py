@@ -120,9 +120,10 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="kill-trial-"))
     whole: dict[str, tuple[dict[str, Any], float]] = {}
     kills: list[dict[str, Any]] = []
-    began = time.monotonic()
+    began, trial = time.monotonic(), 0
     while len(kills) < arguments.kills:
-        trial, name = len(kills), list(CASES)[len(kills) % len(CASES)]
+        trial += 1
+        name = list(CASES)[trial % len(CASES)]
         experiment = Experiment.parse(SMALL | CASES[name])
         if name not in whole:
             before = time.monotonic()
