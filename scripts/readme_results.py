@@ -68,9 +68,9 @@ def text_of(folders: list[Path]) -> str:
                 f"{book.title}: {len(chapter.runs)} runs, {len(chapter.seeds)} seeds ({settings}).\n\n{table(chapter)}\n"
             )
     note = (
-        "Mean over a scenario's settings ± standard deviation over seeds; bold is the highest mean, which need not be more than "
-        "noise: the reports under `results/` have every setting, the paired tests and the costs. Published numbers are single "
-        "runs of another model on real data; compare orderings."
+        "Mean over a scenario's settings ± standard deviation over seeds; bold is the highest mean, which need not be more "
+        "than noise: the reports under `results/` have every setting, the paired tests and the costs. Published numbers are "
+        "single runs of another model on real data; compare orderings."
     )
     return "\n".join([*parts, note])
 
