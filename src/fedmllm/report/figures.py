@@ -144,13 +144,15 @@ def panels(table: Results, style: Mapping[str, Look], key: str) -> list[Picture]
 
 def curves(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[Picture]:
     """One picture a setting: the metric of the global adapter over the rounds; bands are one standard deviation."""
-    found = []
+    found, points_of = [], judged(chapter)
+    everything = [Spread(value, None, 1) for points in points_of.values() for _, value in points]
+    floor, top = _range(everything) if everything else (0.0, 100.0)
     for number, setting in enumerate(chapter.settings):
         lines: dict[str, dict[int, Spread]] = {}
         for method in chapter.methods:
             by_round: dict[int, list[float]] = {}
             for run in chapter.pick(setting, method):
-                for round_, value, _ in judged(run, chapter.metric, chapter.visible):
+                for round_, value in points_of.get(run.run_id, []):
                     by_round.setdefault(round_, []).append(value)
             if len(by_round) > 1:
                 lines[method] = {round_: Spread.of(by_round[round_]) for round_ in sorted(by_round)}
@@ -161,6 +163,7 @@ def curves(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[Pictur
             for method, points in lines.items():
                 _line(axes, style[method], list(points), list(points.values()))
             axes.set_xlabel("round")
+            axes.set_ylim(floor, top)
             axes.set_ylabel(f"{metric_label(chapter.metric)} (%)")
 
         last = {method: list(points.values())[-1] for method, points in lines.items()}
@@ -169,16 +172,21 @@ def curves(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[Pictur
     return found
 
 
-def judged(run: RunRecord, metric: str, visible: str) -> list[tuple[int, float, int]]:
-    """(round, value, number of the event) of the global adapter's evaluations."""
-    if not run.federated:
-        return []
-    found = [
-        (e["round"], e["metrics"].get(metric), i)
-        for i, e in enumerate(run.evals)
-        if e.get("visible") == visible and "round" in e
-    ]
-    return [(round_, value, i) for round_, value, i in found if value is not None]
+def judged(chapter: Chapter) -> dict[str, list[tuple[int, float]]]:
+    """Run id -> (round, value) of the global adapter, headline only; round 0 is the zero-shot run of the same seed."""
+    metric, visible = chapter.metric, chapter.visible
+    start = {_start(r): r.value(metric, visible) for r in chapter.runs if r.settings["method"] == "zero-shot"}
+    found: dict[str, list[tuple[int, float]]] = {}
+    for run in chapter.runs:
+        if run.federated:
+            evals = [e for e in run.evals if e["visible"] == visible and "round" in e]
+            points = [(0, start.get(_start(run))), *((e["round"], e["metrics"].get(metric)) for e in evals)]
+            found[run.run_id] = [(round_, value) for round_, value in points if value is not None]
+    return found
+
+
+def _start(run: RunRecord) -> tuple[str, int, str]:
+    return run.setting, run.seed, run.settings["prompt"]["name"]
 
 
 def against_cost(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[Picture]:
@@ -187,7 +195,7 @@ def against_cost(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[
         "bytes": ("MB sent, up and down", lambda e: (e["up_bytes"] + e["down_bytes"]) / 1e6),
         "time": ("seconds of rounds (wall)", lambda e: e["wall_s"]),
     }
-    found = []
+    found, points_of = [], judged(chapter)
     for kind, (words, cost) in kinds.items():
         lines: dict[str, tuple[list[float], list[Spread]]] = {}
         for method in chapter.methods:
@@ -197,7 +205,7 @@ def against_cost(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[
                 for event in run.rounds:
                     total += cost(event)
                     spent[event["round"]] = total
-                for round_, value, _ in judged(run, chapter.metric, chapter.visible):
+                for round_, value in points_of.get(run.run_id, []):
                     points.setdefault(round_, []).append((spent.get(round_, 0.0), value))
             if points:
                 rounds = sorted(points)
@@ -215,7 +223,7 @@ def against_cost(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[
             for method, (x, spreads) in lines.items():
                 _line(axes, style[method], x, spreads, marker=True)
             axes.set_xlabel(words)
-            axes.set_ylabel(f"{metric_label(chapter.metric)} (%), mean of all settings")
+            axes.set_ylabel(f"{metric_label(chapter.metric)} (%), all settings")
             axes.set_xlim(left=0)
 
         said = "; ".join(f"{m} {100 * s[-1].mean:.1f} % after {x[-1]:.1f}" for m, (x, s) in lines.items())
