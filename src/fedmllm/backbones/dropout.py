@@ -1,7 +1,8 @@
 """Dropout without a random stream: a row's mask is a function of its own seed, so it never depends on the batch.
 
-A mask is a hash of (row seed, module, token position, channel), the same integers on CPU and GPU. So a row that is
-trained alone, beside other rows, padded, or recomputed by gradient checkpointing drops the same values.
+A token's mask in a module is a window of one long fixed strip of coin flips; where the window begins is a hash of (row
+seed, token position, module), the same integers on CPU and GPU. So a row that is trained alone, beside other rows, padded,
+or recomputed by gradient checkpointing drops the same values, and a mask costs a gather.
 
 Shapes: B rows, L tokens, C channels.
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-_M31 = (1 << 31) - 1
+STRIP_BITS = 22  # windows begin anywhere in 4 million flips: two tokens of a step rarely share a flip
+WIDEST = 1 << 16  # channels
 
 
 def module_key(name: str) -> int:
@@ -32,15 +35,31 @@ def dropout_mask(seeds_B: Tensor, module: int, shape_BLC: tuple[int, int, int], 
         shape_BLC: Shape of what is dropped; the token position is the index along L, so pad on the right.
         p: Probability to drop, 0 <= p < 1.
     """
-    num_rows, num_tokens, num_channels = shape_BLC
-    device = seeds_B.device
-    position_L = torch.arange(num_tokens, device=device)
-    key_BL = _mix64(_mix64(seeds_B + module)[:, None] + position_L).to(torch.int32)
-    channel_C = _mix64(1 + torch.arange((num_channels + 1) // 2, device=device)).to(torch.int32)
-    # one 32-bit hash serves two channels: the last rounds run over [B, L, C / 2] and are most of the cost
-    bits = _mix32_(key_BL[:, :, None] ^ channel_C)
-    half = bits.view(torch.int16).reshape(num_rows, num_tokens, -1)[:, :, :num_channels]
-    return half >= round(p * 65536) - 32768
+    _, num_tokens, num_channels = shape_BLC
+    return _windows(token_keys(seeds_B, num_tokens), module, num_channels, p)
+
+
+def token_keys(seeds_B: Tensor, num_tokens: int) -> Tensor:
+    """int64 [B, L], a hash of (row seed, position)."""
+    return _mix64(_mix64(seeds_B)[:, None] + torch.arange(num_tokens, device=seeds_B.device))
+
+
+def _windows(key_BL: Tensor, module: int, num_channels: int, p: float) -> Tensor:
+    start_BL = ((key_BL * _odd(module)) >> (64 - STRIP_BITS)) & ((1 << STRIP_BITS) - 1)  # the product's upper bits depend on all
+    strip = _strip(p, str(key_BL.device))
+    return strip.as_strided((1 << STRIP_BITS, num_channels), (1, 1))[start_BL]
+
+
+@lru_cache(maxsize=None)
+def _odd(module: int) -> int:
+    return int(_mix64(torch.tensor(module))) | 1
+
+
+@lru_cache(maxsize=4)
+def _strip(p: float, device: str) -> Tensor:
+    """Coin flips, bool [2^STRIP_BITS + WIDEST]; one 64-bit hash serves four."""
+    numbers = _mix64(torch.arange(1, ((1 << STRIP_BITS) + WIDEST) // 4 + 1))
+    return (numbers.view(torch.int16) >= round(p * 65536) - 32768).to(device)
 
 
 def _mix64(x: Tensor) -> Tensor:
@@ -50,29 +69,28 @@ def _mix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def _mix32_(x: Tensor) -> Tensor:
-    """lowbias32 (Chris Wellons) on int32, in place."""
-    x ^= (x >> 16) & 0xFFFF
-    x *= 0x7FEB352D
-    x ^= (x >> 15) & 0x1FFFF
-    x *= -0x7B935975  # 0x846ca68b
-    x ^= (x >> 16) & 0xFFFF
-    return x
-
-
 class Seeds:
     """The seeds of the rows that are in the model now; None = dropout is off. One for all layers of a model."""
 
     def __init__(self) -> None:
         self.current: Tensor | None = None  # [B] int64, on the model's device
+        self._keys_BL: Tensor | None = None  # of `current`, made once a pass for all layers
 
     @contextmanager
     def set(self, seeds_B: Tensor | None) -> Iterator[None]:
-        before, self.current = self.current, seeds_B
+        before = self.current, self._keys_BL
+        self.current, self._keys_BL = seeds_B, None
         try:
             yield
         finally:
-            self.current = before
+            self.current, self._keys_BL = before
+
+    def keys(self, num_tokens: int) -> Tensor:
+        """`token_keys` of the rows that are in the model now."""
+        assert self.current is not None
+        if self._keys_BL is None or self._keys_BL.shape[1] != num_tokens:
+            self._keys_BL = token_keys(self.current, num_tokens)
+        return self._keys_BL
 
 
 class RowDropout(nn.Module):
@@ -84,11 +102,10 @@ class RowDropout(nn.Module):
 
     def mask(self, x_BLC: Tensor) -> tuple[Tensor | None, float]:
         """(what to keep, what to multiply it with); (None, 1) where dropout is off."""
-        seeds_B = self.seeds.current
-        if seeds_B is None or self.p == 0:
+        if self.seeds.current is None or self.p == 0:
             return None, 1.0
-        rows, tokens, channels = x_BLC.shape
-        return dropout_mask(seeds_B, self.module, (rows, tokens, channels), self.p), 1 / (1 - self.p)
+        _, num_tokens, num_channels = x_BLC.shape
+        return _windows(self.seeds.keys(num_tokens), self.module, num_channels, self.p), 1 / (1 - self.p)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         keep_BLC, gain = self.mask(x_BLC)

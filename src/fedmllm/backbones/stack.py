@@ -121,6 +121,8 @@ class _Layer:
 
     def _forward(self, x_BLC: Tensor) -> Tensor:
         keep_BLC, gain = self._dropout.mask(x_BLC)
+        if keep_BLC is not None and keep_BLC.device.type == "cpu":
+            keep_BLC = keep_BLC.to(self.a_KrC.dtype)  # three products follow, and with bool each would convert it
         out: Tensor = _RowLora.apply(x_BLC, self._base(x_BLC), self._switch, keep_BLC, gain, self)  # type: ignore[no-untyped-call]
         return out
 
