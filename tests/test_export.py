@@ -49,7 +49,7 @@ def run_of(folder: Path, spec: FromFolder) -> TransformersBackbone:
 def logits(backbone: TransformersBackbone) -> torch.Tensor:
     batch = backbone.collate([backbone.encode(PROMPT, "yes")])
     with torch.no_grad():
-        return backbone.logits(batch, torch.ones_like(batch["input_ids"], dtype=torch.bool))[0]
+        return backbone.logits(batch, torch.arange(batch["input_ids"].numel()))[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -96,8 +96,7 @@ def test_a_greedy_answer_is_the_likeliest_token_by_token(
     ids: list[int] = []
     for _ in range(4):
         batch = backbone.collate([backbone.encoder.answered(row, ids)])
-        last = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        last[0, -1] = True
+        last = torch.tensor([batch["input_ids"].shape[1] - 1])
         token = int(backbone.logits(batch, last)[0].argmax())
         if token in backbone.ends:
             break

@@ -172,3 +172,20 @@ def test_features_are_kept_up_to_their_limit(folder_of: FolderOf, prompts: list[
     backbone.features._keep_bytes = 5 * 4 * 64 * 4  # five slices of 4 tokens of 64 float32: the first row's and no more
     backbone.loss(backbone.collate(rows))
     assert list(backbone.features._kept) == [rows[0].image_key]
+
+
+def test_a_prompt_that_was_scored_before_is_not_read_again(
+    folder_of: FolderOf, prompts: list[Conversation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its features are kept, and with the same bits; where they are not, its pixels are needed again."""
+    choices = [("A", "no, never")] * 3
+    keeps, forgets = load(folder_of("qwen2_vl"), keep_image_features_mb=1), load(folder_of("qwen2_vl"))
+    before = keeps.score(prompts, choices)
+    assert before == forgets.score(prompts, choices)
+    monkeypatch.setattr("fedmllm.backbones.encode.open_image", lambda _: pytest.fail("a picture was read"))
+    assert keeps.score(prompts, choices) == before
+    assert keeps.generate(prompts, 3)
+    with pytest.raises(pytest.fail.Exception, match="a picture was read"):
+        forgets.score(prompts, choices)
+    keeps.set_lora({name: t * 2 for name, t in keeps.lora().items()})
+    assert keeps.score(prompts, choices) != before  # prompts are kept, not answers

@@ -38,7 +38,7 @@ class Row:
         return int(self.input_ids.numel())
 
 
-Batch = dict[str, Any]  # "input_ids", "labels" [B, L], "per_token", "rows": as `Backbone.collate` made it for `loss`
+Batch = dict[str, Any]  # "input_ids" [B, L], "per_token", "rows", "targets": as `Backbone.collate` made it for `loss`
 
 
 class Lora(Spec):
@@ -77,6 +77,7 @@ class Tiny(BackboneSpec):
     """The embedded MiniCPM-V 2.6 of about a million weights, pre-trained by `scripts/pretrain_tiny.py`."""
 
     name: Literal["tiny"] = "tiny"
+    keep_image_features_mb: NonNegativeInt = 64  # 8 kB a picture
 
     def load(self, seed: int) -> Backbone:
         from fedmllm.backbones.tiny import load_tiny

@@ -7,7 +7,7 @@ Shapes: B rows, L prompt tokens, N continuations, T their tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedmllm.backbones.hf import TransformersBackbone
 
 PASS_TOKENS = {"cpu": 2048, "cuda": 32768}  # prompt tokens of one pass, padding included
+KNOWN_TOKENS = 2_000_000  # of prompts that are not encoded again: at most 64 MB
 WINDOW = 256  # prompts that are encoded, and so held with their pixels, at a time
 
 Out = TypeVar("Out")
@@ -41,6 +42,8 @@ class Decoder:
     def __init__(self, backbone: TransformersBackbone) -> None:
         self._backbone = backbone
         self._encoder = backbone.encoder
+        self._known: dict[Conversation, Row] = {}  # without pixels: the same test rows come back every few rounds
+        self._known_tokens = 0
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Conversation], choices: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -81,7 +84,7 @@ class Decoder:
         results: dict[int, Out] = {}
         for start in range(0, len(prompts), WINDOW):
             window = range(start, min(start + WINDOW, len(prompts)))
-            rows = {i: self._encoder.prompt(prompts[i]) for i in window}
+            rows = {i: self._known.get(prompts[i]) or self._encoder.prompt(prompts[i]) for i in window}
 
             def run_part(part: list[int], rows: dict[int, Row] = rows) -> list[Out]:
                 return run([rows[i] for i in part], part)
@@ -89,7 +92,15 @@ class Decoder:
             for index in self._groups(rows, weights):
                 for part, out in self._halved_if_short(index, run_part):
                     results.update(zip(part, out, strict=True))
+            for i in window:
+                self._remember(prompts[i], rows[i])
         return [results[i] for i in range(len(prompts))]
+
+    def _remember(self, prompt: Conversation, row: Row) -> None:
+        room = self._known_tokens + row.num_tokens <= KNOWN_TOKENS
+        if room and prompt not in self._known and self._backbone.features.has(row):
+            self._known[prompt] = replace(row, images={})
+            self._known_tokens += row.num_tokens
 
     def _groups(self, rows: dict[int, Row], weights: Sequence[int]) -> Iterator[list[int]]:
         """Rows by falling length, as many as a pass may hold, at least one. The widest come first, to fail early."""
@@ -122,48 +133,50 @@ class Decoder:
     def _prefill(self, rows: Sequence[Row]) -> Prefilled:
         batch = self._backbone.collate(rows, left=True)
         mask_BL = batch["attention_mask"]
-        length_B = mask_BL.sum(dim=1)
+        num_rows, length = mask_BL.shape
         positions = batch["per_token"].get("position_ids")  # [3, B, L] where the family has M-RoPE
         if positions is None:
             batch["per_token"]["position_ids"] = (mask_BL.cumsum(dim=1) - 1).clamp(min=0)
-            position_B = length_B
+            position_B = mask_BL.sum(dim=1)
         else:
             position_B = positions.amax(dim=(0, 2)) + 1
-        if bool((length_B == mask_BL.shape[1]).all()):
+        if all(row.num_tokens == length for row in rows):
             del batch["attention_mask"]
-        last_BL = torch.zeros_like(mask_BL, dtype=torch.bool)
-        last_BL[:, -1] = True
-        logits_BV, output = self._backbone.logits(batch, last_BL, use_cache=True)
+        last_B = torch.arange(1, num_rows + 1, device=mask_BL.device) * length - 1
+        logits_BV, output = self._backbone.logits(batch, last_B, use_cache=True)
         return Prefilled(logits_BV, output.past_key_values, batch.get("attention_mask"), position_B)
 
-    def _step(self, past: Prefilled, ids_NT: Tensor, keep_NT: Tensor) -> Tensor:
-        """Logits [M, V] of the marked tokens among `ids_NT`, which follow what is in the cache; it takes them in."""
+    def _step(self, past: Prefilled, ids_NT: Tensor, index_M: Tensor) -> Tensor:
+        """Logits [M, V] of these among the N x T tokens, which follow what is in the cache; it takes them in."""
         position_NT = past.position_B[:, None] + torch.arange(ids_NT.shape[1], device=ids_NT.device)
         if self._encoder.rope_index is not None:
             position_NT = position_NT.expand(3, -1, -1)
-        if past.mask_BL is not None:
-            past.mask_BL = torch.cat([past.mask_BL, torch.ones_like(ids_NT)], dim=1)
         batch = {"input_ids": ids_NT, "per_token": {"position_ids": position_NT}, "rows": ()}
         if past.mask_BL is not None:
-            batch["attention_mask"] = past.mask_BL
-        logits_MV, output = self._backbone.logits(batch, keep_NT, past_key_values=past.cache, use_cache=True)
+            past.mask_BL = batch["attention_mask"] = torch.cat([past.mask_BL, torch.ones_like(ids_NT)], dim=1)
+        logits_MV, output = self._backbone.logits(batch, index_M, past_key_values=past.cache, use_cache=True)
         past.cache = output.past_key_values
         past.position_B = past.position_B + ids_NT.shape[1]
         return logits_MV
 
     def _score_pass(self, rows: Sequence[Row], options: Sequence[list[list[int]]]) -> list[list[float]]:
         past = self._prefill(rows)
-        first_BV = _log_softmax(past.logits_BV)
-        scores = [[float(first_BV[b, ids[0]]) for ids in row] for b, row in enumerate(options)]
-        longer = [(b, c) for b, row in enumerate(options) for c, ids in enumerate(row) if len(ids) > 1]
+        row_N = [b for b, row in enumerate(options) for _ in row]
+        first_N = self._pick(_log_softmax(past.logits_BV), row_N, [ids[0] for row in options for ids in row])
+        longer = [(n, ids) for n, ids in enumerate(ids for row in options for ids in row) if len(ids) > 1]
         if longer:
-            rest = [options[b][c] for b, c in longer]
-            for (b, c), more in zip(longer, self._score_rest(past, [b for b, _ in longer], rest), strict=True):
-                scores[b][c] += more
-        return scores
+            rest_N = self._score_rest(past, [row_N[n] for n, _ in longer], [ids for _, ids in longer])
+            first_N = first_N.index_add(0, torch.tensor([n for n, _ in longer], device=first_N.device), rest_N)
+        scores = iter(first_N.tolist())  # the only time that the device is waited for
+        return [[next(scores) for _ in row] for row in options]
 
-    def _score_rest(self, past: Prefilled, row_N: list[int], options: Sequence[list[int]]) -> list[float]:
-        """Sum over the tokens of each option but its first, each row's cache copied for each of its options."""
+    def _pick(self, logp_BV: Tensor, rows: list[int], tokens: list[int]) -> Tensor:
+        """[N]: the log-probability of each token in its row."""
+        row_N, token_N = (torch.tensor(values, device=logp_BV.device) for values in (rows, tokens))
+        return logp_BV[row_N, token_N]
+
+    def _score_rest(self, past: Prefilled, row_N: list[int], options: Sequence[list[int]]) -> Tensor:
+        """[N]: sum over the tokens of each option but its first, each row's cache copied for each of its options."""
         device = self._backbone.device
         index_N = torch.tensor(row_N, device=device)
         past.cache.reorder_cache(index_N)
@@ -171,25 +184,25 @@ class Decoder:
         past.mask_BL = None if past.mask_BL is None else past.mask_BL[index_N]
         inputs = [torch.tensor(ids[:-1]) for ids in options]
         ids_NT = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
-        length_N = torch.tensor([len(ids) for ids in inputs], device=device)
-        keep_NT = torch.arange(ids_NT.shape[1], device=device) < length_N[:, None]
-        target_M = torch.tensor([token for ids in options for token in ids[1:]], device=device)
-        logp_M = _log_softmax(self._step(past, ids_NT, keep_NT)).gather(1, target_M[:, None])[:, 0]
-        total_N = logp_M.new_zeros(len(options)).index_add(0, keep_NT.nonzero()[:, 0], logp_M)
-        return [float(v) for v in total_N]
+        width = ids_NT.shape[1]
+        place_M = [n * width + t for n, ids in enumerate(inputs) for t in range(len(ids))]
+        logp_MV = _log_softmax(self._step(past, ids_NT, torch.tensor(place_M, device=device)))
+        logp_M = self._pick(logp_MV, list(range(len(place_M))), [token for ids in options for token in ids[1:]])
+        owner_M = torch.tensor([n for n, ids in enumerate(inputs) for _ in ids], device=device)
+        return logp_M.new_zeros(len(options)).index_add(0, owner_M, logp_M)
 
     def _generate_pass(self, rows: Sequence[Row], max_new_tokens: int) -> list[list[int]]:
         past = self._prefill(rows)
         ends = torch.tensor(self._backbone.ends, device=self._backbone.device)
         token_B, done_B = past.logits_BV.argmax(dim=-1), torch.zeros(len(rows), dtype=torch.bool, device=ends.device)
         written: list[Tensor] = []
-        keep_B1 = torch.ones(len(rows), 1, dtype=torch.bool, device=ends.device)
+        all_B = torch.arange(len(rows), device=ends.device)
         while True:
             done_B = done_B | torch.isin(token_B, ends)
             written.append(torch.where(done_B, -1, token_B))
             if len(written) == max_new_tokens or bool(done_B.all()):
                 break
-            token_B = self._step(past, token_B[:, None], keep_B1).argmax(dim=-1)
+            token_B = self._step(past, token_B[:, None], all_B).argmax(dim=-1)
         return [[int(t) for t in row if t >= 0] for row in torch.stack(written, dim=1).tolist()]
 
 

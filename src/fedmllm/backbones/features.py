@@ -57,11 +57,15 @@ class ImageFeatures:
 
     def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The argument of the forward pass that stands for the pictures of all rows; {} without pictures."""
-        found = [self._features(row) for row in rows if row.images]
+        found = [self._features(row) for row in rows if row.image_key]
         if not found:
             return {}
         merged = _merge(found)
         return {self._argument: {"image": merged} if self._argument == "mm_encoder_outputs" else merged}
+
+    def has(self, row: Row) -> bool:
+        """Whether the row's pictures are not needed any more: it has none, or what the tower said is kept."""
+        return not row.image_key or row.image_key in self._kept
 
     def _features(self, row: Row) -> Any:
         if row.image_key in self._kept:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,9 +102,9 @@ class TransformersBackbone(Backbone):
             per_token[key] = stack(have, 0, dim=have[0].ndim - 1)  # M-RoPE positions are [3, B, L]
         batch: Batch = {
             "input_ids": stack([row.input_ids for row in rows], self._pad_id),
-            "labels": stack([row.labels for row in rows], IGNORED),
             "per_token": per_token,
             "rows": tuple(rows),
+            "targets": Targets.of(rows, length, self.device),
         }
         if left or self.encoder.family not in CAUSAL:
             batch["attention_mask"] = stack([torch.ones_like(row.input_ids) for row in rows], 0)
@@ -127,9 +128,9 @@ class TransformersBackbone(Backbone):
 
     # --- the model
 
-    def logits(self, batch: Batch, keep_BL: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
-        """([N, V], the whole output): only the positions that `keep_BL` marks go through the head, rows in order."""
-        with _head_sees(self.base.get_output_embeddings(), keep_BL):
+    def logits(self, batch: Batch, index_N: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
+        """([N, V], the whole output): only these of the B x L positions go through the head."""
+        with _head_sees(self.base.get_output_embeddings(), index_N):
             output = self.base(
                 input_ids=batch["input_ids"],
                 attention_mask=batch.get("attention_mask"),
@@ -140,15 +141,13 @@ class TransformersBackbone(Backbone):
         return output.logits[0], output
 
     def loss(self, batch: Batch, dropout_seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        target_BL = torch.cat([batch["labels"][:, 1:], batch["labels"][:, :1].fill_(IGNORED)], dim=1)
-        keep_BL = target_BL != IGNORED
+        targets: Targets = batch["targets"]
         seeds_B = None if dropout_seeds is None else seed_tensor(dropout_seeds, self.device)
         with self._seeds.set(seeds_B), self._checkpointing.on():
-            logits_NV, _ = self.logits(batch, keep_BL, use_cache=False)
-        nll_N = nn.functional.cross_entropy(at_least_float32(logits_NV), target_BL[keep_BL], reduction="none")
-        row_N = keep_BL.nonzero()[:, 0]
-        nll_B = nll_N.new_zeros(len(keep_BL)).index_add(0, row_N, nll_N)
-        return nll_B, keep_BL.sum(dim=1)
+            logits_NV, _ = self.logits(batch, targets.index_N, use_cache=False)
+        nll_N = nn.functional.cross_entropy(at_least_float32(logits_NV), targets.token_N, reduction="none")
+        nll_B = nll_N.new_zeros(len(targets.num_B)).index_add(0, targets.row_N, nll_N)
+        return nll_B, targets.num_B
 
     def score(self, prompts: Sequence[Conversation], choices: Sequence[Sequence[str]]) -> list[list[float]]:
         return self._decoder.score(prompts, choices)
@@ -183,13 +182,34 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Where a right-padded batch predicts which tokens. Found on the CPU, so that the device is never waited for."""
+
+    index_N: Tensor  # positions among the B x L, each before its token
+    token_N: Tensor
+    row_N: Tensor
+    num_B: Tensor  # tokens of each row
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], length: int, device: torch.device) -> Targets:
+        places = [(row.labels[1:] != IGNORED).nonzero()[:, 0] for row in rows]
+        num_B = torch.tensor([len(place) for place in places])
+        index = torch.cat([place + b * length for b, place in enumerate(places)])
+        token = torch.cat([row.labels[1:][place] for row, place in zip(rows, places, strict=True)])
+        row = torch.arange(len(rows)).repeat_interleave(num_B)
+        return cls(*(t.to(device) for t in (index, token, row, num_B)))
+
+
 @contextmanager
-def _head_sees(head: nn.Module, keep_BL: Tensor) -> Iterator[None]:
-    """While open, the language-model head gets the marked positions [1, N, D] instead of all [B, L, D].
+def _head_sees(head: nn.Module, index_N: Tensor) -> Iterator[None]:
+    """While open, the language-model head gets these positions [1, N, D] instead of all [B, L, D].
 
     So each family's own forward pass runs to its end, whatever it does to its logits behind the head.
     """
-    hook = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0][keep_BL][None], *inputs[1:]))
+    hook = head.register_forward_pre_hook(
+        lambda _module, inputs: (inputs[0].flatten(0, 1).index_select(0, index_N)[None], *inputs[1:])
+    )
     try:
         yield
     finally:
