@@ -13,7 +13,6 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from ray import cloudpickle
 
-from fedmllm.backbones import Backbone
 from fedmllm.config import Experiment
 from fedmllm.engines.flower import unpack, update_content
 from fedmllm.engines.flower_names import ABOUT
@@ -36,6 +35,7 @@ class Job:
 
 _worlds: dict[str, World] = {}  # of this actor: one, the last
 _clients: dict[tuple[str, int], Clients] = {}
+_loads = 0  # of a base model, in this actor
 
 app = ClientApp()
 
@@ -47,6 +47,7 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(job.threads)
     clients = of_actor(job)
     update = clients.update(job.shard.client, job.round, unpack(message.content, clients.backbone.lora()))
+    update = replace(update, metrics={**update.metrics, "base_loads": _loads})
     return Message(update_content(update), reply_to=message)
 
 
@@ -62,14 +63,12 @@ def of_actor(job: Job) -> Clients:
 
 def world_of(experiment: Experiment) -> World:
     """Loaded once an actor and experiment."""
+    global _loads
     key = experiment.run_id()
     if key not in _worlds:
         _worlds.clear()
         _clients.clear()
         _worlds[key] = World.load(experiment)
+        _loads += 1
     return _worlds[key]
 
-
-def backbone_of_actor() -> Backbone | None:
-    """The base that this actor holds, if any."""
-    return next((world.backbone for world in _worlds.values()), None)

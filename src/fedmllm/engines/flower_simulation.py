@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ from fedmllm.local import Clients  # noqa: E402
 from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params  # noqa: E402
 
 START_S = 180.0  # Ray's own start-up, at most
+POLL_S = 0.02
+DEAD_ACTOR = re.compile(r"RayActorError|ActorDiedError|ActorUnavailableError|WorkerCrashedError")
 
 
 class Simulation:
@@ -62,6 +65,9 @@ class Simulation:
 
         @server_app.main()
         def lend(grid: Grid, context: Context) -> None:
+            while len(list(grid.get_node_ids())) < self.settings.num_actors:  # they register beside us
+                if self._close.wait(0.05):
+                    return
             self.grid = grid
             self._ready.set()
             self._close.wait()
@@ -128,6 +134,14 @@ class FlowerSimulation:
         self._settings, self._clients, self._experiment = settings, clients, clients.experiment
 
     def __call__(self, params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate | ClientFailure]:
+        answers = self._ask(params, round_, sorted(cohort))
+        if dead := [a.client for a in answers if isinstance(a, ClientFailure) and DEAD_ACTOR.search(a.reason)]:
+            stop()  # Flower puts a dead actor back among the idle ones, where it would fail every message it gets
+            again = {answer.client: answer for answer in self._ask(params, round_, dead)}
+            answers = [again.get(answer.client, answer) for answer in answers]
+        yield from answers
+
+    def _ask(self, params: Params, round_: int, cohort: Sequence[int]) -> list[ClientUpdate | ClientFailure]:
         simulation = running(self._settings)
         grid = simulation.grid
         if grid is None:
@@ -135,11 +149,10 @@ class FlowerSimulation:
         nodes = sorted(grid.get_node_ids())  # alike: a message says which client it is about
         messages = {
             client: Message(pack(params, {"job": self._job(client, round_)}), nodes[i % len(nodes)], "train")
-            for i, client in enumerate(sorted(cohort))
+            for i, client in enumerate(cohort)
         }
-        replies = dict(ask(grid, messages, self._settings.timeout_s, 0.02, simulation.check))
-        for client in sorted(cohort):
-            yield read_update(client, replies[client], params)
+        replies = dict(ask(grid, messages, self._settings.timeout_s, POLL_S, simulation.check))
+        return [read_update(client, replies[client], params) for client in cohort]
 
     def _job(self, client: int, round_: int) -> bytes:
         threads = self._settings.threads or torch.get_num_threads()

@@ -203,12 +203,15 @@ def answer(message: Message, trainer: ResidentTrainer) -> tuple[RecordDict, str]
     said, delta = trainer.ask(head, adapter)
     if REFUSED in said:
         return _refusal(said[REFUSED])
+    line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(delta)} bytes, {said['metrics']}; "
+    return reply_content(said, delta, head["manifest"]), f"{line}base loaded {said['num_loads']} time(s)"
+
+
+def reply_content(said: dict[str, Any], delta: bytes, manifest: str) -> RecordDict:
+    """All that leaves a site after a round: the delta, the row count, the metrics that the site allows."""
+    words = {"manifest": manifest, "num_examples": said["num_examples"], "metrics": json.dumps(said["metrics"])}
     array = Array(np.frombuffer(delta, dtype=np.float32))
-    metrics = json.dumps(said["metrics"])
-    words = {"manifest": head["manifest"], "num_examples": said["num_examples"], "metrics": metrics}
-    line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(delta)} bytes, {metrics}; "
-    loads = f"base loaded {said['num_loads']} time(s)"
-    return RecordDict({ADAPTER: ArrayRecord({FLAT: array}), ABOUT: ConfigRecord(words)}), line + loads
+    return RecordDict({ADAPTER: ArrayRecord({FLAT: array}), ABOUT: ConfigRecord(words)})
 
 
 def _refusal(reason: str) -> tuple[RecordDict, str]:

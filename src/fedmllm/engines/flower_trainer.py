@@ -22,7 +22,7 @@ from fedmllm.backbones import Backbone, BackboneSpec
 from fedmllm.local import Clients, RowStore
 from fedmllm.sites import Refused, Request, Site
 from fedmllm.tensors import flatten, manifest_digest, unflatten
-from fedmllm.types import ConfigError, Example, FedmllmError, Params, Shard
+from fedmllm.types import ConfigError, Example, Params, Shard
 
 
 class Trainer:
@@ -94,10 +94,9 @@ def serve(site: Site, link: Connection) -> None:
             return
         began, delta = time.perf_counter(), b""
         try:
-            request = Request.read(head["request"])
-            params, about = trainer.train(request, _floats(body), head["manifest"])
+            params, about = trainer.train(_request(head["request"]), _floats(body), head["manifest"])
             delta = flatten(params).numpy().tobytes()
-        except (Refused, ConfigError) as error:  # both speak of the request alone
+        except Refused as error:
             about = {"refused": str(error)}
         except Exception as error:  # may name rows and files: that stays here
             print(f"site {site.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -107,9 +106,16 @@ def serve(site: Site, link: Connection) -> None:
         link.send_bytes(delta)
 
 
+def _request(text: str) -> Request:
+    try:
+        return Request.read(text)
+    except ConfigError as error:  # it speaks of the request alone
+        raise Refused(str(error)) from None
+
+
 def _floats(body: bytes) -> np.ndarray[Any, Any]:
     if len(body) % 4:
-        raise FedmllmError(f"the adapter has {len(body)} bytes, no whole number of float32")
+        raise Refused(f"the adapter has {len(body)} bytes, no whole number of float32")
     return np.frombuffer(bytearray(body), dtype=np.float32)
 
 

@@ -1,0 +1,111 @@
+"""Flower's Ray simulation: the bytes of in-process, and what happens where a client fails. Loopback only, always stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="the extra `flower` is not installed")
+pytest.importorskip("ray", reason="the extra `flower` is not installed")
+
+from fedmllm import tensors
+from fedmllm.config import Experiment
+from fedmllm.engines import flower_simulation
+from fedmllm.record import read
+from fedmllm.runs import run
+from fedmllm.types import FedmllmError
+from fedmllm.world import World
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("flower-simulation")]
+
+TABLE = {
+    "data": {"name": "synthetic-irony"},
+    "partition": {"name": "dirichlet", "alpha": 0.5, "num_clients": 4},
+    "scenario": {"name": "missing", "rate": 0.3},
+    "train": {"lr": 3e-3, "batch_size": 4, "accumulation": 1, "max_steps": 2},
+    "evaluate": {"limit": 4},
+    "num_rounds": 3,
+    "cohort_size": 3,
+}
+SIMULATION = {"name": "flower-simulation", "num_actors": 2, "threads": 1, "timeout_s": 200}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    flower_simulation.stop()
+    torch.set_num_threads(before)
+
+
+def adapter(table: dict, out: Path) -> str:
+    run(Experiment.parse(table), out)
+    return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("aggregator", ["fedavg", "fedadam"])
+def test_three_rounds_give_the_bytes_of_in_process(tmp_path, aggregator):
+    table = {**TABLE, "aggregator": aggregator}
+    simulated = adapter({**table, "engine": SIMULATION}, tmp_path / "simulation")
+    assert simulated == adapter({**table, "engine": "in-process"}, tmp_path / "in-process")
+    rounds = [event for event in read(tmp_path / "simulation" / "record.jsonl") if event["event"] == "round"]
+    assert [len(event["clients"]) for event in rounds] == [3, 3, 3]
+
+
+def test_an_actor_loads_the_base_once_for_all_its_messages(tmp_path):
+    adapter({**TABLE, "engine": SIMULATION, "seed": 1}, tmp_path / "seed-1")
+    rounds = [event for event in read(tmp_path / "seed-1" / "record.jsonl") if event["event"] == "round"]
+    loads = {client["base_loads"] for event in rounds for client in event["clients"]}
+    assert loads <= {1, 2, 3}  # of its process: at most one for each of the three experiments of this module
+    assert max(client["base_loads"] for client in rounds[0]["clients"]) == max(loads)  # none in later rounds
+
+
+def test_a_client_that_fails_is_named_and_the_simulation_goes_on(tmp_path):
+    settings = {**TABLE, "engine": SIMULATION, "num_rounds": 1}
+    world = World.load(Experiment.parse(settings))
+    engine = flower_simulation.FlowerSimulation(world.experiment.engine, world.clients(1))
+    strange = {"no-such-tensor": torch.zeros(3)}
+    answers = list(engine(strange, 1, [0, 2]))
+    assert [answer.client for answer in answers] == [0, 2]
+    assert all("names or shapes differ" in answer.reason for answer in answers)
+    assert all(hasattr(answer, "delta") for answer in engine(world.start, 1, [0, 2]))
+
+
+def test_an_actor_that_is_killed_costs_time_and_no_update(tmp_path):
+    world = World.load(Experiment.parse({**TABLE, "engine": SIMULATION}))
+    engine = flower_simulation.FlowerSimulation(world.experiment.engine, world.clients(3))
+    before = [tensors.digest(answer.delta) for answer in engine(world.start, 1, [0, 1, 2])]
+    (killed, *_) = actors()
+    os.kill(killed, signal.SIGKILL)
+    after = [tensors.digest(answer.delta) for answer in engine(world.start, 1, [0, 1, 2])]
+    assert after == before
+    assert killed not in actors()
+
+
+def actors() -> list[int]:
+    """Process ids of our simulation's actors: those below this process."""
+    found, below = [], {os.getpid()}
+    table = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            table.append((int(entry.name), parent, (entry / "cmdline").read_bytes()))
+        except OSError:
+            continue
+    for pid, parent, line in sorted(table):
+        if parent in below:
+            below.add(pid)
+            found += [pid] if b"ray::ClientAppActor" in line else []
+    return found
+
+
+def test_settings_of_another_engine_are_refused():
+    world_free = Experiment.parse({**TABLE, "engine": "in-process"})
+    with pytest.raises(FedmllmError, match="flower-simulation needs its own settings"):
+        flower_simulation.FlowerSimulation(world_free.engine, None)  # type: ignore[arg-type]
