@@ -206,6 +206,10 @@ class Decoder:
         return [[int(t) for t in row if t >= 0] for row in torch.stack(written, dim=1).tolist()]
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Sums of log-probabilities in bfloat16 would lose a digit that an AUC needs."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def _log_softmax(logits: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.log_softmax(dim=-1)
+    return at_least_float32(logits).log_softmax(dim=-1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedmllm.backbones import Backbone, BackboneSpec, Batch, FromFolder, Row
 from fedmllm.backbones.checkpointing import Checkpointing
-from fedmllm.backbones.decode import Decoder
+from fedmllm.backbones.decode import Decoder, at_least_float32
 from fedmllm.backbones.dropout import seed_tensor
 from fedmllm.backbones.encode import IGNORED, Encoder
 from fedmllm.backbones.features import ImageFeatures, feature_argument
@@ -175,11 +175,6 @@ class TransformersBackbone(Backbone):
         save_file(self.lora(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = adapter_config(self.model)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Sums of log-probabilities in bfloat16 would lose a digit that an AUC needs."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @dataclass(frozen=True)
