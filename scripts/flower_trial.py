@@ -230,7 +230,10 @@ def client_raises(backbone: str) -> str:
             picture.write_bytes(b"no picture")
         f.run()
         said = dropped(f.rounds())
-        expect(len(said) == 3 and all("client 1: site north: training failed with DataError" in line for line in said), said)
+        expect(
+            len(said) == 3 and all("client 1: site north: training failed with DataError" in line for line in said),
+            said,
+        )
         expect("north-11.png cannot be read" in (f.folder / "north.out").read_text(), "the site's own log is silent")
         expect("png" not in (f.folder / "out" / "record.jsonl").read_text(), "a name of a file left the site")
         return said[0]

@@ -83,9 +83,12 @@ def site_check(path: SiteFile) -> None:
 def site_start(
     path: SiteFile,
     dry_run: Annotated[
-        Path | None, typer.Option(help="Train one round of this experiment and print what would be sent; sends nothing.")
+        Path | None,
+        typer.Option(help="Train one round of this experiment and print what would be sent; sends nothing."),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="With --dry-run: where to write exactly what would be sent.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="With --dry-run: where to write exactly what would be sent.")
+    ] = None,
 ) -> None:
     """Serve until Ctrl-C: train when the server asks, within what the site allows."""
     _quiet()
@@ -169,7 +172,10 @@ def in_words(event: dict[str, Any]) -> str:
     if kind == "round":
         losses = {c["client"]: f"{c['loss']:.4f}" for c in event["clients"] if "loss" in c}
         dropped = "".join(f"; client {d['client']} left out: {d['reason']}" for d in event["dropped"])
-        return f"round {event['round']}/{event['num_rounds']}: {len(event['clients'])} updates, loss {losses}, {event['wall_s']:.1f} s{dropped}"
+        head = (
+            f"round {event['round']}/{event['num_rounds']}: {len(event['clients'])} updates in {event['wall_s']:.1f} s"
+        )
+        return f"{head}, loss {losses}{dropped}"
     if kind == "eval":
         return f"{event['visible']}: {event['metrics']}"
     if kind == "stopped":
@@ -178,4 +184,5 @@ def in_words(event: dict[str, Any]) -> str:
 
 
 def say(line: str) -> None:
+    """A line for the terminal, with the time."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
 
 from fedmllm.backbones import BackboneSpec, Lora, Precision, Tiny
 from fedmllm.config import FAMILIES, Experiment, Train
@@ -22,9 +22,20 @@ from fedmllm.engine import FlowerSites
 from fedmllm.objectives import Objective, TaskLoss
 from fedmllm.prompts import Plain, Prompt
 from fedmllm.scenarios.partitions import ByColumn, value_of
-from fedmllm.types import ConfigError, DataError, Example, FedmllmError, Modality, Shard, Spec, Visible, nearest, validate
+from fedmllm.types import (
+    ConfigError,
+    DataError,
+    Example,
+    FedmllmError,
+    Modality,
+    Shard,
+    Spec,
+    Visible,
+    nearest,
+    validate,
+)
 
-METRICS = ("loss", "num_steps", "num_tokens", "time_s")  # what a client's training can report
+Metric = Literal["loss", "num_steps", "num_tokens", "time_s"]  # what a client's training can report
 LARGEST_REQUEST = 2**20  # bytes of settings
 
 
@@ -111,14 +122,17 @@ class Range(Spec):
     min: float = -float("inf")
     max: float = float("inf")
 
-    model_config = {**Spec.model_config, "allow_inf_nan": True}
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
     def __contains__(self, value: object) -> bool:
         return isinstance(value, (int, float)) and self.min <= value <= self.max
 
     def __str__(self) -> str:
         bounds = {"at least": self.min, "at most": self.max}
-        return " and ".join(f"{word} {value:g}" for word, value in bounds.items() if abs(value) != float("inf")) or "any number"
+        return (
+            " and ".join(f"{word} {value:g}" for word, value in bounds.items() if abs(value) != float("inf"))
+            or "any number"
+        )
 
 
 CLOSED: Mapping[str, tuple[Any, ...]] = {"lora.targets": ("",), "lora.train_extra": ([],)}  # unless a site opens them
@@ -131,7 +145,7 @@ class Allow(Spec):
     max_steps: PositiveInt = 1000  # optimiser steps a round
     max_rounds: PositiveInt = 1000
     settings: dict[str, Range | tuple[Any, ...]] = {}  # noqa: RUF012  "train.lr" = {max = 1e-3}, "prompt.name" = ["plain"]
-    metrics: tuple[Literal["loss", "num_steps", "num_tokens", "time_s"], ...] = METRICS  # that may leave the site
+    metrics: tuple[Metric, ...] = ("loss", "num_steps", "num_tokens", "time_s")  # that may leave the site
 
 
 class Site(Spec):
@@ -182,7 +196,8 @@ class Site(Spec):
         known = Request(run_id="", site="", client=0, round=1, num_rounds=1, seed=0, base="").settings()
         for key in self.allow.settings:
             if key not in known and not key.startswith(("prompt.", "objective.")):
-                raise ConfigError(f"allow.settings: unknown setting {key!r}{nearest(key, known)}; it is one of {', '.join(known)}")
+                allowed = ", ".join(known)
+                raise ConfigError(f"allow.settings: unknown setting {key!r}{nearest(key, known)}; allowed: {allowed}")
 
     def shard(self, client: int) -> tuple[tuple[Example, ...], Shard]:
         """This site's training rows, and which of them it shows with what. Raises DataError where there is none."""
@@ -262,7 +277,9 @@ def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Expe
     if experiment.scenario.name != "aligned" or experiment.availability.name != "always":
         raise ConfigError("scenario, availability: real sites have their own modalities and failures; leave both out")
     if experiment.cohort_size > len(sites):
-        raise ConfigError(f"cohort_size: got {experiment.cohort_size}; {len(sites)} sites are known: {', '.join(sites)}")
+        raise ConfigError(
+            f"cohort_size: got {experiment.cohort_size}; {len(sites)} sites are known: {', '.join(sites)}"
+        )
     data = AtSites(sites=tuple(sites), own=experiment.data, test=test)
     engine = experiment.engine if isinstance(experiment.engine, FlowerSites) else FlowerSites()
     changes: dict[str, Any] = {"data": data, "partition": ByColumn(column="site"), "engine": engine}

@@ -144,7 +144,9 @@ def test_a_server_cannot_make_a_site_read_a_file(tmp_path):
         Request.read(json.dumps(table))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"train": {"lr": -1}}', "[" * 10**5, "x" * (2**20 + 1), '{"data": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"train": {"lr": -1}}', "[" * 10**5, "x" * (2**20 + 1), '{"data": {}}']
+)
 def test_a_request_that_is_none_is_a_settings_error(text):
     with pytest.raises(ConfigError, match="request"):
         Request.read(text)

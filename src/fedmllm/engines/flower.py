@@ -34,7 +34,9 @@ def unpack(content: RecordDict, like: Params) -> Params:
     """The adapter of a message, shaped as `like`. Raises FedmllmError naming what differs."""
     theirs, ours = content[ABOUT].get("manifest"), manifest_digest(like)
     if theirs != ours:
-        raise FedmllmError(f"manifest {str(theirs)[:12]} of the other side is not ours, {ours[:12]}: names or shapes differ")
+        raise FedmllmError(
+            f"manifest {str(theirs)[:12]} of the other side is not ours, {ours[:12]}: names or shapes differ"
+        )
     array = content[ADAPTER][FLAT]
     if array.dtype != "float32":
         raise FedmllmError(f"the adapter came as {array.dtype}; only float32 travels")

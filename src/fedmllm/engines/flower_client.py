@@ -17,7 +17,6 @@ from fedmllm.config import Experiment
 from fedmllm.engines.flower import unpack, update_content
 from fedmllm.engines.flower_names import ABOUT
 from fedmllm.local import Clients
-from fedmllm.world import World
 from fedmllm.types import Shard
 from fedmllm.world import World
 
@@ -71,4 +70,3 @@ def world_of(experiment: Experiment) -> World:
         _worlds[key] = World.load(experiment)
         _loads += 1
     return _worlds[key]
-

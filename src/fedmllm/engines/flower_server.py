@@ -141,4 +141,3 @@ def activations(grid: Grid) -> dict[int, str]:
 def usable(answer: ClientUpdate | ClientFailure | None) -> bool:
     """Whether it can count towards `min_sites`; limits of the screen are checked later, by the loop."""
     return isinstance(answer, ClientUpdate) and is_finite(answer.delta)
-

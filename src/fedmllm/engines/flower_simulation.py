@@ -73,7 +73,7 @@ class Simulation:
             self._close.wait()
 
         try:
-            run_simulation(server_app, client_app, self.settings.num_actors, backend_config=self._backend())  # type: ignore[arg-type]
+            run_simulation(server_app, client_app, self.settings.num_actors, backend_config=self._backend())
         except BaseException as error:  # flwr leaves by SystemExit where an extra is missing
             self._error = f"{type(error).__name__}: {error}"
         finally:
@@ -86,7 +86,11 @@ class Simulation:
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if address := os.environ.get("RAY_ADDRESS"):  # the user's cluster
             return {"init_args": {"address": address, **quiet}, "client_resources": resources}
-        here = {"num_cpus": s.num_actors * s.cpus_per_actor, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        here = {
+            "num_cpus": s.num_actors * s.cpus_per_actor,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
         return {"init_args": {**here, **quiet}, "client_resources": resources}
 
     def ended(self) -> str:
@@ -130,7 +134,9 @@ class FlowerSimulation:
 
     def __init__(self, settings: EngineSettings, clients: Clients) -> None:
         if not isinstance(settings, Settings) or clients.experiment is None:
-            raise FedmllmError("engine flower-simulation needs its own settings, and an experiment that actors can load")
+            raise FedmllmError(
+                "engine flower-simulation needs its own settings, and an experiment that actors can load"
+            )
         self._settings, self._clients, self._experiment = settings, clients, clients.experiment
 
     def __call__(self, params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate | ClientFailure]:

@@ -219,6 +219,7 @@ def _refusal(reason: str) -> tuple[RecordDict, str]:
 
 
 def say(line: str) -> None:
+    """A line for the site's own people, with the time."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 

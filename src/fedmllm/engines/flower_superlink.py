@@ -62,7 +62,9 @@ class Server:
         try:
             table = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"{folder / SETTINGS}: cannot be read: {error.strerror}; `fedmllm server new` makes it") from None
+            raise ConfigError(
+                f"{folder / SETTINGS}: cannot be read: {error.strerror}; `fedmllm server new` makes it"
+            ) from None
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{folder / SETTINGS}: not a TOML file: {error}") from None
         self.listen = Listen.model_validate(validate(Listen, table, str(folder / SETTINGS)))
@@ -90,7 +92,8 @@ class Server:
         f = self.folder
         command = [
             binary("flower-superlink"), "--host", self.listen.host, "--port", str(self.listen.port),
-            "--ssl-ca-certfile", str(f / "ca.crt"), "--ssl-certfile", str(f / "server.crt"), "--ssl-keyfile", str(f / "server.key"),
+            "--ssl-ca-certfile", str(f / "ca.crt"),
+            "--ssl-certfile", str(f / "server.crt"), "--ssl-keyfile", str(f / "server.key"),
             "--enable-supernode-auth", "--database", str(f / "state.db"), "--disable-runtime-dependency-installation",
         ]  # fmt: skip
         log = (f / "superlink.log").open("ab")
@@ -153,7 +156,9 @@ class Server:
         sites = self.sites()
         if name in sites:
             raise FedmllmError(f"site {name!r} is registered already, as node {sites[name]}")
-        node = int(self.flwr("supernode", "register", str(public_key.absolute()), CONNECTION, "--name", name)["node-id"])
+        node = int(
+            self.flwr("supernode", "register", str(public_key.absolute()), CONNECTION, "--name", name)["node-id"]
+        )
         write_atomically(self.folder / SITES, json.dumps({**sites, name: node}, indent=1))
         return node
 
@@ -205,7 +210,9 @@ class Server:
             if details.startswith(OWN_REASON):  # SuperLink lived to hear it, so it is the run's own
                 raise FedmllmError(details.removeprefix(OWN_REASON))
             yield {"event": "lost", "status": status, "note": f"log: {self.folder / 'superlink.log'}"}
-        raise FedmllmError(f"the run was lost {restarts + 1} times; see {self.folder / 'superlink.log'}; --resume goes on")
+        raise FedmllmError(
+            f"the run was lost {restarts + 1} times; see {self.folder / 'superlink.log'}; --resume goes on"
+        )
 
     def _submit(self, job: Path) -> str:
         """Start the run once SuperLink answers -> its id."""
@@ -215,5 +222,7 @@ class Server:
                 return str(self.flwr("run", str(self.folder / "app"), CONNECTION, *words)["run-id"])
             except FedmllmError as error:
                 if time.monotonic() > until:
-                    raise FedmllmError(f"no run could be started: {error}; is `fedmllm server start` running?") from None
+                    raise FedmllmError(
+                        f"no run could be started: {error}; is `fedmllm server start` running?"
+                    ) from None
             time.sleep(2)
