@@ -9,7 +9,7 @@ from typing import Any
 from fedmllm.backbones import BackboneSpec
 from fedmllm.backbones.folder import digest, family_of, find
 from fedmllm.backbones.merge import merge
-from fedmllm.model_report import base_folder
+from fedmllm.backbones.places import base_folder
 from fedmllm.types import FedmllmError
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from fedmllm.backbones import BackboneSpec, FromFolder, Tiny
+from fedmllm.backbones import FromFolder
 from fedmllm.backbones.checkup import Check, checkup
 from fedmllm.backbones.folder import find
 from fedmllm.backbones.footprint import Footprint, footprint
 from fedmllm.backbones.hf import load_folder
-from fedmllm.backbones.tiny import CHECKPOINT
+from fedmllm.backbones.places import base_folder
 from fedmllm.config import Experiment
 from fedmllm.costs import peaks, reset_peaks
-from fedmllm.types import ConfigError
 
 ADAM_BYTES = 16  # a trained weight: itself, its gradient, two moments, float32
 LABEL_TOKENS = 16  # a row, generously: the only positions that go through the head
@@ -89,15 +87,6 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[Line], list[Line]]
         Line("all rounds", 2 * sizes.payload_bytes * e.cohort_size * e.num_rounds, f"{e.num_rounds} rounds"),
     ]
     return sizes, memory, traffic
-
-
-def base_folder(spec: BackboneSpec, config_only: bool = False) -> Path:
-    """The folder of the base model; of a hub id it is fetched, where `config_only` config.json alone."""
-    if isinstance(spec, Tiny):
-        return CHECKPOINT
-    if not isinstance(spec, FromFolder):
-        raise ConfigError(f"backbone.name: got {spec.name!r}; this verb knows 'hf' and 'tiny'")
-    return find(spec.path, config_only)
 
 
 def print_estimate(experiment: Experiment, as_json: bool = False, console: Console | None = None) -> None:
