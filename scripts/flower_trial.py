@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fedmllm.engines.flower_processes import free_port, stop
+from fedmllm.engines.flower_processes import die_with_parent, free_port, stop
 from fedmllm.record import read
 
 NAMES = ("east", "north", "west")
@@ -86,7 +86,7 @@ class Federation:
     def spawn(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                command, cwd=self.folder, env=self.environment, stdout=log, stderr=log
+                command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, preexec_fn=die_with_parent
             )
 
     def start(self, bad: dict[str, str] | None = None, allow: str = "") -> None:
@@ -382,6 +382,7 @@ def main() -> None:
     parser.add_argument("--backbone", default='name = "tiny"', help="the keys of [backbone], as TOML")
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a stopped trial stops its processes
     results, failed = {}, False
     for name in arguments.cases:
         began = time.monotonic()

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
@@ -49,6 +50,7 @@ class ResidentTrainer:
 
     def __init__(self, site: Site, path: Path) -> None:
         self._site, self._path = site, path
+        self._lock = threading.Lock()
         self.num_starts = 0
         self._start()
 
@@ -62,6 +64,10 @@ class ResidentTrainer:
 
     def ask(self, head: dict[str, str], adapter: bytes) -> tuple[dict[str, Any], bytes]:
         """-> (what is said, the delta). A trainer that dies or hangs is a reason, and is replaced."""
+        with self._lock:
+            return self._ask(head, adapter)
+
+    def _ask(self, head: dict[str, str], adapter: bytes) -> tuple[dict[str, Any], bytes]:
         if self.process.poll() is not None:
             self._restart()
         until = time.monotonic() + self._site.task_timeout_s
@@ -148,7 +154,9 @@ def run_site(path: Path) -> None:
     say(f"site {site.name}: serving {site.server}; log of the SuperNode: {state / 'supernode.log'}")
     try:
         for token in tasks(node):
-            serve_task(node, token, trainer, site)
+            # A message of a run that died with its SuperLink has lost its content, and Flower looks for that for two hours:
+            # every message has a thread of its own, so that the next one does not wait. The trainer takes one at a time.
+            threading.Thread(target=serve_task, args=(node, token, trainer, site), daemon=True).start()
     except KeyboardInterrupt:
         say(f"site {site.name}: stopped")
     finally:
