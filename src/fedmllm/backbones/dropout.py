@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,13 @@ def token_keys(seeds_B: Tensor, num_tokens: int) -> Tensor:
 
 
 def _windows(key_BL: Tensor, module: int, num_channels: int, p: float) -> Tensor:
-    start_BL = ((key_BL * _odd(module)) >> (64 - STRIP_BITS)) & ((1 << STRIP_BITS) - 1)  # the product's upper bits depend on all
+    # the upper bits of a product depend on all bits of the key
+    start_BL = ((key_BL * _odd(module)) >> (64 - STRIP_BITS)) & ((1 << STRIP_BITS) - 1)
     strip = _strip(p, str(key_BL.device))
     return strip.as_strided((1 << STRIP_BITS, num_channels), (1, 1))[start_BL]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _odd(module: int) -> int:
     return int(_mix64(torch.tensor(module))) | 1
 
