@@ -62,7 +62,7 @@ class MiniCPMV2Config(PreTrainedConfig):  # type: ignore[misc]
     model_type = "minicpmv"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "text_config": SubConfigSpec(AutoConfig, model_type="qwen2"),
-        "vision_config": Idefics2VisionConfig,
+        "vision_config": SubConfigSpec(Idefics2VisionConfig),
     }
 
     version: float | str = 2.6
