@@ -26,7 +26,7 @@ from fedmllm.model_cli import doctor, estimate
 from fedmllm.model_report import estimate as estimated
 from fedmllm.types import Conversation, FedmllmError
 
-FAMILIES = ["llava", "qwen3_vl", "minicpmv4_6", "gemma3", "smolvlm"]
+FAMILIES = ["llava", "qwen3_vl", "minicpmv4_6", "gemma3", "internvl"]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_families import PORTS, stirred, write
+from tiny_families import NEEDS, PORTS, stirred, write
 
 from fedmllm.backbones import FromFolder
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
@@ -25,6 +25,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
     def folder(family: str) -> Path:
         if family in PORTS:
             return Path(request.getfixturevalue("shared")) / "parity" / PORTS[family]
+        if family in NEEDS:
+            pytest.importorskip(NEEDS[family], reason=f"{family}'s processor needs {NEEDS[family]}")
         path = root / family
         return path if path.is_dir() else write(family, path)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_families import PORTS, stirred
+from tiny_families import PORTS, stirred, write
 
 from fedmllm.backbones import FromFolder, Lora, Precision
 from fedmllm.backbones.folder import load_base
@@ -142,8 +142,6 @@ def test_whole_modules_are_trained_sent_and_saved_in_float32(
 
 
 def test_tied_embeddings_cannot_be_trained_whole(folder_of: FolderOf, tmp_path: Path) -> None:
-    from tiny_families import write
-
     folder = write("llava", tmp_path / "tied", tied=True)
     load(folder)
     with pytest.raises(ConfigError, match=r"'model\.language_model\.embed_tokens' shares its weights with 'lm_head'"):
@@ -169,6 +167,8 @@ def test_targets_of_one_s_own(folder_of: FolderOf) -> None:
 def test_features_are_kept_up_to_their_limit(folder_of: FolderOf, prompts: list[Conversation]) -> None:
     backbone = load(folder_of("smolvlm"), keep_image_features_mb=1)
     rows = [backbone.encode(prompt, "yes") for prompt in prompts]
+    backbone.features._kept.clear()  # of other tests: it is one for all backbones of this base
+    backbone.features._kept.num_bytes = 0
     backbone.features._keep_bytes = 5 * 4 * 64 * 4  # five slices of 4 tokens of 64 float32: the first row's and no more
     backbone.loss(backbone.collate(rows))
     assert list(backbone.features._kept) == [rows[0].image_key]
@@ -189,3 +189,17 @@ def test_a_prompt_that_was_scored_before_is_not_read_again(
         forgets.score(prompts, choices)
     keeps.set_lora({name: t * 2 for name, t in keeps.lora().items()})
     assert keeps.score(prompts, choices) != before  # prompts are kept, not answers
+
+
+def test_a_family_that_thinks_is_asked_not_to(tmp_path: Path, prompts: list[Conversation]) -> None:
+    """As the templates of Qwen3.5 and MiniCPM-V 4.6 do it: the answer follows an empty thought, not an open one."""
+    folder = write("llava", tmp_path / "thinks")
+    template = folder / "chat_template.jinja"
+    opened = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>{% endif %}"
+    template.write_text(template.read_text().replace("assistant\n{%", f"assistant\n{opened}{{%"))
+    backbone = load(folder)
+    row = backbone.encode(prompts[2], "yes")
+    assert backbone.encoder.decode(row.input_ids.tolist()).endswith("assistant\n<think></think>yes")
+    assert (
+        row.labels[-1] == backbone.encoder.end_of_turn == backbone.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    )

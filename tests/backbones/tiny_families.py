@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedToke
 
 from fedmllm.backbones.hf import TransformersBackbone
 
-__all__ = ["FAMILIES", "PORTS", "TWO_BILLION", "stirred", "write"]
+__all__ = ["FAMILIES", "NEEDS", "PORTS", "TWO_BILLION", "stirred", "write"]
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -40,6 +40,7 @@ def tokenizer(named: Mapping[str, str], eos: str = "<|im_end|>", bos: str | None
     return fast
 
 
+NEEDS = {"smolvlm": "num2words"}  # what a family's processor imports
 PORTS = {"minicpmv2.6": "minicpmv26", "minicpm-llama3-v2.5": "minicpmllama3v25"}  # their folders in ../shared/parity
 
 

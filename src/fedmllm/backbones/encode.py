@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from fedmllm.backbones import Row
+from fedmllm.backbones.prompt_memory import PromptMemory
 from fedmllm.images import open_image
 from fedmllm.types import Conversation, DataError, FedmllmError
 
@@ -43,7 +44,11 @@ class Encoder:
         # M-RoPE positions (Qwen-VL, GLM-V, ...) depend on the pictures' grids: found once a row, not once a pass
         self.rope_index: Callable[..., tuple[Tensor, Tensor]] | None = getattr(inner, "get_rope_index", None)
         self._doubles_bos = self._bos() if isinstance(processor, ProcessorMixin) else ""
+        template = str(getattr(processor, "chat_template", None) or self.tokenizer.chat_template)
+        # what is learned and scored is the answer, not thoughts before it: families that think are asked not to
+        self._direct = {"enable_thinking": False} if "enable_thinking" in template else {}
         self.end_of_turn = self._end_of_turn()
+        self._memory = PromptMemory(processor, max_tokens, model.config.to_json_string())
 
     def prompt(self, prompt: Conversation) -> Row:
         """The row up to where the model would begin to answer; `labels` ignore all of it.
@@ -52,6 +57,9 @@ class Encoder:
             DataError: a picture cannot be read.
             FedmllmError: over `max_tokens`; the text holds a placeholder; the template has no slot for a picture.
         """
+        return self._memory.row(prompt, self._prompt)
+
+    def _prompt(self, prompt: Conversation) -> Row:
         pictures = [open_image(picture.path) for picture in prompt.pictures]
         output = self._process(self._text(prompt), pictures, prompt)
         ids = output["input_ids"][0]
