@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,13 @@ from fedmllm.record import read
 
 NAMES = ("east", "north", "west")
 CASE_S = 420.0  # a case, at most
+PATHS = (
+    "/v1/fleet/pull-messages",
+    "/v1/control/start-run",
+    "/v1/control/list-runs",
+    "/v1/runtime/acquire-task",
+    "/docs",
+)
 FEDMLLM = [sys.executable, "-m", "fedmllm.cli"]
 
 
@@ -41,7 +49,7 @@ class Federation:
     def __init__(
         self, folder: Path, backbone: str, rounds: int = 3, engine: str = "", train: str = "max_steps = 2"
     ) -> None:
-        self.folder, self.backbone, self.port = folder, backbone, free_port()
+        self.folder, self.backbone, self.port, self.gate = folder, backbone, free_port(), free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self._draw()
@@ -90,13 +98,13 @@ class Federation:
             )
 
     def start(self, bad: dict[str, str] | None = None, allow: str = "") -> None:
-        self.call("server", "new", "server", "--port", str(self.port))
+        self.call("server", "new", "server", "--port", str(self.port), "--gate", f"127.0.0.1:{self.gate}")
         self.spawn("server", *FEDMLLM, "server", "start", "server")
         self.until(lambda: "SuperLink on" in (self.folder / "server.out").read_text(), 60)
         for name in NAMES:
-            self.call("site", "new", name, "--name", name, "--server", f"127.0.0.1:{self.port}")
+            self.call("site", "new", name, "--name", name, "--server", f"127.0.0.1:{self.gate}")
             (self.folder / name / "ca.crt").write_bytes((self.folder / "server" / "ca.crt").read_bytes())
-            head = f'name = "{name}"\nserver = "127.0.0.1:{self.port}"\nca = "ca.crt"\nkey = "site.key"\nthreads = 1\n'
+            head = f'name = "{name}"\nserver = "127.0.0.1:{self.gate}"\nca = "ca.crt"\nkey = "site.key"\nthreads = 1\n'
             tables = f"{self._data(name)}[backbone]\n{self.backbone}\n[allow]\nmax_steps = 20\n{allow}\n"
             (self.folder / name / "site.toml").write_text(head + tables, encoding="utf-8")
             self.call("server", "add", "server", name, f"{name}/site.key.pub")
@@ -204,6 +212,29 @@ def same_bytes(backbone: str) -> str:
         ]
         expect(len(loads) == 9 and all("loaded 1 time(s)" in line for line in loads), loads)
         return f"sha256 {f.digest()[:16]}, 3 rounds of {[round(r['wall_s'], 1) for r in f.rounds()]} s, 1 load a site"
+
+
+def closed_door(backbone: str) -> str:
+    """What sites reach lets their path through and no other; a site without a registered key gets nowhere."""
+    import httpx
+
+    with federation(backbone) as f:
+        f.start()
+        outside = httpx.Client(verify=ssl.create_default_context(cafile=str(f.folder / "server" / "ca.crt")))
+        there = {path: outside.post(f"https://127.0.0.1:{f.gate}{path}").status_code for path in PATHS}
+        inside = {path: outside.post(f"https://127.0.0.1:{f.port}{path}").status_code for path in PATHS}
+        expect(all(there[path] == 404 for path in PATHS if "fleet" not in path), there)
+        expect(there["/v1/fleet/pull-messages"] not in (200, 404) and 404 not in inside.values(), (there, inside))
+        f.call("site", "new", "stranger", "--name", "east")
+        (f.folder / "stranger/site.toml").write_text((f.folder / "east/site.toml").read_text())
+        (f.folder / "stranger/ca.crt").write_bytes((f.folder / "server/ca.crt").read_bytes())
+        f.site("stranger")
+        log = f.folder / "stranger/site-state/supernode.log"
+        f.until(lambda: log.exists() and "SuperNode" in log.read_text() and f.processes["stranger"].poll() is None, 30)
+        time.sleep(15)
+        expect("SuperNode ID" not in log.read_text(), log.read_text())
+        said = log.read_text().strip().splitlines()[-1][-200:]
+        return f"outside {there}, inside {inside}; the stranger's SuperNode: {said}"
 
 
 def refusals(backbone: str) -> str:
@@ -364,6 +395,7 @@ def at_random(backbone: str) -> str:
 
 CASES: dict[str, Callable[[str], str]] = {
     "same-bytes": same_bytes,
+    "closed-door": closed_door,
     "refusals": refusals,
     "client-raises": client_raises,
     "trainer-killed": trainer_killed,

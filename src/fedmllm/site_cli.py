@@ -107,11 +107,12 @@ def server_new(
     folder: Folder,
     host: Annotated[list[str] | None, typer.Option(help="Names or addresses by which sites reach it.")] = None,
     port: Annotated[int, typer.Option(help="Of SuperLink, on loopback.", min=1, max=65535)] = 8000,
+    gate: Annotated[str, typer.Option(help='Where sites reach it, "0.0.0.0:9092"; nothing else is let through.')] = "",
 ) -> None:
     """Make certificates and an empty register of sites."""
     from fedmllm.engines.flower_superlink import Server
 
-    Server.new(folder, list(dict.fromkeys([*(host or []), "localhost", "127.0.0.1"])), port)
+    Server.new(folder, list(dict.fromkeys([*(host or []), "localhost", "127.0.0.1"])), port, gate)
     typer.echo(f"{folder}: give ca.crt to the sites; ca.key and server.key stay here")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -50,8 +51,11 @@ job = ""
 class Listen(Spec):
     """`server.toml`."""
 
-    host: str = "127.0.0.1"  # SuperLink's; sites of other machines come through the proxy of deploy/, or a gate
+    host: str = "127.0.0.1"  # SuperLink's own: whoever reaches it can start runs. Others come through a gate or a proxy
     port: int = Field(8000, ge=1, le=65535)
+    gate: str = Field(
+        "", pattern=r"^$|^\S+:[0-9]{1,5}$"
+    )  # "0.0.0.0:9092": what sites reach; "" = none, or a proxy of your own
 
 
 class Server:
@@ -70,14 +74,15 @@ class Server:
         self.listen = Listen.model_validate(validate(Listen, table, str(folder / SETTINGS)))
 
     @classmethod
-    def new(cls, folder: Path, hosts: Sequence[str], port: int) -> Server:
+    def new(cls, folder: Path, hosts: Sequence[str], port: int, gate: str = "") -> Server:
         """A folder with certificates for `hosts`, settings, and the app. Raises FedmllmError where one exists."""
         from fedmllm.engines.flower_keys import CA, make_authority
 
         if (folder / SETTINGS).exists():
             raise FedmllmError(f"{folder / SETTINGS} exists; choose another folder")
         make_authority(folder, hosts)
-        (folder / SETTINGS).write_text(f'host = "127.0.0.1"\nport = {port}\n', encoding="utf-8")
+        settings = f'host = "127.0.0.1"\nport = {port}\ngate = "{gate}"\n'
+        (folder / SETTINGS).write_text(settings, encoding="utf-8")
         (folder / "app").mkdir()
         (folder / "app" / "pyproject.toml").write_text(APP, encoding="utf-8")
         (folder / "flwr").mkdir(mode=0o700)
@@ -110,18 +115,39 @@ class Server:
         stop(process)
         raise FedmllmError(f"SuperLink did not start on port {self.listen.port}; see {f / 'superlink.log'}")
 
+    def start_gate(self) -> subprocess.Popen[bytes] | None:
+        """What sites of other machines reach, if there is to be one: their path of SuperLink and no other."""
+        if not self.listen.gate:
+            return None
+        host, _, port = self.listen.gate.rpartition(":")
+        module = [sys.executable, "-m", "fedmllm.engines.flower_gate"]
+        log = (self.folder / "gate.log").open("ab")
+        with log:
+            return subprocess.Popen(
+                [*module, str(self.folder), host, port, str(self.listen.port)],
+                stdout=log,
+                stderr=log,
+                preexec_fn=die_with_parent,
+            )
+
     def serve(self, say: Callable[[str], None]) -> None:
         """Keep a SuperLink running until we are interrupted; one that dies is started again on the same database."""
-        process = self.start()
+        process, gate = self.start(), self.start_gate()
         try:
-            say(f"SuperLink on {self.listen.host}:{self.listen.port}, log: {self.folder / 'superlink.log'}")
+            door = f"; sites reach {self.listen.gate}" if gate else ""
+            say(f"SuperLink on {self.listen.host}:{self.listen.port}{door}; log: {self.folder / 'superlink.log'}")
             while True:
                 if process.poll() is not None:
                     say(f"SuperLink died (exit status {process.returncode}); starting it again")
                     process = self.start()
+                if gate and gate.poll() is not None:
+                    say(f"the gate died (exit status {gate.returncode}); starting it again")
+                    gate = self.start_gate()
                 time.sleep(1)
         finally:
             stop(process)
+            if gate:
+                stop(gate)
 
     def flwr(self, *words: str, timeout_s: float = 60.0) -> dict[str, Any]:
         """`flwr WORDS --format json` -> what it printed. Raises FedmllmError with Flower's own words."""
