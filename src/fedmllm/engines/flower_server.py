@@ -7,6 +7,7 @@ stops with a reason, and `--resume` goes on from its last finished round. Nothin
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,12 +39,13 @@ class Job:
     nodes: Mapping[str, int]  # site -> Flower's node id, bound to the site's key; client 0 first
     out: Path
     resume: bool
+    folder: Path  # from where the paths of the experiment count
 
     @classmethod
     def read(cls, path: Path) -> Job:
         table = json.loads(path.read_text(encoding="utf-8"))
         experiment = Experiment.parse(table["experiment"], str(path))
-        return cls(experiment, table["nodes"], Path(table["out"]), table["resume"])
+        return cls(experiment, table["nodes"], Path(table["out"]), table["resume"], Path(table["folder"]))
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the job whose file the run's configuration names. Ends with an error where the run stopped."""
     job = Job.read(Path(str(context.run_config["job"])))
+    os.chdir(job.folder)
     _link[:] = [Link(grid, tuple(job.nodes.values()))]
     run(job.experiment, job.out, resume=job.resume)
 

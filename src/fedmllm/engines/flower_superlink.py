@@ -215,7 +215,8 @@ class Server:
         seen = sum(1 for _ in read(record)) if record.exists() else 0
         for attempt in range(restarts + 1):
             settings = whole.model_dump(mode="json")
-            about = {"nodes": sites, "out": str(out.absolute()), "resume": resume or attempt > 0}
+            where = {"out": str(out.absolute()), "folder": str(Path.cwd())}
+            about = {"nodes": sites, "resume": resume or attempt > 0, **where}
             write_atomically(job, json.dumps({"experiment": settings, **about}))
             started = self._submit(job)
             yield {"event": "submitted", "run": started, "attempt": attempt + 1}
