@@ -41,15 +41,11 @@ class RowStore:
             except FedmllmError as error:
                 raise type(error)(f"{example.where}, id {example.id}: {error}") from None
             self._kept[key] = row
-            self._bytes += _size(row)
+            self._bytes += row.num_bytes
         self._kept.move_to_end(key)
         while self._bytes > ROWS_KEPT_BYTES and len(self._kept) > 1:
-            self._bytes -= _size(self._kept.popitem(last=False)[1])
+            self._bytes -= self._kept.popitem(last=False)[1].num_bytes
         return self._kept[key]
-
-
-def _size(row: Row) -> int:
-    return sum(t.numel() * t.element_size() for t in (row.input_ids, row.labels, *row.images.values()))
 
 
 @dataclass(frozen=True)

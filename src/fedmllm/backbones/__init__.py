@@ -37,6 +37,11 @@ class Row:
     def num_tokens(self) -> int:
         return int(self.input_ids.numel())
 
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.input_ids, self.labels, *self.images.values(), *self.per_token.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
 
 Batch = dict[str, Any]  # "input_ids" [B, L], "per_token", "rows", "targets": as `Backbone.collate` made it for `loss`
 
@@ -65,7 +70,9 @@ class BackboneSpec(Named):
     lora: Lora = Lora()
     precision: Precision = Precision()
     max_tokens: PositiveInt = 1200  # a longer prompt is an error, never cut inside image tokens
-    keep_image_features_mb: NonNegativeInt = 0  # memory for the frozen tower's output across rounds; 0 = off
+    keep_image_features_mb: NonNegativeInt = (
+        1024  # memory for the frozen tower's output across rounds and runs; 0 = off
+    )
     device: str = "cpu"  # "cpu", "cuda", "cuda:1"
 
     def load(self, seed: int) -> Backbone:

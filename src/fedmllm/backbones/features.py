@@ -7,7 +7,8 @@ feature that was kept is the one that would be computed again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,15 @@ def feature_argument(model: PreTrainedModel) -> str:
     )
 
 
+class Kept(dict[str, Any]):
+    """Digest of a row's pixels -> the tower's output, on the CPU."""
+
+    num_bytes = 0
+
+
+_KEPT: dict[str, Kept] = {}  # by scope; one for the process
+
+
 class ImageFeatures:
     """The tower of one model, up to the vectors that stand in the text.
 
@@ -44,16 +54,24 @@ class ImageFeatures:
         keep_mb: Memory for features of rows seen before; the first that fit stay, so epochs over more rows than fit
             still find those. 0 = none are kept.
         frozen: False where the tower, resampler or projector is trained: gradients flow and nothing is kept.
+        scope: What the features depend on besides pixels: the base's digest, how and where it is held. Backbones of one
+            scope share what is kept, so that the experiments of a suite in one process do.
     """
 
-    def __init__(self, model: PreTrainedModel, keep_mb: int, frozen: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, keep_mb: int, frozen: bool, scope: Callable[[], str] | None = None
+    ) -> None:
         self._argument = feature_argument(model)
         self._tower = model.base_model.get_image_features
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self._device = model.device
         self._keep_bytes = keep_mb * 2**20 if frozen else 0
         self._frozen = frozen
-        self._kept: dict[str, Any] = {}
+        self._scope = scope or (lambda: f"model {id(self)}")
+
+    @cached_property
+    def _kept(self) -> Kept:
+        return _KEPT.setdefault(f"{self._scope()} {self._dtype} {self._device}", Kept())
 
     def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The argument of the forward pass that stands for the pictures of all rows; {} without pictures."""
@@ -68,14 +86,14 @@ class ImageFeatures:
         return not row.image_key or row.image_key in self._kept
 
     def _features(self, row: Row) -> Any:
-        if row.image_key in self._kept:
+        if self._keep_bytes and row.image_key in self._kept:
             return _map(self._kept[row.image_key], lambda t: t.to(self._device))
         inputs = {name: self._place(tensor) for name, tensor in row.images.items()}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             output = _needed(self._tower(**inputs))
         size = sum(t.numel() * t.element_size() for t in _tensors(output))
-        if size <= self._keep_bytes:
-            self._keep_bytes -= size
+        if self._keep_bytes and size + self._kept.num_bytes <= self._keep_bytes:
+            self._kept.num_bytes += size
             self._kept[row.image_key] = _map(output, lambda t: t.to("cpu", copy=True))
         return output
 

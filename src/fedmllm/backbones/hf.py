@@ -69,7 +69,9 @@ class TransformersBackbone(Backbone):
         self.model.eval()  # dropout of the base stays off, as in the reference; LoRA's follows its row seeds
         self._live = parameters_by_saved_name(self.model)
         frozen = all(name.startswith(f"base_model.model.{self.decoder}.") for name in self._live)
-        self.features = ImageFeatures(self.base, spec.keep_image_features_mb, frozen)
+        self.features = ImageFeatures(
+            self.base, spec.keep_image_features_mb, frozen, lambda: f"{self.digest} {spec.precision.base}"
+        )
         self._checkpointing = Checkpointing(
             model.get_submodule(self.decoder), self._seeds, spec.precision.gradient_checkpointing
         )
