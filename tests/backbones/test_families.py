@@ -197,10 +197,12 @@ def test_loading_is_deterministic_and_leaves_the_global_random_state(
 
 
 def test_kept_image_features_change_nothing_to_the_bit(
-    loaded: Loaded, folder_of: Callable[[str], Path], family: str, prompts: list[Conversation]
+    folder_of: Callable[[str], Path], family: str, prompts: list[Conversation]
 ) -> None:
-    off = loaded(family)
-    keeps = stirred(load_folder(FromFolder(path=str(folder_of(family)), keep_image_features_mb=1), seed=0))
+    off, keeps = (
+        stirred(load_folder(FromFolder(path=str(folder_of(family)), keep_image_features_mb=mb), seed=0))
+        for mb in (0, 1)
+    )
     rows = [off.encode(prompt, "yes") for prompt in prompts]
     nll_B, _ = off.loss(off.collate(rows), [1, 2, 3])
     for _ in range(2):  # the second time without the tower

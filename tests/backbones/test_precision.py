@@ -164,20 +164,18 @@ def test_targets_of_one_s_own(folder_of: FolderOf) -> None:
     assert list(only) == [f"base_model.model.model.language_model.layers.1.mlp.down_proj.lora_{x}.weight" for x in "AB"]
 
 
-def test_features_are_kept_up_to_their_limit(folder_of: FolderOf, prompts: list[Conversation]) -> None:
-    backbone = load(folder_of("smolvlm"), keep_image_features_mb=1)
+def test_features_are_kept_up_to_their_limit(tmp_path: Path, prompts: list[Conversation]) -> None:
+    backbone = load(write("llava", tmp_path / "own", tied=True), keep_image_features_mb=1)  # no other test's model
     rows = [backbone.encode(prompt, "yes") for prompt in prompts]
-    backbone.features._kept.clear()  # of other tests: it is one for all backbones of this base
-    backbone.features._kept.num_bytes = 0
-    backbone.features._keep_bytes = 5 * 4 * 64 * 4  # five slices of 4 tokens of 64 float32: the first row's and no more
+    backbone.features._keep_bytes = 16 * 64 * 4  # the 16 vectors of 64 float32 of one picture: the first row's
     backbone.loss(backbone.collate(rows))
-    assert list(backbone.features._kept) == [rows[0].image_key]
+    assert [backbone.features.has(row) for row in rows] == [True, False, True]  # the last has no picture
 
 
 def test_a_prompt_that_was_scored_before_is_not_read_again(
     folder_of: FolderOf, prompts: list[Conversation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where its features are kept, and with the same bits; where they are not, its pixels are needed again."""
+    """And gives the same bits."""
     choices = [("A", "no, never")] * 3
     keeps, forgets = load(folder_of("qwen2_vl"), keep_image_features_mb=1), load(folder_of("qwen2_vl"))
     before = keeps.score(prompts, choices)
@@ -185,8 +183,6 @@ def test_a_prompt_that_was_scored_before_is_not_read_again(
     monkeypatch.setattr("fedmllm.backbones.encode.open_image", lambda _: pytest.fail("a picture was read"))
     assert keeps.score(prompts, choices) == before
     assert keeps.generate(prompts, 3)
-    with pytest.raises(pytest.fail.Exception, match="a picture was read"):
-        forgets.score(prompts, choices)
     keeps.set_lora({name: t * 2 for name, t in keeps.lora().items()})
     assert keeps.score(prompts, choices) != before  # prompts are kept, not answers
 

@@ -103,9 +103,8 @@ class Encoder:
         return self._render([{"role": "user", "content": parts}], add_generation_prompt=True)
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return str(
-            self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-        )
+        options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, **self._direct}
+        return str(self.processor.apply_chat_template(messages, **options))
 
     def _process(self, text: str, pictures: list[Image], prompt: Conversation) -> dict[str, Any]:
         options = {"add_special_tokens": False} if self._doubles_bos and text.startswith(self._doubles_bos) else {}
