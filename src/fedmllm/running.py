@@ -40,6 +40,7 @@ class Run:
         self.results: list[Scores] = list(at.book.results) if at else []  # of method "local": the clients that are done
         self._began = time.perf_counter() - (at.book.wall_s if at else 0.0)
         self._at = at
+        self._identity = self.experiment.identity()
         self._checkpoints: Checkpoints | None = None
 
     def emit(self, event: str, **values: Any) -> None:
@@ -127,7 +128,7 @@ class Run:
             best=best,
             wall_s=time.perf_counter() - self._began,
             record_bytes=self._record.num_bytes(),
-            settings=self.experiment.identity(),
+            settings=self._identity,
             digests=self.world.digests,
             versions=versions(),
             device=device(self.backbone),

@@ -7,7 +7,7 @@ import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -107,6 +107,7 @@ def about_client(shard: Shard, examples: Sequence[Example]) -> dict[str, Any]:
     return {"client": shard.client, "labels": dict(sorted(labels.items())), "shows": dict(sorted(shows.items()))}
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of what computes the numbers."""
     return {name: version(name) for name in ("fedmllm", "torch", "transformers", "peft", "numpy")}
