@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="keep the records here; finished cells are not run again")
     parser.add_argument("--data", default=BASE["data"]["name"])
     arguments = parser.parse_args()
-    BASE["data"] = {"name": arguments.data}
+    BASE["data"] = {**BASE["data"], "name": arguments.data}
     folder = arguments.out or Path(tempfile.mkdtemp())
     print(f"# The embedded world: {arguments.data}\n\nMachine: {describe()}. Settings: `{json.dumps(BASE)}`.\n")
     print("| run | test rows show | mean | std | each seed | seconds a run |\n|---|---|---|---|---|---|")

@@ -13,7 +13,7 @@ from fedmllm.record import write_atomically
 from fedmllm.runs import SUMMARY, run
 
 BASE: dict[str, Any] = {
-    "data": {"name": "synthetic-irony"},
+    "data": {"name": "synthetic-irony", "num_train": 600},
     "partition": {"name": "dirichlet", "alpha": 0.5},
     "backbone": {"name": "tiny"},
     "train": {"lr": 3e-3, "batch_size": 4, "accumulation": 1},
