@@ -1,0 +1,101 @@
+"""What bad and absent clients cost, on the embedded world: one client that sends noise; clients that drop out or straggle.
+
+python benchmarks/unreliable.py [--seeds 3] > results/unreliable.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe
+
+from fedmllm import Experiment
+from fedmllm import running as the_run
+from fedmllm.quickstart import BASE
+from fedmllm.rng import torch_stream
+from fedmllm.runs import run
+from fedmllm.types import ClientUpdate, Params
+from fedmllm.world import start_engine
+
+COMMON = {**BASE, "partition": {"name": "iid", "num_clients": 10}, "num_rounds": 12}
+AGGREGATORS: dict[str, dict[str, Any]] = {
+    "fedavg": {"aggregator": "fedavg"},
+    "fedavg, updates over norm 3 left out": {"screen": {"max_norm": 3.0, "on_bad_update": "drop_client"}},
+    "median": {"aggregator": "median"},
+    "trimmed-mean, 1 at either end": {"aggregator": "trimmed-mean"},
+    "krum, 1 bad": {"aggregator": "krum"},
+    "multi-krum, 1 bad": {"aggregator": "multi-krum"},
+}
+ABSENCE: dict[str, dict[str, Any]] = {
+    "everybody answers": {},
+    "drop out 20 %": {"drop_rate": 0.2},
+    "drop out 50 %": {"drop_rate": 0.5},
+    "straggle 50 %, half their steps": {"straggle_rate": 0.5, "straggle_share": 0.5},
+    "drop out 30 % and straggle 50 %": {"drop_rate": 0.3, "straggle_rate": 0.5, "straggle_share": 0.5},
+}
+
+
+class Noisy:
+    """An engine in which one client sends noise, of ten times the norm of what it would have sent."""
+
+    def __init__(self, inner: Any, liar: int, seed: int) -> None:
+        self._inner, self._liar, self._seed = inner, liar, seed
+
+    def __call__(self, params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
+        for update in self._inner(params, round_, cohort):
+            if update.client != self._liar:
+                yield update
+                continue
+            rng = torch_stream(self._seed, "noise", round_)
+            delta = {n: d.std() * 10 * torch.randn(d.shape, generator=rng) for n, d in update.delta.items()}
+            yield ClientUpdate(update.client, delta, update.num_examples, update.metrics)
+
+
+def headline(table: dict[str, Any], seed: int, liar: int | None, folder: Path) -> dict[str, Any]:
+    """The first summary row of a run, in which one client may send noise."""
+    experiment = Experiment.parse({**table, "seed": seed})
+    if liar is not None:
+        the_run.start_engine = lambda settings, clients: Noisy(start_engine(settings, clients), liar, seed)  # type: ignore[assignment]
+    try:
+        return run(experiment, folder / f"{experiment.run_id()}-{liar}")[0]
+    finally:
+        the_run.start_engine = start_engine
+
+
+def spread(rows: Sequence[dict[str, Any]]) -> str:
+    values = [row["value"] for row in rows if row["value"] is not None]
+    return f"{statistics.fmean(values):.3f} | {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    seeds = range(parser.parse_args().seeds)
+    folder = Path(tempfile.mkdtemp())
+    print(
+        f"# Clients that cannot be relied on\n\nMachine: {describe()}. Settings: `{json.dumps(COMMON)}`; {len(seeds)} seeds.\n"
+    )
+    print("## One client of ten sends noise, ten times as large as its update; seven are asked a round\n")
+    print("| aggregator | metric | all honest | std | one sends noise | std |\n|---|---|---|---|---|---|")
+    for name, changed in AGGREGATORS.items():
+        table = {**COMMON, "cohort_size": 7, **changed}
+        honest, lied = ([headline(table, seed, liar, folder) for seed in seeds] for liar in (None, 3))
+        print(f"| {name} | {honest[0]['metric']} | {spread(honest)} | {spread(lied)} |", flush=True)
+    print("\n## Clients that are asked and do not answer, or answer with what they have (FedAvg, four asked a round)\n")
+    print("| availability | metric | mean | std | MB sent |\n|---|---|---|---|---|")
+    for name, rates in ABSENCE.items():
+        availability = {"name": "unreliable", **rates} if rates else {"name": "always"}
+        rows = [headline({**COMMON, "cohort_size": 4, "availability": availability}, s, None, folder) for s in seeds]
+        sent = statistics.fmean(row["up_bytes"] + row["down_bytes"] for row in rows) / 1e6
+        print(f"| {name} | {rows[0]['metric']} | {spread(rows)} | {sent:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
