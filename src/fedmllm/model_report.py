@@ -78,8 +78,9 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[Line], list[Line]]
             f"{tokens:,} tokens a pass, {a_token / 1e6:.2f} MB each{', checkpointed' if checkpointing else ''}",
         ),
         Line("logits", logits * rows, f"{rows} row(s) of {LABEL_TOKENS} label tokens"),
-        Line("kept image features", spec.keep_image_features_mb * 2**20, "at most; on the host"),
     ]
+    if spec.device == "cpu":  # they are kept on the host, wherever the model is
+        memory.append(Line("kept image features", spec.keep_image_features_mb * 2**20, "at most"))
     traffic = [
         Line("down, a client", sizes.payload_bytes),
         Line("up, a client", sizes.payload_bytes),
@@ -109,6 +110,10 @@ def print_estimate(experiment: Experiment, as_json: bool = False, console: Conso
         if last is not None:
             table.add_row("together", _size(last), "workspace of the libraries (0.5 to 2 GB on CUDA) not counted")
         console.print(table)
+    if experiment.backbone.device != "cpu":
+        console.print(
+            f"on the host besides: {_size(experiment.backbone.keep_image_features_mb * 2**20)} of image features"
+        )
 
 
 def _as_json(sizes: Footprint, memory: list[Line], traffic: list[Line]) -> dict[str, Any]:
