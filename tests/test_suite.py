@@ -219,3 +219,10 @@ def test_expected_time_goes_by_method(tmp_path: Path):
     assert State(waiting=cells).left_s() is None
     state = State(waiting=cells, seconds={"zero-shot": [1.0], "fedadam": [9.0, 11.0]})
     assert state.left_s() == pytest.approx(4 * 1.0 + 4 * 10.0)
+
+
+def test_where_the_first_cells_all_fail_the_rest_is_not_tried(tmp_path: Path):
+    bad = SMALL.replace('data = { name = "synthetic-irony", num_train = 40, num_validation = 10, num_test = 12 }', "")
+    bad = bad.replace("[base]", '[base]\ndata = { name = "hateful-memes", root = "/no" }')
+    state = run_suite(Suite.load(file(tmp_path, bad)), tmp_path / "out", 1, 1, 10**12, Told())
+    assert (state.finished, len(state.failed), len(state.waiting)) == (0, 5, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,8 @@ def suite(
     typer.echo(f"{loaded.title}: {state.finished} of {len(loaded.cells)} cells finished ({state.kept} kept), {took}")
     typer.echo(f"report: fedmllm report {folder}")
     if state.failed:
-        reasons = "\n".join(f"  {label}: {reason}" for label, reason in state.failed.items())
+        counts = Counter(state.failed.values())
+        reasons = "\n".join(f"  {count} x {reason}" for reason, count in counts.most_common(5))
         raise FedmllmError(f"{len(state.failed)} cells failed; started again, the suite tries them again:\n{reasons}")
 
 

@@ -18,6 +18,7 @@ from fedmllm.suite import Cell, Suite
 from fedmllm.suite_worker import work
 from fedmllm.types import FedmllmError
 
+HOPELESS = 5  # cells that fail before any succeeds
 SUMMARY = "summary.json"  # of a run; it is written last, so a cell is finished exactly if its folder holds one
 
 
@@ -76,7 +77,7 @@ def run_suite(
     """Run every cell that has no summary yet into `folder/RUN_ID`; at most `num_jobs` at a time.
 
     A further process is started only while all of them, each as large as the largest seen, fit into `budget_bytes`. A
-    cell that fails, or whose process dies, is named in `State.failed`; the others go on.
+    cell that fails, or whose process dies, is named in `State.failed`; the others go on, unless the first five all fail.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
@@ -92,6 +93,8 @@ def run_suite(
                         give(job, state.waiting.pop(0), folder)
                 listen(state, display)
                 display.update(state)
+                if len(state.failed) >= HOPELESS and state.finished == state.kept:
+                    break  # what is wrong with every cell so far is wrong with the rest
         finally:
             dismiss(state.jobs)
     return state
