@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedmllm import data_cli, site_cli
+from fedmllm.model_cli import doctor, estimate, export
 from fedmllm.suite_cli import compare, report, suite
 from fedmllm.types import ConfigError, FedmllmError
 
@@ -46,7 +47,9 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
     ] = False,
-    engine: Annotated[str | None, typer.Option(help="in-process, stacked or flower-simulation.", metavar="NAME")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="in-process, stacked or flower-simulation.", metavar="NAME")
+    ] = None,
     num_actors: Annotated[int | None, typer.Option(help="Ray actors of flower-simulation.", min=1)] = None,
     track: Annotated[
         list[str] | None, typer.Option(help="Also tell: tensorboard, wandb, mlflow, trackio.", metavar="NAME")
@@ -80,6 +83,8 @@ app.add_typer(site_cli.server_app, name="server")
 app.command()(suite)
 app.command()(report)
 app.command()(compare)
+for model_verb in (doctor, estimate, export):
+    app.command()(model_verb)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -87,10 +87,7 @@ class Federation:
 
 def plot(federation: Federation, path: Path) -> None:
     """Label skew (rows a client and label) above, who sees what (share of rows a client and modality) below."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise FedmllmError("--plot needs matplotlib: pip install 'fedmllm[plot]'") from None
+    import matplotlib
     from matplotlib.figure import Figure
 
     counts, modalities = federation.labels(), federation.experiment.data.modalities()
