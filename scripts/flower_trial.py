@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from fedmllm.engines.flower_processes import die_with_parent, free_port, stop
+from fedmllm.engines.flower_superlink import Server
 from fedmllm.record import read
 
 NAMES = ("east", "north", "west")
@@ -237,6 +238,52 @@ def closed_door(backbone: str) -> str:
         return f"outside {there}, inside {inside}; the stranger's SuperNode: {said}"
 
 
+def no_code(backbone: str) -> str:
+    """Whoever may start runs on the server still cannot run code at a site: the app that came with a run is not opened."""
+    with federation(backbone) as f:
+        f.start()
+        logs = [f.folder / name / "site-state" / "supernode.log" for name in NAMES]
+        f.until(lambda: all(log.exists() and "SuperNode ID" in log.read_text() for log in logs), 60)
+        app = f.folder / "evil"
+        app.mkdir()
+        marker, seen = f.folder / "code-ran-at-a-site", f.folder / "replies.txt"
+        settings = '[project]\nname = "evil"\nversion = "1.0.0"\n[tool.flwr.app]\npublisher = "x"\n'
+        parts = '[tool.flwr.app.components]\nserverapp = "harm:server"\nclientapp = "harm:client"\n'
+        (app / "pyproject.toml").write_text(settings + parts)
+        (app / "harm.py").write_text(HARM.format(marker=str(marker), seen=str(seen)))
+        Server(f.folder / "server").flwr("run", str(app), "fedmllm")
+        f.until(seen.exists, 120)
+        time.sleep(1)
+        replies = seen.read_text()
+        expect(not marker.exists() and replies.count("request cannot be read") == 3, replies)
+        return f"no code ran at a site; their answers: {replies.splitlines()[0]}"
+
+
+HARM = """
+import pathlib
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client = ClientApp()
+server = ServerApp()
+
+
+@client.train()
+def train(message, context):
+    pathlib.Path({marker!r}).write_text("here")
+    return Message(RecordDict(), reply_to=message)
+
+
+@server.main()
+def main(grid, context):
+    asked = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+    replies = grid.send_and_receive(asked, timeout=60)
+    said = [str(r.error if r.has_error() else dict(r.content["about"])) for r in replies]
+    pathlib.Path({seen!r}).write_text("\\n".join(said))
+"""
+
+
 def refusals(backbone: str) -> str:
     """A request outside of what the sites allow is refused, the reason reaches the record, and the run stops."""
     with federation(backbone, engine="attempts = 1", train="max_steps = 0\nepochs = 10") as f:
@@ -396,6 +443,7 @@ def at_random(backbone: str) -> str:
 CASES: dict[str, Callable[[str], str]] = {
     "same-bytes": same_bytes,
     "closed-door": closed_door,
+    "no-code": no_code,
     "refusals": refusals,
     "client-raises": client_raises,
     "trainer-killed": trainer_killed,
