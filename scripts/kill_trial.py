@@ -34,11 +34,11 @@ from fedmllm.runs import run
 from fedmllm.world import versions
 
 SMALL: dict[str, Any] = {
-    "data": {"name": "synthetic-irony", "num_train": 60, "num_validation": 8, "num_test": 8},
+    "data": {"name": "synthetic-irony", "num_train": 40, "num_validation": 4, "num_test": 4},
     "partition": {"name": "dirichlet", "alpha": 0.5, "num_clients": 5},
     "backbone": "tiny",
-    "train": {"lr": 1e-3, "batch_size": 4, "accumulation": 1, "max_steps": 3},
-    "num_rounds": 8,
+    "train": {"lr": 1e-3, "batch_size": 4, "accumulation": 1, "max_steps": 1},
+    "num_rounds": 6,
 }
 CASES: dict[str, dict[str, Any]] = {
     "fedavg": {"aggregator": "fedavg"},
@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
         "cohort_size": 4,
         "availability": {"name": "unreliable", "drop_rate": 0.2, "straggle_rate": 0.3},
     },
+    "scaffold": {"aggregator": "scaffold"},
     "local": {"method": "local", "cohort_size": 3},
 }
 
@@ -96,7 +97,8 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     """Everything about a finished run that must not depend on whether it was stopped."""
     last = newest(folder / "checkpoints")
     assert last is not None
-    files = [*folder.glob("adapter*/**/*.safetensors"), *last.glob("*.safetensors")]
+    places = ("adapter*/**/*.safetensors", "controls/**/*.safetensors")
+    files = [*(path for place in places for path in folder.glob(place)), *last.glob("*.safetensors")]
     events = [e for e in read(folder / "record.jsonl") if e["event"] in ("round", "eval", "validation", "end")]
     shown = ("event", "round", "cohort", "away", "visible", "metrics", "value", "best_round", "up_bytes", "alone")
     rows = json.loads((folder / "summary.json").read_text())["rows"]

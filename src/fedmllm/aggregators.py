@@ -28,6 +28,10 @@ class Aggregator(Named):
     def init(self, params: Params) -> State:
         return {}
 
+    def besides(self, state: State) -> Params:
+        """What an asked client receives besides the adapter; {} = nothing."""
+        return {}
+
     @abstractmethod
     def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         """One round. `updates` come in ascending client order and may be a stream: they are read once.

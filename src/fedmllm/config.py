@@ -87,7 +87,8 @@ for _module in pkgutil.iter_modules(
 ):  # a new file in data/ is a new data set, with no other change
     importlib.import_module(f"fedmllm.data.{_module.name}")
 
-importlib.import_module("fedmllm.robust")  # aggregators that nothing else names
+for _name in ("robust", "scaffold"):  # aggregators that nothing else names
+    importlib.import_module(f"fedmllm.{_name}")
 
 FAMILIES: dict[str, type[Named]] = {
     "data": Dataset,

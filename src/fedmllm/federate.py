@@ -44,7 +44,7 @@ def federate(
     for round_ in range(progress.round + 1, num_rounds + 1):
         began, cohort = time.perf_counter(), cohorts(round_)
         away = [client for client in cohort if drops_out(round_, client)] if drops_out else []
-        intake = Intake(screen, params, round_, cohort, away)
+        intake = Intake(screen, params, aggregator.besides(state), round_, cohort, away)
         try:
             updates = intake.timed(engine, params, round_, [client for client in cohort if client not in away])
             params, state = aggregator.apply(params, state, intake.checked(updates))
@@ -64,9 +64,15 @@ class Intake:
     """The updates of one round on their way to the aggregator: checked, counted and named, one at a time."""
 
     def __init__(
-        self, screen: Screen, params: Params, round_: int, cohort: Sequence[int], away: Sequence[int] = ()
+        self,
+        screen: Screen,
+        params: Params,
+        besides: Params,
+        round_: int,
+        cohort: Sequence[int],
+        away: Sequence[int] = (),
     ) -> None:
-        self._screen, self._params, self._round = screen, params, round_
+        self._screen, self._params, self._besides, self._round = screen, params, besides, round_
         self._cohort, self._away, self._awaited = cohort, away, set(cohort).difference(away)
         self._clients: list[dict[str, Any]] = []
         self._dropped: list[dict[str, Any]] = []
@@ -88,8 +94,8 @@ class Intake:
     def checked(self, updates: Iterable[ClientUpdate | ClientFailure]) -> Iterator[ClientUpdate]:
         for update in updates:
             if isinstance(update, ClientUpdate):
-                self._up_bytes += num_bytes(update.delta)
-                self._up_lora_bytes += lora_bytes(update.delta)
+                self._up_bytes += num_bytes(update.delta) + num_bytes(update.control or {})
+                self._up_lora_bytes += lora_bytes(update.delta) + lora_bytes(update.control or {})
             size = norm(update.delta) if isinstance(update, ClientUpdate) else 0.0
             if reason := self._fault(update, size):
                 self._leave_out(update.client, reason)
@@ -117,13 +123,15 @@ class Intake:
         if isinstance(update, ClientFailure):
             return update.reason
         try:
-            same_names(self._params, update.delta)
+            same_names(self._params, update.delta, *([update.control] if update.control else []))
         except FedmllmError as error:
             return str(error)
         if odd := [n for n, d in update.delta.items() if d.dtype != self._params[n].dtype]:
             return f"the type of {odd[0]} is {update.delta[odd[0]].dtype}, not {self._params[odd[0]].dtype}"
         if not math.isfinite(size):
             return "its delta holds NaN or Inf"
+        if not is_finite(update.control or {}):
+            return "its control variate holds NaN or Inf"
         if odd := [k for k, v in update.metrics.items() if not (isinstance(v, int | float) and math.isfinite(v))]:
             return f"its {odd[0]} is {update.metrics[odd[0]]}"
         if not (isinstance(update.num_examples, Integral) and 0 <= update.num_examples < 2**53):
@@ -134,7 +142,8 @@ class Intake:
     def log(self) -> dict[str, Any]:
         asked = len(self._cohort)
         up = {"up_bytes": self._up_bytes, "up_lora_bytes": self._up_lora_bytes}
-        down = {"down_bytes": asked * num_bytes(self._params), "down_lora_bytes": asked * lora_bytes(self._params)}
+        sent = (self._params, self._besides)
+        down = {"down_bytes": asked * sum(map(num_bytes, sent)), "down_lora_bytes": asked * sum(map(lora_bytes, sent))}
         note = {"note": self.note} if self.note else {}
         away = {"away": list(self._away)} if self._away else {}
         return {"clients": self._clients, "dropped": self._dropped, **away, **up, **down, **note}

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,9 @@ from fedmllm.rng import stream, stream_seed
 from fedmllm.schedules import round_factor, step_factor
 from fedmllm.tensors import subtract
 from fedmllm.types import ClientUpdate, Example, FedmllmError, Modality, Params, Shard, Visible
+
+if TYPE_CHECKING:
+    from fedmllm.controls import Controls
 
 ALWAYS = Always()
 ROWS_KEPT_BYTES = 512 * 2**20
@@ -70,6 +74,7 @@ class Clients:
     num_rounds: int
     seed: int
     availability: Availability = ALWAYS
+    controls: Controls | None = None  # SCAFFOLD's, where the aggregator is that
     experiment: Experiment | None = None  # where these come from: what other processes load the same from
 
     def round_lr(self, round_: int) -> float:
@@ -127,10 +132,16 @@ class Clients:
         pulls = self.pulls(client, list(weights))
         optimizer = self.optimizer(list(weights.values()))
         losses, num_tokens = [], 0
+        offset = self.controls.offset(client, round_) if self.controls else {}
+        gradients = {name: torch.zeros_like(c) for name, c in offset.items()}
         for step in self.steps(client, round_):
             optimizer.zero_grad(set_to_none=True)
             losses.append(self.backward(step))
             with torch.no_grad():
+                for name, c in offset.items():
+                    grad = weights[name].grad
+                    gradients[name] += grad.cpu()  # type: ignore[union-attr]
+                    grad.add_(c.to(grad.device))  # type: ignore[union-attr]
                 for name, mu in pulls.items():  # d/dw of mu/2 ||w - anchor||^2
                     weights[name].grad.add_(weights[name] - anchor[name], alpha=mu)  # type: ignore[union-attr]
                 if self.train.clip_norm:
@@ -139,6 +150,9 @@ class Clients:
                 group["lr"] = step.lr
             optimizer.step()
             num_tokens += sum(row.num_tokens for row in step.rows)
+        control = None
+        if self.controls and losses:
+            control = self.controls.learned(client, round_, {n: g / len(losses) for n, g in gradients.items()})
         return ClientUpdate(
             client=client,
             delta=subtract(backbone.lora(), start),
@@ -149,6 +163,7 @@ class Clients:
                 "num_tokens": num_tokens,
                 "time_s": time.perf_counter() - began,
             },
+            control=control,
         )
 
     def backward(self, step: Step) -> float:

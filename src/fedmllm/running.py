@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedmllm import checkpoint
 from fedmllm.backbones import Backbone
 from fedmllm.checkpoint import Best, Book, Checkpoint, Checkpoints
 from fedmllm.config import Experiment
+from fedmllm.controls import Controls
 from fedmllm.costs import peaks
 from fedmllm.evaluate import judge, predict, visible_of
 from fedmllm.federate import Progress, cohorts, federate
@@ -87,6 +89,9 @@ class Run:
             selection.restore(self._at)
             self._milestone(begin, num_rounds, selection)  # if it had begun before the stop, the record forgot it
             self._at = None
+        if control := e.aggregator.besides(begin.state):
+            refuse_controls_elsewhere(e)
+            clients = replace(clients, controls=Controls(self.out / "controls", len(members), control, begin.round))
         engine = start_engine(e.engine, clients)
         if note := getattr(engine, "note", ""):
             self.emit("engine", note=note)
@@ -98,6 +103,9 @@ class Run:
             alone = {} if client is None else {"alone": client}
             about = {"lr": clients.round_lr(progress.round), "num_rounds": num_rounds, **alone}
             self.emit("round", **progress.log, **about)
+            if clients.controls:
+                clients.controls.server = e.aggregator.besides(progress.state)
+                clients.controls.prune(progress.round - (e.checkpoint.keep + 1) * e.checkpoint.every)
             judged = e.evaluate.select == "validation" and progress.round % e.evaluate.every == 0
             if judged or progress.round % e.checkpoint.every == 0 or progress.round == num_rounds:
                 self._save_checkpoint(progress, selection.best, client)
@@ -217,6 +225,14 @@ def check_cohort(experiment: Experiment, size: int) -> None:
         asked = "cohort_size" if experiment.method == "federated" else f'method = "{experiment.method}"'
         raise ConfigError(
             f"aggregator: {aggregator.name} needs {aggregator.least_updates()} updates a round; {asked} gives {size}"
+        )
+
+
+def refuse_controls_elsewhere(experiment: Experiment) -> None:
+    """Raise ConfigError where clients are trained in processes that the control variates of SCAFFOLD do not reach."""
+    if experiment.engine.name not in ("in-process", "stacked"):
+        raise ConfigError(
+            f"engine.name: got {experiment.engine.name!r}; {experiment.aggregator.name} needs: in-process, stacked"
         )
 
 

@@ -170,6 +170,7 @@ class ClientUpdate:
     delta: Params  # local - global, float32, CPU
     num_examples: int
     metrics: Mapping[str, float]  # loss, num_steps, num_tokens, time_s
+    control: Params | None = None  # for SCAFFOLD: the client's part of the change of c
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class Stacked:
         self._settings = cast("settings.Stacked", settings_)
         self._clients, self._backbone = clients, clients.backbone
         self._targets, reason = find_targets(clients.backbone)
+        if clients.controls:
+            reason = "SCAFFOLD's control variates are one client's at a time"
         self._budget = self._settings.token_budget
         self.note = f"{reason}; so clients are trained one after another (in-process)" if reason else ""
 

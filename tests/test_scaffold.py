@@ -1,0 +1,140 @@
+"""SCAFFOLD: the paper's formulas by hand, and what is kept for a client between rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedmllm.checkpoint import newest
+from fedmllm.config import Experiment
+from fedmllm.controls import Controls
+from fedmllm.record import read
+from fedmllm.runs import run
+from fedmllm.scaffold import Scaffold
+from fedmllm.types import ClientUpdate, ConfigError, FedmllmError, Params
+
+TABLE: dict[str, Any] = {
+    "data": {"name": "synthetic-irony", "num_train": 36, "num_validation": 4, "num_test": 4},
+    "partition": {"name": "iid", "num_clients": 4},
+    "backbone": "tiny",
+    "train": {"lr": 1e-3, "batch_size": 4, "accumulation": 1, "max_steps": 2},
+    "num_rounds": 4,
+    "checkpoint": {"keep": 9},
+    "engine": "in-process",
+}
+
+
+def tree(*values: float) -> Params:
+    return {"a": torch.tensor(values)}
+
+
+def test_the_server_s_half_by_hand() -> None:
+    updates = [
+        ClientUpdate(0, tree(1.0), 10, {}, control=tree(0.3)),
+        ClientUpdate(2, tree(3.0), 90, {}, control=tree(-0.1)),
+    ]
+    params, state = Scaffold(lr=0.5).apply(tree(1.0), {"c": tree(1.0)}, updates)
+    assert params["a"].tolist() == [2.0]  # 1 + 0.5 * (1 + 3) / 2: the paper's mean is unweighted
+    assert state["c"]["a"].tolist() == pytest.approx([1.2])  # 1 + 0.3 - 0.1, each already divided by N
+
+
+def test_the_mean_gradient_is_the_paper_s_option_two_for_sgd() -> None:
+    """Plain SGD on a quadratic: c_k - c + (x - y) / (K lr) = mean of the uncorrected gradients."""
+    lr, steps, x, target, c, c_k = 0.1, 5, 3.0, -1.0, 0.4, -0.7
+    y, gradients = x, []
+    for _ in range(steps):
+        gradients.append(2 * (y - target))
+        y -= lr * (gradients[-1] - c_k + c)
+    assert c_k - c + (x - y) / (steps * lr) == pytest.approx(sum(gradients) / steps)
+
+
+def test_a_client_finds_what_its_last_round_left_and_no_later_one(tmp_path: Path) -> None:
+    controls = Controls(tmp_path, 4, tree(1.0, 2.0), begun=0)
+    assert controls.offset(3, 1)["a"].tolist() == [1.0, 2.0]  # c_k = 0 before it is ever asked
+    change = controls.learned(3, 2, tree(4.0, 8.0))
+    assert change["a"].tolist() == [1.0, 2.0]  # (c_k+ - 0) / 4
+    assert controls.offset(3, 2)["a"].tolist() == [1.0, 2.0]  # the round itself, trained again, starts from the same
+    assert controls.offset(3, 3)["a"].tolist() == [-3.0, -6.0]
+    assert controls.learned(3, 5, tree(0.0, 0.0))["a"].tolist() == [-1.0, -2.0]
+    again = Controls(tmp_path, 4, tree(1.0, 2.0), begun=4)  # goes on after round 4: what round 5 left is forgotten
+    assert again.offset(3, 9)["a"].tolist() == [-3.0, -6.0]
+
+
+def test_what_is_no_longer_needed_goes(tmp_path: Path) -> None:
+    controls = Controls(tmp_path, 4, tree(0.0), begun=0)
+    for round_ in (1, 3, 5, 8):
+        controls.learned(0, round_, tree(float(round_)))
+    controls.prune(6)  # a resume from round 6 needs 5
+    assert sorted(path.name for path in (tmp_path / "client-0").iterdir()) == [
+        "round-0005.safetensors",
+        "round-0008.safetensors",
+    ]
+
+
+def test_a_gradient_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
+    controls = Controls(tmp_path, 4, tree(0.0), begun=0)
+    assert not controls.learned(0, 1, tree(float("nan")))["a"].isfinite().any()
+    assert controls.offset(0, 2)["a"].tolist() == [0.0]
+
+
+def test_a_damaged_client_state_is_refused(tmp_path: Path) -> None:
+    controls = Controls(tmp_path, 4, tree(0.0), begun=0)
+    controls.learned(0, 1, tree(1.0))
+    (tmp_path / "client-0" / "round-0001.safetensors").write_bytes(b"half")
+    with pytest.raises(FedmllmError, match=r"round-0001\.safetensors: not a whole safetensors file"):
+        controls.offset(0, 2)
+
+
+def adapters(folder: Path) -> list[bytes]:
+    places = sorted((folder / "checkpoints").iterdir())
+    return [path.read_bytes() for place in places for path in sorted(place.glob("*.safetensors"))]
+
+
+class Stop:
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.left -= event["event"] == "round"
+        if self.left == 0:
+            self.left = -1
+            raise KeyboardInterrupt
+
+
+def test_the_first_round_is_plain_and_the_next_is_not(tmp_path: Path) -> None:
+    """c = c_k = 0 in round 1; cohorts of four clients of equal size: weighted and plain mean are the same."""
+    table = {**TABLE, "cohort_size": 4, "data": {**TABLE["data"], "num_train": 32}, "num_rounds": 2}
+    run(Experiment.parse({**table, "aggregator": "fedavg"}), tmp_path / "fedavg")
+    run(Experiment.parse({**table, "aggregator": "scaffold"}), tmp_path / "scaffold")
+    one, two = (
+        [e["clients"] for e in read(tmp_path / n / "record.jsonl") if e["event"] == "round"]
+        for n in ("fedavg", "scaffold")
+    )
+    assert [c["norm"] for c in one[0]] == [c["norm"] for c in two[0]]
+    assert [c["norm"] for c in one[1]] != [c["norm"] for c in two[1]]
+    sent = next(e for e in read(tmp_path / "scaffold" / "record.jsonl") if e["event"] == "round")
+    plain = next(e for e in read(tmp_path / "fedavg" / "record.jsonl") if e["event"] == "round")
+    assert (sent["up_bytes"], sent["down_bytes"]) == (2 * plain["up_bytes"], 2 * plain["down_bytes"])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_stopped_run_goes_on_to_the_same_bytes(number: int, tmp_path: Path) -> None:
+    settings = Experiment.parse({**TABLE, "aggregator": "scaffold"})
+    run(settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "run", [Stop(number)])
+    run(settings, tmp_path / "run", resume=True)
+    assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
+    assert newest(tmp_path / "run" / "checkpoints") is not None
+    for path in (tmp_path / "whole" / "controls").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_engines_that_do_not_carry_it_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"engine\.name: got 'flower-simulation'; scaffold needs: in-process, stacked"
+    ):
+        run(Experiment.parse({**TABLE, "aggregator": "scaffold", "engine": "flower-simulation"}), tmp_path / "run")
