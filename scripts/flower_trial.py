@@ -284,6 +284,19 @@ def main(grid, context):
 """
 
 
+def reticent(backbone: str) -> str:
+    """Sites that tell no metric at all, and a server without test rows: the run ends, and the record holds neither."""
+    with federation(backbone, rounds=2) as f:
+        f.start(allow="metrics = []")
+        events = f.run("out", "--no-test")
+        expect(events[-1]["event"] == "end" and len(f.rounds()) == 2, events[-1])
+        keys = {key for event in f.rounds() for client in event["clients"] for key in client}
+        expect(keys == {"client", "num_examples", "norm"}, keys)
+        values = [v for event in events if event["event"] == "eval" for v in event["metrics"].values()]
+        expect(not any(values), values)
+        return f"of a client the record knows {sorted(keys)}"
+
+
 def refusals(backbone: str) -> str:
     """A request outside of what the sites allow is refused, the reason reaches the record, and the run stops."""
     with federation(backbone, engine="attempts = 1", train="max_steps = 0\nepochs = 10") as f:
@@ -444,6 +457,7 @@ CASES: dict[str, Callable[[str], str]] = {
     "same-bytes": same_bytes,
     "closed-door": closed_door,
     "no-code": no_code,
+    "reticent": reticent,
     "refusals": refusals,
     "client-raises": client_raises,
     "trainer-killed": trainer_killed,

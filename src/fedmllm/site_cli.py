@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -154,15 +155,16 @@ def server_run(
     from fedmllm.config import Experiment
     from fedmllm.engines.flower_superlink import Server
 
-    settings = Experiment.load(experiment, set_ or [])
-    for event in Server(folder).run(settings, out, resume, test, site or []):
-        if line := in_words(event):
+    settings, server = Experiment.load(experiment, set_ or []), Server(folder)
+    names = [name for name in server.sites() if not site or name in site]
+    for event in server.run(settings, out, resume, test, site or []):
+        if line := in_words(event, names):
             say(line)
     say(f"adapter: {out / 'adapter'}; record: {out / 'record.jsonl'}")
 
 
-def in_words(event: dict[str, Any]) -> str:
-    """An event of a run as a line for a terminal; "" = not worth one."""
+def in_words(event: dict[str, Any], names: Sequence[str]) -> str:
+    """An event of a run as a line for a terminal, clients by their sites' names; "" = not worth one."""
     kind = event["event"]
     if kind == "submitted":
         return f"run {event['run']} started" + (f", attempt {event['attempt']}" if event["attempt"] > 1 else "")
@@ -171,12 +173,12 @@ def in_words(event: dict[str, Any]) -> str:
     if kind == "resumed":
         return f"resumed after round {event['round']}"
     if kind == "round":
-        losses = {c["client"]: f"{c['loss']:.4f}" for c in event["clients"] if "loss" in c}
-        dropped = "".join(f"; client {d['client']} left out: {d['reason']}" for d in event["dropped"])
+        losses = ", ".join(f"{names[c['client']]} {c['loss']:.4f}" for c in event["clients"] if "loss" in c)
+        dropped = "".join(f"; {names[d['client']]} left out: {d['reason']}" for d in event["dropped"])
         head = (
             f"round {event['round']}/{event['num_rounds']}: {len(event['clients'])} updates in {event['wall_s']:.1f} s"
         )
-        return f"{head}, loss {losses}{dropped}"
+        return f"{head}{'; loss ' if losses else ''}{losses}{dropped}"
     if kind == "eval":
         return f"{event['visible']}: {event['metrics']}"
     if kind == "stopped":
