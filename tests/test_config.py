@@ -79,6 +79,12 @@ def test_files_that_are_no_toml(tmp_path: Path) -> None:
             Experiment.load(tmp_path / "x.toml")
 
 
+def test_a_suite_is_not_an_experiment(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[matrix]\nseeds = [0]")
+    with pytest.raises(ConfigError, match="`fedmllm suite .*x.toml` runs it"):
+        Experiment.load(tmp_path / "x.toml")
+
+
 def test_run_id_depends_on_results_alone() -> None:
     e = Experiment.parse(GOOD)
     assert e.run_id() == Experiment.parse(GOOD).run_id()

@@ -167,6 +167,8 @@ class Experiment(Spec):
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or lists in lists in lists
             raise ConfigError(f"{path}: not a TOML file: {error}") from None
+        if "matrix" in table:
+            raise ConfigError(f"{path}: a suite of experiments, not one; `fedmllm suite {path}` runs it")
         for override in overrides:
             set_key(table, override)
         return cls.parse(table, str(path))
