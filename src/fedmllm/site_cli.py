@@ -43,9 +43,11 @@ metrics = ["loss", "num_steps", "num_tokens", "time_s"]
 
 
 def _quiet() -> None:
+    from fedmllm.engines.flower_processes import need
     from fedmllm.sites import QUIET
 
     os.environ.update(QUIET)
+    need("flwr")
 
 
 @site_app.command("new")
@@ -55,6 +57,7 @@ def site_new(
     server: Annotated[str, typer.Option(help="Where the server is reached: host:port.")] = "127.0.0.1:8000",
 ) -> None:
     """Make a key, and a SITE.toml to be filled in."""
+    _quiet()
     from fedmllm.engines.flower_keys import make_site_key
 
     public = make_site_key(folder / "site.key")
@@ -113,6 +116,7 @@ def server_new(
     """Make certificates and an empty register of sites."""
     from fedmllm.engines.flower_superlink import Server
 
+    _quiet()
     Server.new(folder, list(dict.fromkeys([*(host or []), "localhost", "127.0.0.1"])), port, gate)
     typer.echo(f"{folder}: give ca.crt to the sites; ca.key and server.key stay here")
 

@@ -23,7 +23,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedmllm.aggregators import FedAvg
 from fedmllm.config import Experiment
-from fedmllm.engines import flower_trainer
+from fedmllm.engines import flower_processes, flower_trainer
 from fedmllm.engines.flower import ask, pack, read_update, refusal, unpack, update_content
 from fedmllm.engines.flower_keys import make_authority, make_site_key
 from fedmllm.engines.flower_names import ABOUT, ADAPTER, FLAT
@@ -267,6 +267,15 @@ def test_keys_are_private_never_overwritten_and_fit_the_certificate(tmp_path):
     with client.wrap_socket(theirs, server_hostname="localhost") as trusted:
         assert trusted.version() == "TLSv1.3"
     thread.join(10)
+
+
+# ---- without the extra
+
+
+def test_an_engine_whose_packages_are_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(flower_processes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FedmllmError, match=r"flwr and ray not installed, .* pip install 'fedmllm\[flower\]'"):
+        flower_processes.need("flwr", "ray")
 
 
 # ---- the trainer

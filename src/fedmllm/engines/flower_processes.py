@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from fedmllm.sites import quiet_environment
 from fedmllm.types import FedmllmError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+INSTALL = "pip install 'fedmllm[flower]'"
 
 
 def binary(name: str) -> str:
@@ -24,8 +26,14 @@ def binary(name: str) -> str:
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
     if not found:
-        raise FedmllmError(f"{name} is not installed: pip install 'fedmllm[flower]'")
+        raise FedmllmError(f"{name} is not installed: {INSTALL}")
     return found
+
+
+def need(*packages: str) -> None:
+    """Raise FedmllmError where an optional package is not installed."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise FedmllmError(f"{' and '.join(missing)} not installed, which real sites and simulations need: {INSTALL}")
 
 
 def environment(home: Path) -> dict[str, str]:

@@ -26,6 +26,10 @@ for _name, _value in {
 }.items():  # before flwr and ray are imported: nothing phones home unless the user asked for it
     os.environ.setdefault(_name, _value)
 
+from fedmllm.engines.flower_processes import need  # noqa: E402
+
+need("flwr", "ray")
+
 from flwr.app import Context, Message  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
