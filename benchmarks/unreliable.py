@@ -24,7 +24,12 @@ from fedmllm.runs import run
 from fedmllm.types import ClientUpdate, Params
 from fedmllm.world import start_engine
 
-COMMON = {**BASE, "partition": {"name": "iid", "num_clients": 10}, "num_rounds": 12}
+COMMON = {
+    **BASE,
+    "partition": {"name": "iid", "num_clients": 10},
+    "train": {**BASE["train"], "max_steps": 6},
+    "num_rounds": 10,
+}
 AGGREGATORS: dict[str, dict[str, Any]] = {
     "fedavg": {"aggregator": "fedavg"},
     "fedavg, updates over norm 3 left out": {"screen": {"max_norm": 3.0, "on_bad_update": "drop_client"}},
