@@ -179,14 +179,14 @@ def train_language(model: Any, encoded: Encoded, feats: Tensor, size: int) -> li
         set_rates(chosen, base, n / len(batches))
         total = sum(len(encoded.answers[i]) for i in index)
         losses.append(0.0)
-        for part in encoded.by_length(index, 4):
+        for part in encoded.by_length(index, max(1, size // 16)):
             loss = F.cross_entropy(*answer_logits(model, encoded, part, feats), reduction="sum") / total
             loss.backward()  # type: ignore[no-untyped-call]
             losses[-1] += float(loss.detach())
         for optimizer in chosen:
             optimizer.step()
-        if n % 100 == 99:
-            print(f"  step {n + 1}/{len(batches)} loss {np.mean(losses[-100:]):.3f}", flush=True)
+        if n % 200 == 199:
+            print(f"  step {n + 1}/{len(batches)} loss {np.mean(losses[-200:]):.3f}", flush=True)
     return [round(float(np.mean(part)), 4) for part in np.array_split(losses, 20)]
 
 
@@ -211,8 +211,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scenes", type=int, default=12000)
     parser.add_argument("--vision-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(stream_seed(args.seed, "pretrain"))

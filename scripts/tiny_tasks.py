@@ -88,7 +88,7 @@ FORMS: dict[str, dict[str, float]] = {
     "open": {"sky": 1, "color": 1, "thing": 2, "face": 2, "kind": 2, "tone": 2, "theme": 2, "place": 1, "opening": 1, "mood": 3,
              "story": 2},
     "list": {"sky": 1, "color": 1, "thing": 1, "face": 1, "kind": 1, "tone": 1, "theme": 1, "place": 1, "case": 5},
-    "pair": {"sky": 1, "color": 1, "face": 2, "kind": 1, "tone": 2, "theme": 1, "opening": 1, "mood": 2, "nature": 4},
+    "pair": {"sky": 2, "color": 1, "face": 2, "kind": 0.5, "tone": 3, "theme": 1, "opening": 2, "mood": 3, "nature": 4},
 }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def world(scene: Scene, rng: np.random.Generator) -> World:
 def sample(index: int, scene: Scene, rng: np.random.Generator, lettered: float) -> Sample:
     """One question about the scene and a text beside it; `lettered` is the share of multiple-choice frames."""
     here = world(scene, rng)
-    form = ("pair" if rng.random() < 0.65 else "list") if rng.random() < lettered else "open"
+    form = ("pair" if rng.random() < 0.75 else "list") if rng.random() < lettered else "open"
     weights = {name: weight for name, weight in FORMS[form].items() if name in here.facts}
     name = list(weights)[int(rng.choice(len(weights), p=np.array(list(weights.values())) / sum(weights.values())))]
     visible = SOURCE[name] if rng.random() < 0.4 else BOTH
@@ -196,6 +196,6 @@ _FORMS: dict[str, Callable[[str, str, bool, np.random.Generator], Frame]] = {
 
 def corpus(scenes: Sequence[Scene], count: int, rng: np.random.Generator) -> list[Sample]:
     """`count` samples over random scenes of the pool: first mostly open questions, from which the attributes are learned
-    fast; multiple choice, which builds on them, rises to 70 % over the first half."""
+    fast; multiple choice, which builds on them, rises to 80 % over the first quarter."""
     picked = rng.integers(len(scenes), size=count)
-    return [sample(int(i), scenes[int(i)], rng, 0.3 + 0.4 * min(1.0, 2 * n / count)) for n, i in enumerate(picked)]
+    return [sample(int(i), scenes[int(i)], rng, 0.3 + 0.5 * min(1.0, 4 * n / count)) for n, i in enumerate(picked)]

@@ -30,7 +30,7 @@ from fedmllm.types import Example, Modality
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 2  # part of the folder's name: raise it with any change of what is drawn
+VERSION = 3  # part of the folder's name: raise it with any change of what is drawn
 
 IRONY_QUESTION = "Is the content ironic?"
 IRONY_CHOICES = ("sincere", "ironic")
@@ -50,8 +50,8 @@ _IRONY: Mapping[tuple[str, str], float] = {
     ("calm", "plain"): 0.06,
 }
 _CONTRADICTIONS = {("smile", "bad"), ("frown", "good")}
-_NIGHT_RATE = {True: 0.50, False: 0.30}  # by irony: a second weak signal in the picture,
-_SURE_RATE = {True: 0.35, False: 0.15}  # and in the text ("sure , what a lovely day")
+_NIGHT_RATE = {True: 0.60, False: 0.25}  # by irony: a second weak signal in the picture,
+_SURE_RATE = {True: 0.42, False: 0.12}  # and in the text ("sure , what a lovely day")
 
 _KIND = {"person": "figure", "tent": "shelter", "house": "shelter", "car": "vehicle", "boat": "vehicle"}  # else goods
 # (kind of thing, theme of the tweet) -> index of the class. Only "play" says the class by itself.
