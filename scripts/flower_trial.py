@@ -53,6 +53,7 @@ class Federation:
         self.folder, self.backbone, self.port, self.gate = folder, backbone, free_port(), free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.limit_s = CASE_S  # of a command
         self._draw()
         self._experiment(rounds, engine, train)
 
@@ -86,7 +87,12 @@ class Federation:
 
     def call(self, *words: str) -> str:
         done = subprocess.run(
-            [*FEDMLLM, *words], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=CASE_S
+            [*FEDMLLM, *words],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=self.limit_s,
         )
         if done.returncode:
             raise RuntimeError(f"fedmllm {' '.join(words)}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
@@ -435,6 +441,7 @@ def at_random(backbone: str) -> str:
     """Twenty rounds while one site at a time is killed and started again at random: all rounds finish."""
     with federation(backbone, rounds=20, engine="min_sites = 2\nattempts = 5") as f:
         f.start()
+        f.limit_s = 2400
         thread, rng, kills = f.background_run(), np.random.default_rng(0), 0
         f.until(lambda: f.rounds(), 200)
         while thread.is_alive() and len(f.rounds()) < 18:
@@ -445,7 +452,7 @@ def at_random(backbone: str) -> str:
             f.site(name)
             kills += 1
             thread.join(70)  # Flower lets a killed node back after 60 s
-        thread.join(CASE_S)
+        thread.join(f.limit_s)
         rounds = f.rounds()
         expect([r["round"] for r in rounds] == list(range(1, 21)), [r["round"] for r in rounds])
         counts = [len(r["clients"]) for r in rounds]

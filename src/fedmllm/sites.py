@@ -258,7 +258,7 @@ class AtSites(Dataset):
         return self.own.modalities()
 
     def metrics(self) -> Sequence[str]:
-        return self.own.metrics()
+        return self.own.metrics() if self.test else ()
 
     def client_column(self) -> str:
         return "site"

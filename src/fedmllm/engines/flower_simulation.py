@@ -23,6 +23,8 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Without a cluster of the user's: loopback, where Ray otherwise listens on all interfaces, whatever address it is given.
+    **({} if os.environ.get("RAY_ADDRESS") else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}),
 }.items():  # before flwr and ray are imported: nothing phones home unless the user asked for it
     os.environ.setdefault(_name, _value)
 
@@ -90,11 +92,7 @@ class Simulation:
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if address := os.environ.get("RAY_ADDRESS"):  # the user's cluster
             return {"init_args": {"address": address, **quiet}, "client_resources": resources}
-        here = {
-            "num_cpus": s.num_actors * s.cpus_per_actor,
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-        }
+        here = {"num_cpus": s.num_actors * s.cpus_per_actor, "include_dashboard": False}
         return {"init_args": {**here, **quiet}, "client_resources": resources}
 
     def ended(self) -> str:
