@@ -9,15 +9,17 @@ import argparse
 import json
 import statistics
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from machine import describe
 
 from fedmllm import Experiment, run
-from fedmllm.quickstart import BASE
+from fedmllm.quickstart import SUITE
 from fedmllm.runs import SUMMARY
 
+BASE: dict[str, Any] = tomllib.loads(SUITE.read_text())["base"]
 CELLS: dict[str, dict[str, Any]] = {
     "zero-shot": {"method": "zero-shot"},
     "centralised": {"method": "centralised", "evaluate": {"visible": ["all", "image", "text"]}},
@@ -44,7 +46,9 @@ def measure(cell: dict[str, Any], seed: int, folder: Path) -> dict[str, tuple[fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=None, help="keep the records here; finished cells are not run again")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="keep the records here; finished cells are not run again"
+    )
     parser.add_argument("--data", default=BASE["data"]["name"])
     arguments = parser.parse_args()
     BASE["data"] = {**BASE["data"], "name": arguments.data}
@@ -58,7 +62,10 @@ def main() -> None:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             each = " ".join(f"{v:.3f}" for v in values)
             seconds = statistics.median(f[visible][1] for f in found)
-            print(f"| {name} | {visible} | {statistics.fmean(values):.3f} | {spread:.3f} | {each} | {seconds:.1f} |", flush=True)
+            print(
+                f"| {name} | {visible} | {statistics.fmean(values):.3f} | {spread:.3f} | {each} | {seconds:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -14,47 +14,33 @@ from fedmllm.record import Event
 
 
 class Bars:
-    """A sink that draws one bar for the rounds of the run at hand and, for a series of runs, one for the series."""
+    """A sink that draws one bar for the rounds of a run, with the loss or metric seen last."""
 
-    def __init__(self, num_runs: int = 1) -> None:
+    def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self._progress = Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
-        )
-        self._series = self._progress.add_task("runs", total=num_runs, note="") if num_runs > 1 else None
-        self._run = self._progress.add_task("loading", total=None, note="")
-        self._label = "run"
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self._progress = Progress(*columns, *times)
+        self._task = self._progress.add_task("loading", total=None, note="")
 
     def __enter__(self) -> Self:
         self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self._progress.update(self._run, visible=self._series is None)
         self._progress.stop()
-
-    def label(self, text: str) -> None:
-        """Say which run of a series comes next."""
-        self._label = text
-        self._progress.reset(self._run, total=None, description=f"{text}: loading", note="")
 
     def __call__(self, event: Event) -> None:
         show = self._progress.update
         if event["event"] == "experiment":
-            show(self._run, description=self._label)
+            show(self._task, description="first round")
         elif event["event"] == "round":
             losses = [c["loss"] for c in event["clients"]]
             note = f"loss {sum(losses) / len(losses):.3f}" if losses else "no update"
-            who = (
-                f"{self._label}: client {event['cohort'][0]} alone" if "alone" in event else f"{self._label}: rounds"
-            )
-            show(self._run, description=who, completed=event["round"], total=event["num_rounds"], note=note)
+            who = f"client {event['cohort'][0]} alone" if "alone" in event else "rounds"
+            show(self._task, description=who, completed=event["round"], total=event["num_rounds"], note=note)
         elif event["event"] == "eval":
             name, value = next(iter(event["metrics"].items()))
-            show(self._run, note="" if value is None else f"{name} {value:.3f}")
-        elif event["event"] == "end" and self._series is not None:
-            self._progress.advance(self._series)
+            show(self._task, note="" if value is None else f"{name} {value:.3f}")
 
 
 def bytes_text(num_bytes: float) -> str:

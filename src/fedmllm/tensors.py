@@ -112,7 +112,7 @@ def unflatten(flat: Tensor, like: Params) -> Params:
     sizes = {name: like[name].numel() for name in sorted(like)}
     if flat.ndim != 1 or flat.numel() != sum(sizes.values()):
         raise FedmllmError(f"flat vector has shape {tuple(flat.shape)}; the manifest needs [{sum(sizes.values())}]")
-    pieces = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+    pieces = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))  # type: ignore[no-untyped-call]
     return {name: pieces[name].reshape(like[name].shape).clone() for name in like}
 
 
