@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -65,26 +66,33 @@ def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> N
             kept.append(_cells(row))
         seen.add(run)
     shared = {k: v for k, v in kept[0].items() if len(kept) > 1 and all(cells[k] == v for cells in kept)}
-    table = Table()
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in kept[0]:
         if column not in shared:
-            table.add_column(column, justify="right" if column in ("value", "rounds", "sent", "seconds") else "left")
-    for cells, after in zip(kept, [*kept[1:], None], strict=True):
-        last = after is not None and after["scenario"] != cells["scenario"]
-        table.add_row(*(v for k, v in cells.items() if k not in shared), end_section=last)
+            numeric = column in ("value", "rounds", "sent", "seconds")
+            table.add_column(column, justify="right" if numeric else "left", no_wrap=True, overflow="fold")
+    before = ""
+    for cells in kept:
+        if before not in ("", cells["scenario"]):
+            table.add_section()
+        shown = {**cells, "scenario": "" if cells["scenario"] == before else cells["scenario"]}
+        before = cells["scenario"]
+        table.add_row(*(v for k, v in shown.items() if k not in shared))
     if shared:
-        print("; ".join(f"{k}: {v}" for k, v in shared.items()))
+        print("; ".join(f"{k}: {', '.join(v.splitlines())}" for k, v in shared.items()))
     Console().print(table)
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     value = "-" if row["value"] is None else f"{row['value']:.3f}"
     return {
-        **{k: str(row[k]) for k in ("scenario", "setting", "method", "prompt")},
+        "scenario": f"{row['scenario']}\n{row['setting']}",
+        "method": row["method"],
+        "prompt": row["prompt"],
         "test shows": row["visible"],
         "metric": row["metric"],
         "value": value if row["std"] is None else f"{value} ± {row['std']:.3f}",
         "rounds": str(row["num_rounds"]),
         "sent": bytes_text(row["up_bytes"] + row["down_bytes"]),
-        "seconds": f"{row['wall_s']:.1f}",
+        "seconds": f"{row['wall_s']:.0f}",
     }
