@@ -27,6 +27,7 @@ from fedmllm.data.synthetic import SyntheticIrony
 from fedmllm.engine import InProcess as InProcessSettings
 from fedmllm.engine import Stacked as StackedSettings
 from fedmllm.engines.in_process import InProcess
+from fedmllm.engines.memory import CPU_TOKENS
 from fedmllm.engines.packing import in_step, items, passes
 from fedmllm.engines.stacked import Stacked
 from fedmllm.local import Clients, RowStore
@@ -183,7 +184,7 @@ def main() -> None:
     if a.model == "100M":
         hundred_million(folder)
     clients, forgetful = federation(load(256), a.clients, a.rows), federation(load(0), a.clients, a.rows)
-    budget = 1024
+    budget = CPU_TOKENS
     runs = {
         "(a) Trainer per client, checkpointing": trainers(forgetful, True),
         "(b) Trainer per client": trainers(forgetful, False),

@@ -71,6 +71,8 @@ class ImageFeatures:
 
     @cached_property
     def _kept(self) -> Kept:
+        if not self._keep_bytes:
+            return Kept()  # a backbone that keeps nothing does not find what others keep
         return _KEPT.setdefault(f"{self._scope()} {self._dtype} {self._device}", Kept())
 
     def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -86,13 +88,13 @@ class ImageFeatures:
         return not row.image_key or row.image_key in self._kept
 
     def _features(self, row: Row) -> Any:
-        if self._keep_bytes and row.image_key in self._kept:
+        if row.image_key in self._kept:
             return _map(self._kept[row.image_key], lambda t: t.to(self._device))
         inputs = {name: self._place(tensor) for name, tensor in row.images.items()}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             output = _needed(self._tower(**inputs))
         size = sum(t.numel() * t.element_size() for t in _tensors(output))
-        if self._keep_bytes and size + self._kept.num_bytes <= self._keep_bytes:
+        if size + self._kept.num_bytes <= self._keep_bytes:
             self._kept.num_bytes += size
             self._kept[row.image_key] = _map(output, lambda t: t.to("cpu", copy=True))
         return output
