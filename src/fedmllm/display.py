@@ -69,7 +69,7 @@ def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> N
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in kept[0]:
         if column not in shared:
-            numeric = column in ("value", "rounds", "sent", "seconds")
+            numeric = column in ("value", "rounds", "sent", "time")
             table.add_column(column, justify="right" if numeric else "left", no_wrap=True, overflow="fold")
     before = ""
     for cells in kept:
@@ -94,5 +94,5 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "value": value if row["std"] is None else f"{value} ± {row['std']:.3f}",
         "rounds": str(row["num_rounds"]),
         "sent": bytes_text(row["up_bytes"] + row["down_bytes"]),
-        "seconds": f"{row['wall_s']:.0f}",
+        "time": f"{row['wall_s']:.0f} s",
     }
