@@ -110,6 +110,14 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     }
 
 
+def note(kills: list[dict[str, Any]], began: float, out: Path) -> None:
+    """What is known so far: a trial that is itself stopped leaves it."""
+    equal = sum(entry["equal"] for entry in kills)
+    about = {"machine": platform.machine(), "python": platform.python_version(), "versions": versions(), "threads": 1}
+    result = {"kills": len(kills), "equal": equal, "seconds": round(time.monotonic() - began), **about, "log": kills}
+    write_atomically(out, json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
@@ -144,14 +152,12 @@ def main() -> None:
         odd = [key for key in expected if found[key] != expected[key]]
         shutil.rmtree(folder)
         kills += [{**entry, "equal": not odd, "differs": odd} for entry in chain]
+        note(kills, began, arguments.out)
         print(
             f"{len(kills):3} {name}: {', '.join(e['found'] for e in chain) or 'was over'}; {odd or 'equal'}", flush=True
         )
-    equal = sum(entry["equal"] for entry in kills)
-    about = {"machine": platform.machine(), "python": platform.python_version(), "versions": versions(), "threads": 1}
-    result = {"kills": len(kills), "equal": equal, "seconds": round(time.monotonic() - began), **about, "log": kills}
-    write_atomically(arguments.out, json.dumps(result, indent=1) + "\n")
     shutil.rmtree(place)
+    equal = sum(entry["equal"] for entry in kills)
     print(f"{equal} of {len(kills)} killed runs ended bit-equal; {arguments.out}")
     sys.exit(equal != len(kills))
 
