@@ -35,8 +35,8 @@ ENGLISH = """ the a an of in on at to for from by with and or not is are was wer
  that these those there here it its what What which Which where Where who when why how How many much any some all no yes
  left right upper lower side large small normal abnormal seen show shows shown image picture photo text question answer
  type kind part present evidence visible located content category belong people information other relevant damage best
- most more less than between over under near humanitarian affected _individuals infrastructure _and _utility _damage injured _or _dead
- _people missing _found rescue _volunteering _donation _effort vehicle _relevant _information _humanitarian"""
+ most more less than between over under near humanitarian affected _individuals infrastructure _and _utility _damage
+ injured _or _dead _people missing _found rescue _volunteering _donation _effort vehicle _relevant _information _humanitarian"""
 
 
 def words(text: str) -> list[str]:
