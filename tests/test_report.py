@@ -299,3 +299,10 @@ def test_made_up_records_have_the_form_of_real_ones(tmp_path: Path):
         read_book([tmp_path / "real"]).runs[0].rows[0].keys()
         >= read_book([tmp_path / "made-up"]).runs[0].rows[0].keys()
     )
+
+
+def test_a_yardstick_without_a_model_stands_in_the_table(tmp_path: Path):
+    table = {"data": "synthetic-irony", "evaluate": {"visible": ["all"]}}
+    write_run(tmp_path / "a", Experiment.parse(table))
+    write_run(tmp_path / "b", Experiment.parse({**table, "method": "majority", "evaluate": {"visible": ["none"]}}))
+    assert set(results(read_book([tmp_path]).chapters[0]).rows[0].cells) == {"FedAvg", "Majority"}

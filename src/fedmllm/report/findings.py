@@ -29,7 +29,7 @@ class Finding:
 
 def findings(chapter: Chapter, table: Results) -> list[Finding]:
     """The short list at the top of the page."""
-    values = chapter.values(table.metric, table.visible)
+    values = chapter.values(table.metric)
     federated = [m for m in table.methods if chapter.pick(method=m)[0].federated]
     overall = {m: mean_over_settings(values, m, chapter.settings) for m in table.methods}
     overall = {m: seeds for m, seeds in overall.items() if seeds}
@@ -37,7 +37,8 @@ def findings(chapter: Chapter, table: Results) -> list[Finding]:
     found: list[Finding] = []
     if ranked:
         best, name = ranked[0], metric_label(table.metric)
-        over = f"{name} {_percent(overall[best])}, mean of {len(chapter.settings)} settings"
+        num = len(chapter.settings)
+        over = f"{name} {_percent(overall[best])}" + (f", mean of {num} settings" if num > 1 else "")
         text = f"{best} comes first of the federated methods: {over}"
         if len(ranked) > 1:
             found.append(_tested(f"{text}. Its lead over {ranked[1]}:", paired(overall[best], overall[ranked[1]])))

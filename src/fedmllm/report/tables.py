@@ -57,8 +57,8 @@ class Results:
 
 def results(chapter: Chapter, metric: str = "", visible: str = "") -> Results:
     """Mean, std and n over seeds of every setting and method; best and second; the published column beside."""
-    metric, visible = metric or chapter.metric, visible or chapter.visible
     values = chapter.values(metric, visible)
+    metric, visible = metric or chapter.metric, visible or chapter.visible
     published = published_for(chapter.data)
     methods = tuple(m for m in chapter.methods if any((s, m) in values for s in chapter.settings))
     rows = []

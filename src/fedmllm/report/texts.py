@@ -28,7 +28,8 @@ def results_markdown(table: Results, num_seeds: int) -> str:
         values = [_cell(row, method) for method in table.methods]
         published = [f"{row.published[m]:.1f}" if m in row.published else "" for m in beside]
         lines.append(_line([row.scenario, row.setting, *values, *published]))
-    about = f"{metric_label(table.metric)}, test rows show {SHOWN.get(table.visible, table.visible)}; {num_seeds} seeds. {NOTE}"
+    shows, seeds = SHOWN.get(table.visible, table.visible), "seed" if num_seeds == 1 else "seeds"
+    about = f"{metric_label(table.metric)}, test rows show {shows}; {num_seeds} {seeds}. {NOTE}"
     if table.published:
         p = table.published
         other = "" if p.same_data else " Published numbers are of another model and data; compare orderings."
@@ -94,11 +95,11 @@ def matrix_markdown(matrix: Matrix) -> str:
 
 def pairs_markdown(pairs: Sequence[Versus]) -> str:
     """Every pair of methods over all settings."""
-    head = ["higher", "lower", "difference", "p", "p (Holm)", "cells won", "stable in", "reversed in"]
+    head = ["higher", "lower", "difference", "p", "p (Holm)", "cells won", "stable", "reversed"]
     lines = [_line(head), _line(["---", "---", *["---:"] * (len(head) - 2)])]
     for v in pairs:
         words = [v.a, v.b, f"{100 * v.paired.difference:+.1f}", p_text(v.paired.p), p_text(v.p_holm)]
-        lines.append(_line([*words, f"{v.wins} of {v.cells}", f"{len(v.stable)} settings", f"{len(v.reversed)}"]))
+        lines.append(_line([*words, f"{v.wins} of {v.cells}", f"{len(v.stable)}", f"{len(v.reversed)}"]))
     return "\n".join(lines) + (
         "\n\nDifference in points of the mean over settings, paired t-test over seeds. Stable: the first is above the second "
         "for every seed; reversed: below for every seed; all other settings change with the seed.\n"
