@@ -21,7 +21,7 @@ from fedmllm.runs import run
 from fedmllm.types import FedmllmError
 from fedmllm.world import World
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("flower-simulation")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("flower-simulation")]
 
 TABLE = {
     "data": {"name": "synthetic-irony"},
@@ -32,7 +32,7 @@ TABLE = {
     "num_rounds": 3,
     "cohort_size": 3,
 }
-SIMULATION = {"name": "flower-simulation", "num_actors": 2, "threads": 1, "timeout_s": 200}
+SIMULATION = {"name": "flower-simulation", "num_actors": 2, "threads": 1, "timeout_s": 400}
 
 
 @pytest.fixture(scope="module", autouse=True)

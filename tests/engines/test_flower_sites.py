@@ -15,7 +15,7 @@ BACKBONE = 'name = "tiny"'
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(480),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(sys.platform != "linux", reason="child processes end with their parent on Linux only"),
     pytest.mark.xdist_group("flower-sites"),
 ]
