@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import statistics
 import sys
@@ -84,6 +85,7 @@ def main() -> None:
         "| adapter | in process | Ray simulation, 3 actors | over in-process | deployment, TLS, 3 sites | loads a site |"
     )
     print("|---|---|---|---|---|---|", flush=True)
+    before = os.getloadavg()
     for megabytes in (5.0, 22.0):
         plain, size = here(megabytes, arguments.rounds, {"name": "in-process"})
         simulated, _ = here(megabytes, arguments.rounds, {"name": "flower-simulation", "num_actors": 3, "threads": 1})
@@ -92,6 +94,8 @@ def main() -> None:
         more = statistics.median(simulated) - statistics.median(plain)
         line = [f"{size / 1e6:.1f} MB", cell(plain), cell(simulated), f"{more:.2f}", cell(real), ", ".join(loads)]
         print(f"| {' | '.join(line)} |", flush=True)
+    loads_of = " -> ".join(f"{load[0]:.0f}" for load in (before, os.getloadavg()))
+    print(f"\nLoad average (1 minute) of the machine before and after: {loads_of} on {os.cpu_count()} cores.")
 
 
 if __name__ == "__main__":
