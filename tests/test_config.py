@@ -81,7 +81,7 @@ def test_files_that_are_no_toml(tmp_path: Path) -> None:
 
 def test_a_suite_is_not_an_experiment(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("[matrix]\nseeds = [0]")
-    with pytest.raises(ConfigError, match="`fedmllm suite .*x.toml` runs it"):
+    with pytest.raises(ConfigError, match=r"`fedmllm suite .*x\.toml` runs it"):
         Experiment.load(tmp_path / "x.toml")
 
 
@@ -114,6 +114,12 @@ def test_rows_that_name_their_clients_are_the_real_federation(tmp_path: Path) ->
 
 
 def test_metrics_that_a_user_names_must_exist(tmp_path: Path) -> None:
-    data = {"name": "table", "root": str(tmp_path), "train": "a.csv", "columns": {"text": "t"}, "judged_by": ["acuracy"]}
-    with pytest.raises(ConfigError, match="no metric 'acuracy'; allowed: .*accuracy"):
+    data = {
+        "name": "table",
+        "root": str(tmp_path),
+        "train": "a.csv",
+        "columns": {"text": "t"},
+        "judged_by": ["acuracy"],
+    }
+    with pytest.raises(ConfigError, match=r"no metric 'acuracy'; allowed: .*accuracy"):
         Experiment.parse({"data": data})

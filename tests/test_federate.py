@@ -25,7 +25,9 @@ def steady(params: Params, round_: int, cohort: Sequence[int]) -> Iterator[Clien
         yield update(client, 0.01 * (client + round_))
 
 
-def rounds(engine, screen: Screen = DROP, num: int = 1, aggregator=None, begin: Progress | None = None) -> list[Progress]:
+def rounds(
+    engine, screen: Screen = DROP, num: int = 1, aggregator=None, begin: Progress | None = None
+) -> list[Progress]:
     aggregator = aggregator or FedAvg()
     begin = begin or Progress(0, START, aggregator.init(START))
     return list(federate(begin, engine, aggregator, lambda _: [0, 1], num, screen))

@@ -10,7 +10,9 @@ from fedmllm.metrics import METRICS, chosen, normalised, parse_open, probabiliti
 from fedmllm.types import Example, Prediction
 
 
-def closed(answer: str, scores: tuple[float, ...], choices: tuple[str, ...] = ("no", "yes"), **columns: str) -> Prediction:
+def closed(
+    answer: str, scores: tuple[float, ...], choices: tuple[str, ...] = ("no", "yes"), **columns: str
+) -> Prediction:
     return Prediction(Example("1", {}, "q", choices, answer, "here:1", columns), scores, None)
 
 
@@ -39,7 +41,12 @@ def test_auc_needs_both_classes_and_two_choices() -> None:
 
 def test_macro_f1_by_hand() -> None:
     abc = ("a", "b", "c")
-    rows = [closed("a", (2, 1, 0), abc), closed("a", (0, 1, 0), abc), closed("b", (0, 1, 0), abc), closed("c", (0, 2, 1), abc)]
+    rows = [
+        closed("a", (2, 1, 0), abc),
+        closed("a", (0, 1, 0), abc),
+        closed("b", (0, 1, 0), abc),
+        closed("c", (0, 2, 1), abc),
+    ]
     # a: p 1, r 1/2, f 2/3; b: p 1/3, r 1, f 1/2; c: f 0
     assert METRICS["macro_f1"](rows) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
 
@@ -50,7 +57,14 @@ def test_equal_scores_choose_the_first() -> None:
 
 @pytest.mark.parametrize(
     ("raw", "parsed"),
-    [("The left lung.", "The left lung."), (" a\n", None), ("", None), ("\n\n", None), ("...", None), ("yes\nno", None)],
+    [
+        ("The left lung.", "The left lung."),
+        (" a\n", None),
+        ("", None),
+        ("\n\n", None),
+        ("...", None),
+        ("yes\nno", None),
+    ],
 )
 def test_open_answers_are_parsed_strictly(raw: str, parsed: str | None) -> None:
     assert parse_open(raw) == parsed
@@ -65,7 +79,11 @@ def test_exact_match_and_token_f1() -> None:
 
 
 def test_open_and_closed_follow_the_column_where_there_is_one() -> None:
-    rows = [closed("yes", (0, 1), answer_type="CLOSED"), opened("axial", "axial", answer_type="CLOSED"), opened("x", "y")]
+    rows = [
+        closed("yes", (0, 1), answer_type="CLOSED"),
+        opened("axial", "axial", answer_type="CLOSED"),
+        opened("x", "y"),
+    ]
     assert METRICS["accuracy_closed"](rows) == 1.0
     assert METRICS["accuracy_open"](rows) == 0.0
 
