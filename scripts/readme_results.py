@@ -118,7 +118,12 @@ def main() -> None:
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     if before.count(BEGIN) != 1 or before.count(END) != 1:
-        sys.exit(f"README.md: the lines {BEGIN!r} and {END!r} must stand there once each")
+        print(
+            f"README.md: no table is written: the lines {BEGIN!r} and {END!r} must stand there once each",
+            file=sys.stderr,
+        )
+        if arguments.check:
+            sys.exit(1)
     inside = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.DOTALL)
     after = inside.sub(lambda _: f"{BEGIN}\n{text_of(folders)}\n{END}", before)
     if arguments.check:
