@@ -32,7 +32,7 @@ COMMON = {
 }
 AGGREGATORS: dict[str, dict[str, Any]] = {
     "fedavg": {"aggregator": "fedavg"},
-    "fedavg, updates over norm 3 left out": {"screen": {"max_norm": 3.0, "on_bad_update": "drop_client"}},
+    "fedavg, updates over norm 1 left out": {"screen": {"max_norm": 1.0, "on_bad_update": "drop_client"}},
     "median": {"aggregator": "median"},
     "trimmed-mean, 1 at either end": {"aggregator": "trimmed-mean"},
     "krum, 1 bad": {"aggregator": "krum"},
