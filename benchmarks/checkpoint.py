@@ -9,6 +9,7 @@ import itertools
 import statistics
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from machine import describe
 from fedmllm import Experiment
 from fedmllm.aggregators import FedAdam
 from fedmllm.checkpoint import Book, Checkpoints
-from fedmllm.quickstart import BASE
+from fedmllm.quickstart import SUITE
 from fedmllm.record import read
 from fedmllm.running import Run
 from fedmllm.runs import run
 from fedmllm.tensors import num_bytes
 from fedmllm.totals import Totals
 
+BASE: dict[str, Any] = tomllib.loads(SUITE.read_text(encoding="utf-8"))["base"]
 REPEATS = 9
 
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from machine import describe
 
 from fedmllm import Experiment
 from fedmllm import running as the_run
-from fedmllm.quickstart import BASE
+from fedmllm.quickstart import SUITE
 from fedmllm.rng import torch_stream
 from fedmllm.runs import run
 from fedmllm.types import ClientUpdate, Params
 from fedmllm.world import start_engine
 
+BASE: dict[str, Any] = tomllib.loads(SUITE.read_text(encoding="utf-8"))["base"]
 COMMON = {
     **BASE,
     "partition": {"name": "iid", "num_clients": 10},
