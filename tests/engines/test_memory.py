@@ -1,0 +1,84 @@
+"""How large a pass may be, on a GPU that says how much a trial took; and which errors mean that it was too large."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedmllm.backbones import Row
+from fedmllm.engines.memory import CPU_TOKENS, CUDA_LARGEST, is_out_of_memory, token_budget
+from fedmllm.engines.packing import Item
+
+GIB = 2**30
+
+
+def row(num_tokens: int) -> Item:
+    ids = torch.zeros(num_tokens, dtype=torch.int64)
+    return Item(Row(ids, ids), slot=0, weight=1.0, dropout_seed=0)
+
+
+class Model:
+    """As much of a backbone as the trial pass needs; remembers what it was tried with."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.weight, self.tried = torch.device(device), torch.nn.Parameter(torch.ones(1)), []
+
+    def collate(self, rows):
+        self.tried += [r.num_tokens for r in rows]
+        return rows
+
+    def loss(self, batch, seeds):
+        return self.weight * 2, torch.ones(1)
+
+    def trainable(self):
+        return {"w": self.weight}
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    memory = SimpleNamespace(used=GIB, free=40 * GIB)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 5 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 5 * GIB + memory.used)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (memory.free, 80 * GIB))
+    return memory
+
+
+def test_on_the_cpu_it_is_a_constant() -> None:
+    model = Model("cpu")
+    assert token_budget(model, [row(3)]) == CPU_TOKENS
+    assert model.tried == []
+
+
+def test_on_cuda_the_longest_row_is_tried_and_the_rest_is_arithmetic(cuda: SimpleNamespace) -> None:
+    model = Model("cuda")
+    assert token_budget(model, [row(20), row(280), row(7)]) == 4096  # 0.7 * 40 GiB / 1 GiB * 280 = 7,840 -> 2^12
+    assert model.tried == [280]
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize(("free", "tokens"), [(GIB // 100, CPU_TOKENS), (4000 * GIB, CUDA_LARGEST)])
+def test_there_are_limits(cuda: SimpleNamespace, free: int, tokens: int) -> None:
+    cuda.free = free
+    assert token_budget(Model("cuda"), [row(280)]) == tokens
+
+
+@pytest.mark.parametrize(
+    ("error", "yes"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_means_out_of_memory(error: RuntimeError, yes: bool) -> None:
+    assert is_out_of_memory(error) is yes
+
+
+def test_an_allocation_that_fails_on_this_cpu_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
