@@ -27,7 +27,9 @@ from fedmllm.engines import flower_processes, flower_trainer
 from fedmllm.engines.flower import ask, pack, read_update, refusal, unpack, update_content
 from fedmllm.engines.flower_keys import make_authority, make_site_key
 from fedmllm.engines.flower_names import ABOUT, ADAPTER, FLAT
+from fedmllm.engines.flower_superlink import is_written
 from fedmllm.engines.flower_trainer import serve
+from fedmllm.record import Record
 from fedmllm.sites import AtSites, Range, Request, Site, over_sites
 from fedmllm.types import ClientFailure, ClientUpdate, ConfigError, FedmllmError
 
@@ -267,6 +269,16 @@ def test_keys_are_private_never_overwritten_and_fit_the_certificate(tmp_path):
     with client.wrap_socket(theirs, server_hostname="localhost") as trusted:
         assert trusted.version() == "TLSv1.3"
     thread.join(10)
+
+
+# ---- whether a run lives
+
+
+def test_a_run_lives_as_long_as_its_record_is_locked(tmp_path):
+    record = Record(tmp_path / "record.jsonl")
+    assert is_written(tmp_path / "record.jsonl")
+    record.close()
+    assert not is_written(tmp_path / "record.jsonl")
 
 
 # ---- without the extra

@@ -7,6 +7,7 @@ the work, so this module loads neither torch nor Flower.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import subprocess
 import sys
@@ -149,7 +150,7 @@ class Server:
             if gate:
                 stop(gate)
 
-    def flwr(self, *words: str, timeout_s: float = 60.0) -> dict[str, Any]:
+    def flwr(self, *words: str, timeout_s: float = 180.0) -> dict[str, Any]:
         """`flwr WORDS --format json` -> what it printed. Raises FedmllmError with Flower's own words."""
         command = [binary("flwr"), *words, "--format", "json"]
         try:
@@ -222,7 +223,8 @@ class Server:
             yield {"event": "submitted", "run": started, "attempt": attempt + 1}
             status, details, check = "running", "", time.monotonic() + STATUS_S
             while True:
-                ended = status.startswith("finished") or status == "unreachable"
+                dead = record.exists() and not is_written(record)  # a busy SuperLink may only seem to be unreachable
+                ended = status.startswith("finished") or (status == "unreachable" and dead)
                 events = list(read(record)) if record.exists() else []
                 seen = min(seen, len(events))  # a resumed record forgets what came after its checkpoint
                 yield from events[seen:]
@@ -253,3 +255,13 @@ class Server:
                         f"no run could be started: {error}; is `fedmllm server start` running?"
                     ) from None
             time.sleep(2)
+
+
+def is_written(record: Path) -> bool:
+    """Whether a run holds the lock of this record, which ends with its process."""
+    with record.open("ab") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
