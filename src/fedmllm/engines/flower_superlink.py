@@ -223,8 +223,9 @@ class Server:
             yield {"event": "submitted", "run": started, "attempt": attempt + 1}
             status, details, check = "running", "", time.monotonic() + STATUS_S
             while True:
-                dead = record.exists() and not is_written(record)  # a busy SuperLink may only seem to be unreachable
-                ended = status.startswith("finished") or (status == "unreachable" and dead)
+                ended = status.startswith("finished")
+                if status == "unreachable" and record.exists():  # or just busy: then its run goes on, and holds the record
+                    ended = not is_written(record)
                 events = list(read(record)) if record.exists() else []
                 seen = min(seen, len(events))  # a resumed record forgets what came after its checkpoint
                 yield from events[seen:]
