@@ -224,7 +224,8 @@ class Server:
             status, details, check = "running", "", time.monotonic() + STATUS_S
             while True:
                 ended = status.startswith("finished")
-                if status == "unreachable" and record.exists():  # or just busy: then its run goes on, and holds the record
+                if status == "unreachable" and record.exists():
+                    # SuperLink may just be busy: then the run goes on, and holds its record.
                     ended = not is_written(record)
                 events = list(read(record)) if record.exists() else []
                 seen = min(seen, len(events))  # a resumed record forgets what came after its checkpoint
