@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core a worker: threads that wait for each other's turn cost ten times
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # one core a worker: threads that wait for each other's turn cost ten times
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 

@@ -123,3 +123,37 @@ def test_metrics_that_a_user_names_must_exist(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match=r"no metric 'acuracy'; allowed: .*accuracy"):
         Experiment.parse({"data": data})
+
+
+def test_nested_tables_name_their_own_keys() -> None:
+    for table, message in (
+        ({"train": {"lrr": 1}}, r"train.lrr: unknown key; allowed: accumulation, .*did you mean 'lr'"),
+        (
+            {"backbone": {"name": "tiny", "lora": {"rr": 1}}},
+            r"backbone.lora.rr: unknown key; allowed: alpha, dropout, r",
+        ),
+        ({"evaluate": {"visible": []}}, r"evaluate.visible: got \[\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Experiment.parse({**GOOD, **table})
+
+
+def test_an_override_may_be_of_a_family_that_the_file_does_not_name(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('data = "synthetic-irony"')
+    e = Experiment.load(tmp_path / "x.toml", ["aggregator.lr=0.5", "backbone.lora.r=4"])
+    assert e.aggregator.model_dump() == {"name": "fedavg", "lr": 0.5}
+    assert e.backbone.lora.r == 4
+
+
+def test_the_published_cohort_is_of_ten_clients() -> None:
+    Experiment.parse({**GOOD, "cohort": "reference"})
+    for odd in ({"partition": {"name": "iid", "num_clients": 3}}, {"cohort_size": 11}):
+        with pytest.raises(ConfigError, match=r"published draw over 10 clients.*allowed: seeded"):
+            Experiment.parse({**GOOD, "cohort": "reference", **odd})
+
+
+def test_yardsticks_do_not_depend_on_the_aggregator() -> None:
+    adam = {**GOOD, "aggregator": {"name": "fedadam", "lr": 1e-3}}
+    assert Experiment.parse(adam).server().name == "fedadam"
+    for method in ("local", "centralised"):
+        assert Experiment.parse({**adam, "method": method}).server() == Experiment.parse(GOOD).server()

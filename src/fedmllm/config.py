@@ -55,7 +55,8 @@ class Evaluate(Spec):
     """When, on what and how the global adapter is judged."""
 
     every: NonNegativeInt = 0  # rounds; 0 = after the last one only
-    visible: tuple[str, ...] = ("all",)  # "all" (or "both"), "none", or modalities joined by "+": "image", "image+text"
+    # "all" (or "both"), "none", or modalities joined by "+": "image", "image+text"
+    visible: tuple[str, ...] = Field(("all",), min_length=1)
     batch_size: PositiveInt = 16
     max_new_tokens: PositiveInt = 16
     limit: NonNegativeInt = 0  # test rows, the first ones; 0 = all
@@ -131,6 +132,20 @@ class Experiment(Spec):
             if name not in METRICS:
                 raise ValueError(f"no metric {name!r}; allowed: {', '.join(sorted(METRICS))}{nearest(name, METRICS)}")
         return self
+
+    @model_validator(mode="after")
+    def _published_cohort_is_of_ten(self) -> Experiment:
+        num_clients = getattr(self.partition, "num_clients", None)
+        if self.cohort == "reference" and (self.cohort_size > 10 or num_clients not in (None, 0, 10)):
+            raise ValueError(
+                'cohort: got "reference", the published draw over 10 clients, for cohort_size '
+                f"{self.cohort_size} of {num_clients} clients; allowed: seeded"
+            )
+        return self
+
+    def server(self) -> Aggregator:
+        """What folds updates: the aggregator; plain FedAvg where nothing is federated, so that a yardstick stays one."""
+        return self.aggregator if self.method == "federated" else FedAvg()
 
     @classmethod
     def parse(cls, table: Mapping[str, Any], place: str = "") -> Experiment:
@@ -213,6 +228,9 @@ def set_key(table: dict[str, Any], override: str) -> None:
     except (ValueError, RecursionError):
         value = text.strip()
     here = table
+    default = Experiment.model_fields[keys[0]].default if keys[0] in FAMILIES else None
+    if keys[0] not in table and isinstance(default, Named):  # a key of the family's default member
+        table[keys[0]] = {"name": default.name}
     for key in keys[:-1]:
         inner = here.setdefault(key, {})
         if isinstance(inner, str):

@@ -156,6 +156,10 @@ def cohorts(
 
     `clients` are those that hold rows; the published draw is made over all of 0..9 and leaves out those that hold none.
     """
+    if rule == "reference" and max(clients, default=0) > 9:
+        raise ConfigError(
+            f'cohort: got "reference", the published draw over 10 clients; there are {max(clients) + 1}; allowed: seeded'
+        )
     if size > len(clients):
         raise ConfigError(f"cohort_size: got {size}; only {len(clients)} clients hold rows")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedmllm.config import Experiment
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def majority(run: Run) -> list[dict[str, Any]]:
     """No model: the most frequent training answer to each kind of question."""
     e = run.experiment
-    predictions = majority_predictions(run.world.train, run.world.test)
+    predictions = majority_predictions([run.world.train[i] for s in run.world.shards for i in s.rows], run.world.test)
     metrics = {k: finite(v) for k, v in judge(predictions, e.data.metrics()).items()}
     run.emit("eval", visible="none", metrics=metrics, num_rows=len(predictions), wall_s=0.0)
     return run.rows([{"none": metrics}])
@@ -37,14 +38,15 @@ def federated(run: Run) -> list[dict[str, Any]]:
     return run.rows([run.judge(params, round=e.num_rounds)])
 
 
-def visits(experiment: Experiment, num_clients: int) -> int:
+def visits(experiment: Experiment, shards: Sequence[Shard]) -> int:
     """Rounds in which a client of the federation takes part, in expectation: the budget of what is not federated."""
-    return max(1, round(experiment.num_rounds * experiment.cohort_size / num_clients))
+    num_asked = 10 if experiment.cohort == "reference" else sum(1 for shard in shards if shard.rows)
+    return max(1, round(experiment.num_rounds * experiment.cohort_size / num_asked))
 
 
 def local(run: Run) -> list[dict[str, Any]]:
     """Every client alone, for as many rounds as it would have been asked in: mean and spread over the clients."""
-    num_rounds = visits(run.experiment, len(run.world.shards))
+    num_rounds = visits(run.experiment, run.world.shards)
     clients = [shard.client for shard in run.world.shards if shard.rows]
     for client in clients[len(run.results) :]:  # those before it were done when the run was stopped
         params = run.federation(num_rounds, [client], client=client)
@@ -58,7 +60,7 @@ def centralised(run: Run) -> list[dict[str, Any]]:
     shards = run.world.shards
     rows = tuple(row for shard in shards for row in shard.rows)
     visible = tuple(mask for shard in shards for mask in shard.visible)
-    params = run.federation(visits(run.experiment, len(shards)), [0], [Shard(0, rows, visible)])
+    params = run.federation(visits(run.experiment, shards), [0], [Shard(0, rows, visible)])
     run.save(params, "adapter")
     return run.rows([run.judge(params)])
 

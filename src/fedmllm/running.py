@@ -82,14 +82,14 @@ class Run:
         check_cohort(e, e.cohort_size if federated else len(members))
         clients = world.clients(num_rounds, shards)
         draw = cohorts(e.cohort, members, e.cohort_size, e.seed) if federated else lambda _: list(members)
-        begin = Progress(0, world.start, e.aggregator.init(world.start))
+        begin = Progress(0, world.start, e.server().init(world.start))
         selection = Selection(self, client)
         if self._at and self._at.book.client == client:
             begin = Progress(self._at.book.round, self._at.params, self._at.state)
             selection.restore(self._at)
             self._milestone(begin, num_rounds, selection)  # if it had begun before the stop, the record forgot it
             self._at = None
-        if control := e.aggregator.besides(begin.state):
+        if control := e.server().besides(begin.state):
             refuse_controls_elsewhere(e)
             clients = replace(clients, controls=Controls(self.out / "controls", len(members), control, begin.round))
         engine = start_engine(e.engine, clients)
@@ -98,13 +98,13 @@ class Run:
         away = clients.availability
         drops_out = None if away.name == "always" else lambda round_, k: away.share(e.seed, round_, k) == 0
         progress = begin
-        for progress in federate(begin, engine, e.aggregator, draw, num_rounds, e.screen, drops_out):
+        for progress in federate(begin, engine, e.server(), draw, num_rounds, e.screen, drops_out):
             self.totals = self.totals.plus(progress.log)
             alone = {} if client is None else {"alone": client}
             about = {"lr": clients.round_lr(progress.round), "num_rounds": num_rounds, **alone}
             self.emit("round", **progress.log, **about)
             if clients.controls:
-                clients.controls.server = e.aggregator.besides(progress.state)
+                clients.controls.server = e.server().besides(progress.state)
                 clients.controls.prune(progress.round - (e.checkpoint.keep + 1) * e.checkpoint.every)
             judged = e.evaluate.select == "validation" and progress.round % e.evaluate.every == 0
             if judged or progress.round % e.checkpoint.every == 0 or progress.round == num_rounds:
@@ -220,7 +220,7 @@ class Selection:
 
 def check_cohort(experiment: Experiment, size: int) -> None:
     """Raise ConfigError where a round has fewer updates than the aggregator's formula needs."""
-    aggregator = experiment.aggregator
+    aggregator = experiment.server()
     if size < aggregator.least_updates():
         asked = "cohort_size" if experiment.method == "federated" else f'method = "{experiment.method}"'
         raise ConfigError(

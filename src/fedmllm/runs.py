@@ -39,7 +39,7 @@ def run(
     record = Record(folder / RECORD)
     everyone: tuple[Sink, ...] = (record, *sinks)
     with contextlib.closing(record):
-        if record.num_bytes() and not resume:
+        if record.num_bytes() and not resume and begun(folder):
             raise FedmllmError(
                 f"{folder / RECORD} exists; --resume goes on with that run; or choose another --out, or delete the folder"
             )
@@ -54,6 +54,12 @@ def run(
                 with contextlib.suppress(Exception):  # a full disk, a closed pipe: the error at hand is what matters
                     sink({"event": "stopped", "reason": f"{type(error).__name__}: {error}"})
             raise
+
+
+def begun(folder: Path) -> bool:
+    """False where a run was stopped before its first line, by an error in its input: nothing is lost by a new one."""
+    first = next(read(folder / RECORD), {})
+    return bool(first.get("event") != "stopped")
 
 
 def attempt(experiment: Experiment, folder: Path, record: Record, sinks: Sequence[Sink]) -> list[dict[str, Any]]:
@@ -124,7 +130,7 @@ def last_checkpoint(folder: Path, world: World) -> Checkpoint | None:
     place = checkpoint.newest(folder / CHECKPOINTS)
     if not place:
         return None
-    at = checkpoint.read(place, world.start, world.experiment.aggregator.init(world.start))
+    at = checkpoint.read(place, world.start, world.experiment.server().init(world.start))
     if odd := differences(at.book.digests, world.digests):
         raise ConfigError(
             f"{folder}: cannot be resumed: the digest of its {'; of its '.join(odd)}. Choose another --out"

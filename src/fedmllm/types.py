@@ -94,7 +94,7 @@ def validate(model: type[BaseModel], table: Mapping[str, object], place: str) ->
 def _line(model: type[BaseModel], place: str, error: dict[str, Any]) -> str:
     key = ".".join([place, *(str(part) for part in error["loc"])]).strip(".")
     if error["type"] == "extra_forbidden":
-        allowed = sorted(model.model_fields)
+        allowed = sorted(_inner(model, error["loc"][:-1]).model_fields)
         return f"{key}: unknown key; allowed: {', '.join(allowed)}{nearest(str(error['loc'][-1]), allowed)}"
     if error["type"] == "missing":
         return f"{key}: missing; it is required"
@@ -102,6 +102,17 @@ def _line(model: type[BaseModel], place: str, error: dict[str, Any]) -> str:
     if not error["loc"]:  # a rule about several keys: the table as a whole is no help
         return f"{key}: {message}" if key else message
     return f"{key}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _inner(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model of a nested table."""
+    for key in path:
+        field_ = model.model_fields.get(str(key))
+        inner = field_.annotation if field_ else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return model
 
 
 class NothingToAverage(FedmllmError):

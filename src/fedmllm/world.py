@@ -132,7 +132,7 @@ def heading(world: World) -> dict[str, Any]:
         "versions": versions(),
         "device": device(world.backbone),
         "digests": world.digests,
-        "num_train": len(world.train),
+        "num_train": sum(len(shard.rows) for shard in world.shards),
         "num_test": len(world.test),
         "rows_per_client": [len(shard.rows) for shard in world.shards],
         "clients": [about_client(shard, world.train) for shard in world.shards],

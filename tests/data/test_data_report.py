@@ -92,13 +92,6 @@ def test_plot_draws_a_picture(tmp_path: Path) -> None:
         invoke("show", toml, "--plot", tmp_path / "a.xyz")
 
 
-def test_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
-    rawsets.hateful_memes(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(FedmllmError, match=r"pip install 'fedmllm\[plot\]'"):
-        invoke("show", experiment(tmp_path), "--plot", tmp_path / "a.png")
-
-
 MADE = {
     "hateful-memes": rawsets.hateful_memes,
     "crisismmd": rawsets.crisismmd,

@@ -57,10 +57,18 @@ class HatefulMemes(Dataset):
         image = picture(self.root, take(row, "img", where_row), where_row)
         return Example(
             id=number,
-            fields={"image": (image,), "text": take_text(row, "text", where_row)},
+            fields={"image": (image,), "text": written(row, where_row)},
             question="Is the content hateful?",
             choices=CHOICES,
             answer=CHOICES[int(label)],
             where=where,
             columns={"set": self.name},
         )
+
+
+def written(row: Row, where: str) -> str:
+    """The meme's text; an empty one is a row without text."""
+    text = take_text(row, "text", where)
+    if not text.strip():
+        raise DataError(f"{where}: 'text' is empty")
+    return text
