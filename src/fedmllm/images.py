@@ -27,11 +27,11 @@ def open_image(path: Path, where: str = "") -> Image:
     from PIL import Image, ImageOps
 
     place = f"{where}: " if where else ""
-    if not path.is_file():
-        raise DataError(f"{place}image {path} is not there")
-    if path.stat().st_size == 0:
-        raise DataError(f"{place}image {path} is empty (0 bytes)")
     try:
+        if not path.is_file():
+            raise DataError(f"{place}image {path} is not there")
+        if path.stat().st_size == 0:
+            raise DataError(f"{place}image {path} is empty (0 bytes)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
             with Image.open(path) as image:

@@ -40,7 +40,10 @@ def _rows_of(where: str, row: Row) -> Iterator[tuple[str, Row]]:
     if all(part in row for part in PARTS):
         yield where, shared
         return
-    turns = [_turn(where, turn) for turn in row.get("conversations") or ()]
+    listed = row.get("conversations") or []
+    if not isinstance(listed, list):
+        raise DataError(f"{where}: 'conversations' is {listed!r:.80}, not a list of turns")
+    turns = [_turn(where, turn) for turn in listed]
     asked = [(i, text) for i, (role, text) in enumerate(turns) if role == "user"]
     if not asked:
         raise DataError(f"{where}: no 'conversations' with a turn of the user; the row has: {', '.join(map(str, row))}")
@@ -55,7 +58,7 @@ def _rows_of(where: str, row: Row) -> Iterator[tuple[str, Row]]:
 def _turn(where: str, turn: Any) -> tuple[str, str]:
     role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
     text = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
-    if role not in ROLES or not isinstance(text, str):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
         allowed = ", ".join(ROLES)
         raise DataError(f"{where}: a turn is {{role, content}} with a role of {allowed}; got {turn!r:.80}")
     return ROLES[role], text

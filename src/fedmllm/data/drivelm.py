@@ -87,7 +87,11 @@ class DriveLM(Dataset):
             for task in self.tasks:
                 about = {"set": self.name, "scene": scene, "frame": frame, "task": task}
                 shared = {"fields": fields, **{kind: {**about, "answer_type": kind} for kind in ("OPEN", "CLOSED")}}
-                for index, row in enumerate(entry["QA"].get(task) or ()):
+                asked = entry["QA"].get(task) or []
+                if not isinstance(asked, list):
+                    yield place, DataError(f"{place}: QA.{task} is {asked!r:.60}, not a list")
+                    continue
+                for index, row in enumerate(asked):
                     where = f"{place}/{task}[{index}]"
                     if isinstance(row, dict):
                         yield where, {"row": row, "id": f"{scene}/{frame}/{task}/{index}", **shared}

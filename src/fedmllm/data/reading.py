@@ -190,6 +190,8 @@ def csv_rows(path: Path, delimiter: str = ",") -> Placed:
             where, begins = f"{path}:{begins}", len(decoded) + 1
             if not header:
                 header = [cell.strip() for cell in cells]
+                if twice := [name for i, name in enumerate(header) if name in header[:i]]:
+                    raise DataError(f"{path}:1: the column {twice[0]!r} stands in the header twice")
             elif len(cells) == len(header):
                 yield where, dict(zip(header, cells, strict=True))
             elif cells:
@@ -219,7 +221,14 @@ def parquet_rows(path: Path, columns: Iterable[str]) -> Placed:
                 f"{path}: column {name!r} holds {kind}; write the pictures to files and name their paths here"
             )
     index = 0
-    for batch in file.iter_batches(batch_size=4096, columns=wanted):
+    batches = file.iter_batches(batch_size=4096, columns=wanted)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, arrow.ArrowException) as error:
+            raise DataError(f"{path}[{index}]: cannot be read from here on: {error}") from None
+        if batch is None:
+            return
         for row in batch.to_pylist():
             yield f"{path}[{index}]", row
             index += 1

@@ -175,19 +175,24 @@ class Table(Dataset):
         form, metadata, images = self.form_of(path.name), None, self.images or self.root
         if form == "imagefolder":
             metadata, images = metadata_of(path), self.images or path
-        prefix = f"{path.stem}-" if is_one_of_many else ""
+        prefix = f"{self._name(path)}-" if is_one_of_many else ""
         without = {"client": "", "keep": ()} if split == "test" else {}  # test rows belong to no client
         columns = self.columns.model_copy(update=without)
         if metadata:
             return _File(metadata, FORMS[metadata.suffix], images, prefix, columns)
         return _File(path, form, images, prefix, columns)
 
+    def _name(self, path: Path) -> str:
+        """What a file's rows are called after: its path below the root without the ending, so that no two are alike."""
+        below = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+        return below.with_suffix("").as_posix()
+
     def _load(self, file: _File, known: dict[str | int, str], seen: dict[str, str]) -> Rows:
         """The rows of one file. `known` gathers their ids, `seen` their columns, each with its place."""
 
         def make(where: str, row: Row) -> Example:
             seen.update(dict.fromkeys(row, where))
-            return self._example(where, {"file": file.path.stem, **row}, file)
+            return self._example(where, {"file": self._name(file.path), **row}, file)
 
         return collect(self._read(file), make, self.on_bad_row, known)
 
@@ -273,7 +278,7 @@ def by_modality(column: str | dict[str, str], modality: Modality) -> dict[Modali
 def _answer(answer: str, choices: tuple[str, ...], place: str) -> str:
     if not choices or answer in choices:
         return answer
-    if answer.isascii() and answer.isdigit() and int(answer) < len(choices):
+    if answer.isascii() and answer.isdigit() and len(answer) < 4 and int(answer) < len(choices):
         return choices[int(answer)]
     allowed = ", ".join(repr(choice) for choice in choices)
     raise DataError(f"{place}: the answer {answer!r} is none of the choices {allowed}, nor one of their numbers from 0")
