@@ -292,7 +292,13 @@ def script(folder: Path) -> list[str]:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_leave_a_readable_record_and_a_way_on(number: int, tmp_path: Path) -> None:
-    process = subprocess.Popen(script(tmp_path), stderr=subprocess.PIPE, text=True, env={**os.environ})
+    # a shell that starts the tests in the background has them ignore Ctrl-C; this process must not
+    def heard() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        script(tmp_path), stderr=subprocess.PIPE, text=True, env={**os.environ}, preexec_fn=heard
+    )
     deadline = time.monotonic() + 120
     while not newest(tmp_path / "run" / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.05)

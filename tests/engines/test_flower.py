@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
@@ -89,6 +89,7 @@ def test_a_refusal_arrives_with_its_reason():
 words = st.one_of(st.text(max_size=20), st.integers(-(2**63), 2**63 - 1), st.floats(), st.binary(max_size=20))
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine is no fault
 @given(st.dictionaries(st.sampled_from(["manifest", "num_examples", "metrics", "refused", "x"]), words), st.binary())
 def test_nothing_in_a_reply_can_raise(about, data):
     content = RecordDict({ABOUT: ConfigRecord(about)})
