@@ -1,7 +1,7 @@
 """Make the embedded model: MiniCPM-V 2.6 at about a million weights, pre-trained on the proxy tasks of `tiny_tasks`.
 
     python scripts/pretrain_tiny.py            # about ten minutes on two cores
-    python scripts/pretrain_tiny.py --steps 50 --vision-steps 50 --out /tmp/tiny   # a trial
+    python scripts/pretrain_tiny.py --steps 50 --vision-steps 50 --out runs/tiny   # a trial
 
 Two stages. Vision first: the tower and the resampler learn to tell the scenes' attributes through linear heads, because a
 language model that starts beside an untrained tower learns to ignore the picture. Then language, with the pictures' features

@@ -75,9 +75,9 @@ class BackboneSpec(Named):
     )
     device: str = "cpu"  # "cpu", "cuda", "cuda:1"
 
+    @abstractmethod
     def load(self, seed: int) -> Backbone:
         """The frozen model with freshly initialised LoRA (A from `seed`, B zero)."""
-        raise NotImplementedError(type(self).__name__)
 
 
 class Tiny(BackboneSpec):
