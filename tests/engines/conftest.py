@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "backbones"))
 from small_federation import SIZES, TEXTS
 from tiny_families import PORTS, write
 
-from fedmllm.backbones import FromFolder, Lora, Precision
+from fedmllm.backbones import FromFolder, Lora, Precision, Tiny
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
 from fedmllm.types import Example
 
@@ -24,18 +24,21 @@ Load = Callable[..., TransformersBackbone]
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Load:
-    """(family, base type, more of LoRA or precision) -> the backbone, loaded once."""
+    """(family or "tiny", base type, more of LoRA or precision) -> the backbone, loaded once."""
     root, kept = tmp_path_factory.mktemp("families"), {}
 
     def loaded(family: str, base: str = "float64", lora: Lora | None = None, **more: Any) -> TransformersBackbone:
         key = (family, base, lora, *more.items())
         if key not in kept:
+            precision = Precision(base=base, **more)
+            if family == "tiny":
+                kept[key] = Tiny(lora=lora or Lora(), precision=precision).load(0)
+                return kept[key]
             folder = root / family
             if family in PORTS:
                 folder = Path(request.getfixturevalue("shared")) / "parity" / PORTS[family]
             elif not folder.is_dir():
                 write(family, folder)
-            precision = Precision(base=base, **more)
             spec = FromFolder(path=str(folder), lora=lora or Lora(), precision=precision, keep_image_features_mb=16)
             kept[key] = load_folder(spec, seed=0)
         return kept[key]

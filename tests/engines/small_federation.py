@@ -1,22 +1,28 @@
-"""A small federation: unequal clients, one of them empty, pictures on a third of the rows."""
+"""A small federation: unequal clients, one of them empty, pictures on a third of the rows; and both engines on it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from fedmllm import engine as engines
 from fedmllm.backbones.hf import TransformersBackbone
+from fedmllm.backbones.stack import Stack
 from fedmllm.config import Train
+from fedmllm.engines.in_process import InProcess
+from fedmllm.engines.stacked import Stacked
 from fedmllm.local import Clients, RowStore
 from fedmllm.objectives import Objective, TaskLoss
 from fedmllm.prompts import Plain
-from fedmllm.types import Example, Params, Shard
+from fedmllm.types import ClientUpdate, Example, Params, Shard
 
 SIZES = (3, 9, 1, 0, 12)  # rows of each client
 TEXTS = ("so it is", "a dog on a bicycle, seen from behind", "no", "the other way round, they say", "rain again")
 MODALITIES = ("image", "text")
+COHORT = range(len(SIZES))
 
 
 def federation(
@@ -52,3 +58,47 @@ def stirred(backbone: TransformersBackbone) -> Params:
 
 def flat(params: Params) -> torch.Tensor:
     return torch.cat([params[name].double().flatten() for name in sorted(params)])
+
+
+def one_after_another(clients: Clients, start: Params, cohort=COHORT, round_: int = 2) -> list[ClientUpdate]:
+    return list(InProcess(engines.InProcess(), clients)(start, round_, cohort))
+
+
+def together(
+    federation_: Clients, start: Params, cohort=COHORT, round_: int = 2, **settings: Any
+) -> list[ClientUpdate]:
+    engine = Stacked(engines.Stacked(**settings), federation_)
+    assert engine.note == ""
+    return list(engine(start, round_, cohort))
+
+
+def assert_same(expected: list[ClientUpdate], updates: list[ClientUpdate], largest: float = 1e-12) -> None:
+    """The issue's bound on max |dW| in float64, and the same books."""
+    assert [u.client for u in updates] == [u.client for u in expected]
+    for a, b in zip(expected, updates, strict=True):
+        assert list(a.delta) == list(b.delta)
+        assert float((flat(a.delta) - flat(b.delta)).abs().max()) <= largest
+        assert a.num_examples == b.num_examples
+        assert [a.metrics[k] for k in ("num_steps", "num_tokens")] == [
+            b.metrics[k] for k in ("num_steps", "num_tokens")
+        ]
+        assert b.metrics["loss"] == pytest.approx(a.metrics["loss"], rel=1e-9)
+
+
+def gradients_off(clients: Clients, token_budget: int = 1024) -> list[float]:
+    """Relative L2 between the engines of every client's gradient at the first step, before Adam."""
+    start = stirred(clients.backbone)
+    members = [client for client in COHORT if SIZES[client]]
+    steps = [next(clients.steps(client, 1)) for client in members]
+    engine = Stacked(engines.Stacked(token_budget=token_budget), clients)
+    stack = Stack(engine._targets, clients.backbone.trainable(), start, len(members))
+    engine._gradients(stack, steps, torch.zeros(len(members), dtype=torch.float64))
+    clients.backbone.set_lora(start)
+    off, weights = [], clients.backbone.trainable()
+    for slot, step in enumerate(steps):
+        for weight in weights.values():
+            weight.grad = None
+        clients.backward(step)
+        expected = flat({name: weight.grad for name, weight in weights.items() if weight.grad is not None})
+        off.append(float((stack.grads_KP[slot].double() - expected).norm() / expected.norm()))
+    return off

@@ -7,7 +7,7 @@ Shapes: K clients, P weights of one adapter, B rows, L tokens, C channels in, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +67,8 @@ class Stack:
         like = next(iter(live.values()))
         self._start = start
         self.sizes = {name: t.numel() for name, t in start.items()}
-        flat_P = torch.cat([t.reshape(-1) for t in start.values()])
-        self.anchor_P = flat_P.to(like.device, like.dtype)
+        self._like = like
+        self.anchor_P = self.matrix([start])[0]
         self.weights_KP = self.anchor_P.repeat(num_clients, 1)
         self.grads_KP = torch.zeros_like(self.weights_KP)
         weights, grads = self._views(self.weights_KP), self._views(self.grads_KP)
@@ -95,10 +95,14 @@ class Stack:
         for layer in self._layers:
             layer.clients_B = clients_B
 
-    def delta(self, client: int) -> Params:
-        """What client 0..K-1 has learned: copies on the CPU, float32 (float64 where the start is)."""
-        row_P = (self.weights_KP[client] - self.anchor_P).cpu()
-        pieces = torch.split(row_P, list(self.sizes.values()))
+    def matrix(self, trees: Sequence[Params]) -> Tensor:
+        """One row a tree, in the layout, device and type of the weights."""
+        rows = [torch.cat([tree[name].reshape(-1) for name in self.sizes]) for tree in trees]
+        return torch.stack(rows).to(self._like.device, self._like.dtype)
+
+    def params(self, row_P: Tensor) -> Params:
+        """A row as tensors by name: copies on the CPU, float32 (float64 where the start is)."""
+        pieces = torch.split(row_P.cpu(), list(self.sizes.values()))
         return {name: piece.view(t.shape).clone() for (name, t), piece in zip(self._start.items(), pieces, strict=True)}
 
 

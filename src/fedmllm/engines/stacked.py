@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from fedmllm.engines.row_adamw import RowAdamW, clip, pull_matrix
 from fedmllm.local import Clients, Step
 from fedmllm.types import ClientUpdate, FedmllmError, Params
 
+if TYPE_CHECKING:
+    from fedmllm.controls import Controls
+
 
 class Stacked:
     """Engine: (params, round, cohort) -> the cohort's updates, in ascending client order.
@@ -36,8 +39,6 @@ class Stacked:
         self._settings = cast("settings.Stacked", settings_)
         self._clients, self._backbone = clients, clients.backbone
         self._targets, reason = find_targets(clients.backbone)
-        if clients.controls:
-            reason = "SCAFFOLD's control variates are one client's at a time"
         self._budget = self._settings.token_budget
         self.note = f"{reason}; so clients are trained one after another (in-process)" if reason else ""
 
@@ -72,12 +73,15 @@ class Stacked:
         stack = Stack(self._targets, self._backbone.trainable(), params, len(ordered))
         mu = pull_matrix([clients.pulls(client, list(params)) for client in ordered], stack.sizes, stack.weights_KP)
         optimizer = RowAdamW(clients.train, stack.weights_KP)
+        controls = _Controls(clients.controls, stack, ordered, round_) if clients.controls else None
         losses_K = stack.weights_KP.new_zeros(len(ordered), dtype=torch.float64)
         num_steps, num_tokens = [0] * len(ordered), [0] * len(ordered)
         for steps in in_step(clients, ordered, round_):
             self._gradients(stack, steps, losses_K)
             k = len(steps)
             weights, grads = stack.weights_KP[:k], stack.grads_KP[:k]
+            if controls:
+                controls.correct(grads)
             if mu is not None:
                 grads.add_((weights - stack.anchor_P).mul_(mu[:k]))
             if clients.train.clip_norm:
@@ -88,10 +92,11 @@ class Stacked:
                 num_tokens[slot] += sum(row.num_tokens for row in step.rows)
         losses, total = losses_K.tolist(), max(1, sum(num_tokens))
         wall_s = time.perf_counter() - began
+        learned = controls.learned(num_steps) if controls else {}
         updates = [
             ClientUpdate(
                 client=client,
-                delta=stack.delta(slot),
+                delta=stack.params(stack.weights_KP[slot] - stack.anchor_P),
                 num_examples=len(clients.shards[client].rows),
                 metrics={
                     "loss": losses[slot] / max(1, num_steps[slot]),
@@ -99,6 +104,7 @@ class Stacked:
                     "num_tokens": num_tokens[slot],
                     "time_s": wall_s * num_tokens[slot] / total,  # its share of the passes
                 },
+                control=learned.get(client),
             )
             for slot, client in enumerate(ordered)
         ]
@@ -140,6 +146,28 @@ class Stacked:
                 loss_B.sum().backward()  # type: ignore[no-untyped-call]
                 losses_K.index_add_(0, clients_B, loss_B.detach().to(losses_K.dtype))
         return losses_K
+
+
+class _Controls:
+    """SCAFFOLD's part of a round, as `Clients.update` has it, for all clients at once."""
+
+    def __init__(self, controls: Controls, stack: Stack, ordered: Sequence[int], round_: int) -> None:
+        self._controls, self._stack, self._ordered, self._round = controls, stack, ordered, round_
+        self._offset_KP = stack.matrix([controls.offset(client, round_) for client in ordered])
+        self._sum_KP = torch.zeros_like(self._offset_KP)
+
+    def correct(self, grads_KP: Tensor) -> None:
+        """Add c - c_k to the gradients of the clients that still train, and remember what they were."""
+        self._sum_KP[: len(grads_KP)] += grads_KP
+        grads_KP += self._offset_KP[: len(grads_KP)]
+
+    def learned(self, num_steps: Sequence[int]) -> dict[int, Params]:
+        """Client -> its part of the change of c, for those that trained."""
+        return {
+            client: self._controls.learned(client, self._round, self._stack.params(sum_P / steps))
+            for client, sum_P, steps in zip(self._ordered, self._sum_KP, num_steps, strict=True)
+            if steps
+        }
 
 
 @contextmanager
