@@ -41,6 +41,14 @@ def test_defaults_are_the_published_protocol() -> None:
         ({**GOOD, "method": "centralized"}, r"method: got 'centralized'.*centralised"),
         ({**GOOD, "seed": -1}, r"seed: got -1"),
         ({**GOOD, "num_rounds": "ten"}, r"num_rounds: got 'ten'"),
+        ({**GOOD, "num_rounds": "10"}, r"num_rounds: got '10'; it should be a number, without quotes"),
+        ({**GOOD, "num_rounds": True}, r"num_rounds: got True; it should be a number"),
+        ({**GOOD, "train": {"lr": "1e-3"}}, r"train.lr: got '1e-3'; it should be a number"),
+        ({**GOOD, "aggregator": "krum"}, r"cohort_size: got 2; krum needs 5 updates a round"),
+        ({**GOOD, "cohort_size": 11}, r"cohort_size: got 11; at most partition.num_clients = 10"),
+        ({**GOOD, "scenario": {"name": "cross", "num_image_clients": 11}}, r"num_image_clients: got 11; .* 10 clients"),
+        ({**GOOD, "scenario": {"name": "missing", "rates": {"sound": 0.5}}}, r"scenario.rates.sound: no such modality"),
+        ({**GOOD, "evaluate": {"visible": "sound"}}, r"evaluate.visible: got 'sound'; allowed: all, none, image, text"),
     ],
 )
 def test_bad_settings_are_named(table: dict, message: str) -> None:

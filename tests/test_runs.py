@@ -252,13 +252,6 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_is_loaded(tmp_
         run(experiment(), tmp_path / "file" / "run")
 
 
-def test_too_small_a_cohort_for_the_formula_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="krum needs 5 updates a round; cohort_size gives 2"):
-        run(experiment(aggregator="krum"), tmp_path / "run")
-    with pytest.raises(ConfigError, match='median needs 3 updates a round; method = "local" gives 1'):
-        run(experiment(aggregator="median", method="local"), tmp_path / "local")
-
-
 def test_selecting_on_validation_needs_rounds_to_select_from() -> None:
     with pytest.raises(ConfigError, match="needs every >= 1"):
         experiment(evaluate={"select": "validation"})

@@ -9,9 +9,10 @@ import pkgutil
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -32,7 +33,7 @@ from fedmllm.objectives import Objective, TaskLoss
 from fedmllm.prompts import Plain, Prompt
 from fedmllm.scenarios import Aligned, ByColumn, Dirichlet, Partition, Scenario
 from fedmllm.schedules import Schedule
-from fedmllm.types import ConfigError, Named, Spec, nearest, validate
+from fedmllm.types import ConfigError, Modality, Named, Spec, Visible, nearest, validate
 
 
 class Train(Spec):
@@ -51,12 +52,17 @@ class Train(Spec):
     step_schedule: Schedule = "cosine"
 
 
+def one_or_several(value: object) -> object:
+    """`"image"` means `["image"]`."""
+    return (value,) if isinstance(value, str) else value
+
+
 class Evaluate(Spec):
     """When, on what and how the global adapter is judged."""
 
     every: NonNegativeInt = 0  # rounds; 0 = after the last one only
-    # "all" (or "both"), "none", or modalities joined by "+": "image", "image+text"
-    visible: tuple[str, ...] = Field(("all",), min_length=1)
+    # "all" (or "both"), "none", or modalities joined by "+": "image", "image+text"; several give a row each
+    visible: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(one_or_several)] = ("all",)
     batch_size: PositiveInt = 16
     max_new_tokens: PositiveInt = 16
     limit: NonNegativeInt = 0  # test rows, the first ones; 0 = all
@@ -67,6 +73,19 @@ class Evaluate(Spec):
         if self.select == "validation" and not self.every:
             raise ValueError('select = "validation" needs every >= 1: in which rounds the validation rows are judged')
         return self
+
+
+def visible_of(text: str, modalities: tuple[Modality, ...]) -> Visible:
+    """What a test row shows: "all" (or "both"), "none", or modalities joined by "+"."""
+    if text in ("all", "both"):
+        return frozenset(modalities)
+    if text == "none":
+        return frozenset()
+    named = frozenset(text.split("+"))
+    if not named <= set(modalities):
+        allowed = ", ".join(["all", "none", *modalities])
+        raise ConfigError(f"evaluate.visible: got {text!r}; allowed: {allowed}, or modalities joined by '+'")
+    return named
 
 
 class Screen(Spec):
@@ -141,6 +160,29 @@ class Experiment(Spec):
                 'cohort: got "reference", the published draw over 10 clients, for cohort_size '
                 f"{self.cohort_size} of {num_clients} clients; allowed: seeded"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _cohort_is_large_enough(self) -> Experiment:
+        least = self.server().least_updates()
+        if self.method == "federated" and self.cohort_size < least:
+            raise ValueError(
+                f"cohort_size: got {self.cohort_size}; {self.aggregator.name} needs {least} updates a round"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _clients_are_enough(self) -> Experiment:
+        num_clients = getattr(self.partition, "num_clients", 0)  # 0 = as many as the rows say
+        if self.method == "federated" and 0 < num_clients < self.cohort_size:
+            raise ValueError(f"cohort_size: got {self.cohort_size}; at most partition.num_clients = {num_clients}")
+        self.scenario.check(self.data.modalities(), num_clients)
+        return self
+
+    @model_validator(mode="after")
+    def _visible_modalities_exist(self) -> Experiment:
+        for text in self.evaluate.visible:
+            visible_of(text, self.data.modalities())
         return self
 
     def server(self) -> Aggregator:

@@ -9,23 +9,10 @@ from fedmllm.backbones import Backbone
 from fedmllm.config import Evaluate
 from fedmllm.metrics import METRICS, parse_open
 from fedmllm.prompts import Prompt
-from fedmllm.types import ConfigError, Conversation, DataError, Example, FedmllmError, Modality, Prediction, Visible
+from fedmllm.types import Conversation, DataError, Example, FedmllmError, Prediction, Visible
 
 T = TypeVar("T")
 A = TypeVar("A")
-
-
-def visible_of(text: str, modalities: tuple[Modality, ...]) -> Visible:
-    """What a test row shows: "all" (or "both"), "none", or modalities joined by "+"."""
-    if text in ("all", "both"):
-        return frozenset(modalities)
-    if text == "none":
-        return frozenset()
-    named = frozenset(text.split("+"))
-    if not named <= set(modalities):
-        allowed = ", ".join(["all", "none", *modalities])
-        raise ConfigError(f"evaluate.visible: got {text!r}; allowed: {allowed}, or modalities joined by '+'")
-    return named
 
 
 def predict(

@@ -30,12 +30,12 @@ def zero_shot(run: Run) -> list[dict[str, Any]]:
 
 
 def federated(run: Run) -> list[dict[str, Any]]:
-    """The global adapter after the last round."""
+    """The global adapter after the last round, or the best on validation."""
     e = run.experiment
     members = [shard.client for shard in run.world.shards if shard.rows]
-    params = run.federation(e.num_rounds, members)
+    params, round_ = run.federation(e.num_rounds, members)
     run.save(params, "adapter")
-    return run.rows([run.judge(params, round=e.num_rounds)])
+    return run.rows([run.judge(params, round=round_)])
 
 
 def visits(experiment: Experiment, shards: Sequence[Shard]) -> int:
@@ -49,7 +49,7 @@ def local(run: Run) -> list[dict[str, Any]]:
     num_rounds = visits(run.experiment, run.world.shards)
     clients = [shard.client for shard in run.world.shards if shard.rows]
     for client in clients[len(run.results) :]:  # those before it were done when the run was stopped
-        params = run.federation(num_rounds, [client], client=client)
+        params, _ = run.federation(num_rounds, [client], client=client)
         run.save(params, f"adapters/client-{client}")
         run.results.append(run.judge(params, client=client))
     return run.rows(run.results)
@@ -60,7 +60,7 @@ def centralised(run: Run) -> list[dict[str, Any]]:
     shards = run.world.shards
     rows = tuple(row for shard in shards for row in shard.rows)
     visible = tuple(mask for shard in shards for mask in shard.visible)
-    params = run.federation(visits(run.experiment, shards), [0], [Shard(0, rows, visible)])
+    params, _ = run.federation(visits(run.experiment, shards), [0], [Shard(0, rows, visible)])
     run.save(params, "adapter")
     return run.rows([run.judge(params)])
 

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from fedmllm import checkpoint
 from fedmllm.backbones import Backbone
 from fedmllm.checkpoint import Best, Book, Checkpoint, Checkpoints
-from fedmllm.config import Experiment
+from fedmllm.config import Experiment, visible_of
 from fedmllm.controls import Controls
 from fedmllm.costs import peaks
-from fedmllm.evaluate import judge, predict, visible_of
+from fedmllm.evaluate import judge, predict
 from fedmllm.federate import Progress, cohorts, federate
 from fedmllm.record import Record, Sink, finite, sync
 from fedmllm.totals import Totals
@@ -68,8 +68,8 @@ class Run:
 
     def federation(
         self, num_rounds: int, members: Sequence[int], shards: Sequence[Shard] | None = None, client: int | None = None
-    ) -> Params:
-        """Federate, or go on with it -> the last adapter, or the best on validation. Emits, judges, checkpoints.
+    ) -> tuple[Params, int]:
+        """Federate, or go on with it -> the last adapter, or the best on validation, and its round. Emits, judges, checkpoints.
 
         Args:
             num_rounds: In all.
@@ -79,7 +79,6 @@ class Run:
         """
         e, world = self.experiment, self.world
         federated = e.method == "federated"
-        check_cohort(e, e.cohort_size if federated else len(members))
         clients = world.clients(num_rounds, shards)
         draw = cohorts(e.cohort, members, e.cohort_size, e.seed) if federated else lambda _: list(members)
         begin = Progress(0, world.start, e.server().init(world.start))
@@ -112,7 +111,9 @@ class Run:
             self._milestone(progress, num_rounds, selection)
         if self._checkpoints:
             self._checkpoints.wait()
-        return progress.params if selection.params is None else selection.params
+        if selection.params is not None and selection.best:
+            return selection.params, selection.best.round
+        return progress.params, progress.round
 
     def _milestone(self, progress: Progress, num_rounds: int, selection: Selection) -> None:
         """What is judged after this round, apart from the test of the final adapter."""
@@ -216,16 +217,6 @@ class Selection:
             self.params = progress.params
         about = {"round": progress.round, "metric": name, "value": value, "visible": visible, **self._about}
         run.emit("validation", **about, best_round=self.best.round if self.best else None)
-
-
-def check_cohort(experiment: Experiment, size: int) -> None:
-    """Raise ConfigError where a round has fewer updates than the aggregator's formula needs."""
-    aggregator = experiment.server()
-    if size < aggregator.least_updates():
-        asked = "cohort_size" if experiment.method == "federated" else f'method = "{experiment.method}"'
-        raise ConfigError(
-            f"aggregator: {aggregator.name} needs {aggregator.least_updates()} updates a round; {asked} gives {size}"
-        )
 
 
 def refuse_controls_elsewhere(experiment: Experiment) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, cast
@@ -85,10 +85,28 @@ def nearest(word: str, allowed: Mapping[str, object] | list[str]) -> str:
 
 def validate(model: type[BaseModel], table: Mapping[str, object], place: str) -> BaseModel:
     """`model(**table)`; an error lists every bad key with its full place, its value and what is allowed."""
+    slips = {line.split(":")[0]: line for line in _no_numbers(model, table, place)}
     try:
-        return model.model_validate(dict(table))
+        made = model.model_validate(dict(table))
     except ValidationError as error:
-        raise ConfigError("\n".join(_line(model, place, dict(e)) for e in error.errors())) from None
+        lines = [_line(model, place, dict(e)) for e in error.errors()]
+        slips = {line: line for line in lines if line.split(":")[0] not in slips} | slips
+    if slips:
+        raise ConfigError("\n".join(slips.values()))
+    return made
+
+
+def _no_numbers(model: type[BaseModel], table: Mapping[str, object], place: str) -> Iterator[str]:
+    """What pydantic would read as a number though it is none: TOML has types, and a slip is not guessed at."""
+    for key, value in table.items():
+        kind = model.model_fields[key].annotation if key in model.model_fields else None
+        where = f"{place}.{key}".strip(".")
+        if kind in (int, float) and isinstance(value, bool):
+            yield f"{where}: got {value!r}; it should be a number"
+        elif kind in (int, float) and isinstance(value, str):
+            yield f"{where}: got {value!r}; it should be a number, without quotes"
+        elif isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _no_numbers(kind, value, where)
 
 
 def _line(model: type[BaseModel], place: str, error: dict[str, Any]) -> str:

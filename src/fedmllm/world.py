@@ -15,10 +15,9 @@ import torch
 
 from fedmllm.availability import Always
 from fedmllm.backbones import Backbone
-from fedmllm.config import Experiment
+from fedmllm.config import Experiment, visible_of
 from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.engine import Engine as EngineSettings
-from fedmllm.evaluate import visible_of
 from fedmllm.federate import Engine
 from fedmllm.identity import rows_digest
 from fedmllm.local import Clients, RowStore

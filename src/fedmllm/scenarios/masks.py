@@ -29,6 +29,9 @@ PUBLISHED_SEED = 42
 class Scenario(Named):
     """Who sees what."""
 
+    def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
+        """Raise ConfigError where these settings do not fit; `num_clients` 0 = known only when the rows are there."""
+
     @abstractmethod
     def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         """One mask a row of every client. Pure: same rows and seed, same masks."""
@@ -61,11 +64,14 @@ class Missing(Scenario):
     rate: Rate = 0.3
     rates: dict[str, Rate] = Field(default_factory=dict)
 
+    def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
+        known(self.rates, modalities, "scenario.rates")
+
     def rate_of(self, modality: Modality) -> float:
         return self.rates.get(modality, self.rate)
 
     def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
-        known(self.rates, modalities, "scenario.rates")
+        self.check(modalities, len(rows))
         size = 1 + max((row for own in rows for row in own), default=-1)
         code = np.zeros(size, dtype=np.int64)  # bit i: modality i is kept
         for i, modality in enumerate(modalities):
@@ -96,11 +102,21 @@ class Cross(Scenario):
     num_image_clients: NonNegativeInt = 5
     clients: dict[str, NonNegativeInt] = Field(default_factory=dict)
 
-    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
-        counts = self.clients or self._image_and_text(modalities, len(rows))
+    def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
+        if num_clients:
+            self._counts(modalities, num_clients)
+
+    def _counts(self, modalities: tuple[Modality, ...], num_clients: int) -> dict[str, int]:
+        counts = self.clients or self._image_and_text(modalities, num_clients)
         known(counts, modalities, "scenario.clients")
-        if sum(counts.values()) != len(rows):
-            raise ConfigError(f"scenario.clients: {counts} adds up to {sum(counts.values())}, not {len(rows)} clients")
+        if sum(counts.values()) != num_clients:
+            raise ConfigError(
+                f"scenario.clients: {counts} adds up to {sum(counts.values())}, not {num_clients} clients"
+            )
+        return counts
+
+    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+        counts = self._counts(modalities, len(rows))
         shown = [frozenset({m}) for m in modalities for _ in range(counts.get(m, 0))]
         order = stream(seed, "cross").permutation(len(rows)).tolist()
         of_client = dict(zip(order, shown, strict=True))
