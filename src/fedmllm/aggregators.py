@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
 from fedmllm.tensors import mean_delta, plain_mean_delta, tree_map, zeros
 from fedmllm.types import ClientUpdate, Named, Params, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -97,32 +100,39 @@ class FedAdagrad(Adaptive):
         return self.step(params, delta, v), {"v": v}
 
 
-class FedAdam(Adaptive):
-    """m = b1 m + (1-b1) Delta; v = b2 v + (1-b2) Delta^2; w += lr m / (sqrt v + tau)."""
+class Moments(Adaptive):
+    """m = b1 m + (1-b1) Delta; v from v and Delta^2 by `second_moment`; w += lr m / (sqrt v + tau)."""
+
+    beta1: Beta = 0.9
+    beta2: Beta = 0.99
+
+    @abstractmethod
+    def second_moment(self, v: Tensor, delta: Tensor) -> Tensor:
+        """The new v of one tensor."""
+
+    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+        delta = mean_delta(updates)
+        m = tree_map(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, state["m"], delta)
+        v = tree_map(lambda v, d: self.second_moment(v, d), state["v"], delta)
+        return self.step(params, m, v), {"m": m, "v": v}
+
+
+class FedAdam(Moments):
+    """v = b2 v + (1-b2) Delta^2."""
 
     name: Literal["fedadam"] = "fedadam"
-    beta1: Beta = 0.9
-    beta2: Beta = 0.99
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
-        delta = mean_delta(updates)
-        m = tree_map(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, state["m"], delta)
-        v = tree_map(lambda v, d: self.beta2 * v + (1 - self.beta2) * d * d, state["v"], delta)
-        return self.step(params, m, v), {"m": m, "v": v}
+    def second_moment(self, v: Tensor, delta: Tensor) -> Tensor:
+        return self.beta2 * v + (1 - self.beta2) * delta * delta
 
 
-class FedYogi(Adaptive):
-    """As FedAdam, but v -= (1-b2) Delta^2 sign(v - Delta^2)."""
+class FedYogi(Moments):
+    """v -= (1-b2) Delta^2 sign(v - Delta^2)."""
 
     name: Literal["fedyogi"] = "fedyogi"
-    beta1: Beta = 0.9
-    beta2: Beta = 0.99
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
-        delta = mean_delta(updates)
-        m = tree_map(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, state["m"], delta)
-        v = tree_map(lambda v, d: v - (1 - self.beta2) * d * d * (v - d * d).sign(), state["v"], delta)
-        return self.step(params, m, v), {"m": m, "v": v}
+    def second_moment(self, v: Tensor, delta: Tensor) -> Tensor:
+        return v - (1 - self.beta2) * delta * delta * (v - delta * delta).sign()
 
 
 class FedAvgReference(Aggregator):

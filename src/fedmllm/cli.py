@@ -11,6 +11,7 @@ import typer
 
 from fedmllm import data_cli, site_cli
 from fedmllm.model_cli import doctor, estimate, export
+from fedmllm.options import ExperimentFile, Set
 from fedmllm.suite_cli import compare, report, suite
 from fedmllm.types import ConfigError, FedmllmError
 
@@ -23,10 +24,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file.", metavar="EXPERIMENT.toml")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key: --set aggregator.lr=1e-2", metavar="A.B=V")
-]
 Out = Annotated[Path | None, typer.Option(help="Folder for record, summary and adapter. Default: runs/RUN_ID.")]
 
 

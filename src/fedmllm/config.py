@@ -217,13 +217,7 @@ class Experiment(Spec):
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         """Read a TOML file; `overrides` are "a.b=value" in TOML, where a bare word counts as a string."""
-        path = Path(path)
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or lists in lists in lists
-            raise ConfigError(f"{path}: not a TOML file: {error}") from None
+        table = read_toml(Path(path))
         if "matrix" in table:
             raise ConfigError(f"{path}: a suite of experiments, not one; `fedmllm suite {path}` runs it")
         for override in overrides:
@@ -257,6 +251,16 @@ class Experiment(Spec):
             rates = self.availability.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
             words += [self.availability.name, *(f"{k}={v}" for k, v in rates.items())]
         return " ".join(words) or spec.name
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's table; a BOM does no harm. Raises ConfigError where it cannot be read or is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or lists in lists in lists
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
 
 
 def set_key(table: dict[str, Any], override: str) -> None:

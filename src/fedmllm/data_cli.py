@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from fedmllm.options import ExperimentFile, Set
+
 app = typer.Typer(
     name="data",
     help="Data sets: where to get one, who holds what, and export of a split.",
@@ -19,11 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file.", metavar="EXPERIMENT.toml")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key: --set scenario.rate=0.5", metavar="A.B=V")
-]
 
 
 @contextmanager

@@ -10,14 +10,11 @@ from typing import Annotated
 
 import typer
 
+from fedmllm.options import ExperimentFile, Set
 from fedmllm.types import FedmllmError
 
 ModelFolder = Annotated[str, typer.Argument(help="Model folder; hub:owner/name asks the network.", metavar="MODEL_DIR")]
-ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file.", metavar="EXPERIMENT.toml")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key: --set backbone.lora.r=16", metavar="A.B=V")
-]
 
 
 def doctor(

@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmllm.config import Experiment
+from fedmllm.config import Experiment, read_toml
 from fedmllm.record import write_atomically
 from fedmllm.types import ConfigError, nearest
 
@@ -97,12 +96,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's table, laid over that of the file it extends."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself: {' -> '.join(p.name for p in (*seen, path))}")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or lists in lists in lists
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    table = read_toml(path)
     for key in table:
         if key not in KEYS:
             raise ConfigError(f"{path}: {key}: unknown key; allowed: {', '.join(KEYS)}{nearest(key, list(KEYS))}")
