@@ -1,7 +1,7 @@
 """Write README's table of results, the reports and the pictures of docs/ from results/. CI runs it with --check.
 
 python scripts/readme_results.py            # table, reports (results/*.md, *.csv) and docs/radar.svg
-python scripts/readme_results.py --check    # write nothing; fail where the table is not what results/ says
+python scripts/readme_results.py --check    # write nothing; fail where a table is not what the records in results/ say
 python scripts/readme_results.py --shots    # also docs/report-*.png, with a chromium on the PATH
 """
 
@@ -126,21 +126,28 @@ def main() -> None:
             sys.exit(1)
     inside = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.DOTALL)
     after = inside.sub(lambda _: f"{BEGIN}\n{text_of(folders)}\n{END}", before)
-    if arguments.check:
-        sys.exit("README.md: not what results/ says; run scripts/readme_results.py" if after != before else 0)
-    readme.write_text(after, encoding="utf-8")
+    stale = ["README.md"] if after != before else []
+    if not arguments.check:
+        readme.write_text(after, encoding="utf-8")
     with tempfile.TemporaryDirectory() as place:
         for folder in folders:
             written = write_report([folder], Path(place) / f"{folder.name}.html")
-            for path in written:
-                if path.suffix != ".html":
-                    shutil.copy(path, RESULTS / path.name)
-                    print((RESULTS / path.name).relative_to(ROOT))
+            for path in (path for path in written if path.suffix != ".html"):
+                kept = RESULTS / path.name
+                if not kept.exists() or kept.read_bytes() != path.read_bytes():
+                    stale.append(str(kept.relative_to(ROOT)))
+                if not arguments.check:
+                    shutil.copy(path, kept)
+            if arguments.check:
+                continue
             chapter = read_book([folder]).chapters[0]
             if picture := radar(results(chapter), looks(chapter), folder.name):
                 (ROOT / f"docs/radar-{folder.name}.svg").write_text(standalone(picture.svg), encoding="utf-8")
             if arguments.shots and folder == folders[0]:
                 shots(written[0])
+    if arguments.check and stale:
+        sys.exit(f"not what the records in results/ say: {', '.join(stale)}; run scripts/readme_results.py")
+    print("\n".join(stale))
 
 
 if __name__ == "__main__":
