@@ -11,7 +11,6 @@ Targets of issue 6: simulation <= 0.6 s over in-process; deployment <= 12 s at 2
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import statistics
@@ -23,16 +22,15 @@ from typing import Any
 import torch
 from machine import describe
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import flower_federation as trial
+
 from fedmllm.config import Experiment
 from fedmllm.engines import flower_simulation
 from fedmllm.record import read
 from fedmllm.runs import run
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "flower_trial.py"
 BYTES_A_RANK = 131_072 // 8  # of the embedded backbone's adapter
-spec = importlib.util.spec_from_file_location("flower_trial", SCRIPT)
-trial = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-spec.loader.exec_module(trial)  # type: ignore[union-attr]
 
 
 def backbone(megabytes: float) -> str:

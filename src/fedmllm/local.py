@@ -61,6 +61,12 @@ class Step:
     lr: float
 
 
+def planned_steps(train: Train, num_rows: int) -> int:
+    """Optimiser steps of a round that is finished, of a client with so many rows."""
+    steps = train.epochs * -(-num_rows // (train.batch_size * train.accumulation))
+    return min(steps, train.max_steps) if train.max_steps else steps
+
+
 @dataclass(frozen=True)
 class Clients:
     """All that local training needs besides the global adapter: one frozen model, every client's rows and settings."""
@@ -82,9 +88,7 @@ class Clients:
 
     def planned_steps(self, client: int) -> int:
         """Optimiser steps of the client in a round that it finishes."""
-        size = self.train.batch_size * self.train.accumulation
-        steps = self.train.epochs * -(-len(self.shards[client].rows) // size)
-        return min(steps, self.train.max_steps) if self.train.max_steps else steps
+        return planned_steps(self.train, len(self.shards[client].rows))
 
     def num_steps(self, client: int, round_: int) -> int:
         """Optimiser steps that the client gets done in the round: all that are planned, unless it straggles."""

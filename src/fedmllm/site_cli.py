@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedmllm.types import FedmllmError
+from fedmllm.types import ConfigError, FedmllmError
 
 site_app = typer.Typer(help="Take part in a federation with the data of this machine.", no_args_is_help=True)
 server_app = typer.Typer(help="Run a federation of sites.", no_args_is_help=True)
@@ -18,7 +19,7 @@ server_app = typer.Typer(help="Run a federation of sites.", no_args_is_help=True
 Folder = Annotated[Path, typer.Argument(help="The server's folder.", metavar="FOLDER")]
 SiteFile = Annotated[Path, typer.Argument(help="The site's own file.", metavar="SITE.toml")]
 EXAMPLE = """\
-name = "{name}"
+name = {name}
 server = "{server}"
 ca = "ca.crt"        # from the server's people
 key = "site.key"     # stays here; site.key.pub goes to the server's people
@@ -39,6 +40,8 @@ metrics = ["loss", "num_steps", "num_tokens", "time_s"]
 
 [allow.settings]
 "train.lr" = {{ max = 1e-2 }}
+"train.batch_size" = {{ min = 4 }}     # a delta of few rows says more about each of them
+"lora.r" = {{ max = 64 }}
 """
 
 
@@ -59,12 +62,17 @@ def site_new(
     """Make a key, and a SITE.toml to be filled in."""
     _quiet()
     from fedmllm.engines.flower_keys import make_site_key
+    from fedmllm.sites import check_name
 
-    public = make_site_key(folder / "site.key")
     path = folder / "site.toml"
     if path.exists():
         raise FedmllmError(f"{path} exists; choose another folder")
-    path.write_text(EXAMPLE.format(name=name, server=server), encoding="utf-8")
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise ConfigError(f"--name: got {name[:100]!r}; {error}") from None
+    public = make_site_key(folder / "site.key")
+    path.write_text(EXAMPLE.format(name=json.dumps(name, ensure_ascii=False), server=server), encoding="utf-8")
     typer.echo(f"fill in {path}; give {public} to the server's people, and get ca.crt from them")
 
 
@@ -161,9 +169,13 @@ def server_run(
 
     settings, server = Experiment.load(experiment, set_ or []), Server(folder)
     names = [name for name in server.sites() if not site or name in site]
-    for event in server.run(settings, out, resume, test, site or []):
-        if line := in_words(event, names):
-            say(line)
+    try:
+        for event in server.run(settings, out, resume, test, site or []):
+            if line := in_words(event, names):
+                say(line)
+    except KeyboardInterrupt:
+        say("stopped, also on SuperLink; the same with --resume goes on from the last finished round")
+        raise typer.Exit(130) from None
     say(f"adapter: {out / 'adapter'}; record: {out / 'record.jsonl'}")
 
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
 
 from fedmllm.backbones import BackboneSpec, Lora, Precision, Tiny
 from fedmllm.config import FAMILIES, Experiment, Train
-from fedmllm.data import Dataset, Rows, Split
-from fedmllm.engine import FlowerSites
+from fedmllm.data import Dataset
 from fedmllm.objectives import Objective, TaskLoss
 from fedmllm.prompts import Plain, Prompt
-from fedmllm.scenarios.partitions import ByColumn, value_of
+from fedmllm.scenarios.partitions import value_of
 from fedmllm.types import (
     ConfigError,
     DataError,
@@ -36,7 +35,15 @@ from fedmllm.types import (
 )
 
 Metric = Literal["loss", "num_steps", "num_tokens", "time_s"]  # what a client's training can report
+METRICS: tuple[Metric, ...] = get_args(Metric)
 LARGEST_REQUEST = 2**20  # bytes of settings
+
+
+def check_name(name: str) -> str:
+    """A site's name, which goes into commands, logs and terminals. Raises ValueError where it is not fit for them."""
+    if not 1 <= len(name) <= 100 or not name.isprintable() or name != name.strip() or name.startswith("-"):
+        raise ValueError("a name has 1 to 100 printable characters, no space at its ends and no dash at its beginning")
+    return name
 
 
 class Refused(FedmllmError):
@@ -49,7 +56,7 @@ class Request(Spec):
     version: Literal[1] = 1
     run_id: str
     site: str
-    client: NonNegativeInt  # the site's number: it names its random streams
+    client: int = Field(ge=0, lt=100_000)  # the site's number: it names its random streams
     round: PositiveInt
     num_rounds: PositiveInt
     seed: NonNegativeInt
@@ -145,14 +152,14 @@ class Allow(Spec):
     max_steps: PositiveInt = 1000  # optimiser steps a round
     max_rounds: PositiveInt = 1000
     settings: dict[str, Range | tuple[Any, ...]] = {}  # noqa: RUF012  "train.lr" = {max = 1e-3}, "prompt.name" = ["plain"]
-    metrics: tuple[Metric, ...] = ("loss", "num_steps", "num_tokens", "time_s")  # that may leave the site
+    metrics: tuple[Metric, ...] = METRICS  # that may leave the site
 
 
 class Site(Spec):
     """One site's own file, SITE.toml."""
 
-    name: str = Field(min_length=1, max_length=100)
-    server: str  # "host:port"
+    name: str
+    server: str = Field(pattern=r"^[^\s/]+:[0-9]{1,5}$")  # "host:port"
     ca: Path  # certificate of the authority that signed the server's
     key: Path  # this site's private key
     data: SerializeAsAny[Dataset]
@@ -163,6 +170,11 @@ class Site(Spec):
     allow: Allow = Allow()
     threads: NonNegativeInt = 0  # of torch; 0 = its default
     task_timeout_s: PositiveFloat = 6 * 3600.0  # of one round's training; then the trainer is started anew
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        return check_name(name)
 
     @classmethod
     def load(cls, path: Path) -> Site:
@@ -209,21 +221,16 @@ class Site(Spec):
         profile: Visible = frozenset(self.modalities or self.data.modalities())
         return examples, Shard(client, tuple(rows), tuple(profile & frozenset(examples[i].fields) for i in rows))
 
-    def refuse(self, request: Request, base: str, num_steps: int) -> str:
-        """Why this site does not do what is asked; "" where it does.
+    def refuse(self, request: Request, num_steps: int) -> str:
+        """Why this site does not do what is asked, as far as that needs no model; "" where it does.
 
         Args:
             request: As it came.
-            base: Digest of this site's base model.
             num_steps: Optimiser steps that the request comes to on this site's rows.
         """
         allow, reasons = self.allow, []
         if request.site != self.name:
             reasons.append(f"this is {self.name}, not {request.site}")
-        if allow.base and allow.base != base:
-            reasons.append(f"the base model here is {base[:12]}, but the site has pinned {allow.base[:12]}")
-        if request.base != base:
-            reasons.append(f"base model {request.base[:12]} is not the one here, {base[:12]}")
         if num_steps > allow.max_steps:
             reasons.append(f"{num_steps} optimiser steps; this site allows {allow.max_steps}")
         if request.num_rounds > allow.max_rounds or request.round > request.num_rounds:
@@ -233,59 +240,19 @@ class Site(Spec):
             if key in asked and asked[key] not in allowed:
                 said = str(allowed) if isinstance(allowed, Range) else " or ".join(map(repr, allowed))
                 reasons.append(f"{key} = {asked[key]!r}; this site allows {said}")
+        return self._refusal(reasons)
+
+    def refuse_base(self, request: Request, base: str) -> str:
+        """Why this site does not train on its base model, whose digest is `base`; "" where it does."""
+        reasons = []
+        if self.allow.base and self.allow.base != base:
+            reasons.append(f"the base model here is {base[:12]}, but the site has pinned {self.allow.base[:12]}")
+        if request.base != base:
+            reasons.append(f"base model {request.base[:12]} is not the one here, {base[:12]}")
+        return self._refusal(reasons)
+
+    def _refusal(self, reasons: list[str]) -> str:
         return f"refused by site {self.name}: {'; '.join(reasons)}" if reasons else ""
-
-
-class AtSites(Dataset):
-    """The server's view of a federation: of the training rows it knows the site's name alone; the test rows are its own."""
-
-    name: Literal["at-sites"] = "at-sites"
-    sites: tuple[str, ...] = Field(min_length=1)
-    own: SerializeAsAny[Dataset]  # of the server: its test rows, modalities and metrics
-    test: bool = True  # whether the server has test rows
-
-    @field_validator("own", mode="before")
-    @classmethod
-    def _pick(cls, table: Any) -> Any:
-        return Dataset.pick(table, "data.own")
-
-    def load(self, split: Split) -> Rows:
-        if split != "train":
-            return self.own.load(split) if self.test else Rows(())
-        return Rows(tuple(Example(name, {}, "", (), "", f"site {name}", {"site": name}) for name in self.sites))
-
-    def modalities(self) -> tuple[Modality, ...]:
-        return self.own.modalities()
-
-    def metrics(self) -> Sequence[str]:
-        return self.own.metrics() if self.test else ()
-
-    def client_column(self) -> str:
-        return "site"
-
-    def folders(self) -> tuple[Path, ...]:
-        return self.own.folders()
-
-
-def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Experiment:
-    """The experiment as the server runs it over real sites: site names in order are clients 0, 1, ...
-
-    Raises ConfigError where it asks for what only a simulation can do.
-    """
-    if experiment.method != "federated":
-        raise ConfigError(f"method: got {experiment.method!r}; over real sites only 'federated' is possible")
-    if experiment.scenario.name != "aligned" or experiment.availability.name != "always":
-        raise ConfigError("scenario, availability: real sites have their own modalities and failures; leave both out")
-    if experiment.cohort_size > len(sites):
-        raise ConfigError(
-            f"cohort_size: got {experiment.cohort_size}; {len(sites)} sites are known: {', '.join(sites)}"
-        )
-    data = AtSites(sites=tuple(sites), own=experiment.data, test=test)
-    engine = experiment.engine if isinstance(experiment.engine, FlowerSites) else FlowerSites()
-    changes: dict[str, Any] = {"data": data, "partition": ByColumn(column="site"), "engine": engine}
-    if "on_bad_update" not in experiment.screen.model_fields_set:
-        changes["screen"] = experiment.screen.model_copy(update={"on_bad_update": "drop_client"})
-    return experiment.model_copy(update=changes)
 
 
 def quiet_environment() -> dict[str, str]:

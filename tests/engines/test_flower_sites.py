@@ -1,41 +1,59 @@
-"""A real federation on loopback: SuperLink, three sites, TLS, keys. `scripts/flower_trial.py` holds these and more cases."""
+"""A real federation on loopback: SuperLink, gate, three sites, TLS, keys. One for all that is asked of it here.
+
+`scripts/flower_trial.py` does it harm, and takes its time.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "flower_trial.py"
-BACKBONE = 'name = "tiny"'
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from flower_federation import NAMES, Federation, addresses, dropped, federation
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(sys.platform != "linux", reason="child processes end with their parent on Linux only"),
     pytest.mark.xdist_group("flower-sites"),
 ]
 
 
 @pytest.fixture(scope="module")
-def trial():
-    spec = importlib.util.spec_from_file_location("flower_trial", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def sites() -> Iterator[Federation]:
+    with federation('name = "tiny"', rounds=2, train="max_steps = 1") as made:
+        made.start()
+        yield made
 
 
-def test_three_sites_give_the_bytes_of_one_process_and_load_the_base_once(trial):
-    assert "1 load a site" in trial.same_bytes(BACKBONE)
+def test_three_sites_give_the_bytes_of_one_process_and_load_the_base_once(sites):
+    assert sites.run("out")[-1]["event"] == "end", (sites.folder / "run-out.out").read_text()
+    assert sites.digest("out") == sites.in_process()
+    for name in NAMES:
+        said = (sites.folder / f"{name}.out").read_text()
+        assert said.count("base loaded 1 time(s)") == 2, said
 
 
-def test_what_a_site_does_not_allow_is_refused_and_the_reason_is_in_the_record(trial):
-    assert "refused by site" in trial.refusals(BACKBONE)
+def test_nothing_listens_on_or_reaches_another_address_than_loopback(sites):
+    pids = {pid for name in sites.processes for pid in (sites.processes[name].pid, *sites.children(name, ""))}
+    assert len(pids) >= 12  # server, SuperLink, executor, gate; and at each site the SuperNode and the trainer
+    assert addresses(pids) == {"127.0.0.1"}
 
 
-def test_bad_updates_are_left_out_of_the_sum_and_named(trial):
-    assert "NaN" in trial.bad_updates(BACKBONE)
+def test_what_a_site_does_not_allow_is_refused_and_the_reason_is_in_the_record(sites):
+    changes = ("train.max_steps=0", "train.epochs=10", "engine.attempts=1")
+    last = sites.run("refused", *(word for change in changes for word in ("--set", change)))[-1]
+    assert last["event"] == "stopped"
+    assert "refused by site north: 30 optimiser steps; this site allows 20" in last["reason"]
+
+
+def test_an_update_beyond_the_limit_is_left_out_of_the_sum_and_named(sites):
+    events = sites.run("screened", "--set", "screen.max_norm=1e-6", "--set", "num_rounds=1")
+    said = dropped([event for event in events if event["event"] == "round"])
+    assert len(said) == 3
+    assert all("over screen.max_norm" in line for line in said)

@@ -1,8 +1,4 @@
-"""What travels over Flower, and how a round is asked for: the same for the simulation and for real sites.
-
-An adapter is ONE float32 array in manifest order with the digest of that manifest: Flower stores and fetches every array of
-a message as an object of its own, and 200 tensors cost five times what one costs.
-"""
+"""What travels over Flower, and how a round is asked for: the same for the simulation and for real sites."""
 
 from __future__ import annotations
 
@@ -11,23 +7,32 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedmllm.engines.flower_names import ABOUT, ADAPTER, FLAT, REFUSED
+from fedmllm.engines.flower_wire import ABOUT, ADAPTER, REFUSED, array_data, array_record, legible
+from fedmllm.sites import METRICS
 from fedmllm.tensors import flatten, manifest_digest, unflatten
 from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params
 
 CHECK_S = 2.0  # between two looks at whether an answer can still come
+NAMES = frozenset(
+    {*METRICS, "base_loads"}
+)  # of metrics that are taken from an answer; others could pose as the record's own
+LONGEST_METRICS = 2000  # characters
 
 
-def pack(params: Params, about: Mapping[str, str | int | float | bytes]) -> RecordDict:
-    """A message's content: the adapter as one array [P], and what is said about it."""
-    flat = flatten(params).numpy()
-    words = ConfigRecord({"manifest": manifest_digest(params), **about})
-    return RecordDict({ADAPTER: ArrayRecord({FLAT: Array(flat)}), ABOUT: words})
+class Packed:
+    """An adapter made ready for the wire once, for all the messages of a round."""
+
+    def __init__(self, params: Params) -> None:
+        self._adapter: ArrayRecord = array_record(flatten(params).numpy().tobytes())
+        self._manifest = manifest_digest(params)
+
+    def content(self, about: Mapping[str, str | int | float | bytes]) -> RecordDict:
+        """A message's content: the adapter as one array [P], and what is said about it."""
+        return RecordDict({ADAPTER: self._adapter, ABOUT: ConfigRecord({"manifest": self._manifest, **about})})
 
 
 def unpack(content: RecordDict, like: Params) -> Params:
@@ -37,20 +42,13 @@ def unpack(content: RecordDict, like: Params) -> Params:
         raise FedmllmError(
             f"manifest {str(theirs)[:12]} of the other side is not ours, {ours[:12]}: names or shapes differ"
         )
-    array = content[ADAPTER][FLAT]
-    if array.dtype != "float32":
-        raise FedmllmError(f"the adapter came as {array.dtype}; only float32 travels")
-    try:
-        flat = np.ascontiguousarray(array.numpy())
-    except ValueError as error:  # truncated, or an object array: never unpickled
-        raise FedmllmError(f"the adapter cannot be read: {error}") from None
-    return unflatten(torch.from_numpy(flat), like)
+    return unflatten(torch.frombuffer(bytearray(array_data(content)), dtype=torch.float32), like)
 
 
 def update_content(update: ClientUpdate) -> RecordDict:
     """A client's answer: its delta, its row count and its metrics."""
     metrics = json.dumps(dict(update.metrics))
-    return pack(update.delta, {"num_examples": update.num_examples, "metrics": metrics})
+    return Packed(update.delta).content({"num_examples": update.num_examples, "metrics": metrics})
 
 
 def refusal(reason: str) -> RecordDict:
@@ -62,20 +60,26 @@ def read_update(client: int, reply: Message | str, like: Params) -> ClientUpdate
     """A reply as an update, or as the reason why it is none. Nothing in a reply can raise."""
     if isinstance(reply, str):
         return ClientFailure(client, reply)
-    if reply.has_error():
-        return ClientFailure(client, f"Flower: {reply.error.reason or 'error'} (code {reply.error.code})")
     try:
+        if reply.has_error():
+            return ClientFailure(client, f"Flower: {legible(reply.error.reason or 'error')} (code {reply.error.code})")
         about = reply.content[ABOUT]
         if REFUSED in about:
-            return ClientFailure(client, str(about[REFUSED]))
+            return ClientFailure(client, legible(about[REFUSED]))
         num_examples = about["num_examples"]
         if not isinstance(num_examples, int) or num_examples < 0:
-            return ClientFailure(client, f"num_examples: got {num_examples!r}; a count of rows is required")
-        metrics = {str(k): float(v) for k, v in json.loads(str(about["metrics"])).items()}
-        metrics = {k: v for k, v in metrics.items() if k == "loss" or math.isfinite(v)}
-        return ClientUpdate(client, unpack(reply.content, like), num_examples, metrics)
-    except (FedmllmError, KeyError, TypeError, ValueError, AttributeError) as error:
-        return ClientFailure(client, f"its answer cannot be used: {type(error).__name__}: {error}")
+            return ClientFailure(client, f"num_examples: got {num_examples!r:.100}; a count of rows is required")
+        return ClientUpdate(client, unpack(reply.content, like), num_examples, read_metrics(str(about["metrics"])))
+    except Exception as error:  # whatever another machine thinks of: too deep, too large, of the wrong kind
+        return ClientFailure(client, legible(f"its answer cannot be used: {type(error).__name__}: {error}"))
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    """The metrics of an answer: known names alone, finite but for the loss, which the screen judges."""
+    if len(text) > LONGEST_METRICS:
+        raise FedmllmError(f"metrics of {len(text)} characters; at most {LONGEST_METRICS} are read")
+    metrics = {k: float(v) for k, v in json.loads(text).items() if k in NAMES}
+    return {k: v for k, v in metrics.items() if k == "loss" or math.isfinite(v)}
 
 
 def ask(

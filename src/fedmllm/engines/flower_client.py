@@ -15,7 +15,7 @@ from ray import cloudpickle
 
 from fedmllm.config import Experiment
 from fedmllm.engines.flower import unpack, update_content
-from fedmllm.engines.flower_names import ABOUT
+from fedmllm.engines.flower_wire import ABOUT
 from fedmllm.local import Clients
 from fedmllm.types import Shard
 from fedmllm.world import World

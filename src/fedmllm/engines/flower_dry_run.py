@@ -8,9 +8,9 @@ from pathlib import Path
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedmllm.config import Experiment
-from fedmllm.engines.flower_names import ABOUT, ADAPTER, FLAT
 from fedmllm.engines.flower_site import reply_content
 from fedmllm.engines.flower_trainer import Trainer
+from fedmllm.engines.flower_wire import ABOUT, ADAPTER, FLAT
 from fedmllm.sites import Request, Site
 from fedmllm.tensors import flatten, manifest, manifest_digest, norm
 
@@ -21,7 +21,7 @@ def dry_run(site_file: Path, experiment_file: Path, out: Path | None, say: Calla
     Args:
         site_file: SITE.toml.
         experiment_file: An experiment, of which a server could ask; its own data and paths are not looked at.
-        out: Where to write the array as it would be sent (numpy's .npy form), if anywhere.
+        out: Where to write the array as it would be sent (float32, little-endian, nothing else), if anywhere.
         say: Takes one line.
     """
     site, experiment = Site.load(site_file), Experiment.load(experiment_file)

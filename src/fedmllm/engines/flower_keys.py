@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,6 +63,13 @@ def make_site_key(path: Path) -> Path:
     return public
 
 
+def refuse_open_key(path: Path) -> None:
+    """Raise FedmllmError where others than its owner may read or write a private key, as after a careless copy."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if os.name != "nt" and mode & 0o077:
+        raise FedmllmError(f"{path}: has mode {mode:04o}; a private key is its owner's alone: chmod 600 {path}")
+
+
 def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -87,8 +95,8 @@ def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat)
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Never over an existing file: a key that is in use would be lost."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Never over an existing file: a key that is in use would be lost. A folder made for it is its owner's alone."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
     except FileExistsError:

@@ -19,10 +19,11 @@ from flwr.serverapp import Grid, ServerApp
 from fedmllm.config import Experiment
 from fedmllm.engine import Engine as EngineSettings
 from fedmllm.engine import FlowerSites as Settings
-from fedmllm.engines.flower import ask, pack, read_update
+from fedmllm.engines.flower import Packed, ask, read_update
+from fedmllm.engines.flower_experiment import AtSites
 from fedmllm.local import Clients
 from fedmllm.runs import run
-from fedmllm.sites import AtSites, Request
+from fedmllm.sites import Request
 from fedmllm.tensors import is_finite
 from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params
 
@@ -107,7 +108,8 @@ class Sites:
         """Ask each of these sites that is connected, or becomes so within `connect_s`."""
         grid, s = self._link.grid, self._settings
         since = self._connected(cohort)
-        messages = {k: self._message(params, round_, k) for k in since}
+        packed = Packed(params)
+        messages = {k: self._message(packed, round_, k) for k in since}
         answers: Answers = {k: ClientFailure(k, "not connected") for k in cohort}
 
         def lost() -> dict[int, str]:  # a SuperNode that was killed forgets what it had fetched, and Flower waits on
@@ -128,10 +130,10 @@ class Sites:
                 return online
             time.sleep(POLL_S)
 
-    def _message(self, params: Params, round_: int, client: int) -> Message:
+    def _message(self, packed: Packed, round_: int, client: int) -> Message:
         base = self._clients.backbone.digest
         request = Request.of(self._experiment, base, self._names[client], client, round_)
-        content = pack(params, {"request": request.model_dump_json()})
+        content = packed.content({"request": request.model_dump_json()})
         ttl = self._settings.round_timeout_s  # a site that was away does not work off what is over
         return Message(content, self._link.nodes[client], "train", ttl=ttl, group_id=str(round_))
 

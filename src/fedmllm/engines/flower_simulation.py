@@ -39,7 +39,7 @@ from ray import cloudpickle  # noqa: E402
 
 from fedmllm.engine import Engine as EngineSettings  # noqa: E402
 from fedmllm.engine import FlowerSimulation as Settings  # noqa: E402
-from fedmllm.engines.flower import ask, pack, read_update  # noqa: E402
+from fedmllm.engines.flower import Packed, ask, read_update  # noqa: E402
 from fedmllm.engines.flower_client import Job  # noqa: E402
 from fedmllm.engines.flower_client import app as client_app  # noqa: E402
 from fedmllm.local import Clients  # noqa: E402
@@ -155,8 +155,9 @@ class FlowerSimulation:
         if grid is None:
             raise FedmllmError(simulation.ended())
         nodes = sorted(grid.get_node_ids())  # alike: a message says which client it is about
+        packed = Packed(params)
         messages = {
-            client: Message(pack(params, {"job": self._job(client, round_)}), nodes[i % len(nodes)], "train")
+            client: Message(packed.content({"job": self._job(client, round_)}), nodes[i % len(nodes)], "train")
             for i, client in enumerate(cohort)
         }
         replies = dict(ask(grid, messages, self._settings.timeout_s, POLL_S, simulation.check))

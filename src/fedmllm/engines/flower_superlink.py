@@ -7,7 +7,6 @@ the work, so this module loads neither torch nor Flower.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import subprocess
 import sys
@@ -20,15 +19,16 @@ from typing import Any
 from pydantic import Field
 
 from fedmllm.config import Experiment
+from fedmllm.engines.flower_experiment import over_sites
 from fedmllm.engines.flower_processes import binary, die_with_parent, environment, stop
+from fedmllm.engines.flower_watch import Watch
 from fedmllm.record import read, write_atomically
 from fedmllm.scenarios.partitions import in_order
-from fedmllm.sites import over_sites
+from fedmllm.sites import check_name
 from fedmllm.types import ConfigError, FedmllmError, Spec, validate
 
 SETTINGS, SITES, CONNECTION = "server.toml", "sites.json", "fedmllm"
 START_S = 60.0  # of a SuperLink, at most
-STATUS_S = 5.0  # between two questions to SuperLink how a run is
 OWN_REASON = "ServerApp failed with exception: "
 APP = """[project]
 name = "fedmllm-federation"
@@ -133,6 +133,11 @@ class Server:
 
     def serve(self, say: Callable[[str], None]) -> None:
         """Keep a SuperLink running until we are interrupted; one that dies is started again on the same database."""
+        from fedmllm.engines.flower_keys import CA_KEY, SERVER_KEY, refuse_open_key
+
+        for key in (CA_KEY, SERVER_KEY):
+            if (self.folder / key).exists():  # an authority's key may well lie elsewhere
+                refuse_open_key(self.folder / key)
         process, gate = self.start(), self.start_gate()
         try:
             door = f"; sites reach {self.listen.gate}" if gate else ""
@@ -181,6 +186,12 @@ class Server:
     def add(self, name: str, public_key: Path) -> int:
         """Register a site by its public key -> its node id. SuperLink must be running."""
         sites = self.sites()
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ConfigError(f"site {name[:100]!r}: {error}") from None
+        if not public_key.is_file():
+            raise ConfigError(f"{public_key}: no such file; a site's public key, site.key.pub, is needed")
         if name in sites:
             raise FedmllmError(f"site {name!r} is registered already, as node {sites[name]}")
         node = int(
@@ -221,26 +232,26 @@ class Server:
             write_atomically(job, json.dumps({"experiment": settings, **about}))
             started = self._submit(job)
             yield {"event": "submitted", "run": started, "attempt": attempt + 1}
-            status, details, check = "running", "", time.monotonic() + STATUS_S
-            while True:
-                ended = status.startswith("finished")
-                if status == "unreachable" and record.exists():
-                    # SuperLink may just be busy: then the run goes on, and holds its record.
-                    ended = not is_written(record)
-                events = list(read(record)) if record.exists() else []
-                seen = min(seen, len(events))  # a resumed record forgets what came after its checkpoint
-                yield from events[seen:]
-                last, seen = (events[-1] if events else {}), len(events)
-                if last.get("event") == "end" and (out / "summary.json").exists():
-                    return
-                if ended:
-                    break
-                time.sleep(0.5)
-                if time.monotonic() > check:
-                    (status, details), check = self.status(started), time.monotonic() + STATUS_S
-            if details.startswith(OWN_REASON):  # SuperLink lived to hear it, so it is the run's own
-                raise FedmllmError(details.removeprefix(OWN_REASON))
-            yield {"event": "lost", "status": status, "note": f"log: {self.folder / 'superlink.log'}"}
+            watch = Watch(self.status, started, record)
+            try:
+                while True:
+                    ended = watch.ended()
+                    events = list(read(record)) if record.exists() else []
+                    seen = min(seen, len(events))  # a resumed record forgets what came after its checkpoint
+                    yield from events[seen:]
+                    last, seen = (events[-1] if events else {}), len(events)
+                    if last.get("event") == "end" and (out / "summary.json").exists():
+                        return
+                    if ended:
+                        break
+                    time.sleep(0.5)
+            except (KeyboardInterrupt, GeneratorExit):
+                with contextlib.suppress(FedmllmError):
+                    self.flwr("stop", started)
+                raise
+            if watch.details.startswith(OWN_REASON):  # SuperLink lived to hear it, so it is the run's own
+                raise FedmllmError(watch.details.removeprefix(OWN_REASON))
+            yield {"event": "lost", "status": watch.status, "note": f"log: {self.folder / 'superlink.log'}"}
         raise FedmllmError(
             f"the run was lost {restarts + 1} times; see {self.folder / 'superlink.log'}; --resume goes on"
         )
@@ -257,13 +268,3 @@ class Server:
                         f"no run could be started: {error}; is `fedmllm server start` running?"
                     ) from None
             time.sleep(2)
-
-
-def is_written(record: Path) -> bool:
-    """Whether a run holds the lock of this record, which ends with its process."""
-    with record.open("ab") as file:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False

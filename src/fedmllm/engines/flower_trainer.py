@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fedmllm.backbones import Backbone, BackboneSpec
-from fedmllm.local import Clients, RowStore
+from fedmllm.local import Clients, RowStore, planned_steps
 from fedmllm.sites import Refused, Request, Site
 from fedmllm.tensors import flatten, manifest_digest, unflatten
 from fedmllm.types import ConfigError, Example, Params, Shard
@@ -39,12 +39,17 @@ class Trainer:
         self._store: tuple[Any, RowStore] | None = None
 
     def train(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> tuple[Params, dict[str, Any]]:
-        """-> the delta, and what is said about it. Raises Refused where the site does not allow it."""
-        backbone, shard = self.backbone(request), self._rows(request.client)
-        clients = self._clients(request, backbone, shard)
-        if reason := self.site.refuse(request, backbone.digest, clients.planned_steps(request.client)):
+        """-> the delta, and what is said about it. Raises Refused where the site does not allow it.
+
+        Settings are judged before anything is built from them: what is refused costs no memory.
+        """
+        shard = self._rows(request.client)
+        if reason := self.site.refuse(request, planned_steps(request.train, len(shard.rows))):
             raise Refused(reason)
-        start = backbone.lora()
+        backbone = self.backbone(request)
+        if reason := self.site.refuse_base(request, backbone.digest):
+            raise Refused(reason)
+        clients, start = self._clients(request, backbone, shard), backbone.lora()
         if manifest != (ours := manifest_digest(start)):
             raise Refused(
                 f"refused by site {self.site.name}: manifest {manifest[:12]} of the adapter is not the one here, {ours[:12]}"

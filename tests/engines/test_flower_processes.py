@@ -1,0 +1,284 @@
+"""The parts of a deployment on this machine, one by one: keys, gate, lock, trainer, and what outlives what."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import ssl
+import stat
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import uvicorn
+
+pytest.importorskip("flwr", reason="the extra `flower` is not installed")
+
+from starlette.applications import Starlette
+from starlette.requests import Request as Called
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from fedmllm.config import Experiment
+from fedmllm.engines import flower_processes, flower_trainer, flower_watch
+from fedmllm.engines.flower_gate import gate
+from fedmllm.engines.flower_keys import make_authority, make_site_key, refuse_open_key
+from fedmllm.engines.flower_resident import ResidentTrainer
+from fedmllm.engines.flower_site import alone, run_site
+from fedmllm.engines.flower_superlink import Server
+from fedmllm.engines.flower_trainer import serve
+from fedmllm.engines.flower_watch import Watch, is_written
+from fedmllm.record import Record
+from fedmllm.sites import Request, Site
+from fedmllm.types import ConfigError, FedmllmError
+
+EXPERIMENT = Experiment.parse({"data": "synthetic-irony", "cohort_size": 1, "train": {"lr": 1e-3, "max_steps": 3}})
+
+
+def site(tmp_path: Path, extra: str = "") -> Site:
+    head = f'name = "north"\nserver = "localhost:1"\nca = "ca.crt"\nkey = "site.key"\n{extra}\n'
+    (tmp_path / "site.toml").write_text(f"{head}[data]\nname = 'synthetic-irony'\n")
+    return Site.load(tmp_path / "site.toml")
+
+
+# ---- keys
+
+
+def test_keys_are_private_never_overwritten_and_fit_the_certificate(tmp_path):
+    make_authority(tmp_path, ["localhost", "127.0.0.1"])
+    public = make_site_key(tmp_path / "site.key")
+    assert public.read_text().startswith("ecdsa-sha2-nistp384 ")
+    for name in ("ca.key", "server.key", "site.key"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    with pytest.raises(FedmllmError, match=r"site\.key exists"):
+        make_site_key(tmp_path / "site.key")
+    ours, theirs = socket.socketpair()
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    client = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    thread = threading.Thread(target=lambda: server.wrap_socket(ours, server_side=True).close())
+    thread.start()
+    with client.wrap_socket(theirs, server_hostname="localhost") as trusted:
+        assert trusted.version() == "TLSv1.3"
+    thread.join(10)
+
+
+def test_a_private_key_that_others_can_read_is_refused_with_the_command_that_mends_it(tmp_path):
+    make_site_key(tmp_path / "new" / "site.key")
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+    key = tmp_path / "new" / "site.key"
+    refuse_open_key(key)
+    key.chmod(0o640)
+    with pytest.raises(FedmllmError, match=r"site\.key: has mode 0640; .*: chmod 600 "):
+        refuse_open_key(key)
+
+
+# ---- the gate
+
+
+def free_port_served(app: Starlette, folder: Path) -> tuple[uvicorn.Server, threading.Thread, int]:
+    port = flower_processes.free_port()
+    files = {"ssl_certfile": str(folder / "server.crt"), "ssl_keyfile": str(folder / "server.key")}
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", **files))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + 20
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.01)
+    return server, thread, port
+
+
+def test_the_gate_passes_a_sites_calls_whole_and_nothing_else(tmp_path):
+    make_authority(tmp_path, ["127.0.0.1"])
+
+    async def echo(called: Called) -> PlainTextResponse:
+        return PlainTextResponse(f"{called.url.path} {len(await called.body())} {called.headers.get('x-key')}", 201)
+
+    behind, thread, port = free_port_served(
+        Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])]), tmp_path
+    )
+    door = gate(f"https://127.0.0.1:{port}", tmp_path / "ca.crt")
+
+    async def through(*calls: tuple[str, str]) -> list[httpx.Response]:
+        transport = httpx.ASGITransport(door)
+        async with httpx.AsyncClient(transport=transport, base_url="https://gate") as client:
+            return [await client.request(m, p, content=b"x" * 10**6, headers={"x-key": "7"}) for m, p in calls]
+
+    try:
+        passed, *refused = asyncio.run(
+            through(
+                ("POST", "/v1/fleet/pull-messages"),
+                ("GET", "/v1/fleet/pull-messages"),
+                ("POST", "/v1/control/start-run"),
+                ("POST", "/v1/fleet/../control/start-run"),
+                ("POST", "/v1/fleet/%2e%2e%2fcontrol%2fstart-run"),
+                ("POST", "/v1/fleet/%252e%252e%252fcontrol%252fstart-run"),
+                ("POST", "/v1/fleet/..%5ccontrol"),
+                ("POST", "/v1/fleet/pull-messages%3fx"),
+                ("POST", "/v1/fleet//pull-messages"),
+                ("POST", "/v1/fleet/"),
+                ("POST", "/"),
+            )
+        )
+    finally:
+        behind.should_exit = behind.force_exit = True
+        thread.join(10)
+    assert (passed.status_code, passed.text) == (201, "/v1/fleet/pull-messages 1000000 7")
+    assert [r.status_code for r in refused] == [405, *[404] * 9]
+
+
+# ---- a site's process
+
+
+def test_a_site_is_served_by_one_process_alone(tmp_path):
+    first = alone(tmp_path)
+    with pytest.raises(FedmllmError, match="another process serves this site already"):
+        alone(tmp_path)
+    first.close()
+    alone(tmp_path).close()
+
+
+def test_a_site_without_its_files_or_with_an_open_key_starts_nothing(tmp_path):
+    site(tmp_path)
+    with pytest.raises(FedmllmError, match=r"site\.toml: ca: .*ca\.crt: no such file"):
+        run_site(tmp_path / "site.toml")
+    (tmp_path / "ca.crt").write_text("")
+    with pytest.raises(FedmllmError, match=r"site\.toml: key: .*site\.key: no such file"):
+        run_site(tmp_path / "site.toml")
+    make_site_key(tmp_path / "site.key")
+    (tmp_path / "site.key").chmod(0o644)
+    with pytest.raises(FedmllmError, match="chmod 600"):
+        run_site(tmp_path / "site.toml")
+    assert not (tmp_path / "site-state").exists()
+
+
+def test_a_trainer_that_hangs_before_it_has_read_its_message_is_replaced_in_time(tmp_path):
+    trainer = ResidentTrainer(site(tmp_path, "task_timeout_s = 0.5"), tmp_path / "site.toml")
+    try:
+        hung = trainer.process
+        os.kill(hung.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        said, delta = trainer.ask({"request": "", "manifest": ""}, bytes(4 * 10**6))  # more than a socket holds
+        assert time.monotonic() - began < 20
+        assert said["refused"] == "site north: the trainer took longer than 0.5 s; it was started anew"
+        assert delta == b""
+        assert hung.returncode == -signal.SIGKILL
+        assert trainer.process.pid != hung.pid
+    finally:
+        trainer.close()
+    assert trainer.process.returncode is not None
+
+
+def test_a_name_or_key_that_cannot_be_registered_is_named(tmp_path):
+    server = Server.new(tmp_path / "server", ["localhost"], 8000)
+    assert stat.S_IMODE((tmp_path / "server").stat().st_mode) == 0o700  # SuperLink's database lies there
+    with pytest.raises(ConfigError, match="site '-x': a name has 1 to 100 printable"):
+        server.add("-x", tmp_path / "site.key.pub")
+    with pytest.raises(ConfigError, match=r"site\.key\.pub: no such file"):
+        server.add("x", tmp_path / "site.key.pub")
+
+
+# ---- whether a run lives
+
+
+def test_a_run_lives_as_long_as_its_record_is_locked(tmp_path):
+    record = Record(tmp_path / "record.jsonl")
+    assert is_written(tmp_path / "record.jsonl")
+    record.close()
+    assert not is_written(tmp_path / "record.jsonl")
+
+
+def test_a_run_of_which_nothing_is_heard_is_lost_and_one_that_never_begins_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(flower_watch, "STATUS_S", 0.0)
+    record, now = tmp_path / "record.jsonl", [0.0]
+    monkeypatch.setattr(flower_watch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    said = {"status": ("unreachable", "")}
+    watch = Watch(lambda run: said["status"], "7", record)
+    now[0] = flower_watch.SILENT_S - 1
+    assert not watch.ended()
+    now[0] = flower_watch.SILENT_S + 1
+    assert watch.ended()
+    with contextlib.closing(Record(record)):
+        assert not watch.ended()  # SuperLink is busy, the run goes on
+    assert watch.ended()
+    now[0], said["status"] = now[0] + 1, ("finished:failed", "why")
+    assert watch.ended()
+    assert (watch.status, watch.details) == ("finished:failed", "why")
+    now[0], said["status"] = 0.0, ("pending", "")
+    watch = Watch(lambda run: said["status"], "7", record)
+    now[0] = flower_watch.PENDING_S + 1
+    with pytest.raises(FedmllmError, match="has not begun run 7 for 300 s"):
+        watch.ended()
+
+
+# ---- without the extra
+
+
+def test_an_engine_whose_packages_are_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(flower_processes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FedmllmError, match=r"flwr and ray not installed, .* pip install 'fedmllm\[flower\]'"):
+        flower_processes.need("flwr", "ray")
+
+
+# ---- the trainer
+
+
+class Broken:
+    """A trainer whose first message fails."""
+
+    num_loads = 1
+
+    def __init__(self, site: Site) -> None:
+        self.calls = 0
+
+    def train(self, request: Request, flat: np.ndarray, manifest: str) -> tuple:
+        self.calls += 1
+        if self.calls == 1:
+            raise RuntimeError("row 17 of /secret/table.csv")
+        return {"a": torch.tensor([float(self.calls)])}, {"num_examples": 4, "metrics": {"loss": 1.0}}
+
+
+@pytest.fixture
+def link(tmp_path, monkeypatch):
+    monkeypatch.setattr(flower_trainer, "Trainer", Broken)
+    ours, theirs = socket.socketpair()
+    ours_end, theirs_end = Connection(ours.detach()), Connection(theirs.detach())
+    thread = threading.Thread(target=serve, args=(site(tmp_path), theirs_end), daemon=True)
+    thread.start()
+    yield ours_end
+    ours_end.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def asked(link: Connection, request: str, adapter: bytes = bytes(4)) -> tuple[dict, bytes]:
+    link.send_bytes(json.dumps({"request": request, "manifest": "m"}).encode())
+    link.send_bytes(adapter)
+    return json.loads(link.recv_bytes()), link.recv_bytes()
+
+
+def test_the_trainer_survives_what_fails_and_keeps_the_reason_at_the_site(link, capfd):
+    request = Request.of(EXPERIMENT, "base", "north", 0, 1).model_dump_json()
+    said, delta = asked(link, request)
+    assert said["refused"] == "site north: training failed with RuntimeError; its own log says why"
+    assert delta == b""
+    assert "row 17 of /secret/table.csv" in capfd.readouterr().err
+    said, delta = asked(link, request)
+    assert (said["num_examples"], delta) == (4, np.float32(2).tobytes())
+
+
+@pytest.mark.parametrize(("request_text", "adapter"), [("no json", bytes(4)), (None, bytes(3))])
+def test_the_trainer_answers_nonsense_with_a_reason(link, request_text, adapter):
+    text = request_text or Request.of(EXPERIMENT, "base", "north", 0, 1).model_dump_json()
+    said, _ = asked(link, text, adapter)
+    assert "request" in said["refused"] or "float32" in said["refused"]
