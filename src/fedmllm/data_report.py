@@ -16,10 +16,12 @@ from fedmllm.config import Experiment
 from fedmllm.data import Dataset
 from fedmllm.scenarios import assign, digest
 from fedmllm.scenarios.partitions import answer_label
-from fedmllm.types import ConfigError, Content, Example, FedmllmError, Picture, Shard
+from fedmllm.types import ConfigError, Content, Example, FedmllmError, Modality, Picture, Shard, Visible
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+FORM = ("id", "image", "conversations", "client", "question", "choices", "answer")  # columns of an exported row
 
 
 @dataclass(frozen=True)
@@ -137,21 +139,46 @@ def export(federation: Federation, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     if old := sorted(folder.glob("client_*.json")):
         raise FedmllmError(f"{old[0]} exists; choose an empty folder")
-    written = []
+    columns, files = columns_of(federation), []
+    reading_back = _reading_back(federation, folder, columns)  # before anything is written: it may refuse a path
     for shard in federation.shards:
         rows = [
-            exported(federation.experiment, federation.examples[row], visible, shard.client)
+            exported(federation.experiment, federation.examples[row], visible, shard.client, columns)
             for row, visible in zip(shard.rows, shard.visible, strict=True)
         ]
         path = folder / f"client_{shard.client}.json"
         path.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        written.append(path)
+        files.append(path)
     toml = folder / "data.toml"
-    toml.write_text(_reading_back(federation, folder), encoding="utf-8")
-    return [*written, toml]
+    toml.write_text(reading_back, encoding="utf-8")
+    return [*files, toml]
 
 
-def exported(experiment: Experiment, example: Example, visible: frozenset[str], client: int) -> dict[str, Any]:
+def columns_of(federation: Federation) -> dict[Modality, str]:
+    """Modality -> the column of an exported row that holds it: its own name, unless the form needs that one.
+
+    `image` holds all pictures of a row, so it is a modality's column only where no other modality has pictures.
+    """
+    pictures, taken = _pictures(federation), {*FORM, "file"}  # "file" means the name of the file
+    columns: dict[Modality, str] = {}
+    for modality in federation.experiment.data.modalities():
+        column = modality
+        while column in taken and pictures != [column]:
+            column += "_"
+        columns[modality] = column
+        taken.add(column)
+    return columns
+
+
+def _pictures(federation: Federation) -> list[Modality]:
+    """The modalities that no row has as a text."""
+    texts = {m for example in federation.examples for m, content in example.fields.items() if isinstance(content, str)}
+    return [m for m in federation.experiment.data.modalities() if m not in texts]
+
+
+def exported(
+    experiment: Experiment, example: Example, visible: Visible, client: int, columns: dict[Modality, str]
+) -> dict[str, Any]:
     """One row in the conversation form. `image` is a path, a list of paths, or null."""
     conversation = experiment.prompt.render(example, visible)
     images = [str(part.path.absolute()) for part in conversation.pictures]
@@ -162,19 +189,14 @@ def exported(experiment: Experiment, example: Example, visible: frozenset[str], 
         else:
             content += part.removeprefix("\n") if content.endswith("\n") else part
     shown = example.shown(visible)
-    return {
-        "id": example.id,
-        "image": images[0] if len(images) == 1 else images or None,
-        "conversations": [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": experiment.prompt.target(example)},
-        ],
-        "client": client,
-        "question": example.question,
-        "choices": list(example.choices),
-        "answer": example.answer,
-        **{m: written(shown.get(m)) for m in experiment.data.modalities() if m != "image"},
-    }
+    turns = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": experiment.prompt.target(example)},
+    ]
+    image = images[0] if len(images) == 1 else images or None
+    form = (example.id, image, turns, client, example.question, list(example.choices), example.answer)
+    own = {column: written(shown.get(modality)) for modality, column in columns.items() if column != "image"}
+    return {**dict(zip(FORM, form, strict=True)), **own}
 
 
 def written(content: Content | None) -> str | list[str] | None:
@@ -182,30 +204,41 @@ def written(content: Content | None) -> str | list[str] | None:
     return [str(path.absolute()) for path in content] if isinstance(content, tuple) else content
 
 
-def _reading_back(federation: Federation, folder: Path) -> str:
-    modalities = federation.experiment.data.modalities()
-    pictures = [
-        str(path.absolute())
+def _reading_back(federation: Federation, folder: Path, columns: dict[Modality, str]) -> str:
+    folders = {
+        str(path.absolute().parent)
         for example in federation.examples
         for content in example.fields.values()
         if isinstance(content, tuple)
         for path in content
-    ]
-    texts = {m for example in federation.examples for m, c in example.fields.items() if isinstance(c, str)}
-    cameras = [m for m in modalities if m not in texts]
-    mapped = {"image": {m: m for m in cameras}, "text": {m: m for m in sorted(texts)}}
-    columns = ", ".join(['id = "id", client = "client"', *(f"{key} = {_toml(value)}" for key, value in mapped.items())])
-    images = f"images = {json.dumps(os.path.commonpath([os.path.dirname(p) for p in pictures]))}\n" if pictures else ""  # noqa: PTH120
+    }
+    pictures = _pictures(federation)
+    mapped = {
+        "image": {m: column for m, column in columns.items() if m in pictures},
+        "text": {m: column for m, column in columns.items() if m not in pictures},
+    }
+    tables = ['id = "id"', 'client = "client"']
+    tables += [f"{key} = {_toml_table(table)}" for key, table in mapped.items() if table]
+    images = f"images = {_toml(os.path.commonpath(folders))}\n" if folders else ""
     return (
         f"# {federation.experiment.data.name}, as `fedmllm data export` wrote it; digest {federation.digest}\n"
-        f'[data]\nname = "table"\nroot = {json.dumps(str(folder.absolute()))}\ntrain = "client_*.json"\n{images}'
-        f"columns = {{ {columns} }}\n\n"
+        f'[data]\nname = "table"\nroot = {_toml(str(folder.absolute()))}\ntrain = "client_*.json"\n{images}'
+        f"columns = {{ {', '.join(tables)} }}\n\n"
         f'[partition]\nname = "by-column"\ncolumn = "client"\nnum_clients = {len(federation.shards)}\n'
     )
 
 
-def _toml(table: dict[str, str]) -> str:
-    return "{ " + ", ".join(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items()) + " }"
+def _toml_table(table: dict[str, str]) -> str:
+    return "{ " + ", ".join(f"{_toml(key)} = {_toml(value)}" for key, value in table.items()) + " }"
+
+
+def _toml(text: str) -> str:
+    """A TOML string: as JSON's, but without pairs of escapes, which TOML does not know, and with DEL escaped."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise FedmllmError(f"{text!a}: a path that is not UTF-8 cannot be written into data.toml") from None
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def where(name: str) -> str:

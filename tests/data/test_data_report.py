@@ -152,6 +152,63 @@ def test_exported_rows_have_the_widespread_form_and_hold_nothing_hidden(tmp_path
             assert row["conversations"][1]["content"] in ("(A) not-hateful", "(B) hateful")
 
 
+def read_back(folder: Path, lines: list[str], out: Path, **settings) -> tuple[Federation, Federation]:
+    """A table of one's own as it is, and as its export reads."""
+    rawsets.write_lines(folder / "rows.jsonl", lines)
+    columns = settings.pop("columns")
+    tail = f'columns = {columns}\n[partition]\nname = "iid"\nnum_clients = 2\n'
+    toml = experiment(folder, "table", tail, train="rows.jsonl", question="?", **settings)
+    invoke("export", toml, out)
+    return Federation.of(Experiment.load(toml)), Federation.of(Experiment.load(out / "data.toml"))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        '{ image = { image = "a", thermal = "b" }, text = { note = "t" } }',
+        '{ image = { CAM = "a", image = "b" } }',
+        '{ image = { image_ = "a", id = "b" }, text = { image = "t" } }',
+        '{ image = { image = "a" }, text = { question = "t", choices = "t", answer_ = "t", answer = "t", file = "t" } }',
+        '{ image = "a" }',
+        '{ text = "t" }',
+    ],
+)
+def test_an_export_of_any_modalities_reads_back_in(tmp_path: Path, columns: str) -> None:
+    """`image` is where other code bases look for all pictures of a row; each modality keeps a column of its own."""
+    rows = [{"a": f"x/{i}.png", "b": [f"y/{i}.png", f"x/{i}.jpg"], "t": f"t{i}", "answer": "x"} for i in range(6)]
+    (tmp_path / "raw").mkdir()
+    there, back = read_back(tmp_path / "raw", [json.dumps(row) for row in rows], tmp_path / "out", columns=columns)
+    assert back.digest == there.digest
+    fields = {e.id: e.fields for e in there.examples}
+    assert {e.id: e.fields for e in back.examples} == fields
+    (first, *_) = json.loads((tmp_path / "out" / "client_0.json").read_text())
+    pictures = [str(p) for content in fields[first["id"]].values() if isinstance(content, tuple) for p in content]
+    assert first["image"] == (pictures[0] if len(pictures) == 1 else pictures or None)
+    assert first["conversations"][0]["content"].count("<image>") == len(pictures)
+
+
+@pytest.mark.parametrize(
+    "name", ["\U0001f600 caf\xe9", 'a "b" \\ c', "tab\tand\x07bell\x7fdel", "line\nend", "[1]", "a#b"]
+)
+def test_an_export_into_folders_of_any_name_reads_back_in(tmp_path: Path, name: str) -> None:
+    """TOML knows no pair of escapes for what lies beyond U+FFFF, and wants control characters escaped, DEL among them."""
+    (tmp_path / name).mkdir()
+    rows = ['{"a": "1.png", "answer": "x"}', '{"a": "y/1.png", "answer": "x"}']
+    rawsets.write_lines(tmp_path / name / "rows.jsonl", rows)
+    table = {
+        "name": "table",
+        "root": str(tmp_path / name),
+        "train": "rows.jsonl",
+        "question": "?",
+        "columns": {"image": "a"},
+    }
+    there = Federation.of(Experiment.parse({"data": table, "partition": {"name": "iid", "num_clients": 2}}))
+    export(there, tmp_path / name / "out")
+    back = Federation.of(Experiment.load(tmp_path / name / "out" / "data.toml"))
+    assert back.digest == there.digest
+    assert {e.fields["image"] for e in back.examples} == {e.fields["image"] for e in there.examples}
+
+
 def test_export_overwrites_nothing(tmp_path: Path) -> None:
     rawsets.hateful_memes(tmp_path)
     toml = experiment(tmp_path)

@@ -43,6 +43,7 @@ scenarios = st.one_of(
 )
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(examples_of_any_kind, partitions, scenarios, st.integers(0, 2**40))
 def test_every_row_lands_on_exactly_one_client_and_shows_only_what_it_has(examples, partition, scenario, seed) -> None:
     shards = assign(examples, TWO, partition, scenario, seed)
@@ -57,6 +58,7 @@ def test_every_row_lands_on_exactly_one_client_and_shows_only_what_it_has(exampl
     assert digest(again, examples) == digest(shards, examples)
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(st.integers(1, 80), st.integers(0, 2**40), rates, rates)
 def test_missing_hides_each_modality_by_itself_and_a_higher_rate_hides_more(rows, seed, one, other) -> None:
     examples, iid = [row(i) for i in range(rows)], Iid(num_clients=3)
@@ -81,6 +83,7 @@ def test_missing_rates_are_met_and_do_not_depend_on_the_partition() -> None:
     assert lost == pytest.approx({"image": 0.3, "text": 0.1}, abs=0.03)  # 4 standard errors
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(st.integers(0, 10), st.integers(0, 2**40))
 def test_cross_gives_each_client_one_modality(k, seed) -> None:
     shards = assign([row(i) for i in range(60)], TWO, Iid(num_clients=10), Cross(num_image_clients=k), seed)
@@ -89,6 +92,7 @@ def test_cross_gives_each_client_one_modality(k, seed) -> None:
     assert kinds.count({frozenset({"text"})}) == 10 - k
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(rates, st.integers(0, 2**40))
 def test_hybrid_keeps_the_same_for_all_rows_of_a_client_or_draws_one_a_row(keep_rate, seed) -> None:
     shards = assign([row(i) for i in range(100)], TWO, Iid(), Hybrid(keep_rate=keep_rate), seed)
@@ -97,7 +101,7 @@ def test_hybrid_keeps_the_same_for_all_rows_of_a_client_or_draws_one_a_row(keep_
         assert all(shard.visible)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**40))
 def test_more_than_two_modalities(seed) -> None:
     examples = [row(i, modalities=CAMERAS) for i in range(40)]

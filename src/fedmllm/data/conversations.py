@@ -50,9 +50,10 @@ def _rows_of(where: str, row: Row) -> Iterator[tuple[str, Row]]:
     for count, (i, question) in enumerate(asked, start=1):
         if i + 1 == len(turns) or turns[i + 1][0] != "assistant":
             raise DataError(f"{where}: turn {i} of the user has no answer")
-        name = {"id": f"{row['id']}#{count}"} if count > 1 and "id" in row else {}
+        name = {"id": f"{row['id']}#{count}"} if count > 1 and row.get("id") is not None else {}
         question = _IMAGE_MARK.sub("", question).strip()
-        yield where, {**shared, **name, "question": question, "answer": turns[i + 1][1].strip()}
+        answer = turns[i + 1][1].strip()
+        yield f"{where}#{count}" if count > 1 else where, {**shared, **name, "question": question, "answer": answer}
 
 
 def _turn(where: str, turn: Any) -> tuple[str, str]:

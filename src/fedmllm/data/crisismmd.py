@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from fedmllm.data import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Row, collect, find, picture, take_text, tsv_rows
+from fedmllm.data.delimited import tsv_rows
+from fedmllm.data.reading import Row, collect, filled, find, picture, take_text
 from fedmllm.types import DataError, Example, Modality
 
 SPLITS: dict[Split, str] = {"train": "train", "validation": "dev", "test": "test"}
@@ -25,7 +26,10 @@ CHOICES = (
 
 
 class CrisisMMD(Dataset):
-    """The target is `label_image`, as in FedMLLM (arXiv:2411.14717)."""
+    """The target is `label_image`, as in FedMLLM (arXiv:2411.14717).
+
+    A tweet of nothing but links keeps its row and its text, which is then empty: the published partition counts it.
+    """
 
     source: ClassVar[Source] = Source(
         title="CrisisMMD v2.0",
@@ -55,7 +59,7 @@ class CrisisMMD(Dataset):
     def load(self, split: Split) -> Rows:
         file = f"task_humanitarian_text_img_{SPLITS[split]}.tsv"
         path = find(self.root, f"crisismmd_datasplit_all/{file}", file, hint=hint(self.name))
-        return collect(tsv_rows(path), self._example, self.on_bad_row)
+        return filled(collect(tsv_rows(path), self._example, self.on_bad_row), path, split)
 
     def _example(self, where: str, row: Row) -> Example:
         number = take_text(row, "image_id", where).strip()

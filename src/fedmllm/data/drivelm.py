@@ -11,7 +11,18 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from fedmllm.data import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Placed, Row, collect, find, held_out, json_text, picture, take_text
+from fedmllm.data.reading import (
+    Placed,
+    Row,
+    collect,
+    filled,
+    find,
+    half_character,
+    held_out,
+    json_text,
+    picture,
+    take_text,
+)
 from fedmllm.data.vqa_rad import METRICS, YES_NO
 from fedmllm.types import Content, DataError, Example, Modality
 
@@ -58,15 +69,17 @@ class DriveLM(Dataset):
     def load(self, split: Split) -> Rows:
         path = find(self.root, f"QA_dataset_nus/{FILE}", FILE, hint=hint(self.name))
         try:
-            scenes = json.loads(json_text(path))
+            scenes = json.loads(text := json_text(path))
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} in column {error.colno}") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON of scenes: {error}") from None
         if not isinstance(scenes, dict):
             raise DataError(f"{path}:1: an object of scenes is expected here")
+        if half := half_character(scenes, text):
+            raise DataError(f"{path}: {half} is half of a character; write the other half too, or leave it out")
         ours = {name: scene for name, scene in scenes.items() if self._split_of(name) == split}
-        return collect(self._rows(path, ours), _example, self.on_bad_row)
+        return filled(collect(self._rows(path, ours), _example, self.on_bad_row), path, split)
 
     def _split_of(self, scene: str) -> Split:
         if held_out(self.test_rate, f"test/{scene}"):

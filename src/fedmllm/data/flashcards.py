@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from fedmllm.data import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Row, collect, find, held_out, json_rows, take_text
+from fedmllm.data.reading import Row, collect, filled, find, held_out, json_rows, take_text
 from fedmllm.types import DataError, Example, Modality
 
 FILE = "medical_meadow_wikidoc_medical_flashcards.json"
@@ -59,4 +59,4 @@ class Flashcards(Dataset):
                 columns={"set": self.name, "answer_type": "OPEN"},
             )
 
-        return collect(json_rows(path), make, self.on_bad_row)
+        return filled(collect(json_rows(path), make, self.on_bad_row), path, split)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from fedmllm.data import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Row, collect, find, jsonl_rows, picture, take, take_text
+from fedmllm.data.reading import Row, collect, filled, find, jsonl_rows, picture, take, take_id, take_text
 from fedmllm.types import DataError, Example, Modality
 
 FILES: dict[Split, str] = {"train": "train.jsonl", "validation": "dev_seen.jsonl", "test": "test_seen.jsonl"}
@@ -15,7 +15,10 @@ CHOICES = ("not-hateful", "hateful")  # label 0, label 1
 
 
 class HatefulMemes(Dataset):
-    """The folder as it is handed out: `*.jsonl` with id, img, label, text, and `img/*.png`."""
+    """The folder as it is handed out: `*.jsonl` with id, img, label, text, and `img/*.png`.
+
+    A meme without words keeps its row and its text, which is then empty: the published partition counts every row.
+    """
 
     source: ClassVar[Source] = Source(
         title="Hateful Memes",
@@ -43,32 +46,22 @@ class HatefulMemes(Dataset):
 
     def load(self, split: Split) -> Rows:
         path = find(self.root, FILES[split], hint=hint(self.name))
-        return collect(jsonl_rows(path), self._example, self.on_bad_row)
+        return filled(collect(jsonl_rows(path), self._example, self.on_bad_row), path, split)
 
     def _example(self, where: str, row: Row) -> Example:
         """The image is found by `img`: copies of the set differ in whether `id` keeps its leading zeros."""
-        number = take(row, "id", where)
-        if not isinstance(number, (int, str)):
-            raise DataError(f"{where}: 'id' is {number!r}, neither a number nor a text")
+        number = take_id(row, "id", where)
         where_row = f"{where}: row {number!r}"
-        label = str(take(row, "label", where_row)).strip()
+        label = take_text(row, "label", where_row).strip()
         if label not in ("0", "1"):
             raise DataError(f"{where_row}: 'label' is {row['label']!r}; allowed: 0, 1")
         image = picture(self.root, take(row, "img", where_row), where_row)
         return Example(
             id=number,
-            fields={"image": (image,), "text": written(row, where_row)},
+            fields={"image": (image,), "text": take_text(row, "text", where_row)},
             question="Is the content hateful?",
             choices=CHOICES,
             answer=CHOICES[int(label)],
             where=where,
             columns={"set": self.name},
         )
-
-
-def written(row: Row, where: str) -> str:
-    """The meme's text; an empty one is a row without text."""
-    text = take_text(row, "text", where)
-    if not text.strip():
-        raise DataError(f"{where}: 'text' is empty")
-    return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedmllm.data.reading import Placed
+from fedmllm.data.reading import Placed, readable
 from fedmllm.types import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -25,5 +25,5 @@ def label_rows(folder: Path, answer: str, choices: str) -> Placed:
             f"{folder}: neither {', '.join(METADATA)}, nor images in two or more subfolders called after labels"
         )
     for path in found:
-        name = path.as_posix()
+        name = readable(path.as_posix(), str(folder))
         yield f"{folder / path}", {"id": name, "file_name": name, answer: path.parts[0], choices: labels}

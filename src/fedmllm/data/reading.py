@@ -1,17 +1,17 @@
 """Rows out of files, each with its place, one at a time. A row that cannot be read is named, not guessed at.
 
-Every reader yields (where, row), or (where, DataError) for a row that is broken by itself, so that `collect` can fail or
-skip as the user asked. Files are UTF-8, with or without BOM; lines end with LF or CRLF. Mojibake is kept as it is.
+Every reader (here those of JSON; delimited.py and parquet_files.py have the others) yields (where, row), or
+(where, DataError) for a row that is broken by itself, so that `collect` can fail or skip as the user asked. Files are
+UTF-8, with or without BOM; lines end with LF or CRLF. Mojibake is kept as it is.
 """
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
+import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from fedmllm.types import DataError, Example
 
 Row = Mapping[str, Any]
 Placed = Iterator[tuple[str, Row | DataError]]
-MAX_JOINED = 50  # lines that one quoted TSV field may span
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate; two of them make one character
 
 
 def find(root: Path, *names: str, hint: str) -> Path:
@@ -29,25 +29,44 @@ def find(root: Path, *names: str, hint: str) -> Path:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {hint}")
     for name in names:
-        if (root / name).exists():
+        if is_there(root / name):
             return root / name
     raise DataError(f"{root}: has none of {', '.join(names)}; {hint}")
 
 
-def lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
+def is_there(path: Path) -> bool:
+    """As `Path.exists`, which raises OSError for a name that is too long for the disk to have."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number, line without its end), numbers from 1. Splits at LF only, since texts may hold other line separators."""
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
-                try:
-                    yield number, raw.rstrip(b"\n").removesuffix(b"\r").decode("utf-8")
-                except UnicodeDecodeError as error:
-                    byte = f"byte 0x{raw[error.start]:02x} in column {error.start + 1}"
-                    yield number, DataError(f"{path}:{number}: not UTF-8: {byte}; convert the file to UTF-8")
+                yield number, raw.rstrip(b"\n").removesuffix(b"\r")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def decoded(path: Path, number: int, raw: bytes) -> str | DataError:
+    """The line as text, or what is wrong with it."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{raw[error.start]:02x} in column {error.start + 1}"
+        return DataError(f"{path}:{number}: not UTF-8: {byte}; convert the file to UTF-8")
+
+
+def lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
+    """As `raw_lines`, as text."""
+    for number, raw in raw_lines(path):
+        yield number, decoded(path, number, raw)
 
 
 def jsonl_rows(path: Path) -> Placed:
@@ -58,7 +77,7 @@ def jsonl_rows(path: Path) -> Placed:
             yield where, line
         elif line.strip():
             try:
-                yield where, _object(json.loads(line), where)
+                yield where, _object(json.loads(line), where, line)
             except json.JSONDecodeError as error:
                 yield where, DataError(f"{where}: not JSON: {error.msg} in column {error.colno}")
             except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
@@ -77,16 +96,20 @@ def json_rows(path: Path) -> Placed:
         where = f"{path}:{line}[{index}]"
         try:
             value, position = decoder.raw_decode(text, position)
+            row = _object(value, where, text[counted:position])
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}[{index}]: not JSON: {error.msg} in column {error.colno}") from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
             raise DataError(f"{where}: not JSON of a row: {error}") from None
-        yield where, _object(value, where)
+        yield where, row
         index, position = index + 1, _skip(text, position)
         if text[position : position + 1] == ",":
             position = _skip(text, position + 1)
         elif text[position : position + 1] != "]":
             raise DataError(f"{where}: not JSON: ',' or ']' is missing after this row")
+    if rest := text[_skip(text, position + 1) :]:
+        line += text.count("\n", counted, len(text) - len(rest))
+        raise DataError(f"{path}:{line}: nothing is expected after the end of the list, not {rest[:20]!r}")
 
 
 def json_text(path: Path) -> str:
@@ -98,140 +121,32 @@ def json_text(path: Path) -> str:
     return "\n".join(str(line) for _, line in decoded)
 
 
+def half_character(value: object, source: str) -> str:
+    """Half of a character in a JSON value ("\\ud83d" without its other half), if there is one, else "".
+
+    JSON can write it, but it is no text: neither a file nor a digest can hold it. `source` is what `value` was read from.
+    """
+    if not _HALF.search(source):
+        return ""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return ascii(error.object[error.start])
+    return ""
+
+
 def _skip(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
 
 
-def _object(value: object, where: str) -> Row | DataError:
-    return value if isinstance(value, dict) else DataError(f"{where}: a JSON object is expected, not {value!r:.60}")
-
-
-def tsv_rows(path: Path) -> Placed:
-    """Rows of a file with tabs and a header, whatever quotes the texts hold.
-
-    A stray quote never swallows the lines after it. A field that is quoted as csv would write it ("a ""b"" c") is
-    unquoted, also where it spans lines.
-    """
-    source = lines(path)
-    header = _header(path, source)
-    ahead: deque[tuple[int, str | DataError]] = deque()
-    while entry := ahead.popleft() if ahead else next(source, None):
-        number, line = entry
-        where = f"{path}:{number}"
-        if isinstance(line, DataError):
-            yield where, line
-            continue
-        cells = line.split("\t")
-        if len(cells) < len(header) and _is_open(cells[-1]):
-            ahead.extend(itertools.islice(source, MAX_JOINED - len(ahead)))
-            cells = _joined(cells, ahead, len(header))
-        if len(cells) == len(header):
-            yield where, dict(zip(header, map(_unquoted, cells), strict=True))
-        elif line:
-            yield where, DataError(f"{where}: {len(cells)} columns; the header has {len(header)}")
-
-
-def _joined(cells: list[str], ahead: deque[tuple[int, str | DataError]], width: int) -> list[str]:
-    """The cells with as many lines of `ahead` as the open field at their end spans; unchanged if it never closes."""
-    longer = cells
-    for taken, (_, line) in enumerate(ahead, start=1):
-        if isinstance(line, DataError):
-            break
-        head, *tail = line.split("\t")
-        longer = [*longer[:-1], f"{longer[-1]}\n{head}", *tail]
-        if len(longer) > width or (tail and _is_open(longer[len(cells) - 1])):
-            break
-        if len(longer) == width and not _is_open(longer[-1]):
-            for _ in range(taken):
-                ahead.popleft()
-            return longer
-    return cells
-
-
-def _header(path: Path, source: Iterator[tuple[int, str | DataError]]) -> list[str]:
-    _, first = next(source, (1, ""))
-    if isinstance(first, DataError):
-        raise first
-    if not first.strip():
-        raise DataError(f"{path}:1: empty; a header line with the names of the columns is expected")
-    return [_unquoted(name).strip() for name in first.split("\t")]
-
-
-def _is_open(cell: str) -> bool:
-    """Does a quoted field begin here that does not end here?"""
-    return cell.startswith('"') and cell.count('"') % 2 == 1
-
-
-def _unquoted(cell: str) -> str:
-    inner = cell[1:-1]
-    if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', ""):
-        return inner.replace('""', '"')
-    return cell
-
-
-def csv_rows(path: Path, delimiter: str = ",") -> Placed:
-    """Rows of a csv file with a header (RFC 4180: fields may be quoted and span lines)."""
-    decoded: list[int] = []
-
-    def texts() -> Iterator[str]:
-        for number, line in lines(path):
-            if isinstance(line, DataError):
-                raise line
-            decoded.append(number)
-            yield line + "\n"
-
-    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    begins = 1
-    try:
-        for cells in reader:
-            where, begins = f"{path}:{begins}", len(decoded) + 1
-            if not header:
-                header = [cell.strip() for cell in cells]
-                if twice := [name for i, name in enumerate(header) if name in header[:i]]:
-                    raise DataError(f"{path}:1: the column {twice[0]!r} stands in the header twice")
-            elif len(cells) == len(header):
-                yield where, dict(zip(header, cells, strict=True))
-            elif cells:
-                yield where, DataError(f"{where}: {len(cells)} columns; the header has {len(header)}")
-    except csv.Error as error:
-        raise DataError(f"{path}:{begins}: not csv: {error}; is a quote left open in this row?") from None
-    if not header:
-        raise DataError(f"{path}:1: empty; a header line with the names of the columns is expected")
-
-
-def parquet_rows(path: Path, columns: Iterable[str]) -> Placed:
-    """Rows of a Parquet file, in batches, the named columns only. Pictures inside the file are refused."""
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ModuleNotFoundError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'fedmllm[parquet]'") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except (OSError, arrow.ArrowInvalid) as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from None
-    wanted = [name for name in file.schema_arrow.names if name in set(columns)]
-    for name in wanted:
-        kind = file.schema_arrow.field(name).type
-        if arrow.types.is_struct(kind) or arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind):
-            raise DataError(
-                f"{path}: column {name!r} holds {kind}; write the pictures to files and name their paths here"
-            )
-    index = 0
-    batches = file.iter_batches(batch_size=4096, columns=wanted)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (OSError, arrow.ArrowException) as error:
-            raise DataError(f"{path}[{index}]: cannot be read from here on: {error}") from None
-        if batch is None:
-            return
-        for row in batch.to_pylist():
-            yield f"{path}[{index}]", row
-            index += 1
+def _object(value: object, where: str, source: str) -> Row | DataError:
+    if not isinstance(value, dict):
+        return DataError(f"{where}: a JSON object is expected, not {value!r:.60}")
+    if half := half_character(value, source):
+        return DataError(f"{where}: {half} is half of a character; write the other half too, or leave it out")
+    return value
 
 
 def collect(
@@ -268,6 +183,13 @@ def collect(
     return Rows(tuple(examples), tuple(skipped))
 
 
+def filled(rows: Rows, place: Path, split: str) -> Rows:
+    """The rows; a split to train or test on that has none is an error. Only a validation split may be empty."""
+    if not rows.examples and split != "validation":
+        raise DataError(f"{place}: no rows for the {split} split")
+    return rows
+
+
 def take(row: Row, name: str, where: str) -> Any:
     """A cell that must be there."""
     value = row.get(name)
@@ -278,10 +200,34 @@ def take(row: Row, name: str, where: str) -> Any:
 
 def take_text(row: Row, name: str, where: str) -> str:
     """A cell as text: numbers are written out, since answers such as 4 come as integers."""
-    value = take(row, name, where)
-    if isinstance(value, (dict, list)):
+    return as_text(take(row, name, where), name, where)
+
+
+def as_text(value: object, name: str, where: str) -> str:
+    """A value of column `name` as text. 1.0 is "1": a column of whole numbers with a gap is one of floats in a table."""
+    if isinstance(value, float) and math.isfinite(value):
+        return str(whole(value))
+    if value is None or isinstance(value, (dict, list, bytes, float)):
         raise DataError(f"{where}: {name!r} is {value!r:.60}, not a text")
     return str(value)
+
+
+def whole(value: object) -> object:
+    """1 for 1.0, anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def take_id(row: Row, name: str, where: str) -> int | str:
+    """A cell that names its row."""
+    return as_id(take(row, name, where), name, where)
+
+
+def as_id(value: object, name: str, where: str) -> int | str:
+    """A value of column `name` as a row's id: a whole number or a text that is not blank."""
+    number = whole(value)
+    if isinstance(number, bool) or not isinstance(number, (int, str)) or not str(number).strip():
+        raise DataError(f"{where}: {name!r} is {value!r:.60}, neither a number nor a text")
+    return number
 
 
 def picture(folder: Path, name: object, where: str) -> Path:
@@ -302,6 +248,15 @@ def inside(path: Path, folder: Path, place: str) -> None:
     outside = os.path.commonpath([top, os.path.abspath(path)]) != top  # noqa: PTH100
     if outside or ("\\" in path.name and ".." in path.name):
         raise DataError(f"{place} lies outside of {folder}; refused")
+
+
+def readable(name: str, folder: str) -> str:
+    """The name of a file, which is going to be an id or a client: bytes that are no UTF-8 are refused."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{folder}: the name of the file {name!a} is not UTF-8; rename it") from None
+    return name
 
 
 def held_out(rate: float, key: str) -> bool:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from fedmllm.data import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Row, collect, find, json_rows, picture, take, take_text
+from fedmllm.data.reading import Row, collect, filled, find, json_rows, picture, take, take_id, take_text
 from fedmllm.data.vqa_rad import METRICS, radiology_example
-from fedmllm.types import DataError, Example, Modality
+from fedmllm.types import Example, Modality
 
 FILES: dict[Split, tuple[str, ...]] = {
     "train": ("train.json",),
@@ -47,14 +47,12 @@ class Slake(Dataset):
 
     def load(self, split: Split) -> Rows:
         path = find(self.root, *FILES[split], hint=hint(self.name))
-        return collect(json_rows(path), self._example, self.on_bad_row)
+        return filled(collect(json_rows(path), self._example, self.on_bad_row), path, split)
 
     def _example(self, where: str, row: Row) -> Example | None:
         if take_text(row, "q_lang", where).strip() != self.language:
             return None
-        number = take(row, "qid", where)
-        if not isinstance(number, (int, str)):
-            raise DataError(f"{where}: 'qid' is {number!r}, neither a number nor a text")
+        number = take_id(row, "qid", where)
         where_row = f"{where}: row {number!r}"
         columns = {name: str(row[name]).strip() for name in COLUMNS if row.get(name) is not None}
         answer_type = take_text(row, "answer_type", where_row).strip().upper()

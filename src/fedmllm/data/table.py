@@ -10,22 +10,26 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from fedmllm.data import Dataset, Rows, Source, Split
+from fedmllm.data.cells import MAX_CHOICES, choices_of, chosen, group
 from fedmllm.data.conversations import conversation_rows
+from fedmllm.data.delimited import csv_rows, tsv_rows
 from fedmllm.data.imagefolder import label_rows, metadata_of
+from fedmllm.data.parquet_files import parquet_rows
 from fedmllm.data.reading import (
     Placed,
     Row,
+    as_id,
     collect,
-    csv_rows,
+    filled,
     find,
     held_out,
     inside,
+    is_there,
     json_rows,
     jsonl_rows,
-    parquet_rows,
     picture,
+    readable,
     take_text,
-    tsv_rows,
 )
 from fedmllm.types import ConfigError, Content, DataError, Example, Modality, Spec
 
@@ -40,7 +44,6 @@ FORMS: Mapping[str, Form] = {
     "": "imagefolder",
 }
 IMAGE_COLUMN: Mapping[Form, str] = {"imagefolder": "file_name", "conversations": "image"}  # fixed by the form
-MAX_CHOICES = 26  # they are lettered
 
 
 class Columns(Spec):
@@ -65,6 +68,10 @@ class _File:
     images: Path  # where its image paths begin
     prefix: str  # of rows without id, where several files are read
     columns: Columns
+
+    def is_empty(self, cell: object) -> bool:
+        """Does the cell hold nothing? A conversation says null; elsewhere a blank text says so too."""
+        return cell is None or (self.form != "conversations" and isinstance(cell, str) and not cell.strip())
 
 
 class Table(Dataset):
@@ -106,13 +113,13 @@ class Table(Dataset):
     columns: Columns = Columns()
     question: str = ""
     choices: tuple[str, ...] = Field((), max_length=MAX_CHOICES)
-    separator: str = "|"
+    separator: str = Field("|", min_length=1)
     judged_by: tuple[str, ...] = ("accuracy", "token_f1")  # names of metrics
 
     @field_validator("choices")
     @classmethod
     def _different(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(choices)) < len(choices) or len(choices) == 1:
+        if len(set(choices)) < len(choices) or len(choices) == 1 or "" in choices:
             raise ValueError("give two or more choices, each of them once")
         return choices
 
@@ -160,13 +167,17 @@ class Table(Dataset):
         if split != "test" and not self.validation:
             held = split == "validation"
             examples = [e for e in examples if held_out(self.validation_rate, str(e.id)) == held]
-        return Rows(tuple(examples), tuple(message for rows in loaded for message in rows.skipped))
+        rows = Rows(tuple(examples), tuple(message for rows in loaded for message in rows.skipped))
+        return filled(rows, self.root / named, split)
 
     def _paths(self, named: str) -> list[Path]:
         inside(self.root / named, self.root, f"data: {named!r}")
-        if not any(mark in named for mark in "*?["):
+        if is_there(self.root / named) or not any(mark in named for mark in "*?["):  # a name may hold a "["
             return [find(self.root, named, hint="data.train, data.validation and data.test name files in data.root")]
-        paths = sorted(self.root.glob(named), key=lambda path: (len(path.name), path.name))
+        try:
+            paths = sorted(self.root.glob(named), key=lambda path: (len(path.name), path.name))
+        except (ValueError, NotImplementedError) as error:  # "a**", or a pattern that begins with "/"
+            raise ConfigError(f"data: {named!r} is no pattern of files below {self.root}: {error}") from None
         if not paths:
             raise DataError(f"{self.root}: no file is called like {named!r}")
         return paths
@@ -185,7 +196,7 @@ class Table(Dataset):
     def _name(self, path: Path) -> str:
         """What a file's rows are called after: its path below the root without the ending, so that no two are alike."""
         below = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-        return below.with_suffix("").as_posix()
+        return readable(below.with_suffix("").as_posix(), str(self.root))
 
     def _load(self, file: _File, known: dict[str | int, str], seen: dict[str, str]) -> Rows:
         """The rows of one file. `known` gathers their ids, `seen` their columns, each with its place."""
@@ -225,22 +236,24 @@ class Table(Dataset):
         number = row.get(c.id or "id")
         if number is None and not c.id:
             number = f"{file.prefix}{_index(where)}" if file.prefix else _index(where)
-        if not isinstance(number, (int, str)) or number == "":
-            raise DataError(f"{where}: {c.id or 'id'!r} is {number!r}, neither a number nor a text")
+        number = as_id(number, c.id or "id", where)
         place = f"{where}: row {number!r}"
         fields = self._fields(row, place, file)
-        question = take_text(row, c.question, place).strip() if row.get(c.question) is not None else self.question
-        if not question and "text" not in fields and row.get(c.question) is None:
+        asked = not file.is_empty(row.get(c.question))
+        question = take_text(row, c.question, place).strip() if asked else self.question
+        if not asked and not question and "text" not in fields:
             raise DataError(f"{place}: no question: neither a column {c.question!r} nor data.question")
-        choices = self._choices(row, place)
-        kept = {name: take_text(row, name, place).strip() for name in c.keep}
-        client = {"client": take_text(row, c.client, place).strip()} if c.client else {}
+        choices = choices_of(row.get(c.choices), c.choices, self.separator, place) or self.choices
+        if row.get(c.answer) is not None and file.is_empty(row[c.answer]):
+            raise DataError(f"{place}: {c.answer!r} is empty")
+        kept = {name: group(row, name, place) for name in c.keep}
+        client = {"client": group(row, c.client, place)} if c.client else {}
         return Example(
             id=number,
             fields=fields,
             question=question,
             choices=choices,
-            answer=_answer(take_text(row, c.answer, place).strip(), choices, place),
+            answer=chosen(take_text(row, c.answer, place).strip(), choices, place),
             where=where,
             columns={"set": self.name, **kept, **client},
         )
@@ -252,20 +265,10 @@ class Table(Dataset):
             names = [name for name in (cell if isinstance(cell, list) else [cell]) if name not in (None, "")]
             if names:
                 fields[modality] = tuple(picture(file.images, name, place) for name in names)
-        empty = (None,) if file.form == "conversations" else (None, "")  # that form says null
         for modality, column in by_modality(self.columns.text, "text").items():
-            if row.get(column) not in empty:
+            if not file.is_empty(row.get(column)):
                 fields[modality] = take_text(row, column, place)
         return fields
-
-    def _choices(self, row: Row, place: str) -> tuple[str, ...]:
-        cell = row.get(self.columns.choices)
-        if cell in (None, "", []):
-            return self.choices
-        choices = tuple(str(c).strip() for c in (cell if isinstance(cell, list) else str(cell).split(self.separator)))
-        if not 2 <= len(set(choices)) == len(choices) <= MAX_CHOICES:
-            raise DataError(f"{place}: choices {choices!r:.80}; allowed: 2 to {MAX_CHOICES}, each of them once")
-        return choices
 
 
 def by_modality(column: str | dict[str, str], modality: Modality) -> dict[Modality, str]:
@@ -275,15 +278,9 @@ def by_modality(column: str | dict[str, str], modality: Modality) -> dict[Modali
     return {modality: column} if column else {}
 
 
-def _answer(answer: str, choices: tuple[str, ...], place: str) -> str:
-    if not choices or answer in choices:
-        return answer
-    if answer.isascii() and answer.isdigit() and len(answer) < 4 and int(answer) < len(choices):
-        return choices[int(answer)]
-    allowed = ", ".join(repr(choice) for choice in choices)
-    raise DataError(f"{place}: the answer {answer!r} is none of the choices {allowed}, nor one of their numbers from 0")
-
-
-def _index(where: str) -> int:
-    """A row without id is called after its place: the index in a list, else the line."""
+def _index(where: str) -> int | str:
+    """A row without id is called after its place: the index in a list ("3#2": its second question), else the line."""
+    place, _, turn = where.rpartition("#")
+    if place.endswith("]") and turn.isdigit():
+        return f"{_index(place)}#{turn}"
     return int(where.rpartition("[")[2][:-1]) if where.endswith("]") else int(where.rpartition(":")[2])

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from fedmllm.data import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Row, collect, find, held_out, json_rows, picture, take, take_text
-from fedmllm.types import DataError, Example, Modality
+from fedmllm.data.reading import Row, collect, filled, find, held_out, json_rows, picture, take, take_id, take_text
+from fedmllm.types import Example, Modality
 
 PUBLIC = "VQA_RAD Dataset Public.json"
 YES_NO = ("yes", "no")
@@ -63,12 +63,10 @@ class VqaRad(Dataset):
                 return None
             return example
 
-        return collect(json_rows(path), make, self.on_bad_row)
+        return filled(collect(json_rows(path), make, self.on_bad_row), path, split)
 
     def _example(self, where: str, row: Row, folder: Path) -> Example:
-        number = take(row, "qid", where)
-        if not isinstance(number, (int, str)):
-            raise DataError(f"{where}: 'qid' is {number!r}, neither a number nor a text")
+        number = take_id(row, "qid", where)
         where_row = f"{where}: row {number!r}"
         image = picture(folder, take(row, "image_name", where_row), where_row)
         answer_type = take_text(row, "answer_type", where_row).strip().upper()
