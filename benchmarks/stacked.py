@@ -28,7 +28,7 @@ from fedmllm.engine import InProcess as InProcessSettings
 from fedmllm.engine import Stacked as StackedSettings
 from fedmllm.engines.in_process import InProcess
 from fedmllm.engines.memory import CPU_TOKENS
-from fedmllm.engines.packing import in_step, items, passes
+from fedmllm.engines.packing import PASS_TOKENS, in_step, items, passes
 from fedmllm.engines.stacked import Stacked
 from fedmllm.local import Clients, RowStore
 from fedmllm.objectives import TaskLoss
@@ -128,7 +128,7 @@ def bare(clients: Clients, budget: int) -> Callable[[int], None]:
     """Forward, backward and optimiser on the pooled batches, made beforehand, of one adapter: what no engine can avoid."""
     backbone, prepared = clients.backbone, []
     for steps in in_step(clients, range(len(clients.shards)), 1):
-        parts = passes(items(steps), budget)
+        parts = passes(items(steps), budget, PASS_TOKENS["cpu"])
         prepared.append([(backbone.collate([i.row for i in part]), [i.dropout_seed for i in part]) for part in parts])
     weights = list(backbone.trainable().values())
     start = backbone.lora()

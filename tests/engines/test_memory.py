@@ -1,4 +1,4 @@
-"""How large a pass may be, on a GPU that says how much a trial took; and which errors mean that it was too large."""
+"""How rows are cut into passes, how large a pass may be on a GPU, and which errors mean that it was too large."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fedmllm.backbones import Row
 from fedmllm.engines.memory import CPU_TOKENS, CUDA_LARGEST, is_out_of_memory, token_budget
-from fedmllm.engines.packing import Item
+from fedmllm.engines.packing import Item, passes
 
 GIB = 2**30
 
@@ -82,3 +82,29 @@ def test_an_allocation_that_fails_on_this_cpu_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+def cost(cut: list[list[int]], pass_tokens: int) -> int:
+    return sum(pass_tokens + len(part) * max(part) for part in cut)
+
+
+def every_cut(lengths: list[int], budget: int) -> list[list[list[int]]]:
+    """All ways to cut the sorted lengths, by brute force."""
+    if not lengths:
+        return [[]]
+    firsts = [n for n in range(1, len(lengths) + 1) if n == 1 or n * lengths[0] <= budget]
+    return [[lengths[:n], *rest] for n in firsts for rest in every_cut(lengths[n:], budget)]
+
+
+@pytest.mark.parametrize("pass_tokens", [0, 64, 1000])
+@pytest.mark.parametrize("budget", [1, 120, 330, 10_000])
+def test_rows_are_cut_in_the_cheapest_way(budget: int, pass_tokens: int) -> None:
+    lengths = [106, 105, 105, 60, 42, 42, 41, 12, 3]
+    cut = [[item.row.num_tokens for item in part] for part in passes([row(n) for n in lengths], budget, pass_tokens)]
+    assert [n for part in cut for n in part] == lengths
+    assert cost(cut, pass_tokens) == min(cost(other, pass_tokens) for other in every_cut(lengths, budget))
+
+
+def test_a_short_row_does_not_fill_up_a_pass_of_long_ones() -> None:
+    cut = passes([row(100)] * 3 + [row(20)] * 6, 1000, pass_tokens=64)
+    assert [len(part) for part in cut] == [3, 6]  # 300 + 120 + 2 * 64 tokens against 900 + 64

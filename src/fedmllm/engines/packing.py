@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from fedmllm.backbones import Row
 from fedmllm.local import Clients, Step
 
+# What a pass costs besides its tokens, in tokens. CPU, measured: about 150 on the tiny model, 10 on one of 154 M weights.
+# CUDA, not measured: 30 ms of launches for 28 layers, in which an H100 trains about a thousand tokens of 2 B weights.
+PASS_TOKENS = {"cpu": 64, "cuda": 1024}
+
 
 @dataclass(frozen=True)
 class Item:
@@ -38,13 +42,24 @@ def items(steps: Sequence[Step]) -> list[Item]:
     ]
 
 
-def passes(rows: Sequence[Item], token_budget: int) -> list[list[Item]]:
-    """Longest rows first, each pass as many rows as fit into `token_budget` when padded to its longest; at least one."""
+def passes(rows: Sequence[Item], token_budget: int, pass_tokens: int) -> list[list[Item]]:
+    """The rows in passes that hold `token_budget` tokens at most, padding included, or a single row; longest first.
+
+    Of all cuts of the rows sorted by length the cheapest, where a pass costs its tokens and `pass_tokens` more. So a short
+    row does not fill up a pass of long ones, as it would if each pass took all that fits (13 % of all tokens were padding).
+    """
+    ordered = sorted(rows, key=lambda item: (-item.row.num_tokens, item.slot))
+    widths = [item.row.num_tokens for item in ordered]
+    best: list[tuple[int, int]] = [(0, 0)]  # of the first n rows: (cost, where their last pass begins)
+    for end in range(1, len(ordered) + 1):
+        begins = [end - 1]
+        while begins[-1] and (end - begins[-1] + 1) * widths[begins[-1] - 1] <= token_budget:
+            begins.append(begins[-1] - 1)
+        best.append(min((best[i][0] + pass_tokens + (end - i) * widths[i], i) for i in begins))
     out: list[list[Item]] = []
-    width = 0
-    for item in sorted(rows, key=lambda item: (-item.row.num_tokens, item.slot)):
-        if not out or (len(out[-1]) + 1) * width > token_budget:
-            out.append([])
-            width = item.row.num_tokens
-        out[-1].append(item)
-    return out
+    end = len(ordered)
+    while end:
+        begin = best[end][1]
+        out.append(ordered[begin:end])
+        end = begin
+    return out[::-1]

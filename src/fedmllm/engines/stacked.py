@@ -20,7 +20,7 @@ from fedmllm import engine as settings
 from fedmllm.backbones.stack import Stack, find_targets
 from fedmllm.engines.in_process import InProcess
 from fedmllm.engines.memory import is_out_of_memory, release, token_budget
-from fedmllm.engines.packing import in_step, items, passes
+from fedmllm.engines.packing import PASS_TOKENS, in_step, items, passes
 from fedmllm.engines.row_adamw import RowAdamW, clip, pull_matrix
 from fedmllm.local import Clients, Step
 from fedmllm.types import ClientUpdate, FedmllmError, Params
@@ -136,7 +136,7 @@ class Stacked:
         losses_K, device = torch.zeros_like(like_K), self._backbone.device
         stack.grads_KP.zero_()
         with stack.installed() as use:
-            for part in passes(items(steps), self._budget):
+            for part in passes(items(steps), self._budget, PASS_TOKENS[device.type]):
                 clients_B = torch.tensor([item.slot for item in part], device=device)
                 use(clients_B)
                 batch = self._backbone.collate([item.row for item in part])
