@@ -85,7 +85,7 @@ def test_the_book_comes_back_as_it_was(tmp_path: Path) -> None:
     )
     write(tmp_path, entry)
     back = checkpoint.read_book(tmp_path / "round-0003")
-    assert back.model_copy(update={"files": {}}) == entry
+    assert back.model_copy(update={"files": {}, "digest": ""}) == entry
 
 
 def test_the_last_ones_stay_and_the_best_that_each_of_them_names(tmp_path: Path) -> None:
@@ -131,7 +131,11 @@ def test_damage_is_seen_named_and_answered(name: str, damage: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema_version: "),
+        (
+            {"schema_version": 3, "new": 1},
+            "schema_version: got 3; this version of fedmllm reads 2; go on with the version",
+        ),
+        ({"schema_version": "3"}, "schema_version: "),
         ({"record_bytes": -1}, "record_bytes: "),
         ({"wall_s": float("nan")}, "wall_s: "),
         ({"round": "../../2"}, "round: "),
@@ -147,6 +151,72 @@ def test_a_strange_book_is_refused(change: dict[str, Any], message: str, tmp_pat
     with pytest.raises(FedmllmError, match=r"state\.json: ") as caught:
         checkpoint.read_book(path.parent)
     assert message in str(caught.value)
+
+
+def test_a_changed_figure_in_the_book_is_seen(tmp_path: Path) -> None:
+    """Well-formed, of the right type, and not what was written."""
+    write(tmp_path, book(1, results=({"all": {"auc": 0.25}},)))
+    path = tmp_path / "round-0001" / "state.json"
+    for was, is_ in (
+        (b"0.25", b"0.75"),
+        (b'"record_bytes": 100', b'"record_bytes": 900'),
+        (b'"seed": 1', b'"seed": 2'),
+    ):
+        content = path.read_bytes()
+        assert content.count(was) == 1
+        path.write_bytes(content.replace(was, is_))
+        with pytest.raises(FedmllmError, match=r"round-0001/state\.json: damaged: .* its own digest"):
+            checkpoint.read_book(path.parent)
+        path.write_bytes(content)
+    checkpoint.read_book(path.parent)
+
+
+def test_a_state_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, book(1), state={"m": LIKE})
+    with pytest.raises(FedmllmError, match=r"state_keys: got \('m',\); \['v'\] must be among them"):
+        checkpoint.read(tmp_path / "round-0001", LIKE, FedAdam().init(LIKE))
+
+
+def test_an_older_checkpoint_that_was_damaged_since_does_not_stop_the_run(tmp_path: Path) -> None:
+    write(tmp_path, book(1), book(2), keep=3)
+    (tmp_path / "round-0001" / "state.json").write_bytes(b"{")
+    write(tmp_path, book(3), keep=3)
+    assert checkpoint.numbers(tmp_path) == [1, 2, 3]
+    with pytest.raises(FedmllmError, match=r"round-0001/state\.json: ") as caught:
+        checkpoint.read_params(tmp_path / "round-0001", LIKE)
+    assert "delete" not in str(caught.value)  # the way on from the newest: a resume does not begin here
+
+
+def test_the_adapter_alone_is_checked_too(tmp_path: Path) -> None:
+    write(tmp_path, book(1), book(2))
+    assert torch.equal(checkpoint.read_params(tmp_path / "round-0001", LIKE)["a"], values(1)["a"])
+    path = tmp_path / "round-0001" / checkpoint.ADAPTER
+    path.write_bytes(path.read_bytes()[:-1] + b"\x3f")  # another number, as finite as the one before
+    with pytest.raises(FedmllmError, match="damaged"):
+        checkpoint.read_params(tmp_path / "round-0001", LIKE)
+
+
+def test_a_name_that_is_not_ours_is_no_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, book(1))
+    (tmp_path / "round-00002").mkdir()
+    (tmp_path / "round-2").mkdir()
+    assert checkpoint.newest(tmp_path) == tmp_path / "round-0001"
+
+
+def test_new_folders_are_on_the_disk_with_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """POSIX: a new entry is durable once its folder is synced, whatever the file itself is."""
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    last = tmp_path / "runs" / "a" / "checkpoints" / "round-0001"
+    write(last.parent, book(1))
+    places = [*last.iterdir(), last, *last.parents[:4]]
+    assert places[-1] == tmp_path
+    assert [place for place in places if place.stat().st_ino not in synced] == []
 
 
 def test_a_checkpoint_of_another_round_under_this_name_is_refused(tmp_path: Path) -> None:
@@ -218,6 +288,7 @@ def test_a_write_that_fails_is_said_and_the_one_before_stays(tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=False)
     assert "round-0002 cannot be written: File too large; the last one is " in done.stdout, done.stderr
     assert "--resume goes on" in done.stdout
+    assert not list((tmp_path / "c").glob(".*"))  # room for the last line of the record
     assert checkpoint.numbers(tmp_path / "c") == [1]
     checkpoint.read(tmp_path / "c" / "round-0001", LIKE, {})
     shutil.rmtree(tmp_path / "c")

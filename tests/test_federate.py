@@ -10,6 +10,9 @@ import torch
 from fedmllm.aggregators import FedAdam, FedAvg
 from fedmllm.config import Screen
 from fedmllm.federate import Progress, cohorts, federate
+from fedmllm.robust import Krum
+from fedmllm.scaffold import Scaffold
+from fedmllm.totals import Totals
 from fedmllm.types import ClientFailure, ClientUpdate, ConfigError, FedmllmError, Params
 
 START: Params = {"a": torch.zeros(3)}
@@ -50,6 +53,17 @@ def test_goes_on_from_any_round_to_the_same_bytes() -> None:
         (ClientUpdate(1, {"b": torch.zeros(3)}, 1, {"loss": 0.0}), "names or shapes differ"),
         (ClientUpdate(1, {"a": torch.zeros(4)}, 1, {"loss": 0.0}), "names or shapes differ"),
         (ClientFailure(1, "the site is on fire"), "on fire"),
+        (ClientUpdate(1, {"a": torch.zeros(3).double()}, 1, {}), "the type of a is torch.float64"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 1, {}, control={"a": torch.full((3,), float("nan"))}), "its control"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, -1, {}), "its number of rows is -1"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 2**53, {}), "its number of rows is 9007199254740992"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 0.5, {}), "its number of rows is 0.5"),  # type: ignore[arg-type]
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 10**5000, {}), "its number of rows is a number of over 50 digits"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 1, {"loss": 10**400}), "its loss is a number of over 50 digits"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 1, {"num_tokens": -1}), "its num_tokens is -1"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 1, {"time_s": -0.5}), "its time_s is -0.5"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 1, {"time_s": 1e308}), r"its time_s is 1e\+308"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 1, {"loss": "low"}), "its loss is 'low'"),  # type: ignore[dict-item]
     ],
 )
 def test_a_bad_update_is_named_and_never_averaged(bad: ClientUpdate, reason: str) -> None:
@@ -59,7 +73,8 @@ def test_a_bad_update_is_named_and_never_averaged(bad: ClientUpdate, reason: str
     (after,) = rounds(engine)
     assert after.params["a"].tolist() == [2.0] * 3
     assert after.log["dropped"][0]["client"] == 1
-    assert reason in after.log["dropped"][0]["reason"]
+    assert reason.replace("\\", "") in after.log["dropped"][0]["reason"]
+    assert Totals().plus(after.log).num_rounds == 1  # the books can be kept
     with pytest.raises(FedmllmError, match=f"round 1, client 1: .*{reason}.*drop_client"):
         rounds(engine, Screen(max_norm=10))
 
@@ -68,6 +83,36 @@ def test_a_round_without_any_update_leaves_the_adapter_and_says_so() -> None:
     (after,) = rounds(lambda *_: [ClientFailure(0, "away"), update(1, 5.0, num_examples=0)])
     assert torch.equal(after.params["a"], START["a"])
     assert "stays as it was" in after.log["note"]
+
+
+def test_krum_with_too_few_left_after_drops_leaves_the_adapter() -> None:
+    def engine(params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
+        for client in cohort:
+            yield update(client, float("nan") if client == 4 else 1.0)
+
+    begin = Progress(0, START, {})
+    progress = list(federate(begin, engine, Krum(), lambda _: [0, 1, 2, 3, 4], 2, DROP))
+    for after in progress:
+        assert torch.equal(after.params["a"], START["a"])
+        assert after.log["note"] == "the global adapter stays as it was: krum needs 5 updates with rows; 4 came"
+
+
+def test_a_round_to_which_nobody_comes_goes_by() -> None:
+    def never(params: Params, round_: int, cohort: Sequence[int]) -> list[ClientUpdate]:
+        raise AssertionError("nobody is there to be asked")
+
+    for aggregator in (FedAvg(), FedAdam(), Krum(), Scaffold()):
+        begin = Progress(0, START, aggregator.init(START))
+        (after,) = federate(begin, never, aggregator, lambda _: [0, 1], 1, Screen(), lambda round_, client: True)
+        assert torch.equal(after.params["a"], START["a"])
+        assert (after.log["away"], after.log["dropped"], after.log["up_bytes"]) == ([0, 1], [], 0)
+        assert after.log["down_bytes"] > 0  # they received what was lost on them
+
+
+def test_what_a_client_calls_itself_does_not_rename_it() -> None:
+    lie = ClientUpdate(1, {"a": torch.zeros(3)}, 2, {"loss": 0.5, "client": 0, "norm": 9.0, "num_examples": 7})
+    (after,) = rounds(lambda *_: [update(0, 1.0), lie])
+    assert after.log["clients"][1] == {"client": 1, "num_examples": 2, "norm": 0.0, "loss": 0.5}
 
 
 def test_bytes_are_counted_as_sent() -> None:

@@ -93,6 +93,16 @@ def test_too_few_updates_for_the_formula_are_not_averaged(aggregator: Robust) ->
         aggregator.apply({"a": torch.zeros(1), "b": torch.zeros(1)}, {}, few)
 
 
+def test_multi_krum_never_keeps_so_many_that_a_bad_one_is_among_them() -> None:
+    values = [[0.0, 0.0]] * 5 + [[900.0, -900.0]]
+    assert MultiKrum(num_bad=1, num_kept=5).least_updates() == 6
+    assert centre(MultiKrum(num_bad=1, num_kept=5), values) == [0, 0]
+    with pytest.raises(NothingToAverage, match="multi-krum needs 6 updates"):
+        centre(MultiKrum(num_bad=1, num_kept=5), values[1:])
+
+
 def test_they_are_picked_by_name() -> None:
-    experiment = Experiment.parse({"data": "synthetic-irony", "aggregator": {"name": "krum", "num_bad": 2}})
+    experiment = Experiment.parse(
+        {"data": "synthetic-irony", "cohort_size": 7, "aggregator": {"name": "krum", "num_bad": 2}}
+    )
     assert experiment.aggregator == Krum(num_bad=2)

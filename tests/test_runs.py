@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fedmllm.checkpoint import newest, read_book
+from fedmllm.checkpoint import newest, read_book, sealed
 from fedmllm.cli import app
 from fedmllm.config import Experiment
 from fedmllm.record import Record, read
@@ -210,9 +210,11 @@ def test_other_rows_or_another_base_are_refused_and_named(tmp_path: Path, monkey
     with pytest.raises(ConfigError, match="the digest of its rows was"):
         run(experiment(data=settings), folder, resume=True)
     picture.write_bytes(picture.read_bytes()[:-1])
-    book = newest(folder / "checkpoints") / "state.json"  # type: ignore[operator]
-    content = json.loads(book.read_text())
-    book.write_text(json.dumps({**content, "digests": {**content["digests"], "base": "another"}}))
+    place = newest(folder / "checkpoints")
+    assert place is not None
+    book = read_book(place)
+    other = book.model_copy(update={"digests": {**book.digests, "base": "another"}})
+    (place / "state.json").write_bytes(sealed(other))
     with pytest.raises(ConfigError, match="the digest of its base was 'another', is '"):
         run(experiment(data=settings), folder, resume=True)
 

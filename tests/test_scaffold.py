@@ -67,11 +67,32 @@ def test_what_is_no_longer_needed_goes(tmp_path: Path) -> None:
     controls = Controls(tmp_path, 4, tree(0.0), begun=0)
     for round_ in (1, 3, 5, 8):
         controls.learned(0, round_, tree(float(round_)))
-    controls.prune(6)  # a resume from round 6 needs 5
-    assert sorted(path.name for path in (tmp_path / "client-0").iterdir()) == [
-        "round-0005.safetensors",
-        "round-0008.safetensors",
-    ]
+
+    def left() -> list[int]:
+        return sorted(int(path.stem[-4:]) for path in (tmp_path / "client-0").iterdir())
+
+    controls.prune([])  # nothing is on the disk yet
+    assert left() == [1, 3, 5, 8]
+    controls.prune([2, 6])  # the best so far, and the last: a resume from round 2 needs 1, one from round 6 needs 5
+    assert left() == [1, 5, 8]
+    controls.prune([6, 7])
+    assert left() == [5, 8]
+
+
+def test_what_a_refused_update_left_is_forgotten(tmp_path: Path) -> None:
+    controls = Controls(tmp_path, 4, tree(0.0), begun=0)
+    for round_ in (1, 2):
+        controls.learned(0, round_, tree(float(round_)))
+    controls.forget(2, [0, 3])
+    assert controls.offset(0, 3)["a"].tolist() == [-1.0]
+
+
+def test_a_client_whose_updates_are_refused_keeps_no_state(tmp_path: Path) -> None:
+    """Else c would no longer be the mean of the c_k, and every later round would be pulled aside."""
+    screen = {"max_norm": 1e-9, "on_bad_update": "drop_client"}
+    run(Experiment.parse({**TABLE, "aggregator": "scaffold", "num_rounds": 2, "screen": screen}), tmp_path)
+    assert all(len(e["dropped"]) == 2 for e in read(tmp_path / "record.jsonl") if e["event"] == "round")
+    assert list((tmp_path / "controls").rglob("*.safetensors")) == []
 
 
 def test_a_gradient_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
@@ -83,9 +104,19 @@ def test_a_gradient_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
 def test_a_damaged_client_state_is_refused(tmp_path: Path) -> None:
     controls = Controls(tmp_path, 4, tree(0.0), begun=0)
     controls.learned(0, 1, tree(1.0))
-    (tmp_path / "client-0" / "round-0001.safetensors").write_bytes(b"half")
+    path = tmp_path / "client-0" / "round-0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x40")  # 1.0 becomes 2.0
+    with pytest.raises(FedmllmError, match=r"round-0001\.safetensors: damaged"):
+        controls.offset(0, 2)
+    path.write_bytes(b"half")
     with pytest.raises(FedmllmError, match=r"round-0001\.safetensors: not a whole safetensors file"):
         controls.offset(0, 2)
+
+
+def test_client_states_that_are_gone_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedmllmError, match="what the clients' rounds up to 3 left here is gone"):
+        Controls(tmp_path / "controls", 4, tree(1.0), begun=3)
+    Controls(tmp_path / "controls", 4, tree(0.0), begun=3)  # nobody was averaged so far: nothing to lose
 
 
 def adapters(folder: Path) -> list[bytes]:

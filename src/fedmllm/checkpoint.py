@@ -2,11 +2,12 @@
 
 checkpoints/round-0007/adapter_model.safetensors   the global adapter: with adapter_config.json a folder that PEFT loads
                        state.safetensors           the aggregator's memory, tensor "KEY/NAME"; absent where it has none
-                       state.json                  all else (`Book`); the others' digests, so that damage is seen
+                       state.json                  all else (`Book`); digests of the others and of itself: damage is seen
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -21,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fedmllm.record import sync
+from fedmllm.record import make_folder, sync
 from fedmllm.tensors import is_finite
 from fedmllm.totals import Totals
 from fedmllm.types import FedmllmError, Params, Spec, State
 
 ADAPTER, CONFIG, STATE, BOOK = "adapter_model.safetensors", "adapter_config.json", "state.safetensors", "state.json"
-FOLDER = re.compile(r"round-([0-9]{4,9})")
+FOLDER = re.compile(r"round-([0-9]{4}|[1-9][0-9]{4,8})")
 DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 LARGEST_BOOK = 16 * 2**20  # bytes; a real one has some thousands
 
@@ -43,7 +44,7 @@ class Best(Spec):
 class Book(Spec):
     """`state.json`: where a run stands, apart from tensors. It names no file outside its folder."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     round: NonNegativeInt  # of the federation at hand; `totals.num_rounds` counts over all of a run's federations
     client: NonNegativeInt | None  # whose federation of one it is, for method "local"
     totals: Totals
@@ -57,6 +58,7 @@ class Book(Spec):
     device: dict[str, str | int] = {}  # noqa: RUF012
     state_keys: tuple[str, ...] = ()
     files: dict[Literal["adapter_model.safetensors", "adapter_config.json", "state.safetensors"], str] = {}  # noqa: RUF012
+    digest: str = ""  # of all the rest, as `sealed` writes it
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,15 @@ class Checkpoints:
         final = self.folder / f"round-{book.totals.num_rounds:04d}"
         partial = final.with_name(f".{final.name}.partial")
         try:
+            make_folder(self.folder)
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir()
             files = {ADAPTER: save(_copied(params), {"format": "pt"}), CONFIG: self._config}
             if state:
                 named = {f"{key}/{name}": t for key, tree in state.items() for name, t in tree.items()}
                 files[STATE] = save(_copied(named))
             digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            full = Book.model_validate({**dict(book), "files": digests, "state_keys": tuple(state)})
-            files[BOOK] = full.model_dump_json(indent=1).encode()
+            files[BOOK] = sealed(Book.model_validate({**dict(book), "files": digests, "state_keys": tuple(state)}))
             for name, content in files.items():
                 (partial / name).write_bytes(content)
             for name in files:  # after all are written: the first sync then carries most of the work
@@ -118,11 +120,12 @@ class Checkpoints:
             sync(partial)
             self._sync_record()
             if final.exists():
-                shutil.rmtree(final)
+                self._remove(book.totals.num_rounds)
             partial.rename(final)
             sync(self.folder)
-            self._prune(book)
+            self._prune()
         except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)  # room for the record's last line
             left = max(self.numbers(), default=None)
             last = f"the last one is {self.path(left)}" if left is not None else "there is none yet"
             raise FedmllmError(
@@ -130,14 +133,20 @@ class Checkpoints:
                 "When there is room again, --resume goes on from there"
             ) from error
 
-    def _prune(self, newest: Book) -> None:
+    def _prune(self) -> None:
         """Remove all but the last ones and the best that each of these names: a resume from any of them needs it."""
-        last = sorted(self.numbers())[-self._keep :]
-        best = {book.best.number for n in last if (book := read_book(self.path(n))).best}
-        for number in self.numbers():
-            if number not in last and number not in best:
-                gone = self.path(number).rename(self.folder / f".round-{number:04d}.gone")  # never half a checkpoint
-                shutil.rmtree(gone, ignore_errors=True)
+        last = self.numbers()[-self._keep :]
+        kept = set(last)
+        for number in last:
+            with contextlib.suppress(FedmllmError):  # damaged since: no resume from it, so it needs no best one
+                if best := read_book(self.path(number)).best:
+                    kept.add(best.number)
+        for number in set(self.numbers()) - kept:
+            self._remove(number)
+
+    def _remove(self, number: int) -> None:
+        gone = self.path(number).rename(self.folder / f".round-{number:04d}.gone")  # never half a checkpoint
+        shutil.rmtree(gone, ignore_errors=True)
 
     def path(self, number: int) -> Path:
         return self.folder / f"round-{number:04d}"
@@ -159,19 +168,41 @@ def newest(folder: Path) -> Path | None:
     return folder / f"round-{found[-1]:04d}" if found else None
 
 
+def sealed(book: Book) -> bytes:
+    """`state.json`: the book with the digest of all else in it."""
+    text = book.model_copy(update={"digest": ""}).model_dump_json(indent=1).encode()
+    return text.replace(_digest_line(""), _digest_line(hashlib.sha256(text).hexdigest()))
+
+
+def _digest_line(sha: str) -> bytes:
+    return f'"digest": "{sha}"'.encode()
+
+
 def read_book(folder: Path) -> Book:
     """`state.json` of a checkpoint. Raises FedmllmError naming the file and what is wrong with it."""
     path = folder / BOOK
     try:
         if path.stat().st_size > LARGEST_BOOK:
             raise FedmllmError(f"{path}: {path.stat().st_size} bytes; a checkpoint's is never over {LARGEST_BOOK}")
-        return Book.model_validate_json(path.read_bytes(), strict=True)
+        content = path.read_bytes()
+        book = Book.model_validate_json(content, strict=True)
     except OSError as error:
         raise FedmllmError(f"{path}: cannot be read: {error.strerror}{_advice(folder)}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        first = error.errors(include_url=False, include_context=False)[0]
+        if first["loc"] == ("schema_version",) and first["input"] in range(1, 1000):
+            raise FedmllmError(
+                f"{path}: schema_version: got {first['input']}; this version of fedmllm reads 2; "
+                "go on with the version that wrote it, or choose another --out"
+            ) from None
         place = ".".join(str(part) for part in first["loc"])[:200] or "whole file"
         raise FedmllmError(f"{path}: {place}: {first['msg']}{_advice(folder)}") from None
+    unsealed = content.replace(_digest_line(book.digest), _digest_line(""))
+    if hashlib.sha256(unsealed).hexdigest() != book.digest:
+        raise FedmllmError(f"{path}: damaged: it is not what its own digest says{_advice(folder)}")
+    if (found := FOLDER.fullmatch(folder.name)) and int(found[1]) != book.totals.num_rounds:
+        raise FedmllmError(f"{folder}: holds the checkpoint of round {book.totals.num_rounds}; rename or delete it")
+    return book
 
 
 def read(folder: Path, like: Params, init: State) -> Checkpoint:
@@ -183,25 +214,32 @@ def read(folder: Path, like: Params, init: State) -> Checkpoint:
         init: The aggregator's state before training; a key that comes later holds tensors like the adapter's.
     """
     book = read_book(folder)
-    if (found := FOLDER.fullmatch(folder.name)) and int(found[1]) != book.totals.num_rounds:
-        raise FedmllmError(f"{folder}: holds the checkpoint of round {book.totals.num_rounds}; rename or delete it")
-    for name in (ADAPTER, STATE) if book.state_keys else (ADAPTER,):
-        try:
-            with (folder / name).open("rb") as file:
-                sha = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise FedmllmError(f"{folder / name}: cannot be read: {error.strerror}{_advice(folder)}") from None
-        if sha != book.files.get(name):  # type: ignore[call-overload]
-            raise FedmllmError(
-                f"{folder / name}: damaged: it is not what the checkpoint's digest says{_advice(folder)}"
-            )
-    params = read_tensors(folder / ADAPTER, like)
+    params = _read_checked(folder, ADAPTER, book, like)
+    if lost := init.keys() - book.state_keys:
+        raise FedmllmError(f"{folder / BOOK}: state_keys: got {book.state_keys}; {sorted(lost)} must be among them")
     state: State = {}
     if book.state_keys:
         layout = {f"{key}/{n}": t for key in book.state_keys for n, t in init.get(key, like).items()}
-        flat = read_tensors(folder / STATE, layout)
+        flat = _read_checked(folder, STATE, book, layout)
         state = {key: {n: flat[f"{key}/{n}"] for n in init.get(key, like)} for key in book.state_keys}
     return Checkpoint(folder, book, params, state)
+
+
+def read_params(folder: Path, like: Params) -> Params:
+    """The adapter of a checkpoint alone, checked as `read` checks it."""
+    return _read_checked(folder, ADAPTER, read_book(folder), like)
+
+
+def _read_checked(folder: Path, name: str, book: Book, like: Params) -> Params:
+    path = folder / name
+    try:
+        with path.open("rb") as file:
+            sha = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FedmllmError(f"{path}: cannot be read: {error.strerror}{_advice(folder)}") from None
+    if (name, sha) not in book.files.items():
+        raise FedmllmError(f"{path}: damaged: it is not what the checkpoint's digest says{_advice(folder)}")
+    return read_tensors(path, like)
 
 
 def read_tensors(path: Path, like: Mapping[str, Tensor]) -> Params:
@@ -246,11 +284,10 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _advice(folder: Path) -> str:
-    if not FOLDER.fullmatch(folder.name):
+    if not (found := FOLDER.fullmatch(folder.name)):
         return ""
     others = [n for n in numbers(folder.parent) if folder.name != f"round-{n:04d}"]
+    if others and others[-1] > int(found[1]):
+        return ""  # not the one that a resume begins from
     earlier = f"delete {folder} to go on from round-{others[-1]:04d}" if others else "there is no other checkpoint"
     return f"; {earlier}"
-
-
-__all__ = ["Best", "Book", "Checkpoint", "Checkpoints", "newest", "read", "read_adapter", "read_book", "read_tensors"]

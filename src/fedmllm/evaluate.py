@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -26,6 +27,10 @@ def predict(
     for batch in _batches(closed, conversations, settings.batch_size):
         options = [prompt.options(examples[i]) for i in batch]
         for i, scores in zip(batch, _named(backbone.score, examples, batch, conversations, options), strict=True):
+            if any(map(math.isnan, scores)):
+                raise DataError(
+                    f"{examples[i].where}, id {examples[i].id}: the model's scores are NaN; has it diverged?"
+                )
             made[i] = Prediction(examples[i], scores=tuple(scores), text=None)
     for batch in _batches(opened, conversations, settings.batch_size):
         texts = _named(backbone.generate, examples, batch, conversations, settings.max_new_tokens)

@@ -18,6 +18,9 @@ from fedmllm.types import ClientFailure, ClientUpdate, ConfigError, FedmllmError
 
 Engine: TypeAlias = Callable[[Params, int, Sequence[int]], Iterable[ClientUpdate | ClientFailure]]
 
+LARGEST = 2**53  # of a number that a client tells of itself
+SUMMED = ("num_steps", "num_tokens", "time_s")  # sums, which cannot become less
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -101,7 +104,7 @@ class Intake:
                 self._leave_out(update.client, reason)
             elif isinstance(update, ClientUpdate):
                 entry = {"client": update.client, "num_examples": update.num_examples, "norm": size}
-                self._clients.append({**entry, **update.metrics})
+                self._clients.append({**entry, **update.metrics, **entry})  # its own words do not rename it
                 yield update
         for client in sorted(self._awaited):
             self._leave_out(client, "it gave no answer")
@@ -132,10 +135,10 @@ class Intake:
             return "its delta holds NaN or Inf"
         if not is_finite(update.control or {}):
             return "its control variate holds NaN or Inf"
-        if odd := [k for k, v in update.metrics.items() if not (isinstance(v, int | float) and math.isfinite(v))]:
-            return f"its {odd[0]} is {update.metrics[odd[0]]}"
-        if not (isinstance(update.num_examples, Integral) and 0 <= update.num_examples < 2**53):
-            return f"its number of rows is {update.num_examples!r}"
+        if odd := [k for k, v in update.metrics.items() if not _is_amount(v, least=0 if k in SUMMED else -LARGEST)]:
+            return f"its {odd[0][:50]} is {_shown(update.metrics[odd[0]])}"
+        if not (isinstance(update.num_examples, Integral) and _is_amount(update.num_examples, 0)):
+            return f"its number of rows is {_shown(update.num_examples)}"
         limit = self._screen.max_norm
         return f"the norm of its delta is {size:.4g}, over screen.max_norm = {limit:.4g}" if 0 < limit < size else ""
 
@@ -147,6 +150,15 @@ class Intake:
         note = {"note": self.note} if self.note else {}
         away = {"away": list(self._away)} if self._away else {}
         return {"clients": self._clients, "dropped": self._dropped, **away, **up, **down, **note}
+
+
+def _is_amount(value: object, least: float) -> bool:
+    """Whether sums over clients and rounds of such values stay exact enough to be said; False for NaN."""
+    return isinstance(value, int | float | Integral) and bool(least <= value < LARGEST)  # type: ignore[operator]
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:50] if not isinstance(value, int) or abs(value) < 10**50 else "a number of over 50 digits"
 
 
 def cohorts(

@@ -26,7 +26,7 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._file = path.open("ab")
         except OSError as error:
             raise FedmllmError(f"{path}: cannot be written: {error.strerror}") from error
@@ -53,6 +53,12 @@ class Record:
                 f"{self.path}: has {self.num_bytes()} bytes, but had {num_bytes} when the checkpoint was written: "
                 "it was cut or replaced since, so it cannot be continued"
             )
+        with self.path.open("rb") as file:
+            file.seek(max(0, num_bytes - 1))
+            if num_bytes and file.read(1) != b"\n":
+                raise FedmllmError(
+                    f"{self.path}: was replaced since the checkpoint was written, so it cannot be continued"
+                )
         self._file.truncate(num_bytes)
 
     def sync(self) -> None:
@@ -77,6 +83,14 @@ def _lock(descriptor: int) -> bool:
     except OSError:
         return True  # a file system without locks
     return True
+
+
+def make_folder(folder: Path) -> None:
+    """A folder whose entry, and those of the parents made for it, are on the disk: a power cut does not take it away."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 def sync(path: Path) -> None:

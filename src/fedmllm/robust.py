@@ -88,7 +88,7 @@ class MultiKrum(Robust):
     num_kept: NonNegativeInt = 0  # 0 = as many as the paper's proof allows: K - 2 f - 3, at least one
 
     def least_updates(self) -> int:
-        return max(2 * self.num_bad + 3, self.num_kept)
+        return max(2 * self.num_bad + 3, self.num_kept + self.num_bad)  # with fewer, a bad one would be kept
 
     def centre(self, deltas: Sequence[Params]) -> Params:
         import torch

@@ -104,7 +104,8 @@ class Run:
             self.emit("round", **progress.log, **about)
             if clients.controls:
                 clients.controls.server = e.server().besides(progress.state)
-                clients.controls.prune(progress.round - (e.checkpoint.keep + 1) * e.checkpoint.every)
+                clients.controls.forget(progress.round, [entry["client"] for entry in progress.log["dropped"]])
+                clients.controls.prune(checkpoint.numbers(self.out / CHECKPOINTS))
             judged = e.evaluate.select == "validation" and progress.round % e.evaluate.every == 0
             if judged or progress.round % e.checkpoint.every == 0 or progress.round == num_rounds:
                 self._save_checkpoint(progress, selection.best, client)
@@ -159,6 +160,7 @@ class Run:
             self.backbone.save(partial)
             for file in partial.iterdir():
                 sync(file)
+            sync(partial)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
@@ -205,7 +207,10 @@ class Selection:
         self.best = at.book.best
         if self.best:
             folder = at.folder.with_name(f"round-{self.best.number:04d}")
-            self.params = checkpoint.read_tensors(folder / checkpoint.ADAPTER, self._run.world.start)
+            try:
+                self.params = checkpoint.read_params(folder, self._run.world.start)
+            except FedmllmError as error:
+                raise FedmllmError(f"{error}; {at.folder} names it as the best so far. Choose another --out") from None
 
     def judge(self, progress: Progress) -> None:
         """Judge the adapter of a round; of equals the earlier one stays."""

@@ -113,6 +113,8 @@ def refuse_other_settings(folder: Path, experiment: Experiment) -> None:
         before = checkpoint.read_book(place).settings
     else:  # stopped before its first checkpoint: the record's first line says what it was
         first = next(read(folder / RECORD), {})
+        if not first and (folder / SUMMARY).exists():
+            raise FedmllmError(f"{folder / SUMMARY}: {RECORD} does not say what it is of; choose another --out")
         if first.get("event") != "experiment":
             return
         settings = first.get("settings")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ def work(pipe: Connection, num_threads: int) -> None:
     A cell that was stopped goes on from its last checkpoint. An error of one cell is told and the next cell is taken;
     Ctrl-C and a lost pipe end the process. What libraries write to stderr goes to `worker.log` beside the cells.
     """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read by torch when it is loaded, below
     from fedmllm.config import Experiment
     from fedmllm.costs import host_peak_bytes
@@ -38,6 +41,13 @@ def work(pipe: Connection, num_threads: int) -> None:
             tell({"event": "done", "error": error})
     except (KeyboardInterrupt, BrokenPipeError, EOFError):
         return
+
+
+def _end_with_parent() -> None:
+    """A suite that was killed is started again, and this process must not hold the cell that it was at."""
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def keep_stderr(path: Path) -> None:
