@@ -114,7 +114,8 @@ class Federation:
             said = self.call("server", "run", "server", "experiment.toml", "--out", out, *words)
         except RuntimeError as error:
             said = str(error)
-        (self.folder / f"run-{out}.out").write_text(said, encoding="utf-8")
+        with contextlib.suppress(FileNotFoundError):  # a run that outlives its case
+            (self.folder / f"run-{out}.out").write_text(said, encoding="utf-8")
         return self.events(out)
 
     def background_run(self, out: str = "out") -> threading.Thread:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -16,22 +15,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
-from starlette.applications import Starlette
-from starlette.requests import Request as Called
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
-
 from fedmllm.config import Experiment
 from fedmllm.engines import flower_processes, flower_trainer, flower_watch
-from fedmllm.engines.flower_gate import gate
 from fedmllm.engines.flower_keys import make_authority, make_site_key, refuse_open_key
 from fedmllm.engines.flower_resident import ResidentTrainer
 from fedmllm.engines.flower_site import alone, run_site
@@ -81,60 +72,6 @@ def test_a_private_key_that_others_can_read_is_refused_with_the_command_that_men
     key.chmod(0o640)
     with pytest.raises(FedmllmError, match=r"site\.key: has mode 0640; .*: chmod 600 "):
         refuse_open_key(key)
-
-
-# ---- the gate
-
-
-def free_port_served(app: Starlette, folder: Path) -> tuple[uvicorn.Server, threading.Thread, int]:
-    port = flower_processes.free_port()
-    files = {"ssl_certfile": str(folder / "server.crt"), "ssl_keyfile": str(folder / "server.key")}
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", **files))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until = time.monotonic() + 20
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.01)
-    return server, thread, port
-
-
-def test_the_gate_passes_a_sites_calls_whole_and_nothing_else(tmp_path):
-    make_authority(tmp_path, ["127.0.0.1"])
-
-    async def echo(called: Called) -> PlainTextResponse:
-        return PlainTextResponse(f"{called.url.path} {len(await called.body())} {called.headers.get('x-key')}", 201)
-
-    behind, thread, port = free_port_served(
-        Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])]), tmp_path
-    )
-    door = gate(f"https://127.0.0.1:{port}", tmp_path / "ca.crt")
-
-    async def through(*calls: tuple[str, str]) -> list[httpx.Response]:
-        transport = httpx.ASGITransport(door)
-        async with httpx.AsyncClient(transport=transport, base_url="https://gate") as client:
-            return [await client.request(m, p, content=b"x" * 10**6, headers={"x-key": "7"}) for m, p in calls]
-
-    try:
-        passed, *refused = asyncio.run(
-            through(
-                ("POST", "/v1/fleet/pull-messages"),
-                ("GET", "/v1/fleet/pull-messages"),
-                ("POST", "/v1/control/start-run"),
-                ("POST", "/v1/fleet/../control/start-run"),
-                ("POST", "/v1/fleet/%2e%2e%2fcontrol%2fstart-run"),
-                ("POST", "/v1/fleet/%252e%252e%252fcontrol%252fstart-run"),
-                ("POST", "/v1/fleet/..%5ccontrol"),
-                ("POST", "/v1/fleet/pull-messages%3fx"),
-                ("POST", "/v1/fleet//pull-messages"),
-                ("POST", "/v1/fleet/"),
-                ("POST", "/"),
-            )
-        )
-    finally:
-        behind.should_exit = behind.force_exit = True
-        thread.join(10)
-    assert (passed.status_code, passed.text) == (201, "/v1/fleet/pull-messages 1000000 7")
-    assert [r.status_code for r in refused] == [405, *[404] * 9]
 
 
 # ---- a site's process
