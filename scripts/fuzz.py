@@ -1,6 +1,6 @@
 """Put strange inputs into every way in; whatever raises more than our own error is a crash and goes into tests/corpus/.
 
-python scripts/fuzz.py                       # 100,000 inputs, about fifteen minutes on one core; results/fuzz.json
+python scripts/fuzz.py                       # 100,000 inputs, about half an hour on one core; results/fuzz.json
 python scripts/fuzz.py --inputs 2000 --target adapter --seed 7
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -24,11 +23,14 @@ from fedmllm.record import write_atomically
 from fedmllm.world import versions
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from machine import describe  # noqa: E402
 
 
 def fuzz(target: Target, number: int, folder: Path, start: int) -> dict[str, Any]:
-    """Count inputs, and those that were accepted; the smallest input that crashes, if one does."""
-    counts = {"inputs": 0, "accepted": 0}
+    """Count inputs, and those that were accepted or refused; the smallest input that crashes, if one does."""
+    counts = {"inputs": 0, "accepted": 0, "refused": 0}
     smallest: list[bytes] = []
 
     @seed(start)
@@ -43,7 +45,7 @@ def fuzz(target: Target, number: int, folder: Path, start: int) -> dict[str, Any
     def attempt(content: bytes) -> None:
         counts["inputs"] += 1
         try:
-            counts["accepted"] += survives(target, content, folder)
+            counts["accepted" if survives(target, content, folder) else "refused"] += 1
         except BaseException:
             smallest[:] = [content]
             raise
@@ -64,6 +66,11 @@ def fuzz(target: Target, number: int, folder: Path, start: int) -> dict[str, Any
     return {**result, **counts, "seconds": round(time.monotonic() - began, 1)}
 
 
+def row(counts: dict[str, Any]) -> str:
+    cells = [counts[key] for key in ("target", "inputs", "accepted", "refused")]
+    return "| " + " | ".join(map(str, [*cells, int("crash" in counts)])) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--inputs", type=int, default=100_000)
@@ -77,19 +84,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         for target in chosen:
             left, start = round(arguments.inputs * target.share / whole), arguments.seed
+            sums: dict[str, Any] = {"target": target.name, "inputs": 0, "accepted": 0, "refused": 0, "seconds": 0}
             while left > 0:  # hypothesis ends early where it has seen all it can think of: then with another seed
-                results.append(fuzz(target, left, Path(folder) / "case", start))
-                print(results[-1], flush=True)
-                left, start = left - max(1, results[-1]["inputs"]), start + 1
-                if "crash" in results[-1]:
+                found = fuzz(target, left, Path(folder) / "case", start)
+                sums |= {key: round(sums[key] + found[key], 1) for key in sums if key != "target"}
+                left, start = left - max(1, found["inputs"]), start + 1
+                if "crash" in found:
+                    sums["crash"] = found["crash"]
                     break
+            results.append(sums)
+            print(row(sums), flush=True)
     crashes = [result for result in results if "crash" in result]
     inputs = sum(result["inputs"] for result in results)
-    summary = {"inputs": inputs, "crashes": len(crashes), "python": platform.python_version(), "versions": versions()}
+    command = " ".join(["python", "scripts/fuzz.py", *sys.argv[1:]])
+    summary = {"command": command, "inputs": inputs, "crashes": len(crashes), "machine": describe()}
     if not arguments.target:
         write_atomically(
-            arguments.out, json.dumps({**summary, "seed": arguments.seed, "log": results}, indent=1) + "\n"
+            arguments.out, json.dumps({**summary, "versions": versions(), "targets": results}, indent=1) + "\n"
         )
+    print("\n| target | inputs | accepted | refused | crashes |\n|---|---|---|---|---|")
+    print("\n".join(map(row, results)))
     print(f"{inputs} inputs, {len(crashes)} crashes")
     sys.exit(bool(crashes))
 

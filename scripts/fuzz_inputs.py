@@ -1,0 +1,246 @@
+"""Strange inputs for every way in: good ones that were cut, flipped and stuffed, and ones built to be odd."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+
+from fedmllm import checkpoint
+from fedmllm.aggregators import FedAdam
+from fedmllm.config import FAMILIES, Experiment
+from fedmllm.types import Params
+
+Inputs = st.SearchStrategy[bytes]
+LIKE: Params = {"layers.0.q_proj.lora_A.weight": torch.zeros(2, 3), "layers.0.q_proj.lora_B.weight": torch.zeros(3, 2)}
+EXPERIMENT = b"""# comment
+num_rounds = 3
+cohort = "seeded"
+prompt = "agnostic"
+[data]
+name = "table"
+root = "r"
+train = "t.csv"
+columns = { image = "scan", text = "report", keep = ["site"] }
+[partition]
+name = "dirichlet"
+alpha = 0.5
+[scenario]
+name = "missing"
+rate = 0.3
+[backbone]
+name = "hf"
+path = "x"
+lora = { r = 8, alpha = 8.0, targets = ".*q_proj" }
+[aggregator]
+name = "fedadam"
+lr = 1e-3
+[evaluate]
+every = 2
+visible = ["all", "image+text"]
+[availability]
+name = "unreliable"
+drop_rate = 0.1
+"""
+ROW = {"id": "1", "img": "a.png", "image": "a.png", "text": "t", "question": "q", "choices": ["x", "y"], "answer": "x"}
+ROWS = {
+    "csv": b'id,image,text,question,choices,answer\n1,a.png,"a ""b"", c",q,x|y,x\n2,,only text,q,x|y,1\n3,a.png,,q,,open\n',
+    "tsv": b"id\timage\ttext\tquestion\tchoices\tanswer\n1\ta.png\tt\tq\tx|y\tx\n2\t\tt\tq\tx|y\t1\n",
+    "jsonl": b"\n".join(json.dumps({**ROW, "id": i, "label": 0}).encode() for i in range(3)),
+    "json": json.dumps(
+        [
+            {**ROW, "id": i, "conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "x"}]}
+            for i in range(2)
+        ]
+    ).encode(),
+}
+DIGEST = re.compile(rb'"digest": "[0-9a-f]{64}"')
+ODD_NAMES = ["../../etc/passwd", "/etc/passwd", "a.png\0", "a" * 5000, "..", ".", "~root", "a.png/..", "\ud800", "con"]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([0, -1, 2**31, 2**63, 2**64, 10**400]),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(ODD_NAMES),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(st.text(max_size=4), v, max_size=3)),
+    max_leaves=6,
+)
+
+
+def mutated(*seeds: bytes) -> Inputs:
+    """A good input with a few cuts, flips, repeats and insertions; sometimes no relation of it at all."""
+    pieces = st.one_of(
+        st.binary(max_size=6),
+        st.sampled_from(
+            [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"{", b"[" * 5000, b"[[", b"=", b"\r\n", b"\n", b","]
+        ),
+        st.sampled_from(
+            [b"nan", b"1e999", b"-1", b"99999999999999999999", b"../..", b"null", b"true", "ü".encode("latin-1")]
+        ),
+    )
+    edit = st.tuples(st.sampled_from(["cut", "flip", "insert", "replace", "repeat"]), st.floats(0, 1), pieces)
+    return st.one_of(
+        st.builds(_edited, st.sampled_from(seeds), st.lists(edit, min_size=1, max_size=5)), st.binary(max_size=64)
+    )
+
+
+def _edited(content: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
+    for kind, where, piece in edits:
+        at = int(where * len(content))
+        if kind == "cut":
+            content = content[:at]
+        elif kind == "flip" and at < len(content):
+            content = content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :]
+        elif kind == "insert":
+            content = content[:at] + piece + content[at:]
+        elif kind == "replace":
+            content = content[:at] + piece + content[at + len(piece) :]
+        elif kind == "repeat":
+            content = content[:at] + content[max(0, at - 40) : at] * 3 + content[at:]
+    return content
+
+
+def as_json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def tables() -> Inputs:
+    """Experiment tables whose keys are mostly right and whose values are mostly not."""
+    words = sorted({name for family in FAMILIES.values() for name in family.members})
+    member = st.one_of(st.sampled_from(words), VALUES)
+    fields = sorted({key for family in FAMILIES.values() for m in family.members.values() for key in m.model_fields})
+    inner = st.dictionaries(st.sampled_from(fields), VALUES, max_size=4)
+    family = st.one_of(member, st.builds(lambda name, rest: {**rest, "name": name}, member, inner))
+    keys = st.sampled_from(sorted(Experiment.model_fields))
+    return st.dictionaries(keys, st.one_of(family, inner, VALUES), max_size=6).map(
+        lambda t: as_json({"data": "synthetic-irony", **t})
+    )
+
+
+def headers() -> Inputs:
+    """safetensors files whose header says odd things: other names, types, shapes, offsets, lengths."""
+    numbers = st.sampled_from([0, 1, 2, 3, 6, 24, 2**31, 2**40, 2**63, 2**64, -1])
+    entry = st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(["F32", "F64", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "X", "", 3]),
+            "shape": st.one_of(st.just([2, 3]), st.lists(numbers, max_size=4)),
+            "data_offsets": st.one_of(st.just([0, 24]), st.just([24, 48]), st.lists(numbers, max_size=3)),
+        }
+    )
+    names = st.sampled_from([*LIKE, "__metadata__", "", *[n for n in ODD_NAMES if "\ud800" not in n]])
+    odd = st.dictionaries(names, st.one_of(entry, entry, VALUES), max_size=3)
+    good = {
+        n: {"dtype": "F32", "shape": list(t.shape), "data_offsets": [24 * i, 24 * i + 24]}
+        for i, (n, t) in enumerate(LIKE.items())
+    }
+    notes = st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=2).map(
+        lambda text: {"__metadata__": text}
+    )
+    right = st.builds(
+        lambda order, more: {**more, **dict(order)}, st.permutations(list(good.items())), st.one_of(st.just({}), notes)
+    )
+    whole = st.one_of(odd, right, st.builds(lambda base, changed: {**base, **changed}, right, odd))
+
+    def pack(header: Any, length: int | None, data: bytes) -> bytes:
+        text = as_json(header)
+        return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+    lengths = st.one_of(st.none(), st.none(), st.sampled_from([0, 1, 2**32, 2**63, 2**64 - 1]))
+    data = st.one_of(st.just(b"\0" * 48), st.binary(min_size=48, max_size=48), st.binary(max_size=64))
+    return st.builds(pack, whole, lengths, data)
+
+
+def books() -> Inputs:
+    """state.json with some keys changed, added or gone."""
+    good = json.loads(checkpoint_files()[checkpoint.BOOK])
+    keys = st.sampled_from([*good, "more"])
+
+    def changed(changes: dict[str, Any], gone: list[str]) -> bytes:
+        return as_json({k: v for k, v in {**good, **changes}.items() if k not in gone})
+
+    nested = st.dictionaries(
+        st.sampled_from(["number", "round", "value", "num_rounds", "up_bytes", "x"]), VALUES, max_size=3
+    )
+    return st.builds(changed, st.dictionaries(keys, st.one_of(VALUES, nested), max_size=3), st.lists(keys, max_size=1))
+
+
+def answers() -> Inputs:
+    """What a client tells of itself, and the numbers of its delta."""
+    names = st.sampled_from(["loss", "num_steps", "num_tokens", "time_s", "client", "norm", "x"])
+    fine = st.integers(0, 9)
+    amounts = st.one_of(fine, fine, fine, st.floats(), st.sampled_from([-1, 2**53, 2**64, 10**400]))
+    delta = st.lists(st.one_of(st.floats(-9, 9), st.floats(width=32)), min_size=11, max_size=13)
+    table = {
+        "num_examples": st.one_of(amounts, SCALARS),
+        "metrics": st.dictionaries(names, st.one_of(amounts, amounts, SCALARS), max_size=4),
+    }
+    return st.fixed_dictionaries({**table, "delta": delta}).map(as_json)
+
+
+def checkpoint_files() -> dict[str, bytes]:
+    state = FedAdam().init(LIKE)
+    files = {
+        checkpoint.ADAPTER: save(LIKE),
+        checkpoint.STATE: save({f"{k}/{n}": t.clone() for k, tree in state.items() for n, t in tree.items()}),
+    }
+    book = {
+        "schema_version": 2,
+        "round": 2,
+        "client": None,
+        "totals": {"num_rounds": 2, "client_s": 1.0},
+        "results": [{"all": {"auc": 0.5, "f1": None}}],
+        "best": {"number": 1, "round": 1, "value": 0.5},
+        "wall_s": 1.0,
+        "record_bytes": 10,
+        "settings": {"seed": 0},
+        "digests": {"rows": "a"},
+        "versions": {"torch": "2"},
+        "state_keys": list(state),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "digest": "0" * 64,
+    }
+    return {**files, checkpoint.BOOK: resealed(as_json(book))}
+
+
+def resealed(book: bytes) -> bytes:
+    unsealed = DIGEST.sub(b'"digest": ""', book)
+    return DIGEST.sub(b'"digest": "%s"' % hashlib.sha256(unsealed).hexdigest().encode(), book)
+
+
+def pictures() -> list[bytes]:
+    made = []
+    for form, mode in [
+        ("PNG", "RGB"),
+        ("PNG", "RGBA"),
+        ("PNG", "P"),
+        ("JPEG", "RGB"),
+        ("GIF", "P"),
+        ("PNG", "I;16"),
+        ("TIFF", "F"),
+    ]:
+        buffer = io.BytesIO()
+        Image.new(mode, (5, 3)).save(buffer, form)
+        made.append(buffer.getvalue())
+    return made
+
+
+def experiment_line() -> bytes:
+    settings = Experiment.parse({"data": "synthetic-irony"}).model_dump(mode="json")
+    return (
+        as_json({"event": "experiment", "settings": settings}) + b"\n" + as_json({"event": "round", "round": 1}) + b"\n"
+    )
+
+
+FILES = checkpoint_files()
