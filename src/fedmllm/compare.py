@@ -13,13 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedmllm.config import Experiment
 from fedmllm.report.findings import p_text
 from fedmllm.report.reading import RunRecord, flat, read_book
 from fedmllm.report.stats import Paired, paired
 from fedmllm.types import FedmllmError
 
-# Not what was asked, but where and how fast it was computed.
-HOW = ("engine.", "checkpoint.", "backbone.device", "backbone.keep_image_features_mb", "evaluate.batch_size")
+# Not what was asked, but where and how fast it was computed: a key, or a table with all its keys.
+HOW = tuple(f"{key}." for key in Experiment.how())
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
             rows.append(Row(metric, visible, sum(ours) / len(ours), sum(theirs) / len(theirs), test))
     if not rows:
         raise FedmllmError("the two sides are judged by no common metric")
-    how = {key: words for key, words in differing.items() if key.startswith(HOW)}
+    how = {key: words for key, words in differing.items() if f"{key}.".startswith(HOW)}
     what = {key: words for key, words in differing.items() if key not in how}
     return Comparison(what, how, tuple(rows), len(runs_a), len(runs_b), len(shared))
 
@@ -91,7 +92,7 @@ def differences(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> dict[str, tup
 
 def _key(run: RunRecord, differing: dict[str, Any]) -> str:
     return str(
-        sorted((k, str(v)) for k, v in flat(run.settings).items() if k not in differing and not k.startswith(HOW))
+        sorted((k, str(v)) for k, v in flat(run.settings).items() if k not in differing and not f"{k}.".startswith(HOW))
     )
 
 

@@ -33,7 +33,7 @@ from fedmllm.objectives import Objective, TaskLoss
 from fedmllm.prompts import Plain, Prompt
 from fedmllm.scenarios import Aligned, ByColumn, Dirichlet, Partition, Scenario
 from fedmllm.schedules import Schedule
-from fedmllm.types import ConfigError, Modality, Named, Spec, Visible, nearest, validate
+from fedmllm.types import HOW, ConfigError, Modality, Named, Spec, Visible, nearest, validate
 
 
 class Train(Spec):
@@ -63,7 +63,7 @@ class Evaluate(Spec):
     every: NonNegativeInt = 0  # rounds; 0 = after the last one only
     # "all" (or "both"), "none", or modalities joined by "+": "image", "image+text"; several give a row each
     visible: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(one_or_several)] = ("all",)
-    batch_size: PositiveInt = 16
+    batch_size: Annotated[PositiveInt, HOW] = 16
     max_new_tokens: PositiveInt = 16
     limit: NonNegativeInt = 0  # test rows, the first ones; 0 = all
     select: Literal["last", "validation"] = "last"  # which adapter is the result; "validation": the best one
@@ -137,9 +137,9 @@ class Experiment(Spec):
     evaluate: Evaluate = Evaluate()
     screen: Screen = Screen()
     availability: SerializeAsAny[Availability] = Always()
-    checkpoint: Checkpointing = Checkpointing()
+    checkpoint: Annotated[Checkpointing, HOW] = Checkpointing()
     method: Literal["federated", "zero-shot", "majority", "local", "centralised"] = "federated"
-    engine: SerializeAsAny[Engine] = Stacked()
+    engine: Annotated[SerializeAsAny[Engine], HOW] = Stacked()
     num_rounds: PositiveInt = 25
     cohort_size: PositiveInt = 2
     cohort: Literal["seeded", "reference"] = "seeded"
@@ -223,13 +223,6 @@ class Experiment(Spec):
         for override in overrides:
             set_key(table, override)
         return cls.parse(table, str(path))
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that change results, as JSON: not where or how fast they are computed."""
-        table = self.model_dump(mode="json", exclude={"engine": True, "checkpoint": True, "evaluate": {"batch_size"}})
-        for key in ("device", "keep_image_features_mb"):
-            table["backbone"].pop(key)
-        return table
 
     def run_id(self) -> str:
         """Twelve hex digits: equal for experiments that must give equal results."""

@@ -32,10 +32,33 @@ class DataError(FedmllmError):
     """A row, file or image cannot be used; the message begins with its place (file:line or file, and the row's id)."""
 
 
+HOW = "how"  # Annotated[..., HOW] on a field of a Spec: where or how fast something is computed, never what comes out
+
+
 class Spec(BaseModel):
     """A frozen value whose fields are exactly the keys of its TOML table."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that change results, as JSON: fields annotated with HOW are left out, at any depth."""
+        table = self.model_dump(mode="json")
+        for key, field_ in type(self).model_fields.items():
+            value = getattr(self, key)
+            if HOW in field_.metadata:
+                del table[key]
+            elif isinstance(value, Spec):
+                table[key] = value.identity()
+        return table
+
+    @classmethod
+    def how(cls) -> tuple[str, ...]:
+        """What `identity` leaves out, as dotted keys."""
+        mine = [key for key, field_ in cls.model_fields.items() if HOW in field_.metadata]
+        inner = {key: _inner(cls, (key,)) for key in cls.model_fields if key not in mine}
+        tables = {key: spec for key, spec in inner.items() if issubclass(spec, Spec) and spec is not cls}
+        deeper = [f"{key}.{k}" for key, spec in tables.items() for k in spec.how()]
+        return (*mine, *deeper)
 
 
 class Named(Spec):

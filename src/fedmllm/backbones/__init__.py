@@ -8,11 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fedmllm.types import Conversation, Named, Params, Spec
+from fedmllm.types import HOW, Conversation, Named, Params, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,10 +70,12 @@ class BackboneSpec(Named):
     lora: Lora = Lora()
     precision: Precision = Precision()
     max_tokens: PositiveInt = 1200  # a longer prompt is an error, never cut inside image tokens
-    keep_image_features_mb: NonNegativeInt = (
-        1024  # memory for the frozen tower's output across rounds and runs; 0 = off
-    )
-    device: str = "cpu"  # "cpu", "cuda", "cuda:1"
+    # memory for the frozen tower's output across rounds and runs; 0 = off
+    keep_image_features_mb: Annotated[NonNegativeInt, HOW] = 1024
+    # where it is kept besides, for other processes and later runs, "~" allowed; "" = nowhere
+    image_features_folder: Annotated[str, HOW] = ""
+    image_features_folder_mb: Annotated[PositiveInt, HOW] = 16384  # of disk; what was used longest ago goes first
+    device: Annotated[str, HOW] = "cpu"  # "cpu", "cuda", "cuda:1"
 
     @abstractmethod
     def load(self, seed: int) -> Backbone:
@@ -84,7 +86,7 @@ class Tiny(BackboneSpec):
     """The embedded MiniCPM-V 2.6 of about a million weights, pre-trained by `scripts/pretrain_tiny.py`."""
 
     name: Literal["tiny"] = "tiny"
-    keep_image_features_mb: NonNegativeInt = 64  # 8 kB a picture
+    keep_image_features_mb: Annotated[NonNegativeInt, HOW] = 64  # 8 kB a picture
 
     def load(self, seed: int) -> Backbone:
         from fedmllm.backbones.tiny import load_tiny

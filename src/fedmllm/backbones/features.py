@@ -1,4 +1,4 @@
-"""What the frozen vision tower says about a row's pictures, and the memory that keeps it.
+"""What the frozen vision tower says about a row's pictures, and the memory and the folder that keep it.
 
 The tower sees one row's pictures at a time, always. So a row's features do not depend on the batch to the bit, and a
 feature that was kept is the one that would be computed again.
@@ -6,15 +6,19 @@ feature that was kept is the one that would be computed again.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import platform
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from fedmllm.backbones import Row
+from fedmllm.backbones.feature_folder import FeatureFolder
 from fedmllm.types import FedmllmError
 
 if TYPE_CHECKING:
@@ -56,10 +60,16 @@ class ImageFeatures:
         frozen: False where the tower, resampler or projector is trained: gradients flow and nothing is kept.
         scope: What the features depend on besides pixels: the base's digest, how and where it is held. Backbones of one
             scope share what is kept, so that the experiments of a suite in one process do.
+        folder: Where it is kept besides, for other processes and later runs on machines of this kind.
     """
 
     def __init__(
-        self, model: PreTrainedModel, keep_mb: int, frozen: bool, scope: Callable[[], str] | None = None
+        self,
+        model: PreTrainedModel,
+        keep_mb: int,
+        frozen: bool,
+        scope: Callable[[], str] | None = None,
+        folder: FeatureFolder | None = None,
     ) -> None:
         self._argument = feature_argument(model)
         self._tower = model.base_model.get_image_features
@@ -67,13 +77,23 @@ class ImageFeatures:
         self._device = model.device
         self._keep_bytes = keep_mb * 2**20 if frozen else 0
         self._frozen = frozen
-        self._scope = scope or (lambda: f"model {id(self)}")
+        self._folder = folder if frozen and scope else None
+        self._scope_of = scope or (lambda: f"model {id(self)}")
+
+    @cached_property
+    def _scope(self) -> str:
+        return f"{self._scope_of()} {self._dtype} {self._device}"
 
     @cached_property
     def _kept(self) -> Kept:
         if not self._keep_bytes:
             return Kept()  # a backbone that keeps nothing does not find what others keep
-        return _KEPT.setdefault(f"{self._scope()} {self._dtype} {self._device}", Kept())
+        return _KEPT.setdefault(self._scope, Kept())
+
+    def _key(self, row: Row) -> str:
+        """Under which the folder has the row's features: other machines, threads and versions may give other bits."""
+        words = (self._scope, row.image_key, _machine(self._device), torch.__version__, transformers.__version__)
+        return hashlib.sha256("\x1f".join(words).encode()).hexdigest()
 
     def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The argument of the forward pass that stands for the pictures of all rows; {} without pictures."""
@@ -90,17 +110,31 @@ class ImageFeatures:
     def _features(self, row: Row) -> Any:
         if row.image_key in self._kept:
             return _map(self._kept[row.image_key], lambda t: t.to(self._device))
-        inputs = {name: self._place(tensor) for name, tensor in row.images.items()}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
-            output = _needed(self._tower(**inputs))
+        output = self._folder.get(self._key(row)) if self._folder else None
+        if output is None:
+            output = self._computed(row)
+            if self._folder:
+                self._folder.put(self._key(row), output)
         size = sum(t.numel() * t.element_size() for t in _tensors(output))
         if size + self._kept.num_bytes <= self._keep_bytes:
             self._kept.num_bytes += size
             self._kept[row.image_key] = _map(output, lambda t: t.to("cpu", copy=True))
-        return output
+        return _map(output, lambda t: t.to(self._device))
+
+    def _computed(self, row: Row) -> Any:
+        inputs = {name: self._place(tensor) for name, tensor in row.images.items()}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+            return _needed(self._tower(**inputs))
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+
+
+def _machine(device: torch.device) -> str:
+    """What of a machine decides the last bits of a matrix product."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
 
 
 def _needed(output: Any) -> Any:

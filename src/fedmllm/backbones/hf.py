@@ -22,6 +22,7 @@ from fedmllm.backbones.checkpointing import Checkpointing
 from fedmllm.backbones.decode import Decoder, at_least_float32
 from fedmllm.backbones.dropout import seed_tensor
 from fedmllm.backbones.encode import IGNORED, Encoder
+from fedmllm.backbones.feature_folder import FeatureFolder
 from fedmllm.backbones.features import ImageFeatures, feature_argument
 from fedmllm.backbones.lora import adapter_config, add_lora, copy_of, decoder_name, load_into, parameters_by_saved_name
 from fedmllm.types import Conversation, Params
@@ -69,8 +70,13 @@ class TransformersBackbone(Backbone):
         self.model.eval()  # dropout of the base stays off, as in the reference; LoRA's follows its row seeds
         self._live = parameters_by_saved_name(self.model)
         frozen = all(name.startswith(f"base_model.model.{self.decoder}.") for name in self._live)
+        folder = Path(spec.image_features_folder).expanduser() if spec.image_features_folder else None
         self.features = ImageFeatures(
-            self.base, spec.keep_image_features_mb, frozen, lambda: f"{self.digest} {spec.precision.base}"
+            self.base,
+            spec.keep_image_features_mb,
+            frozen,
+            lambda: f"{self.digest} {spec.precision.base}",
+            FeatureFolder(folder, spec.image_features_folder_mb) if folder else None,
         )
         self._checkpointing = Checkpointing(
             model.get_submodule(self.decoder), self._seeds, spec.precision.gradient_checkpointing
