@@ -75,6 +75,15 @@ def test_turns_of_a_conversation_without_id_are_called_after_its_place(tmp_path:
     assert [(e.id, e.answer) for e in examples] == [(0, "a"), ("0#2", "b"), (1, "c")]
 
 
+def test_a_json_list_names_the_line_that_is_not_utf8_and_may_have_a_mark_and_crlf(tmp_path: Path) -> None:
+    lines = [b"[", json.dumps({"conversations": turns("?", "a")}).encode(), b"]"]
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    assert [e.where.rpartition("/")[2] for e in load(tmp_path, "a.json", columns={}).examples] == ["a.json:2[0]"]
+    (tmp_path / "a.json").write_bytes(b"\r\n".join([*lines[:2], b', {"id": "caf\xe9"}', *lines[2:]]))
+    with pytest.raises(DataError, match=r"a.json:3: not UTF-8: byte 0xe9 in column 14"):
+        load(tmp_path, "a.json", columns={})
+
+
 def test_rows_after_the_end_of_a_json_list_are_not_lost_in_silence(tmp_path: Path) -> None:
     one = json.dumps([{"conversations": turns("?", "a")}])
     (tmp_path / "a.json").write_text(f"{one}\n{one}\n")

@@ -12,8 +12,6 @@ from pydantic import Field
 
 from fedmllm.data import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import (
-    Placed,
-    Row,
     collect,
     filled,
     find,
@@ -79,14 +77,15 @@ class DriveLM(Dataset):
         if half := half_character(scenes, text):
             raise DataError(f"{path}: {half} is half of a character; write the other half too, or leave it out")
         ours = {name: scene for name, scene in scenes.items() if self._split_of(name) == split}
-        return filled(collect(self._rows(path, ours), _example, self.on_bad_row), path, split)
+        return filled(collect(self._rows(path, ours), lambda _, row: row, self.on_bad_row), path, split)
 
     def _split_of(self, scene: str) -> Split:
         if held_out(self.test_rate, f"test/{scene}"):
             return "test"
         return "validation" if held_out(self.validation_rate, f"validation/{scene}") else "train"
 
-    def _rows(self, path: Path, scenes: Mapping[str, Any]) -> Placed:
+    def _rows(self, path: Path, scenes: Mapping[str, Any]) -> Iterator[tuple[str, Example | DataError]]:
+        """Rows of a keyframe share their pictures and columns: there are hundreds of thousands of them."""
         for scene, frame, entry in _frames(scenes):
             place = f"{path}: {scene}/{frame}"
             if isinstance(entry, DataError):
@@ -99,17 +98,21 @@ class DriveLM(Dataset):
                 continue
             for task in self.tasks:
                 about = {"set": self.name, "scene": scene, "frame": frame, "task": task}
-                shared = {"fields": fields, **{kind: {**about, "answer_type": kind} for kind in ("OPEN", "CLOSED")}}
+                about_open, about_closed = ({**about, "answer_type": kind} for kind in ("OPEN", "CLOSED"))
+                before, name = f"{place}/{task}[", f"{scene}/{frame}/{task}/"
                 asked = entry["QA"].get(task) or []
                 if not isinstance(asked, list):
                     yield place, DataError(f"{place}: QA.{task} is {asked!r:.60}, not a list")
                     continue
                 for index, row in enumerate(asked):
-                    where = f"{place}/{task}[{index}]"
-                    if isinstance(row, dict):
-                        yield where, {"row": row, "id": f"{scene}/{frame}/{task}/{index}", **shared}
-                    else:
-                        yield where, DataError(f"{where}: an object with Q and A is expected, not {row!r:.60}")
+                    where = f"{before}{index}]"
+                    try:
+                        question, choices, answer = _asked(where, row)
+                    except DataError as error:
+                        yield where, error
+                        continue
+                    columns = about_closed if choices else about_open
+                    yield where, Example(f"{name}{index}", fields, question, choices, answer, where, columns)
 
     def _cameras(self, paths: Mapping[str, object], place: str) -> dict[Modality, Content]:
         """The published paths begin with "../nuscenes/", as seen from the questions' folder."""
@@ -136,8 +139,11 @@ def _frames(scenes: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
             yield scene, frame, entry if fine else DataError("a keyframe with 'QA' and 'image_paths' is expected")
 
 
-def _example(where: str, row: Row) -> Example:
-    question, answer = take_text(row["row"], "Q", where).strip(), take_text(row["row"], "A", where).strip()
+def _asked(where: str, row: object) -> tuple[str, tuple[str, ...], str]:
+    """Question, choices and answer."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: an object with Q and A is expected, not {row!r:.60}")
+    question, answer = take_text(row, "Q", where).strip(), take_text(row, "A", where).strip()
     choices: tuple[str, ...] = ()
     plain = answer.lower().rstrip(".")
     if plain in YES_NO:
@@ -145,10 +151,9 @@ def _example(where: str, row: Row) -> Example:
     elif len(plain) == 1 and ASK in question:
         question, options = _options(question)
         if plain.upper() not in options:
-            raise DataError(f"{where}: row {row['id']!r}: the answer {answer!r} is none of {', '.join(options)}")
+            raise DataError(f"{where}: the answer {answer!r} is none of {', '.join(options)}")
         choices, answer = tuple(options.values()), options[plain.upper()]
-    columns = row["CLOSED" if choices else "OPEN"]
-    return Example(row["id"], row["fields"], question, choices, answer, where, columns)
+    return question, choices, answer
 
 
 def _options(question: str) -> tuple[str, dict[str, str]]:

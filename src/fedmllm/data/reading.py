@@ -13,13 +13,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fedmllm.data import Rows
 from fedmllm.rng import stream_seed
 from fedmllm.types import DataError, Example
 
 Row = Mapping[str, Any]
+T = TypeVar("T")
 Placed = Iterator[tuple[str, Row | DataError]]
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate; two of them make one character
 
@@ -114,11 +115,12 @@ def json_rows(path: Path) -> Placed:
 
 def json_text(path: Path) -> str:
     """A whole JSON file as text."""
-    decoded = [(number, line) for number, line in lines(path)]
-    for _, line in decoded:
-        if isinstance(line, DataError):
-            raise line
-    return "\n".join(str(line) for _, line in decoded)
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise next(line for _, line in lines(path) if isinstance(line, DataError)) from None
 
 
 def half_character(value: object, source: str) -> str:
@@ -150,8 +152,8 @@ def _object(value: object, where: str, source: str) -> Row | DataError:
 
 
 def collect(
-    rows: Placed,
-    make: Callable[[str, Row], Example | None],
+    rows: Iterator[tuple[str, T | DataError]],
+    make: Callable[[str, T], Example | None],
     on_bad_row: Literal["fail", "skip"],
     known: dict[str | int, str] | None = None,
 ) -> Rows:
@@ -200,7 +202,8 @@ def take(row: Row, name: str, where: str) -> Any:
 
 def take_text(row: Row, name: str, where: str) -> str:
     """A cell as text: numbers are written out, since answers such as 4 come as integers."""
-    return as_text(take(row, name, where), name, where)
+    value = row.get(name)
+    return value if isinstance(value, str) else as_text(take(row, name, where), name, where)
 
 
 def as_text(value: object, name: str, where: str) -> str:
