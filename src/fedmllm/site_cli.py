@@ -153,6 +153,14 @@ def server_add(
     typer.echo(f"site {name}: node {Server(folder).add(name, public_key)}")
 
 
+@server_app.command("remove")
+def server_remove(folder: Folder, name: Annotated[str, typer.Argument(help="The site's name.")]) -> None:
+    """Take a site's key back: it is let in no more. SuperLink must be running."""
+    from fedmllm.engines.flower_superlink import Server
+
+    typer.echo(f"site {name}: node {Server(folder).remove(name)} is registered no more")
+
+
 @server_app.command("run")
 def server_run(
     folder: Folder,

@@ -11,6 +11,7 @@ import ssl
 import stat
 import threading
 import time
+import tomllib
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,15 @@ def test_a_name_or_key_that_cannot_be_registered_is_named(tmp_path):
         server.add("x", tmp_path / "site.key.pub")
 
 
+def test_a_servers_folder_that_was_moved_finds_its_own_certificate_and_port(tmp_path):
+    Server.new(tmp_path / "server", ["localhost"], 8000)
+    moved = (tmp_path / "server").rename(tmp_path / "moved")
+    (moved / "server.toml").write_text('host = "127.0.0.1"\nport = 8001\n')
+    Server(moved)
+    connection = tomllib.loads((moved / "flwr" / "config.toml").read_text())["superlink"]["fedmllm"]
+    assert connection == {"address": "127.0.0.1:8001", "root-certificates": str(moved / "ca.crt")}
+
+
 # ---- whether a run lives
 
 
@@ -146,8 +156,11 @@ def test_a_run_of_which_nothing_is_heard_is_lost_and_one_that_never_begins_is_an
     now[0] = flower_watch.SILENT_S + 1
     assert watch.ended()
     with contextlib.closing(Record(record)):
-        assert not watch.ended()  # SuperLink is busy, the run goes on
-    assert watch.ended()
+        said["status"] = ("finished:failed", "of another time")
+        assert not watch.ended()  # it holds its record, so nobody is asked
+        assert watch.status == "unreachable"
+    said["status"] = ("unreachable", "")
+    assert watch.ended()  # it held its record, and does so no more
     now[0], said["status"] = now[0] + 1, ("finished:failed", "why")
     assert watch.ended()
     assert (watch.status, watch.details) == ("finished:failed", "why")

@@ -57,3 +57,10 @@ def test_an_update_beyond_the_limit_is_left_out_of_the_sum_and_named(sites):
     said = dropped([event for event in events if event["event"] == "round"])
     assert len(said) == 3
     assert all("over screen.max_norm" in line for line in said)
+
+
+def test_a_site_that_is_removed_is_let_in_no_more_and_told_so(sites):
+    assert "is registered no more" in sites.call("server", "remove", "server", "west")
+    sites.until(lambda: "the SuperNode ended" in (sites.folder / "west.out").read_text(), 60)
+    with pytest.raises(RuntimeError, match="site 'west' is not registered; registered: east, north"):
+        sites.call("server", "remove", "server", "west")

@@ -11,10 +11,12 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import http_grid
 
 from fedmllm.config import Experiment
 from fedmllm.engine import Engine as EngineSettings
@@ -27,7 +29,8 @@ from fedmllm.sites import Request
 from fedmllm.tensors import is_finite
 from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params
 
-POLL_S = 0.5
+POLL_S = 0.2
+PULL_S, PULL_FIRST_S, PULL_CAP_S = 600.0, 0.05, 0.5  # for an answer's parts: in all, between looks at first and later
 RESTARTED = "its SuperNode was started anew and has forgotten the request"
 Answers = dict[int, ClientUpdate | ClientFailure]
 
@@ -56,6 +59,15 @@ class Link:
     grid: Grid
     nodes: Sequence[int]  # of client 0, 1, ...
 
+
+# An answer is announced before its parts are there. Flower looks for them again after 1, 2, 4 s, and up to two hours long.
+http_grid.pull_objects = partial(
+    http_grid.pull_objects,
+    max_time=PULL_S,
+    max_tries_per_object=None,
+    initial_backoff=PULL_FIRST_S,
+    backoff_cap=PULL_CAP_S,
+)
 
 _link: list[Link] = []
 app = ServerApp()

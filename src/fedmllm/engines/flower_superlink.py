@@ -73,11 +73,20 @@ class Server:
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{folder / SETTINGS}: not a TOML file: {error}") from None
         self.listen = Listen.model_validate(validate(Listen, table, str(folder / SETTINGS)))
+        where = (
+            f'address = "127.0.0.1:{self.listen.port}"\nroot-certificates = {json.dumps(str(self.folder / "ca.crt"))}\n'
+        )
+        connection = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{where}'
+        path = self.folder / "flwr" / "config.toml"
+        if (
+            not path.exists() or path.read_text(encoding="utf-8") != connection
+        ):  # the folder was moved, or mounted elsewhere
+            write_atomically(path, connection)
 
     @classmethod
     def new(cls, folder: Path, hosts: Sequence[str], port: int, gate: str = "") -> Server:
         """A folder with certificates for `hosts`, settings, and the app. Raises FedmllmError where one exists."""
-        from fedmllm.engines.flower_keys import CA, make_authority
+        from fedmllm.engines.flower_keys import make_authority
 
         if (folder / SETTINGS).exists():
             raise FedmllmError(f"{folder / SETTINGS} exists; choose another folder")
@@ -87,9 +96,6 @@ class Server:
         (folder / "app").mkdir()
         (folder / "app" / "pyproject.toml").write_text(APP, encoding="utf-8")
         (folder / "flwr").mkdir(mode=0o700)
-        where = f'address = "127.0.0.1:{port}"\nroot-certificates = "{(folder / CA).absolute()}"\n'
-        head = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-        (folder / "flwr" / "config.toml").write_text(head + where, encoding="utf-8")
         write_atomically(folder / SITES, "{}")
         return cls(folder)
 
@@ -199,6 +205,15 @@ class Server:
         )
         write_atomically(self.folder / SITES, json.dumps({**sites, name: node}, indent=1))
         return node
+
+    def remove(self, name: str) -> int:
+        """Take a site's key back -> its node id. SuperLink, which must be running, lets it in no more."""
+        sites = self.sites()
+        if name not in sites:
+            raise ConfigError(f"site {name[:100]!r} is not registered; registered: {', '.join(sites) or 'none'}")
+        self.flwr("supernode", "unregister", str(sites[name]), CONNECTION)
+        write_atomically(self.folder / SITES, json.dumps({k: v for k, v in sites.items() if k != name}, indent=1))
+        return sites[name]
 
     def status(self, run_id: str) -> tuple[str, str]:
         """Of a run: ("running", ""), ("finished:failed", why), ...; "unreachable" where SuperLink does not answer."""
