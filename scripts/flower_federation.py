@@ -66,7 +66,7 @@ class Federation:
     def _experiment(self, rounds: int, engine: str, train: str) -> None:
         head = f'num_rounds = {rounds}\ncohort_size = 3\npartition = {{ name = "by-column", column = "client" }}\n'
         body = f"[train]\nlr = 3e-3\nbatch_size = 4\naccumulation = 1\n{train}\n[backbone]\n{self.backbone}\n"
-        sites = f'[engine]\nname = "flower-sites"\nround_timeout_s = 150\nretry_s = 5\nconnect_s = 120\n{engine}\n'
+        sites = f'[engine]\nname = "flower-sites"\nround_timeout_s = 400\nretry_s = 5\nconnect_s = 120\n{engine}\n'
         (self.folder / "experiment.toml").write_text(head + self._data("train") + body + sites, encoding="utf-8")
 
     def call(self, *words: str) -> str:

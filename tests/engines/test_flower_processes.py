@@ -28,6 +28,7 @@ from fedmllm.engines.flower_keys import make_authority, make_site_key, refuse_op
 from fedmllm.engines.flower_resident import ResidentTrainer
 from fedmllm.engines.flower_site import alone, run_site
 from fedmllm.engines.flower_superlink import Server
+from fedmllm.engines.flower_supernode import reason
 from fedmllm.engines.flower_trainer import serve
 from fedmllm.engines.flower_watch import Watch, is_written
 from fedmllm.record import Record
@@ -133,6 +134,22 @@ def test_a_servers_folder_that_was_moved_finds_its_own_certificate_and_port(tmp_
     Server(moved)
     connection = tomllib.loads((moved / "flwr" / "config.toml").read_text())["superlink"]["fedmllm"]
     assert connection == {"address": "127.0.0.1:8001", "root-certificates": str(moved / "ca.crt")}
+
+
+def test_of_a_supernodes_log_the_last_error_is_told():
+    log = """INFO: a
+\x1b[91mERROR \x1b[0m:     Exit Code: 305
+Failed to initialize the connection to the SuperLink.
+[code: 2004] Failed to activate SuperNode.
+
+For more information, visit: <https://...>
+INFO:     Finished server process [10206]
+"""
+    assert reason(log).startswith("Exit Code: 305 Failed to initialize the connection to the SuperLink. [code: 2004]")
+    assert reason(log).endswith(
+        "Its key is connected already: by another process, or by one that was killed within the last minute."
+    )
+    assert reason("INFO: all is well") == ""
 
 
 # ---- whether a run lives

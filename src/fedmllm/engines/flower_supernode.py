@@ -25,7 +25,8 @@ from fedmllm.engines.flower_keys import CA, CA_KEY, SERVER, SERVER_KEY, make_aut
 from fedmllm.engines.flower_processes import binary, die_with_parent, environment, free_port
 from fedmllm.sites import Site
 
-RESTART_S = 5.0  # between two starts of one that keeps dying
+RESTART_S, LONGEST_PAUSE_S = 5.0, 20.0  # before another start, at first and where it keeps dying
+NOT_LET_IN = "Failed to activate SuperNode"  # Flower's words where a key is connected already
 HOST = "127.0.0.1"
 
 
@@ -42,7 +43,8 @@ class SuperNode:
         secret = os.open(self._runtime / "secret", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with open(secret, "wb") as file:  # noqa: PTH123
             file.write(self._secret)
-        self._started = 0.0
+        self._started, self._pause = 0.0, RESTART_S / 2
+        self._ended: float | None = None
         self.start()
 
     def start(self) -> None:
@@ -57,20 +59,19 @@ class SuperNode:
         env = environment(self._state / "flwr")
         with (self._state / "supernode.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, preexec_fn=die_with_parent)
-        self._started = time.monotonic()
+        self._started, self._ended = time.monotonic(), None
 
     def keep_alive(self) -> bool:
-        """False where it had died; it is then started anew, but not more often than every RESTART_S."""
+        """False where it had died; it is then started anew: at once where it had lived, ever more rarely where it had not."""
         if self.process.poll() is None:
             return True
-        if time.monotonic() - self._started > RESTART_S:
-            log = self._state / "supernode.log"
-            last = next(
-                (line for line in reversed(log.read_text(errors="replace")[-2000:].splitlines()) if line.strip()), ""
-            )
-            self._say(
-                f"the SuperNode ended (exit status {self.process.returncode}): {last.strip()[:300]}; starting it again"
-            )
+        if self._ended is None:
+            self._ended, lived = time.monotonic(), time.monotonic() - self._started
+            self._pause = RESTART_S if lived > LONGEST_PAUSE_S else min(2 * self._pause, LONGEST_PAUSE_S)
+            said = reason((self._state / "supernode.log").read_bytes()[-4000:].decode(errors="replace"))
+            what = f"exit status {self.process.returncode}{f': {said}' if said else ''}"
+            self._say(f"the SuperNode ended ({what}); starting it again in {self._pause:.0f} s")
+        if time.monotonic() - self._ended > self._pause:
             self.start()
         return False
 
@@ -85,3 +86,14 @@ class SuperNode:
         return RuntimeHttpClient.from_server_address(
             f"{HOST}:{self.port}", insecure=False, root_certificates=self._ca, interceptors=[version, key]
         )
+
+
+def reason(log: str) -> str:
+    """The last error of a SuperNode's log in one line, with ours where Flower's says too little; "" where there is none."""
+    _, found, tail = log.rpartition("ERROR")
+    if not found:
+        return ""
+    said = " ".join(tail.partition("For more information")[0].replace("\x1b[0m:", "").split())[:300]
+    if NOT_LET_IN in said:
+        said += " Its key is connected already: by another process, or by one that was killed within the last minute."
+    return said
