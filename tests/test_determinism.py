@@ -10,18 +10,27 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedmllm.checkpoint import ADAPTER
 from fedmllm.config import FAMILIES, Experiment
+from fedmllm.data import Dataset
+from fedmllm.identity import rows_digest
 from fedmllm.record import read
 from fedmllm.rng import stream
 from fedmllm.runs import run
+
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("data", "backbones")]
+
+import rawsets  # noqa: E402
+import tiny_families  # noqa: E402
 
 TABLE: dict[str, Any] = {
     "data": {"name": "synthetic-irony", "num_train": 60, "num_validation": 4, "num_test": 4},
@@ -31,19 +40,62 @@ TABLE: dict[str, Any] = {
     "cohort_size": 5,
     "partition": {"name": "iid"},
 }
-ELSEWHERE = {
-    "published",
-    "by-column",
-    "file",
-    "flower-simulation",
-    "flower-sites",
-}  # need a set's columns, a file, processes
+
+
+def own_rows(folder: Path) -> dict[str, Any]:
+    rows = [f"{i},report {i % 7},{('no', 'yes')[i % 2]},site {i % 12}" for i in range(60)]
+    (folder / "rows.csv").write_text("\n".join(["id,text,answer,client", *rows]))
+    return {
+        "data": {
+            "name": "table", "root": str(folder), "train": "rows.csv", "test": "rows.csv", "question": "Broken?",
+            "choices": ["no", "yes"], "columns": {"text": "text", "client": "client"},
+        }
+    }  # fmt: skip
+
+
+def memes(folder: Path) -> dict[str, Any]:
+    for split in ("train", "test_seen"):
+        for row in rawsets.hateful_memes(folder, 60, split).read_text().splitlines():
+            picture = folder / json.loads(row)["img"]
+            picture.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (json.loads(row)["id"] * 4, 0, 0)).save(picture)
+    return {"data": {"name": "hateful-memes", "root": str(folder)}}
+
+
+def model_folder(folder: Path) -> dict[str, Any]:
+    return {"backbone": {"name": "hf", "path": str(tiny_families.write("llava", folder / "model"))}}
+
+
+# What a member needs besides its name; one that is not here gets its name alone, so that a new one is tried at once.
+NEEDS: dict[tuple[str, str], Callable[[Path], dict[str, Any]]] = {
+    ("partition", "published"): lambda folder: {**memes(folder), "partition": "published"},
+    ("partition", "by-column"): lambda folder: {**own_rows(folder), "partition": "by-column"},
+    ("prompt", "file"): lambda _: {"prompt": {"name": "file", "wording": "{images}{text}\n{question}\n{options}"}},
+    ("availability", "unreliable"): lambda _: {
+        "availability": {"name": "unreliable", "drop_rate": 0.3, "straggle_rate": 0.3}
+    },
+    ("backbone", "hf"): model_folder,
+}
+ELSEWHERE = {  # where what needs processes of its own is compared byte for byte with in-process, which is tried here
+    (
+        "engine",
+        "flower-simulation",
+    ): "engines/test_flower_simulation.py::test_three_rounds_give_the_bytes_of_in_process",
+    ("engine", "flower-sites"): "engines/test_flower_sites.py::test_three_sites_give_the_bytes_of_one_process",
+}
 MEMBERS = [
     (family, name)
-    for family in ("aggregator", "objective", "scenario", "partition", "prompt", "availability", "engine")
-    for name in sorted(FAMILIES[family].members)
-    if name not in ELSEWHERE
+    for family, kind in FAMILIES.items()
+    for name in sorted(kind.members)
+    if family != "data" and (family, name) not in ELSEWHERE
 ]
+
+
+def test_what_is_tested_elsewhere_is() -> None:
+    for (family, name), place in ELSEWHERE.items():
+        assert name in FAMILIES[family].members
+        file, _, test = place.partition("::")
+        assert f"def {test}" in (Path(__file__).parent / file).read_text()
 
 
 def train(folder: Path, **changed: Any) -> tuple[bytes, list[Any]]:
@@ -56,11 +108,12 @@ def train(folder: Path, **changed: Any) -> tuple[bytes, list[Any]]:
 
 @pytest.mark.parametrize(("family", "name"), MEMBERS, ids=["-".join(member) for member in MEMBERS])
 def test_every_member_gives_the_same_bytes_again(family: str, name: str, tmp_path: Path) -> None:
-    once = train(tmp_path / "once", **{family: name})
+    needs = NEEDS.get((family, name), lambda _: {family: name})(tmp_path)
+    once = train(tmp_path / "once", **needs)
     random.seed(99)  # what somebody else draws must not matter
     np.random.seed(99)
     torch.manual_seed(99)
-    assert train(tmp_path / "again", **{family: name}) == once
+    assert train(tmp_path / "again", **needs) == once
 
 
 def test_the_seed_matters(tmp_path: Path) -> None:
@@ -69,15 +122,42 @@ def test_the_seed_matters(tmp_path: Path) -> None:
 
 def test_another_process_gives_the_same_bytes(tmp_path: Path) -> None:
     """Also with other hash seeds: no order of a set, no address, no time decides anything."""
+    raw_folders(tmp_path / "raw")
     code = (
-        "import sys; sys.path[:0] = [sys.argv[1]]; from test_determinism import Path, train; train(Path(sys.argv[2]))"
+        "import sys; sys.path[:0] = [sys.argv[1]]; from test_determinism import Path, rows_of, train; "
+        "train(Path(sys.argv[2])); print(rows_of(Path(sys.argv[3])))"
     )
+    said = set()
     for seed in ("1", "2"):
-        command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / seed)]
+        places = [str(Path(__file__).parent), str(tmp_path / seed), str(tmp_path / "raw")]
         env = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        subprocess.run(command, env=env, capture_output=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *places], env=env, capture_output=True, text=True, check=True
+        )
+        said.add(done.stdout.splitlines()[-1])
     one, two = ((tmp_path / seed / "adapter" / ADAPTER).read_bytes() for seed in ("1", "2"))
     assert one == two == train(tmp_path / "here")[0]
+    assert said == {str(rows_of(tmp_path / "raw"))}
+
+
+def raw_folders(folder: Path) -> None:
+    """A made-up raw folder for each data set that reads one: `rawsets` has a maker of its name."""
+    for name, kind in FAMILIES["data"].members.items():
+        (folder / name).mkdir(parents=True)
+        if name == "table":
+            own_rows(folder / name)
+        elif "root" in kind.model_fields:
+            getattr(rawsets, name.replace("-", "_"))(folder / name)
+
+
+def rows_of(folder: Path) -> dict[str, str]:
+    """Data set -> digest of its training rows, in their order."""
+    found = {}
+    for name, kind in sorted(FAMILIES["data"].members.items()):
+        settings = {"name": name, "root": str(folder / name)} if "root" in kind.model_fields else {"name": name}
+        table = own_rows(folder / name)["data"] if name == "table" else settings
+        found[name] = rows_digest(Dataset.pick(table, "data").load("train").examples)
+    return found
 
 
 def test_the_record_says_what_the_bytes_depend_on(tmp_path: Path) -> None:
