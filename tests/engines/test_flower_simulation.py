@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 pytest.importorskip("ray", reason="the extra `flower` is not installed")
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from flower_federation import addresses
 
 from fedmllm import tensors
 from fedmllm.config import Experiment
@@ -88,8 +92,22 @@ def test_an_actor_that_is_killed_costs_time_and_no_update(tmp_path):
     assert killed not in actors()
 
 
+def test_ray_neither_listens_on_nor_reaches_another_address_than_loopback(tmp_path):
+    world = World.load(Experiment.parse({**TABLE, "engine": SIMULATION}))
+    engine = flower_simulation.FlowerSimulation(world.experiment.engine, world.clients(3))
+    assert all(hasattr(answer, "delta") for answer in engine(world.start, 1, [0]))
+    everything = {pid for pid, _ in processes()}
+    assert len(everything) > 4  # raylet, its stores and agents, actors
+    assert addresses(everything) == {"127.0.0.1"}
+
+
 def actors() -> list[int]:
-    """Process ids of our simulation's actors: those below this process."""
+    """Process ids of our simulation's actors."""
+    return [pid for pid, line in processes() if b"ray::ClientAppActor" in line]
+
+
+def processes() -> list[tuple[int, bytes]]:
+    """(id, command line) of the processes below this one."""
     found, below = [], {os.getpid()}
     table = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -101,7 +119,7 @@ def actors() -> list[int]:
     for pid, parent, line in sorted(table):
         if parent in below:
             below.add(pid)
-            found += [pid] if b"ray::ClientAppActor" in line else []
+            found.append((pid, line))
     return found
 
 

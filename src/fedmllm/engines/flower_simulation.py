@@ -36,6 +36,7 @@ from flwr.app import Context, Message  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
 from ray import cloudpickle  # noqa: E402
+from ray._private import ray_constants  # noqa: E402
 
 from fedmllm.engine import Engine as EngineSettings  # noqa: E402
 from fedmllm.engine import FlowerSimulation as Settings  # noqa: E402
@@ -44,6 +45,9 @@ from fedmllm.engines.flower_client import Job  # noqa: E402
 from fedmllm.engines.flower_client import app as client_app  # noqa: E402
 from fedmllm.local import Clients  # noqa: E402
 from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params  # noqa: E402
+
+if os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0":
+    ray_constants.ENABLE_RAY_CLUSTER = False  # as if the variable had been there, where somebody imported ray before us
 
 START_S = 180.0  # Ray's own start-up, at most
 POLL_S = 0.02
