@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ import torch
 
 from fedmllm.availability import Always, Availability
 from fedmllm.backbones import Backbone, Row
+from fedmllm.backbones.prompt_memory import Rows
 from fedmllm.config import Experiment, Train
 from fedmllm.objectives import ClientView, Objective
 from fedmllm.prompts import Prompt
@@ -33,23 +33,19 @@ class RowStore:
 
     def __init__(self, backbone: Backbone, prompt: Prompt, examples: Sequence[Example]) -> None:
         self._backbone, self._prompt, self._examples = backbone, prompt, examples
-        self._kept: OrderedDict[tuple[int, Visible], Row] = OrderedDict()
-        self._bytes = 0
+        self._kept = Rows(ROWS_KEPT_BYTES)
 
     def row(self, index: int, visible: Visible) -> Row:
         key = (index, visible)
-        if key not in self._kept:
+        row = self._kept.get(key)
+        if row is None:
             example = self._examples[index]
             try:
                 row = self._backbone.encode(self._prompt.render(example, visible), self._prompt.target(example))
             except FedmllmError as error:
                 raise type(error)(f"{example.where}, id {example.id}: {error}") from None
-            self._kept[key] = row
-            self._bytes += row.num_bytes
-        self._kept.move_to_end(key)
-        while self._bytes > ROWS_KEPT_BYTES and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].num_bytes
-        return self._kept[key]
+            self._kept.keep(key, row, lambda _, old: not self._backbone.needs_pixels(old))
+        return row
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from small_federation import assert_same, federation, stirred, together
 
-from fedmllm.backbones import FromFolder, Precision
+from fedmllm.backbones import FromFolder, Precision, Row
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
+from fedmllm.backbones.prompt_memory import PromptMemory, Rows
 from fedmllm.types import Conversation, DataError, Picture
 
 
@@ -68,3 +72,52 @@ def test_a_picture_that_changes_is_read_again_by_the_next_backbone(folder: Path,
 def test_a_picture_that_goes_is_an_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not there"):
         scores(backbone(folder, 8), tmp_path / "none.png")
+
+
+# --- pixels are let go before rows are
+
+PIXELS = 3 * 56 * 56 * 4  # bytes of a picture, of the size that the small towers look at; tokens take far less
+
+
+def test_rows_lose_their_pixels_and_then_go() -> None:
+    def row(i: int) -> Row:
+        ids = torch.full((10,), i)
+        return Row(ids, ids, {"pixels": torch.zeros(1000)}, f"picture {i}")  # 4,160 bytes; 160 without pixels
+
+    rows = Rows(limit=9000)
+    for i in range(40):
+        rows.keep(i, row(i), lambda key, old: key not in (5, 39))  # the pixels of these are needed still
+    assert [i for i in range(40) if (kept := rows.get(i)) and kept.images] == [39]
+    assert [i for i in range(40) if (kept := rows.get(i)) and not kept.images] == list(range(9, 39))  # 4,160 + 30 * 160
+
+
+def test_a_row_is_encoded_once_though_the_pixels_of_all_rows_fit_nowhere(
+    load, examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rounds under a memory of two pictures: where features are kept, the second encodes nothing."""
+    seen: list[object] = []
+    for keep_mb, times in ((8, 1), (0, 2)):
+        monkeypatch.setattr("fedmllm.local.ROWS_KEPT_BYTES", 2 * PIXELS)
+        monkeypatch.setattr(PromptMemory, "_kept", Rows(2 * PIXELS))
+        model = backbone(Path(load("llava").spec.path), keep_mb)
+        clients, make = federation(model, examples), model.encoder._prompt
+        monkeypatch.setattr(model.encoder, "_prompt", lambda prompt, make=make: (seen.append(prompt), make(prompt))[1])
+        seen.clear()
+        rounds = [together(clients, stirred(model)) for _ in range(2)]
+        with_picture = [prompt for prompt in seen if prompt.pictures]
+        assert len(with_picture) == times * len({*with_picture})
+        assert_same(*rounds, largest=0.0)
+
+
+def test_another_model_s_row_without_pixels_is_made_anew(folder: Path, picture: Path, monkeypatch) -> None:
+    """Both have one processor and so one memory of prompts, but only the first keeps features."""
+    first, second = backbone(folder, 8), backbone(folder, 0)
+    expected = scores(first, picture)
+    conversation = Conversation((Picture(picture), "Is it so?"))
+    monkeypatch.setattr(PromptMemory, "_kept", Rows(PIXELS))
+    lean = replace(first.encoder.prompt(conversation), images={})
+    key = next(iter(PromptMemory._kept._kept))
+    PromptMemory._kept.keep(key, lean, lambda *_: False)
+    assert not first.encoder.prompt(conversation).images
+    assert scores(first, picture) == expected
+    assert scores(second, picture) == expected

@@ -31,6 +31,9 @@ Load = Callable[..., TransformersBackbone]
 
 PULLS: list[Objective] = [FedProx(mu=0.5), AdaptiveFedProx(mu_min=0.1, mu_max=1.0, skip=0.0)]
 FAMILIES = ["llava", "qwen2_vl", "minicpmv4_6", "minicpmv2.6", "tiny"]
+# The bound is 1e-12. Trained weights have gradients near AdamW's eps of 1e-8, where 1e-15 of rounding becomes lr / eps = 1e5
+# times as much of a weight: on the embedded model one of 32,768 was off by 1.1e-12.
+LARGEST = {"tiny": 1e-10}
 CASES = [
     *((family, TaskLoss()) for family in (*FAMILIES, "qwen3_vl", "gemma3", "minicpm-llama3-v2.5")),
     *((family, pull) for family in FAMILIES for pull in PULLS),
@@ -51,7 +54,7 @@ def wide_inside(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_family_and_objective(load: Load, examples: list[Example], family: str, objective: Objective) -> None:
     clients = federation(load(family), examples, objective, epochs=2)
     start = stirred(clients.backbone)
-    assert_same(one_after_another(clients, start), together(clients, start))
+    assert_same(one_after_another(clients, start), together(clients, start), LARGEST.get(family, 1e-12))
 
 
 @pytest.mark.parametrize(
@@ -85,10 +88,10 @@ def test_nothing_depends_on_what_shares_a_pass(
     """Dropout of a half is on: a mask that followed the pass would be seen at once."""
     clients = federation(load(family, lora=Lora(dropout=0.5)), examples)
     start = stirred(clients.backbone)
-    whole = together(clients, start)
-    assert_same(whole, together(clients, start, **settings))
-    assert_same(whole[1:2], together(clients, start, cohort=[1]))
-    assert_same(whole, one_after_another(clients, start))
+    whole, largest = together(clients, start), LARGEST.get(family, 1e-12)
+    assert_same(whole, together(clients, start, **settings), largest)
+    assert_same(whole[1:2], together(clients, start, cohort=[1]), largest)
+    assert_same(whole, one_after_another(clients, start), largest)
 
 
 def test_gradient_checkpointing_changes_nothing(load: Load, examples: list[Example]) -> None:

@@ -118,6 +118,10 @@ class Backbone(ABC):
     def encode(self, prompt: Conversation, answer: str) -> Row:
         """Tokens, labels, pixels of one row. Raises FedmllmError when over max_tokens, DataError for a bad image."""
 
+    def needs_pixels(self, row: Row) -> bool:
+        """False where `row.images` may be let go: what the frozen tower says about them is kept."""
+        return bool(row.images)
+
     @abstractmethod
     def collate(self, rows: Sequence[Row]) -> Batch:
         """Right-padded batch on the model's device."""

@@ -7,7 +7,7 @@ Shapes: B rows, L prompt tokens, N continuations, T their tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fedmllm.backbones.hf import TransformersBackbone
 
 PASS_TOKENS = {"cpu": 2048, "cuda": 32768}  # prompt tokens of one pass, padding included
-KNOWN_TOKENS = 2_000_000  # of prompts that are not encoded again: at most 64 MB
 WINDOW = 256  # prompts that are encoded, and so held with their pixels, at a time
 
 Out = TypeVar("Out")
@@ -42,8 +41,6 @@ class Decoder:
     def __init__(self, backbone: TransformersBackbone) -> None:
         self._backbone = backbone
         self._encoder = backbone.encoder
-        self._known: dict[Conversation, Row] = {}  # without pixels: the same test rows come back every few rounds
-        self._known_tokens = 0
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Conversation], choices: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -84,7 +81,7 @@ class Decoder:
         results: dict[int, Out] = {}
         for start in range(0, len(prompts), WINDOW):
             window = range(start, min(start + WINDOW, len(prompts)))
-            rows = {i: self._known.get(prompts[i]) or self._encoder.prompt(prompts[i]) for i in window}
+            rows = {i: self._encoder.prompt(prompts[i]) for i in window}
 
             def run_part(part: list[int], rows: dict[int, Row] = rows) -> list[Out]:
                 return run([rows[i] for i in part], part)
@@ -92,15 +89,7 @@ class Decoder:
             for index in self._groups(rows, weights):
                 for part, out in self._halved_if_short(index, run_part):
                     results.update(zip(part, out, strict=True))
-            for i in window:
-                self._remember(prompts[i], rows[i])
         return [results[i] for i in range(len(prompts))]
-
-    def _remember(self, prompt: Conversation, row: Row) -> None:
-        room = self._known_tokens + row.num_tokens <= KNOWN_TOKENS
-        if room and prompt not in self._known and self._backbone.features.has(row):
-            self._known[prompt] = replace(row, images={})
-            self._known_tokens += row.num_tokens
 
     def _groups(self, rows: dict[int, Row], weights: Sequence[int]) -> Iterator[list[int]]:
         """Rows by falling length, as many as a pass may hold, at least one. The widest come first, to fail early."""

@@ -29,9 +29,14 @@ _PROBE = "zqxj"  # an answer that no chat template contains
 
 
 class Encoder:
-    """Rows of one model: its processor, its limit, and what its forward pass reads besides tokens."""
+    """Rows of one model: its processor, its limit, and what its forward pass reads besides tokens.
 
-    def __init__(self, model: PreTrainedModel, processor: Any, max_tokens: int) -> None:
+    `has_features(row)`: what the tower says about the row's pictures is kept.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, max_tokens: int, has_features: Callable[[Row], bool]
+    ) -> None:
         self.processor, self.max_tokens = processor, max_tokens
         self.tokenizer = processor.tokenizer
         self.family = str(model.config.model_type)
@@ -48,7 +53,7 @@ class Encoder:
         # what is learned and scored is the answer, not thoughts before it: families that think are asked not to
         self._direct = {"enable_thinking": False} if "enable_thinking" in template else {}
         self.end_of_turn = self._end_of_turn()
-        self._memory = PromptMemory(processor, max_tokens, model.config.to_json_string())
+        self._memory = PromptMemory(has_features, processor, max_tokens, model.config.to_json_string())
 
     def prompt(self, prompt: Conversation) -> Row:
         """The row up to where the model would begin to answer; `labels` ignore all of it.

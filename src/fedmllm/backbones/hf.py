@@ -65,7 +65,6 @@ class TransformersBackbone(Backbone):
         self.decoder = decoder_name(model)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         feature_argument(model)  # raises where a family cannot be used at all
-        self.encoder = Encoder(model, processor, spec.max_tokens)
         self.model, self._seeds = add_lora(model, spec.lora, seed, base)
         self.model.eval()  # dropout of the base stays off, as in the reference; LoRA's follows its row seeds
         self._live = parameters_by_saved_name(self.model)
@@ -78,6 +77,7 @@ class TransformersBackbone(Backbone):
             lambda: f"{self.digest} {spec.precision.base}",
             FeatureFolder(folder, spec.image_features_folder_mb) if folder else None,
         )
+        self.encoder = Encoder(model, processor, spec.max_tokens, self.features.has)
         self._checkpointing = Checkpointing(
             model.get_submodule(self.decoder), self._seeds, spec.precision.gradient_checkpointing
         )
@@ -91,6 +91,9 @@ class TransformersBackbone(Backbone):
 
     def encode(self, prompt: Conversation, answer: str) -> Row:
         return self.encoder.encode(prompt, answer)
+
+    def needs_pixels(self, row: Row) -> bool:
+        return not self.features.has(row)
 
     def collate(self, rows: Sequence[Row], left: bool = False) -> Batch:
         """Tokens padded on the right (on the left where `left`), on the model's device; pictures stay with their rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from fedmllm.backbones import Row
@@ -12,36 +13,66 @@ from fedmllm.types import Conversation
 
 KEPT_BYTES = 256 * 2**20  # of all models together; the least recently used go first
 
-Key = tuple[Any, ...]
+
+class Rows:
+    """Rows by key, up to a number of bytes. First pixels go that are not needed any more, then the rows used longest ago."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._num_bytes = limit, 0
+        self._kept: OrderedDict[Any, Row] = OrderedDict()
+
+    def get(self, key: Any) -> Row | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def keep(self, key: Any, row: Row, needless: Callable[[Any, Row], bool]) -> None:
+        """`needless(key, row)`: the pixels of that row are not needed any more."""
+        self._put(key, row)
+        while self._num_bytes > self._limit and len(self._kept) > 1:
+            lean = next((k for k, r in self._kept.items() if r.images and needless(k, r)), None)
+            if lean is not None:
+                self._put(lean, replace(self._kept[lean], images={}))
+            else:
+                self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
+
+    def _put(self, key: Any, row: Row) -> None:
+        self._num_bytes += row.num_bytes - (self._kept[key].num_bytes if key in self._kept else 0)
+        self._kept[key] = row
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._num_bytes = 0
 
 
 class PromptMemory:
-    """The rows of one processor. A picture that changes on disk is another picture."""
+    """The rows of one processor. A picture that changes on disk is another picture.
 
-    _kept: ClassVar[OrderedDict[Key, Row]] = OrderedDict()  # one for the process
-    _num_bytes: ClassVar[int] = 0
+    Args:
+        has_features: Whether a row's pixels are not needed any more by the model that asks.
+        processor: Which makes the rows, with `settings` beside its own.
+    """
 
-    def __init__(self, processor: Any, *settings: Any) -> None:
-        self._scope = _fingerprint(processor, settings)
+    _kept: ClassVar[Rows] = Rows(KEPT_BYTES)  # one for the process
+
+    def __init__(self, has_features: Callable[[Row], bool], processor: Any, *settings: Any) -> None:
+        self._scope, self._has_features = _fingerprint(processor, settings), has_features
 
     def row(self, prompt: Conversation, make: Callable[[Conversation], Row]) -> Row:
-        """The kept row of the prompt, or `make(prompt)`, which is kept."""
+        """The kept row of the prompt, or `make(prompt)`, which is kept; without pixels where they are not needed."""
         try:
             stats = [picture.path.stat() for picture in prompt.pictures]
         except OSError:
             return make(prompt)  # which says what is wrong with the picture
         key = (self._scope, prompt, *((s.st_size, s.st_mtime_ns) for s in stats))
-        if key not in self._kept:
-            self._keep(key, make(prompt))
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        row = self._kept.get(key)
+        if row is None or not (row.images or self._has_features(row)):  # another model did not need the pixels
+            row = make(prompt)
+            self._kept.keep(key, row, self._needless)
+        return row
 
-    @classmethod
-    def _keep(cls, key: Key, row: Row) -> None:
-        cls._kept[key] = row
-        cls._num_bytes += row.num_bytes
-        while cls._num_bytes > KEPT_BYTES and len(cls._kept) > 1:
-            cls._num_bytes -= cls._kept.popitem(last=False)[1].num_bytes
+    def _needless(self, key: Any, row: Row) -> bool:
+        return bool(key[0] == self._scope) and self._has_features(row)
 
 
 def _fingerprint(processor: Any, settings: tuple[Any, ...]) -> str:
