@@ -114,9 +114,13 @@ def test_every_pair_of_methods_once_the_better_one_first(made_up: Path):
 
 def test_a_claim_bears_its_test_and_number_of_seeds(made_up: Path):
     chapter = read_book([made_up]).chapters[0]
-    for finding in findings(chapter, results(chapter)):
-        assert (finding.is_clear is None) or "Paired t-test over 3 seeds: p " in finding.detail
+    told = findings(chapter, results(chapter))
+    for finding in told:
+        assert (finding.is_clear is None) or re.search(
+            r"Paired t-test over 3 seeds: p (=|<) [\d.]+, .* as one of 6 claims", finding.detail
+        )
         assert ("within noise" in finding.text) == (finding.is_clear is False)
+    assert sum(finding.is_clear is not None for finding in told) == 6  # the lead, two yardsticks, three scenarios
 
 
 def test_runs_without_a_suite_get_names_and_odd_settings_are_told_apart(tmp_path: Path):
@@ -136,9 +140,14 @@ def test_unfinished_runs_are_counted_and_nothing_at_all_is_an_error(tmp_path: Pa
     first, second = [f for f in sorted((tmp_path / "copy").iterdir()) if f.is_dir()][:2]
     (first / "summary.json").unlink()
     book = read_book([tmp_path / "copy"])
-    assert (len(book.runs), book.unfinished, book.missing) == (215, (str(first),), 1)
+    assert (len(book.runs), book.unfinished, book.missing) == (215, (str(first),), 0)
+    shutil.rmtree(first)
+    assert read_book([tmp_path / "copy"]).missing == 1
     (second / "summary.json").write_text('{"rows": []}')
     with pytest.raises(FedmllmError, match=f"{second.name}: not a run's record and summary"):
+        read_book([tmp_path / "copy"])
+    (tmp_path / "copy" / "suite.json").write_text('{"cells": [')
+    with pytest.raises(FedmllmError, match=r"suite.json: not a suite's list of cells"):
         read_book([tmp_path / "copy"])
 
 

@@ -13,14 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedmllm.config import Experiment
 from fedmllm.report.findings import p_text
-from fedmllm.report.reading import RunRecord, flat, read_book
+from fedmllm.report.reading import HOW, RunRecord, asked, flat, read_book
 from fedmllm.report.stats import Paired, paired
 from fedmllm.types import FedmllmError
-
-# Not what was asked, but where and how fast it was computed: a key, or a table with all its keys.
-HOW = tuple(f"{key}." for key in Experiment.how())
 
 
 @dataclass(frozen=True)
@@ -91,9 +87,7 @@ def differences(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> dict[str, tup
 
 
 def _key(run: RunRecord, differing: dict[str, Any]) -> str:
-    return str(
-        sorted((k, str(v)) for k, v in flat(run.settings).items() if k not in differing and not f"{k}.".startswith(HOW))
-    )
+    return str(sorted((k, str(v)) for k, v in {**asked(run.settings), "seed": run.seed}.items() if k not in differing))
 
 
 def verdict(row: Row) -> str:

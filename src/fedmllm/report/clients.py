@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def who_sees_what(chapter: Chapter, key: str) -> list[Picture]:
-    """One picture a setting, of the first seed: rows of each client by what they show; none where all rows are complete."""
+    """One picture a setting, of the first seed: rows of each client by what they show; none where all show the same."""
     found = []
     for number, setting in enumerate(chapter.settings):
         clients = _clients(chapter, setting)
@@ -23,7 +23,7 @@ def who_sees_what(chapter: Chapter, key: str) -> list[Picture]:
         for i, client in enumerate(clients):
             for shows, count in client["shows"].items():
                 stacks[shown_as(shows, 2)][i] += count
-        if clients and chapter.pick(setting)[0].scenario != "aligned":
+        if sum(any(counts) for counts in stacks.values()) > 1:
             colours = {kind: SHOWS[kind] for kind in stacks}
             names = {kind: SHOWN[kind] for kind in stacks}
             found.append(_bars(setting, stacks, colours, names, f"{key}-sees-{number}"))

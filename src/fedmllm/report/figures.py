@@ -17,6 +17,7 @@ from fedmllm.report.tables import Results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MOST_DRAWN = 10  # methods in one figure
 WIDTH, HEIGHT = 3.7, 2.7  # inches: small enough for a phone, put side by side on a desk
 MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "*": "★", "<": "◀", ">": "▶"}
 
@@ -49,7 +50,8 @@ def looks(chapter: Chapter) -> dict[str, Look]:
     coloured = greys = 0
     for method in chapter.methods:
         if chapter.pick(method=method)[0].federated:
-            found[method] = Look(SERIES[coloured % len(SERIES)], list(MARKERS)[coloured % len(MARKERS)], "-")
+            line = ("-", "-.")[coloured // len(SERIES) % 2]  # beyond ten methods the colours come again
+            found[method] = Look(SERIES[coloured % len(SERIES)], list(MARKERS)[coloured % len(MARKERS)], line)
             coloured += 1
         else:
             line = ("--", ":", "-.")[greys % 3]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
-from fedmllm.report.names import metric_label
+from fedmllm.report.names import base_of, metric_label
 from fedmllm.report.reading import Chapter, Seeds
-from fedmllm.report.stats import Paired, Spread, mean_over_settings, paired
+from fedmllm.report.stats import Paired, Spread, holm, mean_over_settings, paired
 from fedmllm.report.tables import Results
 
 LOST = {
@@ -27,61 +28,67 @@ class Finding:
     is_clear: bool | None = None
 
 
+Claim = tuple[str, Paired | None]  # a sentence that wants a difference, and its test; None = no shared seed
+
+
 def findings(chapter: Chapter, table: Results) -> list[Finding]:
-    """The short list at the top of the page."""
+    """The short list at the top of the page. Its claims are tested together: Holm's correction over all of them."""
     values = chapter.values(table.metric)
     federated = [m for m in table.methods if chapter.pick(method=m)[0].federated]
     overall = {m: mean_over_settings(values, m, chapter.settings) for m in table.methods}
     overall = {m: seeds for m, seeds in overall.items() if seeds}
     ranked = sorted((m for m in federated if m in overall), key=lambda m: -_mean(overall[m]))
-    found: list[Finding] = []
+    notes: list[Finding] = []
+    claims: list[Claim] = []
     if ranked:
         best, name = ranked[0], metric_label(table.metric)
         num = len(chapter.settings)
-        over = f"{name} {_percent(overall[best])}" + (f", mean of {num} settings" if num > 1 else "")
-        text = f"{best} comes first of the federated methods: {over}"
+        reached = f"{name} {_percent(overall[best])}" + (f", mean of {num} settings" if num > 1 else "")
         if len(ranked) > 1:
-            found.append(_tested(f"{text}. Its lead over {ranked[1]}:", paired(overall[best], overall[ranked[1]])))
+            text = f"{best} comes first of {len(ranked)} federated methods: {reached}. Its lead over {ranked[1]}:"
+            claims.append((text, paired(overall[best], overall[ranked[1]])))
         else:
-            found.append(Finding(text + "."))
-        for baseline in (m for m in table.methods if m in overall and m not in federated):
-            words = f"{best} against {baseline} ({_percent(overall[baseline])}):"
-            found.append(_tested(words, paired(overall[best], overall[baseline])))
-        found += losses(chapter, values, best)
-    found += strategies(overall)
-    found += agreement(table, values)
+            notes.append(Finding(f"{best} is the only federated method here: {reached}."))
+        for yardstick in (m for m in overall if m not in federated and base_of(m, overall) is None):
+            words = f"{best} against {yardstick} ({_percent(overall[yardstick])}):"
+            claims.append((words, paired(overall[best], overall[yardstick])))
+        claims += losses(chapter, values, best)
+    claims += additions({m: overall[m] for m in ranked})
+    corrected = holm({str(i): test.p for i, (_, test) in enumerate(claims) if test and test.p is not None})
+    told = [_tested(text, test, corrected.get(str(i)), len(corrected)) for i, (text, test) in enumerate(claims)]
+    return [*notes, *told, *agreement(table, values)]
+
+
+def losses(chapter: Chapter, values: Mapping[tuple[str, str], Seeds], method: str) -> list[Claim]:
+    """What each scenario costs against complete rows that were split over clients in the same way, where there are such."""
+    split = {setting: chapter.pick(setting)[0].settings["partition"] for setting in chapter.settings}
+    complete = chapter.scenarios.get("aligned", [])
+    found: list[Claim] = []
+    for scenario, settings in chapter.scenarios.items():
+        alike = [s for s in complete if split[s] in [split[other] for other in settings]]
+        whole = mean_over_settings(values, method, alike or complete)
+        seeds = mean_over_settings(values, method, settings)
+        if scenario in LOST and whole and seeds:
+            words = "complete rows, split alike" if alike else "complete rows"
+            text = f"{LOST[scenario]}: {method} goes from {_percent(whole)} ({words}) to {_percent(seeds)},"
+            found.append((text, paired(seeds, whole)))
     return found
 
 
-def losses(chapter: Chapter, values: Mapping[tuple[str, str], Seeds], method: str) -> list[Finding]:
-    """What each scenario costs against complete rows."""
-    groups = {s: mean_over_settings(values, method, settings) for s, settings in chapter.scenarios.items()}
-    whole = groups.get("aligned", {})
-    return [
-        _tested(f"{LOST[scenario]}: {method} goes from {_percent(whole)} to {_percent(seeds)},", paired(seeds, whole))
-        for scenario, seeds in groups.items()
-        if scenario in LOST and whole and seeds
-    ]
-
-
-def strategies(overall: Mapping[str, Seeds]) -> list[Finding]:
-    """A method with an addition against the method without: "FedAdam, agnostic prompt" against "FedAdam"."""
-    found = []
+def additions(overall: Mapping[str, Seeds]) -> list[Claim]:
+    """What an addition is worth, "agnostic prompt" for one: the mean over all methods that were run with it and without."""
+    found: dict[str, list[tuple[str, str]]] = {}
     for method in overall:
-        parts = method.split(", ")
-        plain = [m for m in overall if m != method and _without(parts, m.split(", "))]
-        for base in plain[:1]:
-            found.append(_tested(f"{method} against {base}:", paired(overall[method], overall[base])))
-    return found
-
-
-def _without(parts: list[str], base: list[str]) -> bool:
-    """Is `base` the same method with a plain word, or none, where `parts` has another one?"""
-    plain = {"plain", "none", "-"}
-    if len(base) == len(parts):
-        different = [(p, b) for p, b in zip(parts, base, strict=True) if p != b]
-        return len(different) == 1 and different[0][1] in plain
-    return len(base) == len(parts) - 1 and base[0] == parts[0] and len(base) == 1
+        if base := base_of(method, overall):
+            found.setdefault(base[1], []).append((method, base[0]))
+    claims: list[Claim] = []
+    for addition, pairs in found.items():
+        seeds = set.intersection(*(overall[with_it].keys() & overall[without].keys() for with_it, without in pairs))
+        sides = [{k: statistics.fmean(overall[pair[side]][k] for pair in pairs) for k in seeds} for side in (0, 1)]
+        one = f"{pairs[0][0]} against {pairs[0][1]}:"
+        several = f"{addition}: {len(pairs)} methods with it against the same without, on average"
+        claims.append((one if len(pairs) == 1 else several, paired(*sides)))
+    return claims
 
 
 def agreement(table: Results, values: Mapping[tuple[str, str], Seeds]) -> list[Finding]:
@@ -129,16 +136,20 @@ def _percent(seeds: Seeds) -> str:
     return f"{100 * s.mean:.1f}" + (f" ± {100 * s.std:.1f} %" if s.std is not None else " %")
 
 
-def _tested(text: str, test: Paired | None) -> Finding:
+def _tested(text: str, test: Paired | None, p_holm: float | None, num_claims: int) -> Finding:
     if test is None:
         return Finding(f"{text} no shared seed.")
     points = f"{text} {100 * test.difference:+.1f} points"
-    if test.p is None:
+    if test.p is None or p_holm is None:
         return Finding(f"{points}.", "One seed: this cannot be told from noise.", False)
     interval = f"95 % interval {100 * (test.low or 0):+.1f} to {100 * (test.high or 0):+.1f}"
-    p = p_text(test.p)
-    detail = f"Paired t-test over {test.n} seeds: p {p if '<' in p else f'= {p}'}; {interval}."
-    return Finding(f"{points}{'' if test.p < 0.05 else ', within noise'}.", detail, test.p < 0.05)
+    among = f", {p_text(p_holm)} as one of {num_claims} claims" if num_claims > 1 else ""
+    detail = f"Paired t-test over {test.n} seeds: p {_equals(test.p)}{among}; {interval}."
+    return Finding(f"{points}{'' if p_holm < 0.05 else ', within noise'}.", detail, p_holm < 0.05)
+
+
+def _equals(p: float) -> str:
+    return text if "<" in (text := p_text(p)) else f"= {text}"
 
 
 def p_text(p: float | None) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 SCENARIOS = {
-    "aligned": "Every row complete; labels skewed over clients",
+    "aligned": "Every row complete; only labels differ between clients",
     "missing": "Rows lose text or image at random",
     "cross": "Some clients see only images, the others only text",
     "hybrid": "Each client keeps each modality with some probability",
@@ -57,6 +57,16 @@ def method_label(settings: Mapping[str, Any], method: str, prompt: str) -> str:
     head, _, objective = method.partition("+")
     words = METHODS.get(head, head) + (f" + {objective}" if objective else "")
     return words if prompt == "plain" or method == "majority" else f"{words}, {prompt} prompt"
+
+
+def base_of(method: str, methods: Collection[str]) -> tuple[str, str] | None:
+    """ "FedAdam, agnostic prompt" -> ("FedAdam", "agnostic prompt") where FedAdam is among the methods; else None."""
+    head, *added = method.split(", ")
+    for i, addition in enumerate(added):
+        without = ", ".join([head, *added[:i], *added[i + 1 :]])
+        if without in methods:
+            return without, addition
+    return None
 
 
 def metric_label(metric: str) -> str:

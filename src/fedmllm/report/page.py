@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import PurePath
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedmllm.display import bytes_text
 from fedmllm.report.clients import label_skew, labels_of, who_sees_what
-from fedmllm.report.figures import Look, Picture, against_cost, curves, looks, panels, radar
+from fedmllm.report.figures import MOST_DRAWN, Look, Picture, against_cost, curves, looks, panels, radar
 from fedmllm.report.findings import Finding, findings, p_text
 from fedmllm.report.names import SCENARIOS, SHOWN, metric_label
 from fedmllm.report.reading import Book, Chapter
@@ -28,6 +31,7 @@ class Section:
     others: tuple[Results, ...]  # further metrics
     findings: list[Finding]
     looks: dict[str, Look]
+    num_left_out: int  # methods that no figure shows, because another one with an addition is
     radar: Picture | None
     panels: list[Picture]
     curves: list[Picture]
@@ -36,13 +40,18 @@ class Section:
     labels: list[Picture]
     label_colours: dict[str, str]
     matrices: list[Matrix]
+    heat: tuple[float, float]  # lowest and highest mean of the matrices
     pairs: list[Versus]
     costs: list[CostRow]
 
 
 def section(chapter: Chapter, key: str) -> Section:
     """Tables and figures of a chapter; `key` keeps its ids apart from other chapters'."""
-    table, style = results(chapter), looks(chapter)
+    table = results(chapter)
+    drawn = chapter if len(table.methods) <= MOST_DRAWN else chapter.plain()
+    shown, style = results(drawn), looks(drawn)
+    trained = matrices(chapter)
+    means = [spread.mean for matrix in trained for row in matrix.rows.values() for spread in row.values()]
     metrics = [row["metric"] for row in chapter.runs[0].rows if row["metric"] not in (table.metric, "unparsed")]
     return Section(
         chapter=chapter,
@@ -50,17 +59,24 @@ def section(chapter: Chapter, key: str) -> Section:
         others=tuple(results(chapter, metric) for metric in dict.fromkeys(metrics)),
         findings=findings(chapter, table),
         looks=style,
-        radar=radar(table, style, f"{key}-radar"),
-        panels=panels(table, style, f"{key}-panel"),
-        curves=curves(chapter, style, f"{key}-curve"),
-        against_cost=against_cost(chapter, style, f"{key}-cost"),
+        num_left_out=len(table.methods) - len(shown.methods),
+        radar=radar(shown, style, f"{key}-radar"),
+        panels=panels(shown, style, f"{key}-panel"),
+        curves=curves(drawn, style, f"{key}-curve"),
+        against_cost=against_cost(drawn, style, f"{key}-cost"),
         sees=who_sees_what(chapter, key),
         labels=label_skew(chapter, key),
         label_colours=labels_of(chapter),
-        matrices=matrices(chapter),
+        matrices=trained,
+        heat=(min(means, default=0.0), max(means, default=1.0)),
         pairs=all_pairs(chapter),
         costs=costs(chapter),
     )
+
+
+def model_of(backbone: Mapping[str, Any]) -> str:
+    """The folder's name where the model lies in one: "MiniCPM-V-2_6"; else the backbone's."""
+    return PurePath(str(backbone.get("path") or "")).name or str(backbone["name"])
 
 
 def page(book: Book) -> str:
@@ -94,5 +110,5 @@ def page(book: Book) -> str:
         hours=sum(run.wall_s for run in book.runs) / 3600,
         sent=bytes_text(sum(run.rows[0]["up_bytes"] + run.rows[0]["down_bytes"] for run in book.runs)),
         seeds=sorted({run.seed for run in book.runs}),
-        backbones=sorted({run.settings["backbone"]["name"] for run in book.runs}),
+        models=sorted({model_of(run.settings["backbone"]) for run in book.runs}),
     )

@@ -9,12 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedmllm.config import Experiment
 from fedmllm.record import Event, read
-from fedmllm.report.names import method_label, order_of, setting_label
+from fedmllm.report.names import base_of, method_label, order_of, setting_label
 from fedmllm.suite import SUITE
 from fedmllm.types import FedmllmError
 
 SUMMARY, RECORD = "summary.json", "record.jsonl"
+NOTHING_ADDED = ("none", "plain", "-")  # labels of an axis beside `methods`
+HOW = tuple(
+    f"{key}." for key in Experiment.how()
+)  # where and how fast a run was computed: keys, or tables with all their keys
 Seeds = dict[int, float]  # seed -> value
 
 
@@ -56,7 +61,7 @@ class Book:
     title: str
     runs: tuple[RunRecord, ...]
     unfinished: tuple[str, ...]  # folders with a record and no summary
-    missing: int  # cells of the suites that have no folder yet
+    missing: int  # cells of the suites that have not begun
 
     def of(self, data: str) -> Chapter:
         """The runs on one data set."""
@@ -81,6 +86,11 @@ class Chapter:
     @property
     def methods(self) -> list[str]:
         return list(dict.fromkeys(run.method for run in self.runs))
+
+    def plain(self) -> Chapter:
+        """Without the methods that are another one with an addition; a figure cannot show every combination."""
+        methods = self.methods
+        return replace(self, runs=tuple(run for run in self.runs if base_of(run.method, methods) is None))
 
     @property
     def seeds(self) -> list[int]:
@@ -130,9 +140,9 @@ def read_book(folders: Sequence[Path]) -> Book:
         if not folder.is_dir():
             raise FedmllmError(f"{folder}: no such folder; give folders of runs or suites")
         for path in sorted(folder.rglob(SUITE)):
-            suite = json.loads(path.read_text(encoding="utf-8"))
-            titles[suite["title"]] = None
-            labels |= {cell["run_id"]: cell["labels"] for cell in suite["cells"]}
+            title, of_suite = read_suite(path)
+            titles[title] = None
+            labels |= of_suite
         for path in sorted(folder.rglob(RECORD)):
             if not (path.parent / SUMMARY).exists():
                 unfinished.append(str(path.parent))
@@ -142,8 +152,21 @@ def read_book(folders: Sequence[Path]) -> Book:
     if not runs:
         raise FedmllmError(f"{', '.join(map(str, folders))}: no finished run (a folder with {RECORD} and {SUMMARY})")
     told = apart(in_order(label(runs.values(), labels), list(labels)))
-    lacking = sum(run_id not in runs for run_id in labels)
+    begun = {
+        *runs,
+        *(Path(folder).name for folder in unfinished),
+    }  # a suite's cell lies in a folder named by its run id
+    lacking = sum(run_id not in begun for run_id in labels)
     return Book(" + ".join(titles) or "Federated fine-tuning: results", tuple(told), tuple(unfinished), lacking)
+
+
+def read_suite(path: Path) -> tuple[str, dict[str, dict[str, str]]]:
+    """Title, and run id -> labels. Raises FedmllmError naming the file."""
+    try:
+        suite = json.loads(path.read_text(encoding="utf-8"))
+        return str(suite["title"]), {cell["run_id"]: dict(cell["labels"]) for cell in suite["cells"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise FedmllmError(f"{path}: not a suite's list of cells: {type(error).__name__}: {error}") from None
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -173,7 +196,10 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def label(runs: Iterable[RunRecord], labels: Mapping[str, Mapping[str, str]]) -> list[RunRecord]:
-    """Runs under the words of their suite: the axis `settings` names the row, all other axes but seeds the column."""
+    """Runs under the words of their suite: the axis `settings` names the row, all other axes but seeds the column.
+
+    A word that says that nothing was added is left out: "FedAdam" with the strategy "none" is FedAdam.
+    """
     counts: defaultdict[str, set[str]] = defaultdict(set)
     for of_run in labels.values():
         for axis, word in of_run.items():
@@ -182,7 +208,10 @@ def label(runs: Iterable[RunRecord], labels: Mapping[str, Mapping[str, str]]) ->
     for run in runs:
         of_run = labels.get(run.run_id, {})
         column = [
-            w for a, w in of_run.items() if a not in ("settings", "seeds") and (a == "methods" or len(counts[a]) > 1)
+            w
+            for a, w in of_run.items()
+            if a == "methods"
+            or (a not in ("settings", "seeds") and len(counts[a]) > 1 and w.lower() not in NOTHING_ADDED)
         ]
         setting, method = of_run.get("settings", run.setting), ", ".join(column) or run.method
         told.append(replace(run, setting=setting, method=method))
@@ -198,20 +227,29 @@ def in_order(runs: list[RunRecord], suite: Sequence[str]) -> list[RunRecord]:
 
 
 def apart(runs: list[RunRecord]) -> list[RunRecord]:
-    """Runs that would share a place in the table but differ in other settings get these into their method's name."""
-    same: defaultdict[tuple[str, str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    """Runs that would share a place in the table but differ in what was asked get that into their method's name.
+
+    A method that has such a name in one setting has it in all of them, so that it stays one column.
+    """
+    same: defaultdict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
-        same[run.data, run.setting, run.method][run.run_id] = {
-            key: value for key, value in flat(run.settings).items() if key != "seed" and not key.startswith("engine.")
-        }
+        same[run.data, run.setting, run.method].append(asked(run.settings))
+    odd: defaultdict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    for (data, _, method), several in same.items():
+        for key in dict.fromkeys(key for one in several for key in one):
+            if any(one.get(key) != several[0].get(key) for one in several):
+                odd[data, method][key] = None
     told = []
     for run in runs:
-        others = same[run.data, run.setting, run.method]
-        own = others[run.run_id]
-        keys = [key for key in own if any(other.get(key) != own[key] for other in others.values())]
-        suffix = f" ({', '.join(f'{key}={own[key]}' for key in keys)})" if keys else ""
+        own, keys = asked(run.settings), odd[run.data, run.method]
+        suffix = f" ({', '.join(f'{key}={own[key]}' for key in keys if key in own)})" if keys else ""
         told.append(replace(run, method=run.method + suffix))
     return told
+
+
+def asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What may change results: the flat settings without the seed and without `HOW`."""
+    return {k: v for k, v in flat(settings).items() if k != "seed" and not f"{k}.".startswith(HOW)}
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

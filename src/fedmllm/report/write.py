@@ -27,14 +27,14 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     Raises FedmllmError where there is no finished run.
     """
     book = read_book(folders)
-    stem = out.with_suffix("")
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem = out.name.removesuffix(".html")  # "tiny-0.5" is a name, not a name and an ending
     texts = {
-        stem.with_suffix(".html"): page(book),
-        stem.with_suffix(".md"): markdown(book),
-        stem.with_name(stem.name + "-results.csv"): results_csv(book.chapters),
-        stem.with_name(stem.name + "-costs.csv"): costs_csv(book.chapters, [costs(c) for c in book.chapters]),
+        out.with_name(f"{stem}.html"): page(book),
+        out.with_name(f"{stem}.md"): markdown(book),
+        out.with_name(f"{stem}-results.csv"): results_csv(book.chapters),
+        out.with_name(f"{stem}-costs.csv"): costs_csv(book.chapters, [costs(c) for c in book.chapters]),
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         write_atomically(path, text)
     return list(texts)

@@ -1,0 +1,82 @@
+"""A report of methods with and without strategies, and of runs that only settings tell apart."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+
+from fedmllm.config import Experiment
+from fedmllm.report import write_report
+from fedmllm.report.findings import findings, losses
+from fedmllm.report.reading import read_book
+from fedmllm.report.tables import results
+from fedmllm.suite import Suite
+from made_up import write_run
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def strategies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three settings of the published benchmark with all of its methods and strategies: 22 columns."""
+    folder = tmp_path_factory.mktemp("strategies")
+    suite = Suite.load(ROOT / "experiments/paper/hateful-memes.toml")
+    suite.save(folder)
+    for cell in suite.cells:
+        if cell.labels["settings"] in ("alpha 5", "alpha 0.5", "I5:T5"):
+            write_run(folder / cell.run_id, cell.experiment)
+    return folder
+
+
+def test_a_scenario_is_compared_with_complete_rows_that_were_split_alike(strategies: Path):
+    """cross starts from alpha 0.5; alpha 5 would add the gain of an even split to the cost of hidden modalities."""
+    chapter = read_book([strategies]).chapters[0]
+    values = chapter.values()
+    whole, cross = (statistics.fmean(values[setting, "FedAdam"].values()) for setting in ("alpha 0.5", "I5:T5"))
+    ((text, test),) = losses(chapter, values, "FedAdam")
+    assert f"goes from {100 * whole:.1f} ± " in text
+    assert "(complete rows, split alike)" in text
+    assert test is not None
+    assert test.difference == pytest.approx(cross - whole)
+
+
+def test_strategies_are_told_apart_from_the_methods_they_are_added_to(strategies: Path):
+    chapter = read_book([strategies]).chapters[0]
+    assert {"FedAdam", "FedAdam, agnostic prompt", "FedAdam, both strategies"} < set(chapter.methods)
+    assert not [method for method in chapter.methods if "none" in method]
+    told = [finding.text for finding in findings(chapter, results(chapter))]
+    assert any(text.startswith("Of 18 published orderings") for text in told)  # 3 settings x 6 pairs of 4 methods
+    added = [text for text in told if "4 methods with it against the same without" in text]
+    assert {text.split(":")[0] for text in added} == {"agnostic prompt", "adaptive prox", "both strategies"}
+    assert len(told) == 8  # lead, two yardsticks, one scenario, three strategies, the published orderings
+
+
+def test_figures_leave_out_what_they_cannot_show(strategies: Path, tmp_path: Path):
+    write_report([strategies], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "The figures leave out 16 methods" in page
+    legend = page[page.index('aria-label="Methods"') :].split("</ul>")[0]
+    assert legend.count("<li>") == 6
+    head = page[page.index("<table") :].split("</thead>")[0]
+    assert head.count("<button>") == 2 + 22 + 5  # setting, scenario, ours, published
+    assert "<dd>MiniCPM-V-2_6</dd>" in page
+
+
+def test_a_method_stays_one_column_where_another_setting_tells_its_runs_apart(tmp_path: Path):
+    base = {"data": "synthetic-irony", "aggregator": "fedadam"}
+    half = {**base, "scenario": {"name": "missing", "rate": 0.5}}
+    tables = [base, {**base, "train": {"lr": 1e-3}}, half, {**base, "seed": 1, "evaluate": {"batch_size": 3}}]
+    for i, table in enumerate(tables):
+        write_run(tmp_path / str(i), Experiment.parse(table))
+    chapter = read_book([tmp_path]).chapters[0]
+    assert set(chapter.methods) == {"FedAdam (train.lr=2e-05)", "FedAdam (train.lr=0.001)"}
+    assert len(chapter.pick("beta 50 %", "FedAdam (train.lr=2e-05)")) == 1
+
+
+@pytest.mark.parametrize("name", ["tiny-0.5", "tiny-0.5.html"])
+def test_a_name_with_a_dot_is_kept(strategies: Path, tmp_path: Path, name: str):
+    write_report([next(path.parent for path in strategies.glob("*/summary.json"))], tmp_path / "new" / name)
+    endings = (".html", ".md", "-results.csv", "-costs.csv")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {f"tiny-0.5{ending}" for ending in endings}
