@@ -125,8 +125,6 @@ class _Layer:
 
     def _forward(self, x_BLC: Tensor) -> Tensor:
         keep_BLC, gain = self._dropout.mask(x_BLC)
-        if keep_BLC is not None and keep_BLC.device.type == "cpu":
-            keep_BLC = keep_BLC.to(self.a_KrC.dtype)  # three products follow, and with bool each would convert it
         out: Tensor = _RowLora.apply(x_BLC, self._base(x_BLC), self._switch, keep_BLC, gain, self)  # type: ignore[no-untyped-call]
         return out
 
@@ -157,6 +155,8 @@ class _RowLora(torch.autograd.Function):
         scaled_BLD = grad_BLD.to(low_BLr.dtype) * ctx.scaling
         layer.db_KDr.index_add_(0, clients_B, torch.bmm(scaled_BLD.mT, low_BLr))
         dlow_BLr = torch.bmm(scaled_BLD, b_BDr)
+        if keep_BLC is not None:
+            keep_BLC = keep_BLC.to(a_BrC.dtype)  # kept in a quarter of the bytes; two products follow
         layer.da_KrC.index_add_(0, clients_B, torch.bmm(dlow_BLr.mT, _dropped(x_BLC, keep_BLC, a_BrC.dtype)))
         dx_BLC = None
         if ctx.needs_input_grad[0]:
