@@ -152,9 +152,9 @@ class _RowLora(torch.autograd.Function):
     def backward(ctx: Any, grad_BLD: Tensor) -> Any:
         x_BLC, keep_BLC, low_BLr, a_BrC, b_BDr, clients_B = ctx.saved_tensors
         layer: _Layer = ctx.layer
-        scaled_BLD = grad_BLD.to(low_BLr.dtype) * ctx.scaling
-        layer.db_KDr.index_add_(0, clients_B, torch.bmm(scaled_BLD.mT, low_BLr))
-        dlow_BLr = torch.bmm(scaled_BLD, b_BDr)
+        wide_BLD = grad_BLD.to(low_BLr.dtype)
+        layer.db_KDr.index_add_(0, clients_B, torch.bmm(wide_BLD.mT, low_BLr * ctx.scaling))
+        dlow_BLr = torch.bmm(wide_BLD, b_BDr * ctx.scaling)
         if keep_BLC is not None:
             keep_BLC = keep_BLC.to(a_BrC.dtype)  # kept in a quarter of the bytes; two products follow
         layer.da_KrC.index_add_(0, clients_B, torch.bmm(dlow_BLr.mT, _dropped(x_BLC, keep_BLC, a_BrC.dtype)))
