@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fedmllm.record import read
 from fedmllm.suite import Suite, merge
-from fedmllm.suite_run import Job, State, hire, run_suite
+from fedmllm.suite_run import Job, State, give, hire, listen, run_suite
 from fedmllm.types import ConfigError, FedmllmError
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +102,11 @@ def test_equal_experiments_stand_once(tmp_path: Path):
         (('title = "small"', 'title = "small'), "not a TOML file"),
         (('title = "small"', 'extends = "suite.toml"'), "extends itself"),
         (('title = "small"', 'extends = "none.toml"'), "none.toml: cannot be read: No such file"),
+        (("seeds = [0, 1]", "skip = 3"), "matrix.skip: got 3; give tables"),
+        (("seeds = [0, 1]", "skip = [3]"), "matrix.skip 1: got 3; give a table"),
+        (("seeds = [0, 1]", 'skip = [{ methods = "Zero-shot" }]'), "skip 1: methods: got 'Zero-shot'; give a list"),
+        (("seeds = [0, 1]", "skip = [{ method = [] }]"), "skip 1: method: no such axis; .*did you mean 'methods'"),
+        (("[base]", "[[base]]"), r"base: got \[.*; give a table"),
     ],
 )
 def test_a_bad_file_is_refused_before_anything_runs(tmp_path: Path, change: tuple[str, str], message: str):
@@ -114,8 +121,20 @@ def test_an_unknown_label_in_skip_is_named(tmp_path: Path):
         Suite.load(file(tmp_path, SMALL + '[[matrix.skip]]\nmethods = ["FedAvg"]\n'))
 
 
+def test_seeds_can_be_skipped_as_other_labels_can(tmp_path: Path):
+    text = SMALL + '[[matrix.skip]]\nmethods = ["FedAdam"]\nseeds = [1]\n'
+    left = [(c.labels["methods"], c.labels["seeds"]) for c in Suite.load(file(tmp_path, text)).cells]
+    assert sorted(set(left)) == [("FedAdam", "0"), ("Zero-shot", "0"), ("Zero-shot", "1")]
+
+
+def test_a_matrix_that_is_no_table_is_refused_in_a_file_that_extends_another(tmp_path: Path):
+    file(tmp_path, SMALL, "below.toml")
+    with pytest.raises(ConfigError, match=r"suite.toml: matrix: got 3; give a table"):
+        Suite.load(file(tmp_path, 'extends = "below.toml"\nmatrix = 3\n'))
+
+
 @pytest.mark.parametrize(
-    ("name", "cells"), [("hateful-memes", 792), ("crisismmd", 792), ("medical", 396), ("as-published", 360)]
+    ("name", "cells"), [("hateful-memes", 792), ("crisismmd", 792), ("medical", 396), ("as-published", 720)]
 )
 def test_the_published_benchmark_is_complete(name: str, cells: int):
     # settings x methods x strategies x seeds, less zero-shot with an objective: 12*6*4*3 - 12*2*3
@@ -182,6 +201,39 @@ def test_a_process_that_dies_is_named_and_its_work_goes_on(tmp_path: Path):
     assert "exit code -9" in next(iter(state.failed.values()))
     state = run_suite(suite, tmp_path / "out", 1, 1, 10**12, Told())
     assert (state.finished, state.kept, state.failed) == (8, 7, {})
+
+
+def test_a_process_that_dies_between_two_cells_costs_none(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=theirs.close)
+    process.start()
+    theirs.close()
+    process.join()
+    job = Job(process, ours)
+    cells = list(Suite.load(file(tmp_path, SMALL)).cells)
+    state = State(waiting=cells, jobs=[job])
+    assert not give(job, cells[0], tmp_path)
+    listen(state, Told())
+    assert (state.jobs, state.failed, len(state.waiting)) == ([], {}, 8)
+
+
+def test_ctrl_c_says_how_to_go_on_and_leaves_readable_records(tmp_path: Path):
+    path, out = file(tmp_path, SMALL.replace("num_rounds = 3", "num_rounds = 500")), tmp_path / "out"
+    command = [sys.executable, "-m", "fedmllm.cli", "suite", str(path), "--out", str(out), "--threads", "1"]
+    suite = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not any('"round"' in r.read_text() for r in out.glob("*/record.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(suite.pid, signal.SIGINT)  # as a terminal does: to the suite and its processes
+    _, errors = suite.communicate(timeout=60)
+    assert suite.returncode == 130
+    assert "the same command goes on with what is not finished" in errors
+    assert "Traceback" not in errors
+    for record in out.glob("*/record.jsonl"):
+        assert list(read(record))
 
 
 def test_a_killed_suite_goes_on_and_two_in_one_folder_are_refused(tmp_path: Path):

@@ -62,6 +62,7 @@ class Suite:
         """
         path = Path(path)
         table = read(path)
+        base = of_tables(table.get("base", {}), f"{path}: base")
         axes, skips = matrix(table.get("matrix"), path)
         cells: dict[str, Cell] = {}
         errors: dict[str, None] = {}
@@ -70,7 +71,7 @@ class Suite:
             labels = {**{axis: word for axis, word in words.items() if axis != "seeds"}, "seeds": words["seeds"]}
             if any(all(labels[axis] in chosen for axis, chosen in skip.items()) for skip in skips):
                 continue
-            settings: Any = table.get("base", {})
+            settings: Any = base
             for _, changes in combination:
                 settings = merge(settings, changes)
             try:
@@ -105,9 +106,16 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: got {parent!r}; give the name of a suite file")
     below = read(path.parent / parent, (*seen, path.resolve()))
-    own_axes = table.pop("matrix", {})
+    own_axes = of_tables(table.pop("matrix", {}), f"{path}: matrix")
     merged: dict[str, Any] = merge(below, table)
     return {**merged, "matrix": {**below.get("matrix", {}), **own_axes}}  # an axis is replaced as a whole
+
+
+def of_tables(table: Any, place: str) -> Mapping[str, Any]:
+    """`table` if it is one. Raises ConfigError naming the place."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{place}: got {table!r}; give a table")
+    return table
 
 
 def merge(table: Any, changes: Any) -> Any:
@@ -138,11 +146,20 @@ def matrix(table: Any, path: Path) -> tuple[dict[str, dict[str, Any]], list[dict
             )
         axes[axis] = dict(labels)
     skips = table.get("skip", [])
-    for number, skip in enumerate(skips, start=1):
-        for axis, chosen in skip.items():
-            if unknown := [label for label in chosen if label not in axes.get(axis, {})]:
-                known = ", ".join(axes.get(axis, axes))
-                raise ConfigError(
-                    f"{path}: matrix.skip {number}: {axis} = {unknown[0]!r}: no such label; known: {known}"
-                )
-    return axes, list(skips)
+    if not isinstance(skips, list):
+        raise ConfigError(f"{path}: matrix.skip: got {skips!r}; give tables: [[matrix.skip]], or [] for none")
+    return axes, [skipped(skip, axes, f"{path}: matrix.skip {number}") for number, skip in enumerate(skips, start=1)]
+
+
+def skipped(skip: Any, axes: Mapping[str, Mapping[str, Any]], place: str) -> dict[str, list[str]]:
+    """Axis -> labels of the cells to leave out. Raises ConfigError with the place."""
+    found = {}
+    for axis, chosen in of_tables(skip, place).items():
+        if axis not in axes:
+            raise ConfigError(f"{place}: {axis}: no such axis; known: {', '.join(axes)}{nearest(axis, list(axes))}")
+        if not isinstance(chosen, list):
+            raise ConfigError(f"{place}: {axis}: got {chosen!r}; give a list of labels")
+        found[axis] = [str(label) for label in chosen]  # seeds are labels too
+        if unknown := [label for label in found[axis] if label not in axes[axis]]:
+            raise ConfigError(f"{place}: {axis} = {unknown[0]!r}: no such label; known: {', '.join(axes[axis])}")
+    return found

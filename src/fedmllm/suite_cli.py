@@ -42,8 +42,12 @@ def suite(
         return
     num_threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     budget = int(memory_gb * 1e9) or int(0.8 * physical_bytes())
-    with SuiteTable(len(loaded.cells)) as table:
-        state = run_suite(loaded, folder, jobs, num_threads, budget, table)
+    try:
+        with SuiteTable(len(loaded.cells)) as table:
+            state = run_suite(loaded, folder, jobs, num_threads, budget, table)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on with what is not finished", err=True)
+        raise typer.Exit(130) from None
     took = clock(sum(s for seconds in state.seconds.values() for s in seconds) / jobs)
     typer.echo(f"{loaded.title}: {state.finished} of {len(loaded.cells)} cells finished ({state.kept} kept), {took}")
     typer.echo(f"report: fedmllm report {folder}")

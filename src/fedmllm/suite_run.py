@@ -89,8 +89,8 @@ def run_suite(
             while state.waiting or any(job.cell for job in state.jobs):
                 hire(state, num_jobs, num_threads, budget_bytes)
                 for job in state.jobs:
-                    if job.cell is None and state.waiting:
-                        give(job, state.waiting.pop(0), folder)
+                    if job.cell is None and state.waiting and give(job, state.waiting[0], folder):
+                        state.waiting.pop(0)
                 listen(state, display)
                 display.update(state)
                 if len(state.failed) >= HOPELESS and state.finished == state.kept:
@@ -131,10 +131,14 @@ def hire(state: State, num_jobs: int, num_threads: int, budget_bytes: int) -> No
             return  # the first one shows what a cell needs
 
 
-def give(job: Job, cell: Cell, folder: Path) -> None:
-    """Hand a cell to a process."""
+def give(job: Job, cell: Cell, folder: Path) -> bool:
+    """Hand a cell to a process; False where it died between two cells, which `listen` will see."""
+    try:
+        job.pipe.send((cell.experiment.model_dump(mode="json"), str(folder / cell.run_id)))
+    except OSError:
+        return False
     job.cell, job.began, job.event = cell, time.perf_counter(), {}
-    job.pipe.send((cell.experiment.model_dump(mode="json"), str(folder / cell.run_id)))
+    return True
 
 
 def listen(state: State, display: Display, timeout_s: float = 0.5) -> None:
