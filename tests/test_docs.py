@@ -24,6 +24,18 @@ def test_there_is_a_page_for_each_way_to_extend():
     assert {page.stem for page in PAGES} == KINDS
 
 
+@pytest.mark.parametrize("verb", ["", "run", "suite", "report", "doctor", "data where"])
+def test_help_is_plain_text_and_not_cut(verb: str):
+    from typer.testing import CliRunner
+
+    from fedmllm.cli import app
+
+    text = CliRunner().invoke(app, [*verb.split(), "--help"], terminal_width=80).output
+    assert "Usage: " in text
+    assert "\\[" not in text
+    assert "..." not in text.replace("COMMAND [ARGS]...", "").replace("DIR...", "")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_diff_applies_and_its_commands_run(page: Path, tmp_path: Path):
     tree = tmp_path / "tree"

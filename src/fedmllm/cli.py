@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from fedmllm import data_cli, site_cli
 from fedmllm.model_cli import doctor, estimate, export
@@ -15,6 +16,7 @@ from fedmllm.options import ExperimentFile, Set
 from fedmllm.suite_cli import compare, report, suite
 from fedmllm.types import ConfigError, FedmllmError
 
+typer.core.HAS_RICH = False  # help is plain text; with rich installed typer 0.20 writes "\\[required]" into it
 app = typer.Typer(
     name="fedmllm",
     help="Federated fine-tuning of multimodal LLMs when clients hold different modalities.",
@@ -27,7 +29,7 @@ app = typer.Typer(
 Out = Annotated[Path | None, typer.Option(help="Folder for record, summary and adapter. Default: runs/RUN_ID.")]
 
 
-@app.command()
+@app.command(short_help="Embedded model and data, one table in two minutes.")
 def quickstart(out: Out = None) -> None:
     """Embedded model and data, four scenarios, five methods: one table in about two minutes. No network, no GPU."""
     from fedmllm.quickstart import quickstart as start
@@ -35,7 +37,7 @@ def quickstart(out: Out = None) -> None:
     start(out)
 
 
-@app.command()
+@app.command(short_help="Run one experiment.")
 def run(
     experiment: ExperimentFile,
     set_: Set = None,
@@ -74,14 +76,15 @@ def run(
     typer.echo(f"record: {folder}")
 
 
-app.add_typer(data_cli.app)
+app.add_typer(data_cli.app, short_help="Data sets: sources, splits, export.")
 app.add_typer(site_cli.site_app, name="site")
 app.add_typer(site_cli.server_app, name="server")
-app.command()(suite)
-app.command()(report)
-app.command()(compare)
-for model_verb in (doctor, estimate, export):
-    app.command()(model_verb)
+app.command(short_help="Run a matrix of experiments, or go on with one.")(suite)
+app.command(short_help="Page and tables from the records of runs.")(report)
+app.command(short_help="Do two runs differ by more than noise?")(compare)
+app.command(short_help="Check a model folder.")(doctor)
+app.command(short_help="Memory and traffic, from config.json alone.")(estimate)
+app.command(short_help="Merge a run's adapter into its model.")(export)
 
 
 def _interrupt(signum: int, frame: Any) -> None:
