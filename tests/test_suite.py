@@ -254,6 +254,21 @@ def test_a_killed_suite_goes_on_and_two_in_one_folder_are_refused(tmp_path: Path
     assert len(json.loads((out / "suite.json").read_text())["cells"]) == 8
 
 
+def test_runs_of_another_suite_in_the_folder_are_told(tmp_path: Path):
+    from typer.testing import CliRunner
+
+    from fedmllm.cli import app
+
+    path, out = file(tmp_path, SMALL), tmp_path / "out"
+    for name in (Suite.load(path).cells[0].run_id, "0123456789ab"):
+        (out / name).mkdir(parents=True)
+        (out / name / "summary.json").write_text("{}")
+    told = CliRunner().invoke(app, ["suite", str(path), "--dry", "--out", str(out)])
+    assert "also holds 1 finished runs that are no cell of" in told.stderr
+    assert told.stdout.count("finished") == 1
+    assert told.stdout.count("to run") == 7
+
+
 def test_no_further_process_is_started_over_the_memory_budget():
     working = Job(process=None, pipe=None, host_bytes=3 * 10**9, event={"event": "round"})
     state = State(waiting=[None, None], jobs=[working])

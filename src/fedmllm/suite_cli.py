@@ -35,6 +35,13 @@ def suite(
 
     loaded = Suite.load(suite_file)
     folder = out or Path("runs") / suite_file.stem
+    ours = {cell.run_id for cell in loaded.cells}
+    if others := sum(path.parent.name not in ours for path in folder.glob(f"*/{SUMMARY}")):
+        typer.echo(
+            f"{folder} also holds {others} finished runs that are no cell of {suite_file} as it is now; a report of the folder "
+            "shows them too",
+            err=True,
+        )
     if dry:
         for cell in loaded.cells:
             mark = "finished" if (folder / cell.run_id / SUMMARY).exists() else "to run"
