@@ -77,6 +77,7 @@ class Federation:
             capture_output=True,
             text=True,
             timeout=self.limit_s,
+            preexec_fn=die_with_parent,
         )
         if done.returncode:
             raise RuntimeError(f"fedmllm {' '.join(words)}: {done.stdout[-1000:]}{done.stderr[-2000:]}")

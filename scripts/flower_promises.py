@@ -5,6 +5,7 @@ unasked. Cases of `scripts/flower_trial.py`.
 from __future__ import annotations
 
 import shutil
+import signal
 import ssl
 import sys
 import time
@@ -86,7 +87,7 @@ def twice(backbone: str) -> str:
         try:
             f.call("site", "start", "east/site.toml")
         except RuntimeError as error:
-            expect("another process serves this site already" in str(error), error)
+            expect("another process serves it already" in str(error), error)
             return said[9:300]
         raise AssertionError("a second process served the same folder")
 
@@ -101,6 +102,36 @@ def loopback(backbone: str) -> str:
             time.sleep(0.3)
         expect(f.events()[-1]["event"] == "end" and seen == {"127.0.0.1"}, (seen, f.events()[-1]))
         return f"{len(f.processes)} processes with all below them, a run of 3 rounds: {sorted(seen)}"
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def leftovers(backbone: str) -> str:
+    """kill -9 of the server and of a site in the middle of a run, Ctrl-C of the others: nothing that they started remains."""
+    with federation(backbone, rounds=50) as f:
+        f.start()
+        f.background_run()
+        f.until(f.rounds, 200)
+        below = {name: f.children(name, "") for name in f.processes}
+        expect(any(f.children("server", "flwr-serverapp")), "no ServerApp")
+        for name, sign in {
+            "server": signal.SIGKILL,
+            "east": signal.SIGKILL,
+            "north": signal.SIGINT,
+            "west": signal.SIGTERM,
+        }.items():
+            f.processes[name].send_signal(sign)
+        pids = [pid for found in below.values() for pid in found]
+        f.until(lambda: not any(map(lives, pids)) and all(p.poll() is not None for p in f.processes.values()), 30)
+        counts = {name: len(found) for name, found in below.items()}
+        codes = {name: p.returncode for name, p in f.processes.items()}
+        return f"processes below each: {counts}; none left; exit status {codes}"
 
 
 def no_code(backbone: str) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from flower_federation import CASE_S, FEDMLLM, NAMES, dropped, expect, federation
-from flower_promises import closed_door, loopback, no_code, refusals, reticent, same_bytes, twice
+from flower_promises import closed_door, leftovers, loopback, no_code, refusals, reticent, same_bytes, twice
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import describe
@@ -31,34 +31,20 @@ from machine import describe
 from fedmllm.engines.flower_watch import is_written
 
 
-def lives(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
-    try:
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
-    except OSError:
-        return False
-
-
-def leftovers(backbone: str) -> str:
-    """kill -9 of the server and of a site in the middle of a run, Ctrl-C of the others: nothing that they started remains."""
-    with federation(backbone, rounds=50) as f:
+def executor_killed(backbone: str) -> str:
+    """kill -9 of what starts runs on the server, in the middle of one: that one goes on, and the next one begins."""
+    with federation(backbone, rounds=3) as f:
         f.start()
-        f.background_run()
+        thread = f.background_run()
         f.until(f.rounds, 200)
-        below = {name: f.children(name, "") for name in f.processes}
-        expect(any(f.children("server", "flwr-serverapp")), "no ServerApp")
-        for name, sign in {
-            "server": signal.SIGKILL,
-            "east": signal.SIGKILL,
-            "north": signal.SIGINT,
-            "west": signal.SIGTERM,
-        }.items():
-            f.processes[name].send_signal(sign)
-        pids = [pid for found in below.values() for pid in found]
-        f.until(lambda: not any(map(lives, pids)) and all(p.poll() is not None for p in f.processes.values()), 30)
-        counts = {name: len(found) for name, found in below.items()}
-        codes = {name: p.returncode for name, p in f.processes.items()}
-        return f"processes below each: {counts}; none left; exit status {codes}"
+        f.harm("server", "flower-superexec")
+        thread.join(CASE_S)
+        said = (f.folder / "run-out.out").read_text()
+        expect(f.events()[-1]["event"] == "end" and "attempt 2" not in said, said)
+        expect(
+            f.run("again")[-1]["event"] == "end" and f.digest("again") == f.digest(), "the next one did not end alike"
+        )
+        return f"rounds of {[round(r['wall_s'], 1) for r in f.rounds()]} s; {said.count('attempt')} other attempts"
 
 
 def interrupted(backbone: str) -> str:
@@ -232,6 +218,7 @@ CASES: dict[str, Callable[[str], str]] = {
     "supernode-killed": supernode_killed,
     "straggler": straggler,
     "superlink-killed": superlink_killed,
+    "executor-killed": executor_killed,
     "interrupted": interrupted,
     "leftovers": leftovers,
     "bad-updates": bad_updates,
@@ -267,7 +254,7 @@ def write(path: Path, name: str, line: str) -> None:
     rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     table = {row.split("|")[1].strip(): row for row in rows if row.startswith("| ")}
     table[name] = line
-    body = "\n".join(table[case] for case in CASES if case in table)
+    body = "\n".join(table.get(case, f"| {case} | not run yet | | | |") for case in CASES)
     what = "\n".join(f"- `{case}`: {(CASES[case].__doc__ or '').strip()}" for case in CASES)
     path.write_text(HEAD.format(machine=describe(), what=what, body=body), encoding="utf-8")
 

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -25,8 +26,10 @@ pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 from fedmllm.config import Experiment
 from fedmllm.engines import flower_processes, flower_trainer, flower_watch
 from fedmllm.engines.flower_keys import make_authority, make_site_key, refuse_open_key
+from fedmllm.engines.flower_patient import beats
+from fedmllm.engines.flower_processes import alone
 from fedmllm.engines.flower_resident import ResidentTrainer
-from fedmllm.engines.flower_site import alone, run_site
+from fedmllm.engines.flower_site import run_site
 from fedmllm.engines.flower_superlink import Server
 from fedmllm.engines.flower_supernode import reason
 from fedmllm.engines.flower_trainer import serve
@@ -79,9 +82,9 @@ def test_a_private_key_that_others_can_read_is_refused_with_the_command_that_men
 # ---- a site's process
 
 
-def test_a_site_is_served_by_one_process_alone(tmp_path):
+def test_a_site_or_a_servers_folder_is_served_by_one_process_alone(tmp_path):
     first = alone(tmp_path)
-    with pytest.raises(FedmllmError, match="another process serves this site already"):
+    with pytest.raises(FedmllmError, match="another process serves it already"):
         alone(tmp_path)
     first.close()
     alone(tmp_path).close()
@@ -134,6 +137,17 @@ def test_a_servers_folder_that_was_moved_finds_its_own_certificate_and_port(tmp_
     Server(moved)
     connection = tomllib.loads((moved / "flwr" / "config.toml").read_text())["superlink"]["fedmllm"]
     assert connection == {"address": "127.0.0.1:8001", "root-certificates": str(moved / "ca.crt")}
+
+
+def test_a_heartbeat_that_a_busy_server_fails_is_sent_again_and_does_not_end_them_all():
+    def answers(status: int) -> bool:
+        httpx.Response(status, request=httpx.Request("POST", "https://here")).raise_for_status()
+        return True
+
+    assert beats(lambda: answers(200))()
+    assert not beats(lambda: answers(500))()
+    with pytest.raises(httpx.HTTPStatusError):
+        beats(lambda: answers(401))()
 
 
 def test_of_a_supernodes_log_the_last_error_is_told():

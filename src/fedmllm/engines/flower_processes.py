@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedmllm.sites import quiet_environment
 from fedmllm.types import FedmllmError
@@ -28,6 +29,11 @@ def binary(name: str) -> str:
     if not found:
         raise FedmllmError(f"{name} is not installed: {INSTALL}")
     return found
+
+
+def patient(name: str) -> list[str]:
+    """The beginning of a command that runs one of Flower's programs as `flower_patient` does."""
+    return [sys.executable, "-m", "fedmllm.engines.flower_patient", name]
 
 
 def need(*packages: str) -> None:
@@ -53,6 +59,22 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def alone(folder: Path) -> IO[str]:
+    """The lock of a site's state or a server's folder, which ends with this process. FedmllmError where another has it."""
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise FedmllmError(f"{folder}: another process serves it already; stop that one first") from None
+    return file
+
+
+def is_dead(process: subprocess.Popen[Any]) -> bool:
+    """Whether a child has ended, without taking its process id away from those who look for that."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def stop(process: subprocess.Popen[Any], grace_s: float = 5.0) -> None:

@@ -23,6 +23,7 @@ from fedmllm.engine import Engine as EngineSettings
 from fedmllm.engine import FlowerSites as Settings
 from fedmllm.engines.flower import Packed, ask, read_update
 from fedmllm.engines.flower_experiment import AtSites
+from fedmllm.engines.flower_patient import be_patient
 from fedmllm.local import Clients
 from fedmllm.runs import run
 from fedmllm.sites import Request
@@ -30,6 +31,7 @@ from fedmllm.tensors import is_finite
 from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params
 
 POLL_S = 0.2
+PATIENCE_S = 60.0  # with a SuperLink that does not answer; started anew it would not know this run
 PULL_S, PULL_FIRST_S, PULL_CAP_S = 600.0, 0.05, 0.5  # for an answer's parts: in all, between looks at first and later
 RESTARTED = "its SuperNode was started anew and has forgotten the request"
 Answers = dict[int, ClientUpdate | ClientFailure]
@@ -78,6 +80,10 @@ def main(grid: Grid, context: Context) -> None:
     """Run the job whose file the run's configuration names. Ends with an error where the run stopped."""
     job = Job.read(Path(str(context.run_config["job"])))
     os.chdir(job.folder)
+    be_patient()
+    grid._retry_invoker.max_time = (
+        PATIENCE_S  # Flower's own has no end: its threads would outlive a SuperLink that is gone
+    )
     _link[:] = [Link(grid, tuple(job.nodes.values()))]
     run(job.experiment, job.out, resume=job.resume)
 

@@ -8,14 +8,13 @@ process starts for a message, and the base model is loaded once.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -40,7 +39,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fedmllm.engines.flower_keys import refuse_open_key
-from fedmllm.engines.flower_processes import stop
+from fedmllm.engines.flower_processes import alone, stop
 from fedmllm.engines.flower_resident import ResidentTrainer
 from fedmllm.engines.flower_supernode import SuperNode
 from fedmllm.engines.flower_wire import ABOUT, ADAPTER, REFUSED, array_data, array_record, legible
@@ -77,17 +76,6 @@ def run_site(path: Path) -> None:
             tell("stopped")
         finally:
             stop(node.process)
-
-
-def alone(state: Path) -> IO[str]:
-    """The lock of a site's state, which ends with this process. Raises FedmllmError where another one has it."""
-    file = (state / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise FedmllmError(f"{state}: another process serves this site already; stop that one first") from None
-    return file
 
 
 def tasks(node: SuperNode) -> Iterator[str]:

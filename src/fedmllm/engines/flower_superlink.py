@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import secrets
 import subprocess
 import sys
 import time
@@ -20,14 +22,14 @@ from pydantic import Field
 
 from fedmllm.config import Experiment
 from fedmllm.engines.flower_experiment import over_sites
-from fedmllm.engines.flower_processes import binary, die_with_parent, environment, stop
+from fedmllm.engines.flower_processes import alone, binary, die_with_parent, environment, is_dead, patient, stop
 from fedmllm.engines.flower_watch import Watch
 from fedmllm.record import read, write_atomically
 from fedmllm.scenarios.partitions import in_order
 from fedmllm.sites import check_name
 from fedmllm.types import ConfigError, FedmllmError, Spec, validate
 
-SETTINGS, SITES, CONNECTION = "server.toml", "sites.json", "fedmllm"
+SETTINGS, SITES, CONNECTION, SECRET = "server.toml", "sites.json", "fedmllm", "executor-secret"
 START_S = 60.0  # of a SuperLink, at most
 OWN_REASON = "ServerApp failed with exception: "
 APP = """[project]
@@ -107,59 +109,71 @@ class Server:
             "--ssl-ca-certfile", str(f / "ca.crt"),
             "--ssl-certfile", str(f / "server.crt"), "--ssl-keyfile", str(f / "server.key"),
             "--enable-supernode-auth", "--database", str(f / "state.db"), "--disable-runtime-dependency-installation",
+            "--isolation", "process", "--superexec-auth-secret-file", str(f / SECRET),
         ]  # fmt: skip
-        log = (f / "superlink.log").open("ab")
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment(self.folder / "flwr"), cwd=f, preexec_fn=die_with_parent
-        )
-        log.close()
+        process = self._child(command, "superlink.log")
         until = time.monotonic() + START_S
         while process.poll() is None and time.monotonic() < until:
             with contextlib.suppress(FedmllmError):
-                self.flwr("list", "--limit", "1")
+                self.flwr("list", "--limit", "1", CONNECTION)
                 return process
             time.sleep(0.5)
         stop(process)
         raise FedmllmError(f"SuperLink did not start on port {self.listen.port}; see {f / 'superlink.log'}")
 
-    def start_gate(self) -> subprocess.Popen[bytes] | None:
-        """What sites of other machines reach, if there is to be one: their path of SuperLink and no other."""
-        if not self.listen.gate:
-            return None
+    def start_gate(self) -> subprocess.Popen[bytes]:  # what sites of other machines reach
         host, _, port = self.listen.gate.rpartition(":")
-        module = [sys.executable, "-m", "fedmllm.engines.flower_gate"]
-        log = (self.folder / "gate.log").open("ab")
-        with log:
+        module = [sys.executable, "-m", "fedmllm.engines.flower_gate", str(self.folder)]
+        return self._child([*module, host, port, str(self.listen.port)], "gate.log")
+
+    def start_executor(self) -> subprocess.Popen[bytes]:
+        """What starts ServerApps. SuperLink would start one itself, but not another where that one dies: no run would begin."""
+        command = [
+            *patient("flower-superexec"), "--runtime-api-address", f"127.0.0.1:{self.listen.port}",
+            "--root-certificates", str(self.folder / "ca.crt"), "--superexec-auth-secret-file", str(self.folder / SECRET),
+        ]  # fmt: skip
+        return self._child(command, "superlink.log")
+
+    def _child(self, command: list[str], log: str) -> subprocess.Popen[bytes]:
+        f = self.folder
+        with (f / log).open("ab") as file:
             return subprocess.Popen(
-                [*module, str(self.folder), host, port, str(self.listen.port)],
-                stdout=log,
-                stderr=log,
-                preexec_fn=die_with_parent,
+                command, stdout=file, stderr=file, env=environment(f / "flwr"), cwd=f, preexec_fn=die_with_parent
             )
 
     def serve(self, say: Callable[[str], None]) -> None:
-        """Keep a SuperLink running until we are interrupted; one that dies is started again on the same database."""
+        """Keep a SuperLink and its helpers running until interrupted; what dies is started again, on the same database."""
         from fedmllm.engines.flower_keys import CA_KEY, SERVER_KEY, refuse_open_key
 
         for key in (CA_KEY, SERVER_KEY):
             if (self.folder / key).exists():  # an authority's key may well lie elsewhere
                 refuse_open_key(self.folder / key)
-        process, gate = self.start(), self.start_gate()
-        try:
-            door = f"; sites reach {self.listen.gate}" if gate else ""
-            say(f"SuperLink on {self.listen.host}:{self.listen.port}{door}; log: {self.folder / 'superlink.log'}")
-            while True:
-                if process.poll() is not None:
-                    say(f"SuperLink died (exit status {process.returncode}); starting it again")
-                    process = self.start()
-                if gate and gate.poll() is not None:
-                    say(f"the gate died (exit status {gate.returncode}); starting it again")
-                    gate = self.start_gate()
-                time.sleep(1)
-        finally:
-            stop(process)
-            if gate:
-                stop(gate)
+        with contextlib.closing(alone(self.folder)), contextlib.ExitStack() as children:
+            self._serve(say, children)
+
+    def _serve(self, say: Callable[[str], None], children: contextlib.ExitStack) -> None:
+        with open(os.open(self.folder / SECRET, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:  # noqa: PTH123
+            file.write(secrets.token_hex(32).encode())
+
+        def kept(child: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+            children.callback(stop, child)
+            return child
+
+        process, executor = kept(self.start()), kept(self.start_executor())
+        gate = kept(self.start_gate()) if self.listen.gate else None
+        door = f"; sites reach {self.listen.gate}" if gate else ""
+        say(f"SuperLink on {self.listen.host}:{self.listen.port}{door}; log: {self.folder / 'superlink.log'}")
+        while True:
+            if process.poll() is not None:
+                say(f"SuperLink died (exit status {process.returncode}); starting it again")
+                process = kept(self.start())
+            if is_dead(executor):  # it is not waited for: a ServerApp of its lives as long as its process id is taken
+                say("the executor died; starting another; a run that is under way goes on")
+                executor = kept(self.start_executor())
+            if gate and gate.poll() is not None:
+                say(f"the gate died (exit status {gate.returncode}); starting it again")
+                gate = kept(self.start_gate())
+            time.sleep(1)
 
     def flwr(self, *words: str, timeout_s: float = 180.0) -> dict[str, Any]:
         """`flwr WORDS --format json` -> what it printed. Raises FedmllmError with Flower's own words."""
@@ -218,7 +232,7 @@ class Server:
     def status(self, run_id: str) -> tuple[str, str]:
         """Of a run: ("running", ""), ("finished:failed", why), ...; "unreachable" where SuperLink does not answer."""
         try:
-            found = self.flwr("list", "--run-id", run_id)["runs"][0]
+            found = self.flwr("list", "--run-id", run_id, CONNECTION)["runs"][0]
             return str(found["status"]), str(found.get("status-details", ""))
         except (FedmllmError, KeyError, IndexError):
             return "unreachable", ""
@@ -262,7 +276,7 @@ class Server:
                     time.sleep(0.5)
             except (KeyboardInterrupt, GeneratorExit):
                 with contextlib.suppress(FedmllmError):
-                    self.flwr("stop", started)
+                    self.flwr("stop", started, CONNECTION)
                 raise
             if watch.details.startswith(OWN_REASON):  # SuperLink lived to hear it, so it is the run's own
                 raise FedmllmError(watch.details.removeprefix(OWN_REASON))

@@ -22,7 +22,7 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedmllm.engines.flower_keys import CA, CA_KEY, SERVER, SERVER_KEY, make_authority
-from fedmllm.engines.flower_processes import binary, die_with_parent, environment, free_port
+from fedmllm.engines.flower_processes import die_with_parent, environment, free_port, patient
 from fedmllm.sites import Site
 
 RESTART_S, LONGEST_PAUSE_S = 5.0, 20.0  # before another start, at first and where it keeps dying
@@ -51,7 +51,7 @@ class SuperNode:
         self.port = free_port()
         r = self._runtime
         command = [
-            binary("flower-supernode"), "--superlink", self._site.server, "--root-certificates", str(self._site.ca),
+            *patient("flower-supernode"), "--superlink", self._site.server, "--root-certificates", str(self._site.ca),
             "--auth-supernode-private-key", str(self._site.key), "--isolation", "process",
             "--host", HOST, "--port", str(self.port), "--superexec-auth-secret-file", str(r / "secret"),
             "--ssl-certfile", str(r / SERVER), "--ssl-keyfile", str(r / SERVER_KEY), "--ssl-ca-certfile", str(r / CA),
