@@ -7,9 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from fedmllm.config import Experiment
+from fedmllm.suite import Suite
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs/extend").glob("*.md"))
@@ -34,6 +38,22 @@ def test_help_is_plain_text_and_not_cut(verb: str):
     assert "Usage: " in text
     assert "\\[" not in text
     assert "..." not in text.replace("COMMAND [ARGS]...", "").replace("DIR...", "")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_experiment_of_a_page_needs_nothing_but_the_package(page: str):
+    first = Experiment.parse(tomllib.loads(blocks(ROOT / page, "toml")[0]))
+    assert first.data.name.startswith("synthetic")
+    assert first.backbone.name == "tiny"
+    named = re.findall(r"fedmllm run (\S+)", (ROOT / page).read_text())
+    assert {Path(name).name for name in named} == {"mine.toml"}  # the block above it
+
+
+def test_settings_on_the_pages_are_settings(tmp_path: Path):
+    (tmp_path / "suite.toml").write_text(blocks(ROOT / "docs/report.md", "toml")[0])
+    assert len(Suite.load(tmp_path / "suite.toml").cells) == 3 * (2 * 2 - 1)
+    (backbone,) = blocks(ROOT / "docs/models.md", "toml")
+    assert Experiment.parse({"data": "synthetic-irony", **tomllib.loads(backbone)}).backbone.name == "hf"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
