@@ -9,8 +9,9 @@ import pytest
 
 from fedmllm.config import Experiment
 from fedmllm.report import write_report
-from fedmllm.report.findings import findings, losses
+from fedmllm.report.findings import findings, judged, losses
 from fedmllm.report.reading import read_book
+from fedmllm.report.stats import Paired
 from fedmllm.report.tables import results
 from fedmllm.suite import Suite
 from made_up import write_run
@@ -80,3 +81,11 @@ def test_a_name_with_a_dot_is_kept(strategies: Path, tmp_path: Path, name: str):
     write_report([next(path.parent for path in strategies.glob("*/summary.json"))], tmp_path / "new" / name)
     endings = (".html", ".md", "-results.csv", "-costs.csv")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {f"tiny-0.5{ending}" for ending in endings}
+
+
+def test_a_difference_that_only_the_correction_hides_is_weak():
+    claim = Paired(difference=0.2, low=0.05, high=0.35, p=0.03, n=3)
+    told = [judged("A against B:", claim, p_holm, 6) for p_holm in (0.03, 0.13)]
+    assert [finding.tag for finding in told] == ["clear", "weak"]
+    assert told[1].text.endswith("+20.0 points: more than noise taken alone, not as one of 6 claims.")
+    assert judged("A against B:", Paired(0.2, -0.05, 0.45, 0.08, 3), 0.4, 6).tag == "noise"

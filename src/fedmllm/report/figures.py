@@ -101,12 +101,18 @@ def radar(table: Results, style: Mapping[str, Look], key: str) -> Picture | None
             polar.plot([a for a, _ in around], [100 * s.mean for _, s in around], look.line, color=look.colour)
             polar.errorbar(
                 [a for a, _ in points], [100 * s.mean for _, s in points],
-                yerr=[100 * (s.std or 0.0) for _, s in points],
+                yerr=[
+                    [min(100 * (s.std or 0.0), max(0.0, 100 * s.mean - floor)) for _, s in points],
+                    [min(100 * (s.std or 0.0), max(0.0, top - 100 * s.mean)) for _, s in points],
+                ],
                 fmt=look.marker, color=look.colour, markersize=3.5, elinewidth=1.0,
             )  # fmt: skip
         polar.set_xticks(angles, [row.setting for row in table.rows], color=MUTED)
         polar.tick_params(axis="x", pad=6)
         polar.set_ylim(floor, top)
+        polar.set_yticks(
+            range(int(floor) + 10, int(top) - 5, 10)
+        )  # a number on the rim would touch the settings' names
         polar.set_rlabel_position(180 / len(table.rows))
         polar.spines["polar"].set_visible(False)
 

@@ -26,6 +26,7 @@ class Finding:
     text: str
     detail: str = ""
     is_clear: bool | None = None
+    tag: str = "note"  # "clear", "weak" = more than noise taken alone but not among all claims, "noise"
 
 
 Claim = tuple[str, Paired | None]  # a sentence that wants a difference, and its test; None = no shared seed
@@ -55,7 +56,7 @@ def findings(chapter: Chapter, table: Results) -> list[Finding]:
         claims += losses(chapter, values, best)
     claims += additions({m: overall[m] for m in ranked})
     corrected = holm({str(i): test.p for i, (_, test) in enumerate(claims) if test and test.p is not None})
-    told = [_tested(text, test, corrected.get(str(i)), len(corrected)) for i, (text, test) in enumerate(claims)]
+    told = [judged(text, test, corrected.get(str(i)), len(corrected)) for i, (text, test) in enumerate(claims)]
     return [*notes, *told, *agreement(table, values)]
 
 
@@ -136,16 +137,23 @@ def _percent(seeds: Seeds) -> str:
     return f"{100 * s.mean:.1f}" + (f" ± {100 * s.std:.1f} %" if s.std is not None else " %")
 
 
-def _tested(text: str, test: Paired | None, p_holm: float | None, num_claims: int) -> Finding:
+def judged(text: str, test: Paired | None, p_holm: float | None, num_claims: int) -> Finding:
+    """The claim with what may be said of it; `p_holm` is corrected for all `num_claims`."""
     if test is None:
         return Finding(f"{text} no shared seed.")
     points = f"{text} {100 * test.difference:+.1f} points"
     if test.p is None or p_holm is None:
-        return Finding(f"{points}.", "One seed: this cannot be told from noise.", False)
+        return Finding(f"{points}.", "One seed: this cannot be told from noise.", False, "noise")
     interval = f"95 % interval {100 * (test.low or 0):+.1f} to {100 * (test.high or 0):+.1f}"
     among = f", {p_text(p_holm)} as one of {num_claims} claims" if num_claims > 1 else ""
     detail = f"Paired t-test over {test.n} seeds: p {_equals(test.p)}{among}; {interval}."
-    return Finding(f"{points}{'' if p_holm < 0.05 else ', within noise'}.", detail, p_holm < 0.05)
+    if p_holm < 0.05:
+        return Finding(f"{points}.", detail, True, "clear")
+    if test.p < 0.05:
+        return Finding(
+            f"{points}: more than noise taken alone, not as one of {num_claims} claims.", detail, False, "weak"
+        )
+    return Finding(f"{points}, within noise.", detail, False, "noise")
 
 
 def _equals(p: float) -> str:
