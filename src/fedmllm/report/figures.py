@@ -71,7 +71,7 @@ def draw(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
         if polar:
-            figure.subplots_adjust(left=0.13, right=0.87, bottom=0.08, top=0.92)
+            figure.subplots_adjust(left=0.17, right=0.83, bottom=0.12, top=0.88)
         else:  # margins in inches; matplotlib's layout engines draw everything twice
             left, bottom, top, right = 0.62, 0.44, 0.08, 0.06
             width, height = size
@@ -108,11 +108,11 @@ def radar(table: Results, style: Mapping[str, Look], key: str) -> Picture | None
                 fmt=look.marker, color=look.colour, markersize=3.5, elinewidth=1.0,
             )  # fmt: skip
         polar.set_xticks(angles, [row.setting for row in table.rows], color=MUTED)
-        polar.tick_params(axis="x", pad=6)
+        polar.tick_params(axis="x", pad=17)
         polar.set_ylim(floor, top)
-        polar.set_yticks(
-            range(int(floor) + 10, int(top) - 5, 10)
-        )  # a number on the rim would touch the settings' names
+        rings = range(int(floor) + 10, int(top) + 1, 10)
+        words = [f"{ring}" if ring < top - 5 else "" for ring in rings]  # on the rim it would touch the settings' names
+        polar.set_yticks(list(rings), words)
         polar.set_rlabel_position(180 / len(table.rows))
         polar.spines["polar"].set_visible(False)
 
