@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from flower_federation import CASE_S, FEDMLLM, NAMES, dropped, expect, federation
+from flower_federation import CASE_S, FEDMLLM, NAMES, Federation, dropped, expect, federation
 from flower_promises import closed_door, leftovers, loopback, no_code, refusals, reticent, same_bytes, twice
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -132,15 +132,29 @@ def straggler(backbone: str) -> str:
 
 
 def superlink_killed(backbone: str) -> str:
-    """kill -9 of SuperLink in the middle of a run: it and the run start again by themselves; same bytes."""
+    """kill -9 of SuperLink in the middle of a run: it starts again by itself, the run goes on or is resumed; same bytes."""
+    return same_bytes_after(backbone, lambda f: f.harm("server", "flower-superlink"))
+
+
+def server_killed(backbone: str) -> str:
+    """kill -9 of the server's whole process, which is then started again: `server run` resumes by itself; same bytes."""
+
+    def harm(f: Federation) -> None:
+        f.kill_site("server")
+        f.spawn("server", *FEDMLLM, "server", "start", "server")
+
+    return same_bytes_after(backbone, harm)
+
+
+def same_bytes_after(backbone: str, harm: Callable[[Federation], None]) -> str:
     with federation(backbone, rounds=5, engine="min_sites = 3") as f:
         f.start()
         thread = f.background_run()
         f.until(lambda: len(f.rounds()) > 1, 200)
-        f.harm("server", "flower-superlink")
+        harm(f)
         thread.join(CASE_S)
         kinds = [event["event"] for event in f.events()]
-        expect(kinds.count("round") == 5 and "resumed" in kinds and kinds[-1] == "end", kinds)
+        expect(kinds.count("round") == 5 and kinds[-1] == "end", (kinds, f.events()[-1]))
         expect(f.digest() == f.in_process(), "other bytes than without a stop")
         return f"{kinds}; sha256 {f.digest()[:16]} as without a stop"
 
@@ -218,6 +232,7 @@ CASES: dict[str, Callable[[str], str]] = {
     "supernode-killed": supernode_killed,
     "straggler": straggler,
     "superlink-killed": superlink_killed,
+    "server-killed": server_killed,
     "executor-killed": executor_killed,
     "interrupted": interrupted,
     "leftovers": leftovers,
