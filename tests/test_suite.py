@@ -221,8 +221,12 @@ def test_a_process_that_dies_between_two_cells_costs_none(tmp_path: Path):
 def test_ctrl_c_says_how_to_go_on_and_leaves_readable_records(tmp_path: Path):
     path, out = file(tmp_path, SMALL.replace("num_rounds = 3", "num_rounds = 500")), tmp_path / "out"
     command = [sys.executable, "-m", "fedmllm.cli", "suite", str(path), "--out", str(out), "--threads", "1"]
+
+    def heard() -> None:  # a shell's background jobs, and what they start, ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     suite = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
     )
     deadline = time.monotonic() + 120
     while not any('"round"' in r.read_text() for r in out.glob("*/record.jsonl")) and time.monotonic() < deadline:
