@@ -121,6 +121,20 @@ def test_a_trainer_that_hangs_before_it_has_read_its_message_is_replaced_in_time
     assert trainer.process.returncode is not None
 
 
+def test_a_trainer_that_is_killed_is_named_with_its_exit_status_and_replaced(tmp_path):
+    trainer = ResidentTrainer(site(tmp_path, "task_timeout_s = 60"), tmp_path / "site.toml")
+    try:
+        killed = trainer.process
+        os.kill(killed.pid, signal.SIGSTOP)
+        threading.Timer(0.2, killed.kill).start()
+        said, _ = trainer.ask({"request": "", "manifest": ""}, bytes(4))
+        assert said["refused"] == "site north: the trainer died (exit status -9); it was started anew"
+        assert trainer.process.poll() is None
+        assert trainer.process.pid != killed.pid
+    finally:
+        trainer.close()
+
+
 def test_a_name_or_key_that_cannot_be_registered_is_named(tmp_path):
     server = Server.new(tmp_path / "server", ["localhost"], 8000)
     assert stat.S_IMODE((tmp_path / "server").stat().st_mode) == 0o700  # SuperLink's database lies there
