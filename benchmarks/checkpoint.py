@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import tempfile
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from fedmllm import Experiment
 from fedmllm.aggregators import FedAdam
 from fedmllm.checkpoint import Book, Checkpoints
 from fedmllm.quickstart import SUITE
-from fedmllm.record import read
 from fedmllm.running import Run
 from fedmllm.runs import run
 from fedmllm.tensors import num_bytes
@@ -67,30 +68,37 @@ def payload(megabytes: float, folder: Path) -> str:
     )
 
 
-def rounds(every: int, folder: Path, waits: list[float]) -> list[float]:
-    """Milliseconds of each round of the quickstart's federation, from one line of the record to the next."""
-    table = {**BASE, "aggregator": "fedadam", "checkpoint": {"every": every}, "num_rounds": 8}
-    save = Run._save_checkpoint
+def rounds(folder: Path) -> list[tuple[float, float]]:
+    """Of each round of the quickstart's federation, milliseconds from one event to the next: passed; of all threads' work."""
+    times: list[tuple[float, float]] = []
 
-    def timed(self: Run, *arguments: Any) -> None:
-        began = time.perf_counter()
-        save(self, *arguments)
-        waits.append(1e3 * (time.perf_counter() - began))
+    def sink(event: dict[str, Any]) -> None:
+        if event["event"] == "round":
+            times.append((1e3 * time.perf_counter(), 1e3 * time.process_time()))
 
-    Run._save_checkpoint = timed  # type: ignore[method-assign]
-    try:
-        run(Experiment.parse(table), folder)
-    finally:
-        Run._save_checkpoint = save  # type: ignore[method-assign]
-    times = [event["time"] for event in read(folder / "record.jsonl") if event["event"] == "round"]
-    return [1e3 * (b - a) for a, b in itertools.pairwise(times)]
+    table = {**BASE, "aggregator": "fedadam", "checkpoint": {"every": 1}, "num_rounds": 8}
+    run(Experiment.parse(table), folder, [sink])
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(times)]
+
+
+def timed(owner: type, name: str, clock: Callable[[], float], into: list[float]) -> None:
+    """Note the milliseconds of each call of a method."""
+    method = getattr(owner, name)
+
+    def instead(*arguments: Any) -> None:
+        began = clock()
+        method(*arguments)
+        into.append(1e3 * (clock() - began))
+
+    setattr(owner, name, instead)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=3, help="runs with and without checkpoints")
-    pairs = parser.parse_args().pairs
-    print(f"# Checkpoints\n\nMachine: {describe()}.\n")
+    parser.add_argument("--runs", type=int, default=3)
+    num_runs = parser.parse_args().runs
+    print(f"# Checkpoints\n\n`python benchmarks/checkpoint.py`\n\nMachine: {describe()}.")
+    print(f"Shared: {os.getloadavg()[0]:.0f} processes wanted to run when it began.\n")
     print("FedAdam: the adapter and two moments as large as it.\n")
     print(
         "| adapter MB | written MB | round waits, ms (median) | on the disk, ms (median) | slowest, ms |\n|---|---|---|---|---|"
@@ -98,17 +106,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         for megabytes in (0.2, 5.0, 22.0):
             print(payload(megabytes, Path(folder) / str(megabytes)), flush=True)
-        each: list[float] = []
-        with_, without, waits = [], [], []
-        for pair in range(pairs):  # interleaved: the machine is not ours alone
-            with_ += rounds(1, Path(folder) / f"with-{pair}", waits)
-            without += rounds(1000, Path(folder) / f"without-{pair}", each)
-    one, other, wait = (statistics.median(values) for values in (with_, without, waits[1:]))
-    print(f"\nRounds of the quickstart (tiny backbone, FedAdam), {pairs} runs of 8 rounds each, interleaved:\n")
+        waits: list[float] = []
+        work: list[float] = []
+        timed(Run, "_save_checkpoint", time.perf_counter, waits)
+        timed(Checkpoints, "_write", time.thread_time, work)
+        each = [times for number in range(num_runs) for times in rounds(Path(folder) / f"run-{number}")]
+    passed, cpu, wait, writing = (statistics.median(v) for v in (*zip(*each, strict=True), waits, work))
     print(
-        "| a checkpoint every round | ms a round (median) | ms that a round waits for it (median) | share |\n|---|---|---|---|"
+        f"\nRounds of the quickstart (tiny backbone, FedAdam, a checkpoint each), medians of {num_runs} runs of 8 rounds:\n"
     )
-    print(f"| yes | {one:.0f} | {wait:.1f} | {100 * wait / one:.2f} % |\n| no | {other:.0f} | | |")
+    print(
+        "| ms a round | ms that it waits for a checkpoint | share | CPU ms a round | CPU ms of its checkpoint | share |"
+    )
+    print("|---|---|---|---|---|---|")
+    print(f"| {passed:.0f} | {wait:.1f} | {wait / passed:.2%} | {cpu:.0f} | {writing:.1f} | {writing / cpu:.2%} |")
 
 
 if __name__ == "__main__":
