@@ -29,9 +29,9 @@ app = typer.Typer(
 Out = Annotated[Path | None, typer.Option(help="Folder for record, summary and adapter. Default: runs/RUN_ID.")]
 
 
-@app.command(short_help="Embedded model and data, one table in two minutes.")
+@app.command(short_help="Embedded model and data, one table in a few minutes.")
 def quickstart(out: Out = None) -> None:
-    """Embedded model and data, four scenarios, five methods: one table in about two minutes. No network, no GPU."""
+    """Embedded model and data, four scenarios, five methods: one table in two or three minutes. No network, no GPU."""
     from fedmllm.quickstart import quickstart as start
 
     start(out)

@@ -1,4 +1,4 @@
-"""The first two minutes: `quickstart.toml` as a suite, and one table of what it found."""
+"""The first minutes: `quickstart.toml` as a suite, and one table of what it found."""
 
 from __future__ import annotations
 
