@@ -31,6 +31,7 @@ from fedmllm.tensors import is_finite
 from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError, Params
 
 POLL_S = 0.2
+LATE_S = 5.0  # that a message outlives its round: the reason is then ours, "no answer within ...", not Flower's "unavailable"
 PATIENCE_S = 60.0  # with a SuperLink that does not answer; started anew it would not know this run
 PULL_S, PULL_FIRST_S, PULL_CAP_S = 600.0, 0.05, 0.5  # for an answer's parts: in all, between looks at first and later
 RESTARTED = "its SuperNode was started anew and has forgotten the request"
@@ -152,7 +153,7 @@ class Sites:
         base = self._clients.backbone.digest
         request = Request.of(self._experiment, base, self._names[client], client, round_)
         content = packed.content({"request": request.model_dump_json()})
-        ttl = self._settings.round_timeout_s  # a site that was away does not work off what is over
+        ttl = self._settings.round_timeout_s + LATE_S  # a site that was away does not work off what is over
         return Message(content, self._link.nodes[client], "train", ttl=ttl, group_id=str(round_))
 
 
