@@ -20,13 +20,13 @@ import torch
 from machine import describe
 
 from fedmllm import Experiment
-from fedmllm.aggregators import FedAdam
-from fedmllm.checkpoint import Book, Checkpoints
-from fedmllm.quickstart import SUITE
-from fedmllm.running import Run
-from fedmllm.runs import run
-from fedmllm.tensors import num_bytes
-from fedmllm.totals import Totals
+from fedmllm.algorithms.server_optimizers import FedAdam
+from fedmllm.cli.quickstart import SUITE
+from fedmllm.core.tensors import num_bytes
+from fedmllm.runs.checkpoint import Book, Checkpoints
+from fedmllm.runs.run import run
+from fedmllm.runs.session import Run
+from fedmllm.runs.totals import Totals
 
 BASE: dict[str, Any] = tomllib.loads(SUITE.read_text(encoding="utf-8"))["base"]
 REPEATS = 9

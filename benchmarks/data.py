@@ -24,14 +24,17 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "data"))
 import rawsets
 from machine import describe
 
-from fedmllm.scenarios import Aligned, Cross, Dirichlet, Hybrid, Missing, Published, assign, digest
+from fedmllm.scenarios.assign import assign, digest
+from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing
+from fedmllm.scenarios.partitions import Dirichlet
+from fedmllm.scenarios.published import Published
 
 REPEATS = 3
 CORES = 2
 SHOW = """
 import sys
 from pathlib import Path
-from fedmllm.cli import app
+from fedmllm.cli.main import app
 app(standalone_mode=False)
 status = Path("/proc/self/status").read_text().splitlines()
 print(next(line.split()[1] for line in status if line.startswith("VmHWM")), file=sys.stderr)

@@ -16,13 +16,13 @@ from collections.abc import Callable
 import torch
 from machine import describe
 
-from fedmllm.backbones import Tiny
+from fedmllm.backbones.base import Tiny
+from fedmllm.backbones.cache.prompt_memory import PromptMemory
 from fedmllm.backbones.hf import TransformersBackbone
-from fedmllm.backbones.prompt_memory import PromptMemory
-from fedmllm.config import Evaluate
+from fedmllm.config.train import Evaluate
+from fedmllm.data.prompts import Plain
 from fedmllm.data.synthetic import SyntheticIrony
-from fedmllm.evaluate import predict
-from fedmllm.prompts import Plain
+from fedmllm.federation.evaluation import predict
 
 
 def main() -> None:

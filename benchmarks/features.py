@@ -19,9 +19,10 @@ from machine import describe
 from models import hundred_million
 from stacked import MODALITIES, federation
 
-from fedmllm.backbones import FromFolder, Row, Tiny, features
+from fedmllm.backbones.base import FromFolder, Row, Tiny
+from fedmllm.backbones.cache import features
+from fedmllm.backbones.cache.prompt_memory import PromptMemory
 from fedmllm.backbones.hf import TransformersBackbone
-from fedmllm.backbones.prompt_memory import PromptMemory
 
 ROWS = {"tiny": 120, "100M": 40}
 

@@ -25,10 +25,10 @@ from machine import describe
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import flower_federation as trial
 
-from fedmllm.config import Experiment
-from fedmllm.engines import flower_simulation
-from fedmllm.record import read
-from fedmllm.runs import run
+from fedmllm.config.experiment import Experiment
+from fedmllm.flower import simulation as flower_simulation
+from fedmllm.runs.record import read
+from fedmllm.runs.run import run
 
 BYTES_A_RANK = 131_072 // 8  # of the embedded backbone's adapter
 

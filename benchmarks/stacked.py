@@ -21,20 +21,20 @@ import torch
 from machine import describe
 from models import hundred_million
 
-from fedmllm.backbones import FromFolder, Row, Tiny
+from fedmllm.algorithms.objectives import TaskLoss
+from fedmllm.backbones.base import FromFolder, Row, Tiny
 from fedmllm.backbones.hf import TransformersBackbone
-from fedmllm.config import Train
+from fedmllm.config.engine import InProcess as InProcessSettings
+from fedmllm.config.engine import Stacked as StackedSettings
+from fedmllm.config.train import Train
+from fedmllm.core.types import Shard
+from fedmllm.data.prompts import Plain
 from fedmllm.data.synthetic import SyntheticIrony
-from fedmllm.engine import InProcess as InProcessSettings
-from fedmllm.engine import Stacked as StackedSettings
-from fedmllm.engines.in_process import InProcess
-from fedmllm.engines.memory import CPU_TOKENS
-from fedmllm.engines.packing import PASS_TOKENS, in_step, items, passes
-from fedmllm.engines.stacked import Stacked
-from fedmllm.local import Clients, RowStore
-from fedmllm.objectives import TaskLoss
-from fedmllm.prompts import Plain
-from fedmllm.types import Shard
+from fedmllm.federation.client import Clients, RowStore
+from fedmllm.federation.engines.in_process import InProcess
+from fedmllm.federation.engines.stacked.engine import Stacked
+from fedmllm.federation.engines.stacked.memory import CPU_TOKENS
+from fedmllm.federation.engines.stacked.packing import PASS_TOKENS, in_step, items, passes
 
 MODALITIES = ("image", "text")
 

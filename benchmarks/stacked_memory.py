@@ -26,13 +26,13 @@ def child(num_clients: int, num_rows: int, token_budget: int) -> None:
     """Print peak bytes above the model, and what the aggregation keeps."""
     from stacked import federation
 
-    from fedmllm.aggregators import FedAvg
-    from fedmllm.backbones import Tiny
-    from fedmllm.config import Screen
-    from fedmllm.costs import host_peak_bytes, reset_peaks
-    from fedmllm.engine import Stacked as Settings
-    from fedmllm.engines.stacked import Stacked
-    from fedmllm.federate import Progress, federate
+    from fedmllm.algorithms.server_optimizers import FedAvg
+    from fedmllm.backbones.base import Tiny
+    from fedmllm.config.engine import Stacked as Settings
+    from fedmllm.config.train import Screen
+    from fedmllm.federation.engines.stacked.engine import Stacked
+    from fedmllm.federation.rounds import Progress, federate
+    from fedmllm.runs.costs import host_peak_bytes, reset_peaks
 
     torch.set_num_threads(THREADS)
     backbone = Tiny().load(0)

@@ -18,12 +18,12 @@ import torch
 from machine import describe
 
 from fedmllm import Experiment
-from fedmllm import running as the_run
-from fedmllm.quickstart import SUITE
-from fedmllm.rng import torch_stream
-from fedmllm.runs import run
-from fedmllm.types import ClientUpdate, Params
-from fedmllm.world import start_engine
+from fedmllm.cli.quickstart import SUITE
+from fedmllm.core.rng import torch_stream
+from fedmllm.core.types import ClientUpdate, Params
+from fedmllm.runs import session as the_run
+from fedmllm.runs.inputs import start_engine
+from fedmllm.runs.run import run
 
 BASE: dict[str, Any] = tomllib.loads(SUITE.read_text(encoding="utf-8"))["base"]
 COMMON = {

@@ -16,8 +16,8 @@ from typing import Any
 from machine import describe
 
 from fedmllm import Experiment, run
-from fedmllm.quickstart import SUITE
-from fedmllm.runs import SUMMARY
+from fedmllm.cli.quickstart import SUITE
+from fedmllm.runs.run import SUMMARY
 
 BASE: dict[str, Any] = tomllib.loads(SUITE.read_text())["base"]
 CELLS: dict[str, dict[str, Any]] = {

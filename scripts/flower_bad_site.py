@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmllm.engines import flower_site
+from fedmllm.flower.site import process as flower_site
 
 HARMS = {
     "nan": lambda flat: np.where(np.arange(len(flat)) == 7, np.nan, flat),

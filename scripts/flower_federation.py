@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fedmllm.engines.flower_processes import die_with_parent, free_port, stop
-from fedmllm.record import read
+from fedmllm.flower.processes import die_with_parent, free_port, stop
+from fedmllm.runs.record import read
 
 NAMES = ("east", "north", "west")
 CASE_S = 900.0  # a command, at most

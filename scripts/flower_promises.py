@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from flower_federation import NAMES, addresses, dropped, expect, federation
 
-from fedmllm.engines.flower_superlink import Server
+from fedmllm.flower.server.superlink import Server
 
 PATHS = (
     "/v1/fleet/pull-messages",

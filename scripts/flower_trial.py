@@ -28,7 +28,7 @@ from flower_promises import closed_door, leftovers, loopback, no_code, refusals,
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import describe
 
-from fedmllm.engines.flower_watch import is_written
+from fedmllm.flower.server.watch import is_written
 
 
 def executor_killed(backbone: str) -> str:

@@ -19,8 +19,8 @@ from typing import Any
 from fuzz_targets import TARGETS, Target, survives
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from fedmllm.record import write_atomically
-from fedmllm.world import versions
+from fedmllm.core.storage import write_atomically
+from fedmllm.runs.inputs import versions
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from fedmllm import checkpoint
-from fedmllm.aggregators import FedAdam
-from fedmllm.config import FAMILIES, Experiment
-from fedmllm.types import Params
+from fedmllm.algorithms.server_optimizers import FedAdam
+from fedmllm.config.experiment import FAMILIES, Experiment
+from fedmllm.core.types import Params
+from fedmllm.runs import checkpoint
 
 Inputs = st.SearchStrategy[bytes]
 LIKE: Params = {"layers.0.q_proj.lora_A.weight": torch.zeros(2, 3), "layers.0.q_proj.lora_B.weight": torch.zeros(3, 2)}

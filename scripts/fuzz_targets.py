@@ -34,16 +34,18 @@ from fuzz_inputs import (
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedmllm import checkpoint, record
-from fedmllm.aggregators import FedAdam
-from fedmllm.config import Experiment, Screen, set_key
+from fedmllm.algorithms.server_optimizers import FedAdam
+from fedmllm.config.experiment import Experiment, set_key
+from fedmllm.config.train import Screen
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.images import open_image
+from fedmllm.core.types import ClientUpdate
 from fedmllm.data.hateful_memes import HatefulMemes
 from fedmllm.data.table import Columns, Table
-from fedmllm.federate import Progress, federate
-from fedmllm.images import open_image
-from fedmllm.runs import finished, refuse_other_settings
-from fedmllm.totals import Totals
-from fedmllm.types import ClientUpdate, FedmllmError
+from fedmllm.federation.rounds import Progress, federate
+from fedmllm.runs import checkpoint, record
+from fedmllm.runs.run import finished, refuse_other_settings
+from fedmllm.runs.totals import Totals
 
 
 @dataclass(frozen=True)

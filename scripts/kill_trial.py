@@ -27,11 +27,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from fedmllm.checkpoint import newest
-from fedmllm.config import Experiment
-from fedmllm.record import read, write_atomically
-from fedmllm.runs import run
-from fedmllm.world import versions
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.storage import write_atomically
+from fedmllm.runs.checkpoint import newest
+from fedmllm.runs.inputs import versions
+from fedmllm.runs.record import read
+from fedmllm.runs.run import run
 
 SMALL: dict[str, Any] = {
     "data": {"name": "synthetic-irony", "num_train": 40, "num_validation": 4, "num_test": 4},

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Config
 
-from fedmllm.backbones.minicpmv2 import MiniCPMV2Config, MiniCPMV2ForConditionalGeneration, MiniCPMV2Processor
-from fedmllm.backbones.minicpmv2_images import ImageSettings
-from fedmllm.backbones.minicpmv2_processor import build_tokenizer
+from fedmllm.backbones.minicpmv2.images import ImageSettings
+from fedmllm.backbones.minicpmv2.model import MiniCPMV2Config, MiniCPMV2ForConditionalGeneration, MiniCPMV2Processor
+from fedmllm.backbones.minicpmv2.processor import build_tokenizer
+from fedmllm.core.rng import stream, stream_seed
 from fedmllm.data.scenes import COLOURS, FACES, SIZE, SKIES, THINGS, Scene, draw
-from fedmllm.rng import stream, stream_seed
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 1300

@@ -16,14 +16,14 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
-from fedmllm.report import write_report
-from fedmllm.report.figures import looks, radar
-from fedmllm.report.names import metric_label
-from fedmllm.report.published import published_for
-from fedmllm.report.reading import Chapter, read_book
-from fedmllm.report.stats import Spread, mean_over_settings
-from fedmllm.report.tables import results
-from fedmllm.report.texts import spread_text
+from fedmllm.reports.figures import looks, radar
+from fedmllm.reports.names import metric_label
+from fedmllm.reports.published import published_for
+from fedmllm.reports.reading import Chapter, read_book
+from fedmllm.reports.stats import Spread, mean_over_settings
+from fedmllm.reports.tables import results
+from fedmllm.reports.texts import spread_text
+from fedmllm.reports.write import write_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -77,7 +77,7 @@ def text_of(folders: list[Path]) -> str:
 
 def standalone(svg: str) -> str:
     """An inline figure as a file of its own, with the page's colours of both themes."""
-    style = (files("fedmllm.report") / "page/page.css").read_text(encoding="utf-8")
+    style = (files("fedmllm.reports") / "page/page.css").read_text(encoding="utf-8")
     colours = style[: style.index("* {")]
     head, _, rest = svg.partition(">")
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{colours}</style>{rest}\n'

@@ -1,7 +1,7 @@
 """Proxy tasks of the embedded model: what it is asked while it is pre-trained.
 
-They are questions about the attributes of the drawn scenes and of the captions, in the frames of `fedmllm.prompts`. They share
-the vocabulary of the synthetic data sets and the frame of their prompts, but neither their questions nor their labels:
+They are questions about the attributes of the drawn scenes and of the captions, in the frames of `fedmllm.data.prompts`. They
+share the vocabulary of the synthetic data sets and the frame of their prompts, but neither their questions nor their labels:
 `tests/data/test_synthetic.py` searches the corpus for them.
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from tiny_tokenizer import ENGLISH
 
+from fedmllm.core.types import Conversation, Example
 from fedmllm.data.captions import PLACES, THEMES, TONES, caption, tweet
 from fedmllm.data.crisismmd import CHOICES as CRISIS_CLASSES
+from fedmllm.data.prompts import Agnostic, Plain, Prompt
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, pick
-from fedmllm.prompts import Agnostic, Plain, Prompt
-from fedmllm.types import Conversation, Example
 
 BOTH = frozenset({"image", "text"})
 KINDS = {"person": "figure", "tent": "shelter", "house": "shelter", "car": "vehicle", "boat": "vehicle"}  # else goods

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmllm.config import Experiment
+from fedmllm.config.experiment import Experiment
 
 LEVEL = {"aligned": 0.95, "missing": 0.75, "cross": 0.65, "hybrid": 0.8}
 SKILL = {

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedmllm.aggregators import Aggregator
-from fedmllm.config import FAMILIES
-from fedmllm.types import ClientUpdate, FedmllmError, NothingToAverage, Params
+from fedmllm.algorithms.base import Aggregator
+from fedmllm.config.experiment import FAMILIES
+from fedmllm.core.errors import FedmllmError, NothingToAverage
+from fedmllm.core.types import ClientUpdate, Params
 
 ALL = sorted(FAMILIES["aggregator"].members)
 

@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedmllm import checkpoint
-from fedmllm.aggregators import Aggregator, FedAdam
-from fedmllm.checkpoint import Best, Book, Checkpoints
-from fedmllm.config import FAMILIES
-from fedmllm.totals import Totals
-from fedmllm.types import ClientUpdate, FedmllmError, Params, State
+from fedmllm.algorithms.base import Aggregator
+from fedmllm.algorithms.server_optimizers import FedAdam
+from fedmllm.config.experiment import FAMILIES
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.types import ClientUpdate, Params, State
+from fedmllm.runs import checkpoint
+from fedmllm.runs.checkpoint import Best, Book, Checkpoints
+from fedmllm.runs.totals import Totals
 
 LIKE: Params = {"b": torch.zeros(3, 2), "a": torch.zeros(4)}  # not in alphabetical order, as safetensors would have it
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedmllm import Experiment
-from fedmllm.types import ConfigError
+from fedmllm.core.errors import ConfigError
 
 GOOD = {"data": "synthetic-irony"}
 
@@ -107,7 +107,9 @@ def test_settings_survive_the_record() -> None:
     assert Experiment.parse(e.model_dump(mode="json")) == e
 
 
-@pytest.mark.parametrize("module", ["fedmllm.cli", "fedmllm.config", "fedmllm.record", "fedmllm.display"])
+@pytest.mark.parametrize(
+    "module", ["fedmllm.cli.main", "fedmllm.config.experiment", "fedmllm.runs.record", "fedmllm.cli.display"]
+)
 def test_loads_no_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,13 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fedmllm.checkpoint import ADAPTER
-from fedmllm.config import FAMILIES, Experiment
-from fedmllm.data import Dataset
-from fedmllm.identity import rows_digest
-from fedmllm.record import read
-from fedmllm.rng import stream
-from fedmllm.runs import run
+from fedmllm.config.experiment import FAMILIES, Experiment
+from fedmllm.core.rng import stream
+from fedmllm.data.base import Dataset
+from fedmllm.runs.checkpoint import ADAPTER
+from fedmllm.runs.fingerprint import rows_digest
+from fedmllm.runs.record import read
+from fedmllm.runs.run import run
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("data", "backbones")]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmllm.config import Experiment
-from fedmllm.suite import Suite
+from fedmllm.config.experiment import Experiment
+from fedmllm.runs.suites.suite import Suite
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs/extend").glob("*.md"))
@@ -32,7 +32,7 @@ def test_there_is_a_page_for_each_way_to_extend():
 def test_help_is_plain_text_and_not_cut(verb: str):
     from typer.testing import CliRunner
 
-    from fedmllm.cli import app
+    from fedmllm.cli.main import app
 
     text = CliRunner().invoke(app, [*verb.split(), "--help"], terminal_width=80).output
     assert "Usage: " in text

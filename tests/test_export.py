@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent / "backbones"))
 from tiny_families import PORTS, stirred, write
 
-from fedmllm.backbones import FromFolder, Lora, Precision
+from fedmllm.backbones.base import FromFolder, Lora, Precision
+from fedmllm.backbones.export import export
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
-from fedmllm.export import export
-from fedmllm.types import Conversation, FedmllmError
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.types import Conversation
 
 FAMILIES = ["qwen2_vl", "gemma3", "minicpmv4_6", *PORTS]
 PROMPT = Conversation(("Is it (A) or (B)?",))

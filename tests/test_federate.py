@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from fedmllm.aggregators import FedAdam, FedAvg
-from fedmllm.config import Screen
-from fedmllm.federate import Progress, cohorts, federate
-from fedmllm.robust import Krum
-from fedmllm.scaffold import Scaffold
-from fedmllm.totals import Totals
-from fedmllm.types import ClientFailure, ClientUpdate, ConfigError, FedmllmError, Params
+from fedmllm.algorithms.robust import Krum
+from fedmllm.algorithms.scaffold import Scaffold
+from fedmllm.algorithms.server_optimizers import FedAdam, FedAvg
+from fedmllm.config.train import Screen
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.types import ClientFailure, ClientUpdate, Params
+from fedmllm.federation.rounds import Progress, cohorts, federate
+from fedmllm.runs.totals import Totals
 
 START: Params = {"a": torch.zeros(3)}
 DROP = Screen(on_bad_update="drop_client", max_norm=10)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedmllm.majority import majority_predictions
-from fedmllm.metrics import METRICS, chosen
-from fedmllm.types import Example
+from fedmllm.core.metrics import METRICS, chosen
+from fedmllm.core.types import Example
+from fedmllm.federation.baselines import majority_predictions
 
 
 def row(answer: str, *choices: str) -> Example:

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from fedmllm.metrics import METRICS, chosen, normalised, parse_open, probabilities
-from fedmllm.types import Example, Prediction
+from fedmllm.core.metrics import METRICS, chosen, normalised, parse_open, probabilities
+from fedmllm.core.types import Example, Prediction
 
 
 def closed(

@@ -17,14 +17,15 @@ sys.path.insert(0, str(Path(__file__).parent / "backbones"))
 import typer
 from tiny_families import write
 
-from fedmllm.backbones import FromFolder, Precision
-from fedmllm.backbones.checkup import NAMES
+from fedmllm.backbones.base import FromFolder, Precision
 from fedmllm.backbones.footprint import footprint
 from fedmllm.backbones.hf import load_folder
-from fedmllm.config import Experiment
-from fedmllm.model_cli import doctor, estimate
-from fedmllm.model_report import estimate as estimated
-from fedmllm.types import Conversation, FedmllmError
+from fedmllm.backbones.model_checks import NAMES
+from fedmllm.cli.models import doctor, estimate
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.types import Conversation
+from fedmllm.reports.model import estimate as estimated
 
 FAMILIES = ["llava", "qwen3_vl", "minicpmv4_6", "gemma3", "internvl"]
 

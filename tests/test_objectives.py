@@ -7,8 +7,8 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from fedmllm.objectives import AdaptiveFedProx, ClientView, FedProx, Objective, TaskLoss
-from fedmllm.schedules import round_factor, step_factor
+from fedmllm.algorithms.objectives import AdaptiveFedProx, ClientView, FedProx, Objective, TaskLoss
+from fedmllm.algorithms.schedules import round_factor, step_factor
 
 
 def view(missing_rate: float = 0.0, num_layers: int = 28) -> ClientView:

@@ -15,17 +15,17 @@ from pathlib import Path
 import pytest
 from scipy import stats as scipy_stats
 
-from fedmllm.compare import compare
-from fedmllm.config import Experiment
-from fedmllm.record import read
-from fedmllm.report import write_report
-from fedmllm.report.findings import findings
-from fedmllm.report.published import published_for
-from fedmllm.report.reading import read_book
-from fedmllm.report.stats import all_pairs, holm, paired
-from fedmllm.report.tables import results
-from fedmllm.suite import Suite
-from fedmllm.types import FedmllmError
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import FedmllmError
+from fedmllm.reports.compare import compare
+from fedmllm.reports.findings import findings
+from fedmllm.reports.published import published_for
+from fedmllm.reports.reading import read_book
+from fedmllm.reports.stats import all_pairs, holm, paired
+from fedmllm.reports.tables import results
+from fedmllm.reports.write import write_report
+from fedmllm.runs.record import read
+from fedmllm.runs.suites.suite import Suite
 from made_up import write_run
 
 ROOT = Path(__file__).parents[1]
@@ -287,7 +287,7 @@ def test_compare_pairs_seed_with_seed(tmp_path: Path):
 
 
 def test_made_up_records_have_the_form_of_real_ones(tmp_path: Path):
-    from fedmllm.runs import run
+    from fedmllm.runs.run import run
 
     settings = Experiment.parse(
         {

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fedmllm.config import Experiment
-from fedmllm.report import write_report
-from fedmllm.report.findings import findings, judged, losses
-from fedmllm.report.reading import read_book
-from fedmllm.report.stats import Paired
-from fedmllm.report.tables import results
-from fedmllm.suite import Suite
+from fedmllm.config.experiment import Experiment
+from fedmllm.reports.findings import findings, judged, losses
+from fedmllm.reports.reading import read_book
+from fedmllm.reports.stats import Paired
+from fedmllm.reports.tables import results
+from fedmllm.reports.write import write_report
+from fedmllm.runs.suites.suite import Suite
 from made_up import write_run
 
 ROOT = Path(__file__).parents[1]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedmllm.aggregators import FedAvg
-from fedmllm.config import Experiment
-from fedmllm.robust import Krum, Median, MultiKrum, Robust, TrimmedMean, krum_order
-from fedmllm.types import ClientUpdate, NothingToAverage, Params
+from fedmllm.algorithms.robust import Krum, Median, MultiKrum, Robust, TrimmedMean, krum_order
+from fedmllm.algorithms.server_optimizers import FedAvg
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import NothingToAverage
+from fedmllm.core.types import ClientUpdate, Params
 
 ALL = [Median(), TrimmedMean(), Krum(), MultiKrum()]
 

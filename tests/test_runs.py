@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fedmllm.checkpoint import newest, read_book, sealed
-from fedmllm.cli import app
-from fedmllm.config import Experiment
-from fedmllm.record import Record, read
-from fedmllm.runs import run
-from fedmllm.types import ConfigError, FedmllmError
+from fedmllm.cli.main import app
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.runs.checkpoint import newest, read_book, sealed
+from fedmllm.runs.record import Record, read
+from fedmllm.runs.run import run
 
 TABLE: dict[str, Any] = {
     "data": {"name": "synthetic-irony", "num_train": 36, "num_validation": 8, "num_test": 8},

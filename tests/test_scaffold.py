@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from fedmllm.checkpoint import newest
-from fedmllm.config import Experiment
-from fedmllm.controls import Controls
-from fedmllm.record import read
-from fedmllm.runs import run
-from fedmllm.scaffold import Scaffold
-from fedmllm.types import ClientUpdate, ConfigError, FedmllmError, Params
+from fedmllm.algorithms.scaffold import Scaffold
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.types import ClientUpdate, Params
+from fedmllm.federation.client_state import Controls
+from fedmllm.runs.checkpoint import newest
+from fedmllm.runs.record import read
+from fedmllm.runs.run import run
 
 TABLE: dict[str, Any] = {
     "data": {"name": "synthetic-irony", "num_train": 36, "num_validation": 4, "num_test": 4},

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedmllm import checkpoint
-from fedmllm.checkpoint import Checkpoints
-from fedmllm.evaluate import predict
-from fedmllm.record import Record
-from fedmllm.runs import run
-from fedmllm.types import DataError, FedmllmError
-from fedmllm.world import World
+from fedmllm.core.errors import DataError, FedmllmError
+from fedmllm.federation.evaluation import predict
+from fedmllm.runs import checkpoint
+from fedmllm.runs.checkpoint import Checkpoints
+from fedmllm.runs.inputs import World
+from fedmllm.runs.record import Record
+from fedmllm.runs.run import run
 from test_checkpoint import LIKE, book, values, write
 from test_runs import Stop, adam, events, experiment, stopped
 
@@ -120,7 +120,7 @@ def test_scores_that_are_nan_are_no_prediction() -> None:
 PARENT = """
     import multiprocessing, sys, time
     sys.path[:0] = [{tests!r}]
-    from fedmllm.suite_worker import work
+    from fedmllm.runs.suites.worker import work
     from test_runs import TABLE
 
     if __name__ == "__main__":

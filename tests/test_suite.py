@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fedmllm.record import read
-from fedmllm.suite import Suite, merge
-from fedmllm.suite_run import Job, State, give, hire, listen, run_suite
-from fedmllm.types import ConfigError, FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.runs.record import read
+from fedmllm.runs.suites.scheduler import Job, State, give, hire, listen, run_suite
+from fedmllm.runs.suites.suite import Suite, merge
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -162,7 +162,7 @@ class Told:
 
 
 def test_two_processes_give_the_bytes_of_one(tmp_path: Path):
-    from fedmllm.runs import run
+    from fedmllm.runs.run import run
 
     suite, told = Suite.load(file(tmp_path, SMALL)), Told()
     state = run_suite(suite, tmp_path / "out", 2, 1, 10**12, told)
@@ -261,7 +261,7 @@ def test_a_killed_suite_goes_on_and_two_in_one_folder_are_refused(tmp_path: Path
 def test_runs_of_another_suite_in_the_folder_are_told(tmp_path: Path):
     from typer.testing import CliRunner
 
-    from fedmllm.cli import app
+    from fedmllm.cli.main import app
 
     path, out = file(tmp_path, SMALL), tmp_path / "out"
     for name in (Suite.load(path).cells[0].run_id, "0123456789ab"):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fedmllm.config import Experiment
-from fedmllm.record import read
-from fedmllm.trackers import TRACKERS, Tracker, tracker
-from fedmllm.types import ConfigError
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError
+from fedmllm.runs.record import read
+from fedmllm.runs.trackers import TRACKERS, Tracker, tracker
 from made_up import write_run
 
 

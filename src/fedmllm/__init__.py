@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmllm.config import Experiment
-    from fedmllm.runs import run
+    from fedmllm.config.experiment import Experiment
+    from fedmllm.runs.run import run
 
 __all__ = ["Experiment", "run"]
 
@@ -18,11 +18,11 @@ __all__ = ["Experiment", "run"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that `fedmllm --help` and the settings load no torch.
     if name == "Experiment":
-        from fedmllm.config import Experiment
+        from fedmllm.config.experiment import Experiment
 
         return Experiment
     if name == "run":
-        from fedmllm.runs import run
+        from fedmllm.runs.run import run
 
         return run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from tiny_families import NEEDS, PORTS, stirred, write
 
-from fedmllm.backbones import FromFolder
+from fedmllm.backbones.base import FromFolder
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
-from fedmllm.types import Conversation, Picture
+from fedmllm.core.types import Conversation, Picture
 
 FolderOf = Callable[[str], Path]
 

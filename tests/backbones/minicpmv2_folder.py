@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
-from fedmllm.backbones.minicpmv2 import MiniCPMV2Config, MiniCPMV2ForConditionalGeneration, MiniCPMV2Processor
+from fedmllm.backbones.minicpmv2.model import MiniCPMV2Config, MiniCPMV2ForConditionalGeneration, MiniCPMV2Processor
 
 VERSIONS = ["2.6", "2.5"]
 

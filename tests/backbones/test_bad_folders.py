@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedmllm.backbones import FromFolder, Lora, Precision
+from fedmllm.backbones.base import FromFolder, Lora, Precision
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
-from fedmllm.types import ConfigError, Conversation, DataError, FedmllmError, Picture
+from fedmllm.core.errors import ConfigError, DataError, FedmllmError
+from fedmllm.core.types import Conversation, Picture
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ import torch
 from peft import PeftModel
 from tiny_families import FAMILIES, PORTS, stirred
 
-from fedmllm.backbones import FromFolder, Row
+from fedmllm.backbones.base import FromFolder, Row
 from fedmllm.backbones.folder import load_base
 from fedmllm.backbones.hf import CAUSAL, TransformersBackbone, load_folder
-from fedmllm.types import Conversation, FedmllmError
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.types import Conversation
 
 ALL = [*FAMILIES, *PORTS]
 ANSWERS = ["yes", "no, never", "ok"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny_families import FAMILIES, PORTS, TWO_BILLION, stirred, write
 
-from fedmllm.backbones import FromFolder, Precision
+from fedmllm.backbones.base import FromFolder, Precision
 from fedmllm.backbones.dropout import dropout_mask
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
-from fedmllm.types import Conversation
+from fedmllm.core.types import Conversation
 
 pytestmark = [
     pytest.mark.gpu,

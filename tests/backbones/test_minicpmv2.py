@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedmllm.backbones.minicpmv2 import MiniCPMV2Config, MiniCPMV2ForConditionalGeneration, MiniCPMV2Processor
-from fedmllm.backbones.minicpmv2_vision import axis_positions, position_buckets
-from fedmllm.types import FedmllmError
+from fedmllm.backbones.minicpmv2.model import MiniCPMV2Config, MiniCPMV2ForConditionalGeneration, MiniCPMV2Processor
+from fedmllm.backbones.minicpmv2.vision import axis_positions, position_buckets
+from fedmllm.core.errors import FedmllmError
 
 CASES = [
     ("minicpmv26", "img", [["small"], ["sliced"]]),

@@ -19,9 +19,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from fedmllm.backbones.minicpmv2 import IMAGE_MARK, ImageSettings, MiniCPMV2Processor
-from fedmllm.backbones.minicpmv2_images import choose_grid, slice_image
-from fedmllm.types import FedmllmError
+from fedmllm.backbones.minicpmv2.images import choose_grid, slice_image
+from fedmllm.backbones.minicpmv2.model import IMAGE_MARK, ImageSettings, MiniCPMV2Processor
+from fedmllm.core.errors import FedmllmError
 
 
 @pytest.fixture(scope="module")

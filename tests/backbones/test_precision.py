@@ -12,11 +12,12 @@ import torch
 from peft import PeftModel
 from tiny_families import PORTS, stirred, write
 
-from fedmllm.backbones import FromFolder, Lora, Precision
+from fedmllm.backbones.base import FromFolder, Lora, Precision
 from fedmllm.backbones.folder import load_base
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
-from fedmllm.tensors import num_bytes
-from fedmllm.types import ConfigError, Conversation
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.tensors import num_bytes
+from fedmllm.core.types import Conversation
 
 FolderOf = Callable[[str], Path]
 SOME = ["minicpmv2.6", "minicpmv4_6", "qwen3_vl", "gemma3"]

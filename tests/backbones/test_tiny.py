@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from fedmllm.backbones import Backbone, Tiny
+from fedmllm.backbones.base import Backbone, Tiny
 from fedmllm.backbones.tiny import CHECKPOINT
+from fedmllm.core.rng import stream
+from fedmllm.core.types import Conversation, Picture
 from fedmllm.data.captions import THEMES, TONES, caption, tweet
+from fedmllm.data.prompts import Agnostic, Plain, Prompt
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, draw
 from fedmllm.data.synthetic import SyntheticIrony
-from fedmllm.prompts import Agnostic, Plain, Prompt
-from fedmllm.rng import stream
-from fedmllm.types import Conversation, Picture
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NUM_SCENES = 60

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fedmllm.data.members  # noqa: F401  (fills the family)
-from fedmllm.data import Dataset
+from fedmllm.data.base import Dataset
 from fedmllm.data.crisismmd import CHOICES as CRISIS_CLASSES
 
 CRISIS_COLUMNS = (

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import rawsets
 
-from fedmllm.data import Rows
-from fedmllm.types import DataError
+from fedmllm.core.errors import DataError
+from fedmllm.data.base import Rows
 
 COLUMNS = {"image": "scan"}
 

@@ -10,7 +10,7 @@ import pytest
 import rawsets
 from tables import as_parquet, load, refused
 
-from fedmllm.types import DataError
+from fedmllm.core.errors import DataError
 
 
 def test_a_parquet_file_with_a_corrupt_body(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import rawsets
 
-from fedmllm.scenarios import Missing, Published, assign
-from fedmllm.types import DataError
+from fedmllm.core.errors import DataError
+from fedmllm.scenarios.assign import assign
+from fedmllm.scenarios.masks import Missing
+from fedmllm.scenarios.published import Published
 
 
 def load(name: str, root: Path, split: str = "train", **settings):

@@ -11,7 +11,7 @@ import pytest
 import rawsets
 from tables import COLUMNS, as_parquet, load, refused
 
-from fedmllm.types import ConfigError, DataError
+from fedmllm.core.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 import rawsets
 from typer.testing import CliRunner
 
-from fedmllm.config import Experiment
-from fedmllm.data import Dataset
-from fedmllm.data_cli import app
-from fedmllm.data_report import Federation, export, where
-from fedmllm.types import ConfigError, FedmllmError
+from fedmllm.cli.data import app
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.data.base import Dataset
+from fedmllm.reports.data import Federation, export, where
 
 
 def experiment(folder: Path, name: str = "hateful-memes", tail: str = "", **settings) -> Path:
@@ -234,8 +234,8 @@ def test_nothing_of_this_loads_torch(tmp_path: Path) -> None:
     rawsets.hateful_memes(tmp_path)
     code = f"""
 import sys
-from fedmllm.config import Experiment
-from fedmllm.data_report import Federation
+from fedmllm.config.experiment import Experiment
+from fedmllm.reports.data import Federation
 Federation.of(Experiment.load({str(experiment(tmp_path))!r})).to_json()
 assert not {{"torch", "PIL", "matplotlib", "transformers"}} & set(sys.modules), sorted(sys.modules)
 """

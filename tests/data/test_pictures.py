@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fedmllm.core.errors import DataError
+from fedmllm.core.images import open_image
+from fedmllm.core.types import Example, Shard
 from fedmllm.data.pictures import check_rows, check_shards, look_at
-from fedmllm.images import open_image
-from fedmllm.types import DataError, Example, Shard
 
 QUARTER_TURN = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # orientation 6
 IMAGE, TEXT = frozenset({"image"}), frozenset({"text"})

@@ -9,19 +9,12 @@ from pathlib import Path
 import pytest
 import rawsets
 
-from fedmllm.scenarios import (
-    Aligned,
-    Cross,
-    Dirichlet,
-    Hybrid,
-    Missing,
-    Published,
-    Scenario,
-    assign,
-    digest,
-)  # fmt: skip
-from fedmllm.scenarios.published import lift
-from fedmllm.types import ConfigError, DataError, Shard
+from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.types import Shard
+from fedmllm.scenarios.assign import assign, digest  # fmt: skip
+from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing, Scenario
+from fedmllm.scenarios.partitions import Dirichlet
+from fedmllm.scenarios.published import Published, lift
 
 GOLDEN: dict[str, tuple[float, Scenario]] = {
     "aligned/5.0": (5.0, Aligned()),

@@ -11,8 +11,11 @@ import rawsets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmllm.scenarios import Aligned, ByColumn, Cross, Dirichlet, Hybrid, Iid, Missing, assign, digest, show_only
-from fedmllm.types import ConfigError, DataError, Example
+from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.types import Example
+from fedmllm.scenarios.assign import assign, digest, show_only
+from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing
+from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Iid
 
 TWO = ("image", "text")
 CAMERAS = ("CAM_FRONT", "CAM_BACK", "CAM_BACK_LEFT")

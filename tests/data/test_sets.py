@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import rawsets
 
-from fedmllm.data import Dataset
+from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.images import open_image
+from fedmllm.data.base import Dataset
 from fedmllm.data.pictures import check_rows
-from fedmllm.images import open_image
-from fedmllm.types import ConfigError, DataError
 
 
 def load(name: str, root: Path, split: str = "train", **settings):

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from fedmllm.data import Dataset
+from fedmllm.core.rng import stream
+from fedmllm.data.base import Dataset
 from fedmllm.data.captions import THEMES, TONES
 from fedmllm.data.crisismmd import CHOICES as CRISIS_CLASSES
 from fedmllm.data.synthetic import SyntheticCrisis, SyntheticIrony, crisis_row, irony_row
-from fedmllm.rng import stream
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = {"num_train": 12, "num_validation": 3, "num_test": 5}

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import rawsets
 
-from fedmllm.scenarios import Aligned, ByColumn, assign
-from fedmllm.types import ConfigError, DataError
+from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.scenarios.assign import assign
+from fedmllm.scenarios.masks import Aligned
+from fedmllm.scenarios.partitions import ByColumn
 
 COLUMNS = {"image": "scan", "text": "report", "answer": "label", "client": "site", "id": "case", "keep": ["machine"]}
 ROWS = [

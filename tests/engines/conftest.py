@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "backbones"))
 from small_federation import SIZES, TEXTS
 from tiny_families import PORTS, write
 
-from fedmllm.backbones import FromFolder, Lora, Precision, Tiny
+from fedmllm.backbones.base import FromFolder, Lora, Precision, Tiny
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
-from fedmllm.types import Example
+from fedmllm.core.types import Example
 
 Load = Callable[..., TransformersBackbone]
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from fedmllm import engine as engines
+from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.backbones.hf import TransformersBackbone
-from fedmllm.backbones.stack import Stack
-from fedmllm.config import Train
-from fedmllm.engines.in_process import InProcess
-from fedmllm.engines.stacked import Stacked
-from fedmllm.local import Clients, RowStore
-from fedmllm.objectives import Objective, TaskLoss
-from fedmllm.prompts import Plain
-from fedmllm.types import ClientUpdate, Example, Params, Shard
+from fedmllm.config import engine as engines
+from fedmllm.config.train import Train
+from fedmllm.core.types import ClientUpdate, Example, Params, Shard
+from fedmllm.data.prompts import Plain
+from fedmllm.federation.client import Clients, RowStore
+from fedmllm.federation.engines.in_process import InProcess
+from fedmllm.federation.engines.stacked.engine import Stacked
+from fedmllm.federation.engines.stacked.stack import Stack
 
 SIZES = (3, 9, 1, 0, 12)  # rows of each client
 TEXTS = ("so it is", "a dog on a bicycle, seen from behind", "no", "the other way round, they say", "rain again")

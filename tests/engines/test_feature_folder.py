@@ -13,12 +13,13 @@ import torch
 from small_federation import federation, flat, stirred, together
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fedmllm.backbones import BackboneSpec, FromFolder, Precision
-from fedmllm.backbones import features as features_module
-from fedmllm.backbones.feature_folder import FeatureFolder
+from fedmllm.backbones.base import BackboneSpec, FromFolder, Precision
+from fedmllm.backbones.cache import features as features_module
+from fedmllm.backbones.cache.feature_folder import FeatureFolder
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
-from fedmllm.config import Experiment
-from fedmllm.types import ConfigError, Example
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.types import Example
 
 
 def outputs(seed: int = 0) -> list[Any]:

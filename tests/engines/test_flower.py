@@ -14,10 +14,11 @@ pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedmllm.aggregators import FedAvg
-from fedmllm.engines.flower import LONGEST_METRICS, Packed, ask, read_update, refusal, unpack, update_content
-from fedmllm.engines.flower_wire import ABOUT, ADAPTER, FLAT, LONGEST_WORDS, RAW, legible
-from fedmllm.types import ClientFailure, ClientUpdate, FedmllmError
+from fedmllm.algorithms.server_optimizers import FedAvg
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.types import ClientFailure, ClientUpdate
+from fedmllm.flower.messages import LONGEST_METRICS, Packed, ask, read_update, refusal, unpack, update_content
+from fedmllm.flower.wire import ABOUT, ADAPTER, FLAT, LONGEST_WORDS, RAW, legible
 
 PARAMS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1.5])}
 

@@ -23,9 +23,9 @@ from starlette.requests import Request as Called
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from fedmllm.engines import flower_processes
-from fedmllm.engines.flower_gate import gate
-from fedmllm.engines.flower_keys import make_authority
+from fedmllm.flower import processes as flower_processes
+from fedmllm.flower.keys import make_authority
+from fedmllm.flower.server.gate import gate
 
 CALLS = {
     ("POST", "/v1/fleet/pull-messages"): 201,

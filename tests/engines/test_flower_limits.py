@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmllm.config import Experiment
-from fedmllm.engines.flower_experiment import AtSites, over_sites
-from fedmllm.engines.flower_trainer import Trainer
-from fedmllm.sites import Range, Refused, Request, Site
-from fedmllm.types import ConfigError, Shard
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.types import Shard
+from fedmllm.flower.server.experiment import AtSites, over_sites
+from fedmllm.flower.site.config import Range, Refused, Request, Site
+from fedmllm.flower.site.trainer import Trainer
 
 EXPERIMENT = Experiment.parse({"data": "synthetic-irony", "cohort_size": 1, "train": {"lr": 1e-3, "max_steps": 3}})
 

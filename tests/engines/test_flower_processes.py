@@ -23,20 +23,22 @@ import torch
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
-from fedmllm.config import Experiment
-from fedmllm.engines import flower_processes, flower_trainer, flower_watch
-from fedmllm.engines.flower_keys import make_authority, make_site_key, refuse_open_key
-from fedmllm.engines.flower_patient import beats
-from fedmllm.engines.flower_processes import alone
-from fedmllm.engines.flower_resident import ResidentTrainer
-from fedmllm.engines.flower_site import run_site
-from fedmllm.engines.flower_superlink import Server
-from fedmllm.engines.flower_supernode import reason
-from fedmllm.engines.flower_trainer import serve
-from fedmllm.engines.flower_watch import Watch, is_written
-from fedmllm.record import Record
-from fedmllm.sites import Request, Site
-from fedmllm.types import ConfigError, FedmllmError
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.flower import processes as flower_processes
+from fedmllm.flower.keys import make_authority, make_site_key, refuse_open_key
+from fedmllm.flower.patient import beats
+from fedmllm.flower.processes import alone
+from fedmllm.flower.server import watch as flower_watch
+from fedmllm.flower.server.superlink import Server
+from fedmllm.flower.server.watch import Watch, is_written
+from fedmllm.flower.site import trainer as flower_trainer
+from fedmllm.flower.site.config import Request, Site
+from fedmllm.flower.site.process import run_site
+from fedmllm.flower.site.resident import ResidentTrainer
+from fedmllm.flower.site.supernode import reason
+from fedmllm.flower.site.trainer import serve
+from fedmllm.runs.record import Record
 
 EXPERIMENT = Experiment.parse({"data": "synthetic-irony", "cohort_size": 1, "train": {"lr": 1e-3, "max_steps": 3}})
 

@@ -17,13 +17,13 @@ pytest.importorskip("ray", reason="the extra `flower` is not installed")
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from flower_federation import addresses
 
-from fedmllm import tensors
-from fedmllm.config import Experiment
-from fedmllm.engines import flower_simulation
-from fedmllm.record import read
-from fedmllm.runs import run
-from fedmllm.types import FedmllmError
-from fedmllm.world import World
+from fedmllm.config.experiment import Experiment
+from fedmllm.core import tensors
+from fedmllm.core.errors import FedmllmError
+from fedmllm.flower import simulation as flower_simulation
+from fedmllm.runs.inputs import World
+from fedmllm.runs.record import read
+from fedmllm.runs.run import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("flower-simulation")]
 

@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from small_federation import assert_same, federation, stirred, together
 
-from fedmllm.backbones import FromFolder, Precision, Row
+from fedmllm.backbones.base import FromFolder, Precision, Row
+from fedmllm.backbones.cache.bounded import Rows
+from fedmllm.backbones.cache.prompt_memory import PromptMemory
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
-from fedmllm.backbones.prompt_memory import PromptMemory, Rows
-from fedmllm.types import Conversation, DataError, Picture
+from fedmllm.core.errors import DataError
+from fedmllm.core.types import Conversation, Picture
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_a_row_is_encoded_once_though_the_pixels_of_all_rows_fit_nowhere(
     """Two rounds under a memory of two pictures: where features are kept, the second encodes nothing."""
     seen: list[object] = []
     for keep_mb, times in ((8, 1), (0, 2)):
-        monkeypatch.setattr("fedmllm.local.ROWS_KEPT_BYTES", 2 * PIXELS)
+        monkeypatch.setattr("fedmllm.federation.client.ROWS_KEPT_BYTES", 2 * PIXELS)
         monkeypatch.setattr(PromptMemory, "_kept", Rows(2 * PIXELS))
         model = backbone(Path(load("llava").spec.path), keep_mb)
         clients, make = federation(model, examples), model.encoder._prompt

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedmllm.backbones import Row
-from fedmllm.engines.memory import CPU_TOKENS, CUDA_LARGEST, is_out_of_memory, token_budget
-from fedmllm.engines.packing import Item, passes
+from fedmllm.backbones.base import Row
+from fedmllm.federation.engines.stacked.memory import CPU_TOKENS, CUDA_LARGEST, is_out_of_memory, token_budget
+from fedmllm.federation.engines.stacked.packing import Item, passes
 
 GIB = 2**30
 

@@ -19,13 +19,14 @@ from small_federation import (
     together,
 )
 
-from fedmllm.backbones import Lora
+from fedmllm.algorithms.objectives import AdaptiveFedProx, FedProx, Objective, TaskLoss
+from fedmllm.backbones.base import Lora
 from fedmllm.backbones.hf import TransformersBackbone
-from fedmllm.engines import stacked
-from fedmllm.engines.packing import items, passes
-from fedmllm.local import Clients, Step
-from fedmllm.objectives import AdaptiveFedProx, FedProx, Objective, TaskLoss
-from fedmllm.types import ClientUpdate, Example, FedmllmError
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.types import ClientUpdate, Example
+from fedmllm.federation.client import Clients, Step
+from fedmllm.federation.engines.stacked import engine as stacked
+from fedmllm.federation.engines.stacked.packing import items, passes
 
 Load = Callable[..., TransformersBackbone]
 

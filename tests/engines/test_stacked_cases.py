@@ -11,16 +11,16 @@ import pytest
 import torch
 from small_federation import COHORT, assert_same, federation, flat, gradients_off, one_after_another, stirred, together
 
-from fedmllm import engine as engines
-from fedmllm.backbones import Lora
+from fedmllm.algorithms.objectives import FedProx
+from fedmllm.algorithms.scaffold import Scaffold
+from fedmllm.backbones.base import Lora
 from fedmllm.backbones.hf import TransformersBackbone
-from fedmllm.backbones.stack import find_targets
-from fedmllm.controls import Controls
-from fedmllm.engines.stacked import Stacked
-from fedmllm.objectives import FedProx
-from fedmllm.scaffold import Scaffold
-from fedmllm.tensors import subtract
-from fedmllm.types import ClientUpdate, Example, Params
+from fedmllm.config import engine as engines
+from fedmllm.core.tensors import subtract
+from fedmllm.core.types import ClientUpdate, Example, Params
+from fedmllm.federation.client_state import Controls
+from fedmllm.federation.engines.stacked.engine import Stacked
+from fedmllm.federation.engines.stacked.stack import find_targets
 
 Load = Callable[..., TransformersBackbone]
 Engine = Callable[..., list[ClientUpdate]]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedmllm.backbones.dropout import Seeds
-from fedmllm.types import ConfigError
+from fedmllm.core.errors import ConfigError
 
 
 class Checkpointing:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from fedmllm.backbones import Row
-from fedmllm.types import Conversation, FedmllmError
+from fedmllm.backbones.base import Row
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.types import Conversation
 
 if TYPE_CHECKING:
     from fedmllm.backbones.hf import TransformersBackbone

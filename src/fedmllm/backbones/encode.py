@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from fedmllm.backbones import Row
-from fedmllm.backbones.prompt_memory import PromptMemory
-from fedmllm.images import open_image
-from fedmllm.types import Conversation, DataError, FedmllmError
+from fedmllm.backbones.base import Row
+from fedmllm.backbones.cache.prompt_memory import PromptMemory
+from fedmllm.core.errors import DataError, FedmllmError
+from fedmllm.core.images import open_image
+from fedmllm.core.types import Conversation
 
 if TYPE_CHECKING:
     from PIL.Image import Image

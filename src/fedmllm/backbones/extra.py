@@ -9,7 +9,8 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fedmllm.types import ConfigError, nearest
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.spec import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,8 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import logging
 
-from fedmllm.backbones import FromFolder, nf4
-from fedmllm.types import ConfigError, FedmllmError, nearest
+from fedmllm.backbones import nf4
+from fedmllm.backbones.base import FromFolder
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.spec import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,7 +150,7 @@ def load_model(folder: Path, family: str, spec: FromFolder, device: torch.device
     options |= nf4.options(folder, family, device, spec.lora.train_extra) if four_bits else {}
     kind: Any = AutoModelForImageTextToText
     if family in OURS:
-        from fedmllm.backbones.minicpmv2 import MiniCPMV2ForConditionalGeneration
+        from fedmllm.backbones.minicpmv2.model import MiniCPMV2ForConditionalGeneration
 
         kind = MiniCPMV2ForConditionalGeneration
     try:
@@ -173,7 +175,7 @@ def load_processor(folder: Path, family: str) -> Any:
             )
     try:
         if family in OURS:
-            from fedmllm.backbones.minicpmv2 import MiniCPMV2Processor
+            from fedmllm.backbones.minicpmv2.model import MiniCPMV2Processor
 
             processor = MiniCPMV2Processor.from_pretrained(str(folder))
         else:

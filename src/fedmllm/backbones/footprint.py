@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fedmllm.backbones import BackboneSpec, nf4
+from fedmllm.backbones import nf4
+from fedmllm.backbones.base import BackboneSpec
 from fedmllm.backbones.dropout import Seeds
 from fedmllm.backbones.folder import DTYPES, LOADING_ERRORS, OURS, family_of, quiet
 from fedmllm.backbones.lora import add_lora, decoder_name, parameters_by_saved_name
-from fedmllm.types import FedmllmError
+from fedmllm.core.errors import FedmllmError
 
 PROBE_TOKENS = 256
 # NF4 with double quantisation: 4 bits a weight, 8 bits for the scale of 64 weights, 32 bits for that of 256 scales
@@ -103,7 +104,7 @@ def _empty(folder: Path, family: str) -> PreTrainedModel:
     try:
         with torch.device("meta"), quiet():
             if family in OURS:
-                from fedmllm.backbones.minicpmv2 import MiniCPMV2Config, MiniCPMV2ForConditionalGeneration
+                from fedmllm.backbones.minicpmv2.model import MiniCPMV2Config, MiniCPMV2ForConditionalGeneration
 
                 ours = MiniCPMV2Config.from_pretrained(str(folder), local_files_only=True)
                 return MiniCPMV2ForConditionalGeneration(ours)

@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedmllm.backbones import Backbone, BackboneSpec, Batch, FromFolder, Row
+from fedmllm.backbones.base import Backbone, BackboneSpec, Batch, FromFolder, Row
+from fedmllm.backbones.cache.feature_folder import FeatureFolder
+from fedmllm.backbones.cache.features import ImageFeatures, feature_argument
 from fedmllm.backbones.checkpointing import Checkpointing
 from fedmllm.backbones.decode import Decoder, at_least_float32
 from fedmllm.backbones.dropout import seed_tensor
 from fedmllm.backbones.encode import IGNORED, Encoder
-from fedmllm.backbones.feature_folder import FeatureFolder
-from fedmllm.backbones.features import ImageFeatures, feature_argument
 from fedmllm.backbones.lora import adapter_config, add_lora, copy_of, decoder_name, load_into, parameters_by_saved_name
-from fedmllm.types import Conversation, Params
+from fedmllm.core.types import Conversation, Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

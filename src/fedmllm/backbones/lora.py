@@ -12,12 +12,13 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedmllm.backbones import Lora
+from fedmllm.backbones.base import Lora
 from fedmllm.backbones.dropout import RowDropout, Seeds, dropout_mask, module_key, seed_tensor
 from fedmllm.backbones.extra import extra_modules, widen
-from fedmllm.rng import torch_stream
-from fedmllm.tensors import same_names
-from fedmllm.types import ConfigError, FedmllmError, Params
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.rng import torch_stream
+from fedmllm.core.tensors import same_names
+from fedmllm.core.types import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,9 +14,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
-from fedmllm.backbones import FromFolder, Precision, nf4
+from fedmllm.backbones import nf4
+from fedmllm.backbones.base import FromFolder, Precision
 from fedmllm.backbones.folder import family_of, load_model, quiet
-from fedmllm.types import FedmllmError
+from fedmllm.core.errors import FedmllmError
 
 WEIGHTS = (
     "*.safetensors",

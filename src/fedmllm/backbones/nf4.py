@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedmllm.types import ConfigError
+from fedmllm.core.errors import ConfigError
 
 # What the hub's own openbmb/MiniCPM-V-2_6-int4 leaves alone; elsewhere transformers finds the head itself.
 SKIPPED = {"minicpmv": ["out_proj", "kv_proj", "lm_head"]}

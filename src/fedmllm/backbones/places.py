@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedmllm.backbones import BackboneSpec, FromFolder, Tiny
+from fedmllm.backbones.base import BackboneSpec, FromFolder, Tiny
 from fedmllm.backbones.folder import find
 from fedmllm.backbones.tiny import CHECKPOINT
-from fedmllm.types import ConfigError
+from fedmllm.core.errors import ConfigError
 
 
 def base_folder(spec: BackboneSpec, config_only: bool = False) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedmllm.backbones import FromFolder, Tiny
+from fedmllm.backbones.base import FromFolder, Tiny
 from fedmllm.backbones.folder import load_base
 from fedmllm.backbones.hf import TransformersBackbone
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from fedmllm.core.errors import DataError
 from fedmllm.data.reading import Row, as_text, take_text
-from fedmllm.types import DataError
 
 MAX_CHOICES = 26  # they are lettered
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedmllm.core.errors import DataError
 from fedmllm.data.reading import Placed, Row
-from fedmllm.types import DataError
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 PARTS = ("question", "choices", "answer")

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from fedmllm.data import Dataset, Rows, Source, Split, hint
+from fedmllm.core.errors import DataError
+from fedmllm.core.types import Example, Modality
+from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.delimited import tsv_rows
 from fedmllm.data.reading import Row, collect, filled, find, picture, take_text
-from fedmllm.types import DataError, Example, Modality
 
 SPLITS: dict[Split, str] = {"train": "train", "validation": "dev", "test": "test"}
 CHOICES = (

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fedmllm.core.errors import DataError
 from fedmllm.data.reading import Placed, decoded, lines, raw_lines
-from fedmllm.types import DataError
 
 MAX_JOINED = 50  # lines that one quoted TSV field may span
 MAX_CELL = 10_000_000  # characters of a CSV cell; the csv module's own 131,072 are less than some reports have

@@ -10,19 +10,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fedmllm.data import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import (
-    collect,
-    filled,
-    find,
-    half_character,
-    held_out,
-    json_text,
-    picture,
-    take_text,
-)
+from fedmllm.core.errors import DataError
+from fedmllm.core.types import Content, Example, Modality
+from fedmllm.data.base import Dataset, Rows, Source, Split, hint
+from fedmllm.data.reading import collect, filled, find, half_character, held_out, json_text, picture, take_text
 from fedmllm.data.vqa_rad import METRICS, YES_NO
-from fedmllm.types import Content, DataError, Example, Modality
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 Task = Literal["perception", "prediction", "planning", "behavior"]

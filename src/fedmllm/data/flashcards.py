@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fedmllm.data import Dataset, Rows, Source, Split, hint
+from fedmllm.core.errors import DataError
+from fedmllm.core.types import Example, Modality
+from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import Row, collect, filled, find, held_out, json_rows, take_text
-from fedmllm.types import DataError, Example, Modality
 
 FILE = "medical_meadow_wikidoc_medical_flashcards.json"
 

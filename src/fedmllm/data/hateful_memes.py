@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from fedmllm.data import Dataset, Rows, Source, Split, hint
+from fedmllm.core.errors import DataError
+from fedmllm.core.types import Example, Modality
+from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import Row, collect, filled, find, jsonl_rows, picture, take, take_id, take_text
-from fedmllm.types import DataError, Example, Modality
 
 FILES: dict[Split, str] = {"train": "train.jsonl", "validation": "dev_seen.jsonl", "test": "test_seen.jsonl"}
 CHOICES = ("not-hateful", "hateful")  # label 0, label 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedmllm.core.errors import DataError
 from fedmllm.data.reading import Placed, readable
-from fedmllm.types import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fedmllm.data import Dataset, Rows, Source, Split
+from fedmllm.core.types import Example, Modality
+from fedmllm.data.base import Dataset, Rows, Source, Split
 from fedmllm.data.flashcards import Flashcards
 from fedmllm.data.slake import Slake
 from fedmllm.data.vqa_rad import METRICS, VqaRad
-from fedmllm.types import Example, Modality
 
 
 class Medical(Dataset):

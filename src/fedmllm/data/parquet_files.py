@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fedmllm.core.errors import DataError
 from fedmllm.data.reading import Placed
-from fedmllm.types import DataError
 
 
 def parquet_rows(path: Path, columns: Iterable[str]) -> Placed:

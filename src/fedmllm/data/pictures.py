@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from fedmllm.images import MAX_PIXELS, open_image
-from fedmllm.types import DataError, Example, Shard, Visible
+from fedmllm.core.errors import DataError
+from fedmllm.core.images import MAX_PIXELS, open_image
+from fedmllm.core.types import Example, Shard, Visible
 
 OnBadRow = Literal["fail", "skip"]
 _TAILS = {"PNG": (b"IEND\xaeB`\x82", 12), "JPEG": (b"\xff\xd9", 2), "MPO": (b"\xff\xd9", 2)}  # end mark, bytes to read

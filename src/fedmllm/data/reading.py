@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fedmllm.data import Rows
-from fedmllm.rng import stream_seed
-from fedmllm.types import DataError, Example
+from fedmllm.core.errors import DataError
+from fedmllm.core.rng import stream_seed
+from fedmllm.core.types import Example
+from fedmllm.data.base import Rows
 
 Row = Mapping[str, Any]
 T = TypeVar("T")

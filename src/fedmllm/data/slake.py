@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from fedmllm.data import Dataset, Rows, Source, Split, hint
+from fedmllm.core.types import Example, Modality
+from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import Row, collect, filled, find, json_rows, picture, take, take_id, take_text
 from fedmllm.data.vqa_rad import METRICS, radiology_example
-from fedmllm.types import Example, Modality
 
 FILES: dict[Split, tuple[str, ...]] = {
     "train": ("train.json",),

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from fedmllm.data import Dataset, Rows, Split, crisismmd, hateful_memes
+from fedmllm.core.rng import stream
+from fedmllm.core.types import Example, Modality
+from fedmllm.data import crisismmd, hateful_memes
+from fedmllm.data.base import Dataset, Rows, Split
 from fedmllm.data.captions import caption, tweet
 from fedmllm.data.crisismmd import CrisisMMD
 from fedmllm.data.hateful_memes import HatefulMemes
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, draw, pick
-from fedmllm.rng import stream
-from fedmllm.types import Example, Modality
 
 if TYPE_CHECKING:
     import numpy as np

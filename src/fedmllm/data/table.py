@@ -9,7 +9,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fedmllm.data import Dataset, Rows, Source, Split
+from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.spec import Spec
+from fedmllm.core.types import Content, Example, Modality
+from fedmllm.data.base import Dataset, Rows, Source, Split
 from fedmllm.data.cells import MAX_CHOICES, choices_of, chosen, group
 from fedmllm.data.conversations import conversation_rows
 from fedmllm.data.delimited import csv_rows, tsv_rows
@@ -31,7 +34,6 @@ from fedmllm.data.reading import (
     readable,
     take_text,
 )
-from fedmllm.types import ConfigError, Content, DataError, Example, Modality, Spec
 
 Form = Literal["auto", "jsonl", "csv", "tsv", "parquet", "imagefolder", "conversations"]
 FORMS: Mapping[str, Form] = {

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fedmllm.data import Dataset, Rows, Source, Split, hint
+from fedmllm.core.types import Example, Modality
+from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import Row, collect, filled, find, held_out, json_rows, picture, take, take_id, take_text
-from fedmllm.types import Example, Modality
 
 PUBLIC = "VQA_RAD Dataset Public.json"
 YES_NO = ("yes", "no")

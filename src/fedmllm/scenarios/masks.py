@@ -14,8 +14,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, NonNegativeInt
 
-from fedmllm.rng import stream
-from fedmllm.types import ConfigError, Modality, Named, Visible
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.rng import stream
+from fedmllm.core.spec import Named
+from fedmllm.core.types import Modality, Visible
 
 Rows = Sequence[Sequence[int]]  # per client, the rows that it holds
 Masks = list[list[Visible]]  # per client, one mask a row

@@ -10,8 +10,10 @@ from typing import Literal
 import numpy as np
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from fedmllm.rng import stream
-from fedmllm.types import DataError, Example, Named
+from fedmllm.core.errors import DataError
+from fedmllm.core.rng import stream
+from fedmllm.core.spec import Named
+from fedmllm.core.types import Example, answer_label
 
 Split = list[list[int]]  # per client, the rows that it holds
 
@@ -84,11 +86,6 @@ class ByColumn(Partition):
                 )
             groups.setdefault(value, []).append(row)
         return [groups[value] for value in sorted(groups, key=in_order)]
-
-
-def answer_label(example: Example) -> str:
-    """What label skew is about: the answer of a multiple-choice row; all open rows count as one label."""
-    return example.answer if example.choices else "(open)"
 
 
 def value_of(example: Example, column: str) -> str:

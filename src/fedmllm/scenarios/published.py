@@ -13,9 +13,10 @@ from typing import Literal
 import numpy as np
 from pydantic import PositiveFloat, PositiveInt
 
+from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.types import Example, Modality, Visible
 from fedmllm.scenarios.masks import BOTH, IMAGE, PUBLISHED_SEED, TEXT, Cross, Hybrid, Masks, Scenario, published_flip
 from fedmllm.scenarios.partitions import Partition, Split
-from fedmllm.types import ConfigError, DataError, Example, Modality, Visible
 
 MEDICAL_SEED = 41
 MEDICAL = frozenset({"vqa-rad", "flashcards"})

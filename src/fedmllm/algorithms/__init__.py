@@ -1,0 +1,1 @@
+"""Federated algorithms: what the server aggregates and what clients optimize."""

@@ -1,0 +1,63 @@
+"""`fedmllm export`: the result of a run as a folder that other software loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedmllm.backbones.base import BackboneSpec
+from fedmllm.backbones.folder import digest, family_of, find
+from fedmllm.backbones.merge import merge
+from fedmllm.backbones.places import base_folder
+from fedmllm.core.errors import FedmllmError
+
+
+def export(run: Path, merged: Path, base: Path | None = None) -> Path:
+    """Write the folder `merged`: the base of the run in `run` with the run's adapter in its weights.
+
+    Args:
+        run: A folder that `fedmllm run` wrote.
+        merged: A folder that does not exist yet.
+        base: The base model, where it is not at the place that the run's settings name, or was held in four bits there.
+
+    Returns `merged`. Raises FedmllmError where the run has no adapter, or the base is not the one it was trained on.
+    """
+    head = heading(run)
+    spec = BackboneSpec.pick(head["settings"]["backbone"], f"{run / 'record.jsonl'}: backbone")
+    adapter = adapter_of(run)
+    folder = find(str(base)) if base else base_folder(spec)
+    family_of(folder)
+    trained_on = head.get("digests", {}).get("base")
+    if base is None and trained_on and digest(folder) != trained_on:
+        raise FedmllmError(
+            f"{folder} is not the model that {run} was trained on: its digest is {digest(folder)[:12]}..., the record says "
+            f"{trained_on[:12]}...; name the right folder with --base"
+        )
+    merge(folder, adapter, merged)
+    return merged
+
+
+def heading(run: Path) -> dict[str, Any]:
+    """The first line of a run's record: its settings and digests."""
+    file = run / "record.jsonl"
+    if not file.is_file():
+        raise FedmllmError(f"{run} is not the folder of a run: it has no record.jsonl")
+    with file.open(encoding="utf-8") as lines:
+        try:
+            head = json.loads(lines.readline())
+            return {"settings": head["settings"], "digests": head.get("digests", {})}
+        except (ValueError, KeyError, TypeError) as error:
+            raise FedmllmError(f"{file}:1: not the heading of a run: {error!r}") from None
+
+
+def adapter_of(run: Path) -> Path:
+    """The PEFT folder with a run's result."""
+    adapter = run / "adapter"
+    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (adapter / n).is_file()]
+    if missing:
+        raise FedmllmError(
+            f"{adapter}: no {missing[0]}; the run has not ended (fedmllm run ... --resume), or it trains no adapter of its "
+            "own (zero-shot, majority, local)"
+        )
+    return adapter

@@ -1,0 +1,5 @@
+"""`python -m fedmllm.cli`."""
+
+from fedmllm.cli.main import main
+
+main()

@@ -1,0 +1,90 @@
+"""What a person sees in the terminal: bars that follow a run's events, and the table of its summary. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedmllm.core.text import bytes_text
+from fedmllm.runs.record import Event
+
+
+class Bars:
+    """A sink that draws one bar for the rounds of a run, with the loss or metric seen last."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self._progress = Progress(*columns, *times)
+        self._task = self._progress.add_task("loading", total=None, note="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        show = self._progress.update
+        if event["event"] == "experiment":
+            show(self._task, description="first round")
+        elif event["event"] == "round":
+            losses = [c["loss"] for c in event["clients"]]
+            note = f"loss {sum(losses) / len(losses):.3f}" if losses else "no update"
+            who = f"client {event['cohort'][0]} alone" if "alone" in event else "rounds"
+            show(self._task, description=who, completed=event["round"], total=event["num_rounds"], note=note)
+        elif event["event"] == "eval":
+            name, value = next(iter(event["metrics"].items()))
+            show(self._task, note="" if value is None else f"{name} {value:.3f}")
+
+
+def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> None:
+    """The summary rows as a table; `headline_only` keeps the first metric of each run.
+
+    What all rows share stands once, above the table, so that it fits a terminal of 80 columns.
+    """
+    seen: set[tuple[str, str, int]] = set()
+    kept = []
+    for row in rows:
+        run = (row["run_id"], row["visible"], row["seed"])
+        if not (headline_only and run in seen):
+            kept.append(_cells(row))
+        seen.add(run)
+    shared = {k: v for k, v in kept[0].items() if len(kept) > 1 and all(cells[k] == v for cells in kept)}
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in kept[0]:
+        if column not in shared:
+            numeric = column in ("value", "rounds", "sent", "time")
+            table.add_column(column, justify="right" if numeric else "left", no_wrap=True, overflow="fold")
+    before = ""
+    for cells in kept:
+        if before not in ("", cells["scenario"]):
+            table.add_section()
+        shown = {**cells, "scenario": "" if cells["scenario"] == before else cells["scenario"]}
+        before = cells["scenario"]
+        table.add_row(*(v for k, v in shown.items() if k not in shared))
+    if shared:
+        print("; ".join(f"{k}: {', '.join(v.splitlines())}" for k, v in shared.items()))
+    Console().print(table)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    value = "-" if row["value"] is None else f"{row['value']:.3f}"
+    return {
+        "scenario": f"{row['scenario']}\n{row['setting']}",
+        "method": row["method"],
+        "prompt": row["prompt"],
+        "test shows": row["visible"],
+        "metric": row["metric"],
+        "value": value if row["std"] is None else f"{value} ± {row['std']:.3f}",
+        "rounds": str(row["num_rounds"]),
+        "sent": bytes_text(row["up_bytes"] + row["down_bytes"]),
+        "time": f"{row['wall_s']:.0f} s",
+    }

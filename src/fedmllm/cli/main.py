@@ -1,0 +1,106 @@
+"""The verbs. No maths here, and nothing that loads torch before a verb needs it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from fedmllm.cli import data as data_cli
+from fedmllm.cli import federation as site_cli
+from fedmllm.cli.models import doctor, estimate, export
+from fedmllm.cli.options import ExperimentFile, Set
+from fedmllm.cli.suites import compare, report, suite
+from fedmllm.core.errors import ConfigError, FedmllmError
+
+typer.core.HAS_RICH = False  # help is plain text; with rich installed typer 0.20 writes "\\[required]" into it
+app = typer.Typer(
+    name="fedmllm",
+    help="Federated fine-tuning of multimodal LLMs when clients hold different modalities.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path | None, typer.Option(help="Folder for record, summary and adapter. Default: runs/RUN_ID.")]
+
+
+@app.command(short_help="Embedded model and data, one table in a few minutes.")
+def quickstart(out: Out = None) -> None:
+    """Embedded model and data, four scenarios, five methods: one table in two or three minutes. No network, no GPU."""
+    from fedmllm.cli.quickstart import quickstart as start
+
+    start(out)
+
+
+@app.command(short_help="Run one experiment.")
+def run(
+    experiment: ExperimentFile,
+    set_: Set = None,
+    seed: Annotated[int | None, typer.Option(help="Override the experiment's seed.", min=0)] = None,
+    out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
+    ] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="in-process, stacked or flower-simulation.", metavar="NAME")
+    ] = None,
+    num_actors: Annotated[int | None, typer.Option(help="Ray actors of flower-simulation.", min=1)] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="Also tell: tensorboard, wandb, mlflow, trackio.", metavar="NAME")
+    ] = None,
+) -> None:
+    """Run one experiment: data x scenario x prompt x backbone x objective x aggregator x rounds."""
+    from fedmllm.config.experiment import Experiment
+
+    named = {"seed": seed, "engine.name": engine, "engine.num_actors": num_actors}
+    overrides = [*(set_ or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
+    settings = Experiment.load(experiment, overrides)  # every setting is checked before torch is loaded
+    from fedmllm.cli.display import Bars, show_table
+    from fedmllm.runs.run import run as start
+    from fedmllm.runs.trackers import tracker
+
+    folder = out or Path("runs") / settings.run_id()
+    trackers = [tracker(name, folder) for name in track or []]
+    try:
+        with Bars() as bars:
+            rows = start(settings, folder, [bars, *trackers], resume)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same with --out {folder} --resume goes on from the last finished round", err=True)
+        raise typer.Exit(130) from None
+    show_table(rows)
+    typer.echo(f"record: {folder}")
+
+
+app.add_typer(data_cli.app, short_help="Data sets: sources, splits, export.")
+app.add_typer(site_cli.site_app, name="site")
+app.add_typer(site_cli.server_app, name="server")
+app.command(short_help="Run a matrix of experiments, or go on with one.")(suite)
+app.command(short_help="Page and tables from the records of runs.")(report)
+app.command(short_help="Do two runs differ by more than noise?")(compare)
+app.command(short_help="Check a model folder.")(doctor)
+app.command(short_help="Memory and traffic, from config.json alone.")(estimate)
+app.command(short_help="Merge a run's adapter into its model.")(export)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt(f"signal {signum}")
+
+
+def main() -> None:
+    """Entry point: an error of ours is a message and a code (2 = settings, 1 = anything else), never a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a stopped job's record ends like one stopped by Ctrl-C
+    try:
+        app()
+    except FedmllmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+if __name__ == "__main__":
+    main()

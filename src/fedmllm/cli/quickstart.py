@@ -1,0 +1,44 @@
+"""The first minutes: `quickstart.toml` as a suite, and one table of what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fedmllm.cli.display import show_table
+from fedmllm.cli.suite_display import SuiteTable
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.storage import write_atomically
+from fedmllm.runs.suites.scheduler import SUMMARY, physical_bytes, run_suite
+from fedmllm.runs.suites.suite import Suite
+
+SUITE = Path(__file__).with_name("quickstart.toml")
+
+
+def quickstart(out: Path | None) -> list[dict[str, Any]]:
+    """Run every method in every scenario and print one table; records go to `out` (default runs/quickstart-TIME).
+
+    A model of a million weights gains more from a second process than from a second thread, so each core gets a run.
+    """
+    folder = out or Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
+    suite, began = Suite.load(SUITE), time.perf_counter()
+    with SuiteTable(len(suite.cells)) as table:
+        state = run_suite(suite, folder, num_cores(), 1, int(0.8 * physical_bytes()), table)
+    if state.failed:
+        raise FedmllmError("\n".join(f"{label}: {reason}" for label, reason in state.failed.items()))
+    rows: list[dict[str, Any]] = []
+    for cell in suite.cells:
+        rows += json.loads((folder / cell.run_id / SUMMARY).read_text(encoding="utf-8"))["rows"]
+    write_atomically(folder / SUMMARY, json.dumps({"rows": rows}, indent=1))
+    show_table(rows, headline_only=True)
+    print(f"{len(suite.cells)} runs in {time.perf_counter() - began:.0f} s; records and adapters: {folder}")
+    print(f"a page of it: fedmllm report {folder}")
+    return rows
+
+
+def num_cores() -> int:
+    """Cores that this process may use: fewer than the machine's where it was given only some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

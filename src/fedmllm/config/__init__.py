@@ -1,0 +1,1 @@
+"""An experiment as a frozen value: TOML in, settings out."""

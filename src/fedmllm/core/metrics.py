@@ -1,0 +1,142 @@
+"""Metrics: functions of predictions, picked by name. None where a metric is not defined (no open question, one class)."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from fedmllm.core.types import Prediction
+
+Metric = Callable[[Sequence[Prediction]], float | None]
+METRICS: dict[str, Metric] = {}
+
+
+def metric(f: Metric) -> Metric:
+    """Add a function to the metrics, under its own name."""
+    METRICS[f.__name__] = f
+    return f
+
+
+def probabilities(prediction: Prediction) -> list[float]:
+    """softmax over the choices' log-likelihoods."""
+    top = max(prediction.scores)
+    weights = [math.exp(s - top) for s in prediction.scores]
+    return [w / sum(weights) for w in weights]
+
+
+def chosen(prediction: Prediction) -> str | None:
+    """The most likely choice (the first of equals), or the parsed open answer; None = could not be parsed."""
+    if prediction.scores:
+        return prediction.example.choices[prediction.scores.index(max(prediction.scores))]
+    return prediction.text
+
+
+def normalised(answer: str) -> str:
+    """Lower case, no punctuation, no articles, single blanks."""
+    words = answer.lower().translate(str.maketrans(string.punctuation, " " * len(string.punctuation))).split()
+    return " ".join(word for word in words if word not in {"a", "an", "the"})
+
+
+def parse_open(raw: str) -> str | None:
+    """The answer in a generation: its only non-empty line. Anything else, or nothing, is a failure, never a guess."""
+    lines = [line.strip() for line in raw.splitlines() if line.strip()]
+    answer = re.sub(r"\s+", " ", lines[0]) if len(lines) == 1 else ""
+    return answer if normalised(answer) else None
+
+
+def is_right(prediction: Prediction) -> bool:
+    """Exact match: of the choice, or of the normalised open answer."""
+    answer = chosen(prediction)
+    if answer is None:
+        return False
+    if prediction.scores:
+        return answer == prediction.example.answer
+    return normalised(answer) == normalised(prediction.example.answer)
+
+
+@metric
+def accuracy(predictions: Sequence[Prediction]) -> float | None:
+    """Share of rows answered right; an unparsed answer is wrong."""
+    return sum(map(is_right, predictions)) / len(predictions) if predictions else None
+
+
+def _of_type(predictions: Sequence[Prediction], answer_type: str) -> list[Prediction]:
+    """Rows of that `answer_type` column where the set has one, else open = without choices."""
+
+    def kind(p: Prediction) -> str:
+        return p.example.columns.get("answer_type", "CLOSED" if p.example.choices else "OPEN").upper()
+
+    return [p for p in predictions if kind(p) == answer_type]
+
+
+@metric
+def accuracy_open(predictions: Sequence[Prediction]) -> float | None:
+    """Accuracy over the rows of answer_type OPEN."""
+    return accuracy(_of_type(predictions, "OPEN"))
+
+
+@metric
+def accuracy_closed(predictions: Sequence[Prediction]) -> float | None:
+    """Accuracy over the rows of answer_type CLOSED."""
+    return accuracy(_of_type(predictions, "CLOSED"))
+
+
+@metric
+def token_f1(predictions: Sequence[Prediction]) -> float | None:
+    """Mean over the open questions of the F1 of normalised words (SQuAD, arXiv:1606.05250); unparsed counts 0."""
+    opened = [p for p in predictions if not p.example.choices]
+    return sum(map(_word_f1, opened)) / len(opened) if opened else None
+
+
+def _word_f1(prediction: Prediction) -> float:
+    said = normalised(prediction.text or "").split()
+    meant = normalised(prediction.example.answer).split()
+    common = sum((Counter(said) & Counter(meant)).values())
+    return 2 * common / (len(said) + len(meant)) if common else 0.0
+
+
+@metric
+def unparsed(predictions: Sequence[Prediction]) -> float | None:
+    """Number of open answers that could not be parsed."""
+    return float(sum(1 for p in predictions if not p.scores and p.text is None))
+
+
+def _two_way(predictions: Sequence[Prediction]) -> tuple[list[bool], list[Prediction]] | None:
+    """(is the second choice right, rows) of a two-way set that shows both classes; None otherwise."""
+    rows = [p for p in predictions if len(p.scores) == 2]
+    truth = [p.example.answer == p.example.choices[1] for p in rows]
+    return (truth, rows) if len(rows) == len(predictions) and len(set(truth)) == 2 else None
+
+
+@metric
+def auc(predictions: Sequence[Prediction]) -> float | None:
+    """Area under the ROC curve of p(second choice)."""
+    from sklearn.metrics import roc_auc_score
+
+    if (two := _two_way(predictions)) is None:
+        return None
+    return float(roc_auc_score(two[0], [p.scores[1] - p.scores[0] for p in two[1]]))
+
+
+@metric
+def auc_hard(predictions: Sequence[Prediction]) -> float | None:
+    """As published (fault 5.9): the ROC curve of the hard label, (sensitivity + specificity) / 2. To compare, not to use."""
+    from sklearn.metrics import roc_auc_score
+
+    if (two := _two_way(predictions)) is None:
+        return None
+    return float(roc_auc_score(two[0], [chosen(p) == p.example.choices[1] for p in two[1]]))
+
+
+@metric
+def macro_f1(predictions: Sequence[Prediction]) -> float | None:
+    """Unweighted mean over the classes that stand in truth or prediction of their F1 (closed rows)."""
+    from sklearn.metrics import f1_score
+
+    rows = [p for p in predictions if p.scores]
+    if not rows:
+        return None
+    return float(f1_score([p.example.answer for p in rows], [str(chosen(p)) for p in rows], average="macro"))

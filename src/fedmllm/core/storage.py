@@ -1,0 +1,86 @@
+"""Files that are written whole, flushed to disk and checked when read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.tensors import is_finite
+from fedmllm.core.types import Params
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def make_folder(folder: Path) -> None:
+    """A folder whose entry, and those of the parents made for it, are on the disk: a power cut does not take it away."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Until a file's content, or a folder's entries, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot, and writes entries through
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """All of `text` or none of it: a reader never sees half a file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise FedmllmError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+
+
+def read_tensors(path: Path, like: Mapping[str, Tensor], advice: str = "") -> Params:
+    """A safetensors file from anywhere, in the order of `like`.
+
+    The header is compared before a byte of data is read. Raises FedmllmError for a file that is not safetensors, is cut
+    short, whose names, shapes or types are not those of `like`, or that holds NaN or Inf.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            there = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in there.items()}
+            wanted = {name: (tuple(t.shape), DTYPES[str(t.dtype).removeprefix("torch.")]) for name, t in like.items()}
+            if found != wanted:
+                raise FedmllmError(f"{path}: {_mismatch(found, wanted)}")
+            tensors = {name: file.get_tensor(name) for name in like}
+    except (SafetensorError, OSError) as error:
+        raise FedmllmError(f"{path}: not a whole safetensors file: {error}{advice}") from None
+    odd = [name for name, tensor in tensors.items() if not is_finite({name: tensor})]
+    if odd:
+        raise FedmllmError(f"{path}: {odd[0]} holds NaN or Inf ({len(odd)} tensors do)")
+    return tensors
+
+
+def _mismatch(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    kinds = {"unknown": found.keys() - wanted.keys(), "missing": wanted.keys() - found.keys()}
+    said = [f"{len(names)} {kind} tensors, such as {min(names)[:200]!r}" for kind, names in kinds.items() if names]
+    odd = sorted(name for name in found.keys() & wanted.keys() if found[name] != wanted[name])
+    if odd:
+        is_, should = (f"{list(shape)} {dtype}" for shape, dtype in (found[odd[0]], wanted[odd[0]]))
+        said.append(f"{odd[0]} is {is_}, should be {should} ({len(odd)} such)")
+    return "; ".join(said)

@@ -1,0 +1,125 @@
+"""Arithmetic over all LoRA tensors at once. A loop over keys is where one key gets a different sum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from fedmllm.core.errors import FedmllmError, NothingToAverage
+from fedmllm.core.types import ClientUpdate, Params
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def same_names(*trees: Params) -> None:
+    """Raise if the trees do not hold the same tensors in the same shapes, naming the first that differ."""
+    shapes = [{name: tuple(t.shape) for name, t in tree.items()} for tree in trees]
+    for other in shapes[1:]:
+        odd = sorted(shapes[0].items() ^ other.items())
+        if odd:
+            raise FedmllmError(f"parameter names or shapes differ: {odd[:3]}")
+
+
+def tree_map(f: Callable[..., Tensor], *trees: Params) -> Params:
+    """`f` applied name by name. Raises FedmllmError where names or shapes differ."""
+    same_names(*trees)
+    return {name: f(*(tree[name] for tree in trees)) for name in trees[0]}
+
+
+def zeros(params: Params) -> Params:
+    """Zeros in the shapes of `params`."""
+    return tree_map(lambda t: t.new_zeros(t.shape), params)
+
+
+def subtract(a: Params, b: Params) -> Params:
+    """`a - b`, name by name."""
+    return tree_map(lambda x, y: x - y, a, b)
+
+
+def mean_delta(updates: Iterable[ClientUpdate]) -> Params:
+    """(sum_k n_k delta_k) / (sum_k n_k): read once, so that memory does not grow with the cohort.
+
+    Raises:
+        NothingToAverage: no update has a row.
+        FedmllmError: the clients do not come in ascending order (a float sum depends on its order, and the bytes must
+            not depend on who answered first).
+    """
+    return _mean((u.client, float(u.num_examples), u.delta) for u in updates)
+
+
+def plain_mean_delta(updates: Iterable[ClientUpdate]) -> Params:
+    """(sum_k delta_k) / K over the clients that have rows; otherwise as `mean_delta`."""
+    return _mean((u.client, 1.0, u.delta) for u in updates if u.num_examples)
+
+
+def _mean(terms: Iterable[tuple[int, float, Params]]) -> Params:
+    total: Params | None = None
+    total_weight, last = 0.0, -1
+    for client, weight, delta in terms:
+        if client <= last:
+            raise FedmllmError(f"client {client} came after client {last}; updates must be in ascending client order")
+        last = client
+        if weight:
+            weighted = {name: weight * d for name, d in delta.items()}
+            total = weighted if total is None else tree_map(lambda t, d: t + d, total, weighted)
+            total_weight += weight
+    if total is None:
+        raise NothingToAverage("nothing to average: no client trained on any row this round")
+    return {name: t / total_weight for name, t in total.items()}
+
+
+def norm(params: Params) -> float:
+    """L2 norm over all tensors together."""
+    return float(sum(float(t.double().pow(2).sum()) for t in params.values()) ** 0.5)
+
+
+def num_bytes(params: Params) -> int:
+    """Bytes of all tensors as they are held."""
+    return sum(t.numel() * t.element_size() for t in params.values())
+
+
+def lora_bytes(params: Params) -> int:
+    """As `num_bytes`, of the LoRA tensors alone: without whole modules that are trained besides (`lora.train_extra`)."""
+    return num_bytes({name: t for name, t in params.items() if "lora_" in name})
+
+
+def is_finite(params: Params) -> bool:
+    """False where any value is NaN or infinite."""
+    return all(bool(t.isfinite().all()) for t in params.values())
+
+
+def manifest(params: Params) -> list[tuple[str, list[int]]]:
+    """(name, shape) in sorted order: the layout in which `flatten` packs."""
+    return [(name, list(params[name].shape)) for name in sorted(params)]
+
+
+def manifest_digest(params: Params) -> str:
+    """sha256 of the manifest: two sites that agree on it can exchange flat vectors."""
+    return hashlib.sha256(json.dumps(manifest(params)).encode()).hexdigest()
+
+
+def flatten(params: Params) -> Tensor:
+    """All tensors as one float32 vector [P], in manifest order."""
+    import torch
+
+    return torch.cat([params[name].detach().float().reshape(-1) for name in sorted(params)])
+
+
+def unflatten(flat: Tensor, like: Params) -> Params:
+    """Inverse of `flatten` for tensors shaped as in `like`, which also gives the order of the names."""
+    sizes = {name: like[name].numel() for name in sorted(like)}
+    if flat.ndim != 1 or flat.numel() != sum(sizes.values()):
+        raise FedmllmError(f"flat vector has shape {tuple(flat.shape)}; the manifest needs [{sum(sizes.values())}]")
+    pieces = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))  # type: ignore[no-untyped-call]
+    return {name: pieces[name].reshape(like[name].shape).clone() for name in like}
+
+
+def digest(params: Params) -> str:
+    """sha256 over names, shapes and bytes, in manifest order."""
+    h = hashlib.sha256(json.dumps(manifest(params)).encode())
+    for name in sorted(params):
+        h.update(params[name].detach().float().contiguous().numpy().tobytes())
+    return h.hexdigest()

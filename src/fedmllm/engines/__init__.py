@@ -1,1 +1,0 @@
-"""Engines: a map over the clients of a round, nothing more."""

@@ -1,0 +1,1 @@
+"""The federated loop: rounds, client training, evaluation and engines."""

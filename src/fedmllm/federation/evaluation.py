@@ -1,0 +1,64 @@
+"""Judge an adapter on rows that nobody trained on: option likelihoods for closed questions, greedy text for open ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from fedmllm.backbones.base import Backbone
+from fedmllm.config.train import Evaluate
+from fedmllm.core.errors import DataError, FedmllmError
+from fedmllm.core.metrics import METRICS, parse_open
+from fedmllm.core.types import Conversation, Example, Prediction, Visible
+from fedmllm.data.prompts import Prompt
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+
+def predict(
+    backbone: Backbone, prompt: Prompt, examples: Sequence[Example], visible: Visible, settings: Evaluate
+) -> list[Prediction]:
+    """One prediction a row, in the order of the rows; rows are batched with others of about their length."""
+    conversations = [prompt.render(example, visible) for example in examples]
+    closed = [i for i, example in enumerate(examples) if example.choices]
+    opened = [i for i, example in enumerate(examples) if not example.choices]
+    made: dict[int, Prediction] = {}
+    for batch in _batches(closed, conversations, settings.batch_size):
+        options = [prompt.options(examples[i]) for i in batch]
+        for i, scores in zip(batch, _named(backbone.score, examples, batch, conversations, options), strict=True):
+            if any(map(math.isnan, scores)):
+                raise DataError(
+                    f"{examples[i].where}, id {examples[i].id}: the model's scores are NaN; has it diverged?"
+                )
+            made[i] = Prediction(examples[i], scores=tuple(scores), text=None)
+    for batch in _batches(opened, conversations, settings.batch_size):
+        texts = _named(backbone.generate, examples, batch, conversations, settings.max_new_tokens)
+        for i, raw in zip(batch, texts, strict=True):
+            made[i] = Prediction(examples[i], scores=(), text=parse_open(raw), raw=raw)
+    return [made[i] for i in range(len(examples))]
+
+
+def _batches(rows: Sequence[int], conversations: Sequence[Conversation], size: int) -> list[list[int]]:
+    ordered = sorted(rows, key=lambda i: (len(conversations[i].pictures), len(conversations[i].text), i))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def _named(
+    answer: Callable[[Sequence[Conversation], A], Sequence[T]],
+    examples: Sequence[Example],
+    batch: Sequence[int],
+    conversations: Sequence[Conversation],
+    argument: A,
+) -> Sequence[T]:
+    try:
+        return answer([conversations[i] for i in batch], argument)
+    except FedmllmError as error:
+        places = ", ".join(f"{examples[i].where} (id {examples[i].id})" for i in batch[:3])
+        raise DataError(f"test rows {places}{', ...' if len(batch) > 3 else ''}: {error}") from error
+
+
+def judge(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, float | None]:
+    """Metric name -> value; None where the rows do not define it. Failures to parse are counted besides."""
+    return {name: METRICS[name](predictions) for name in dict.fromkeys([*names, "unparsed"])}

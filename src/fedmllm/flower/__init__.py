@@ -1,0 +1,1 @@
+"""Flower: simulation on a cluster, and deployment across real sites."""

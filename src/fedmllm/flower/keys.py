@@ -1,0 +1,105 @@
+"""Certificates and keys of a federation: an authority and a server certificate for TLS, a P-384 key for each site.
+
+For a trial, or for a consortium without an authority of its own. Private files are readable by their owner only.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedmllm.core.errors import FedmllmError
+
+YEARS = 2
+CA, CA_KEY, SERVER, SERVER_KEY = "ca.crt", "ca.key", "server.crt", "server.key"
+
+
+def make_authority(folder: Path, hosts: Sequence[str]) -> None:
+    """`ca.crt`, `ca.key`, `server.crt`, `server.key` in `folder`, for these host names and addresses."""
+    ca_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedmllm federation")])
+    usage = x509.KeyUsage(
+        digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False,
+        key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    ca = (
+        _certificate(ca_name, ca_name, ca_key)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])])
+    server = (
+        _certificate(name, ca_name, server_key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+    for file, content in {CA: ca, SERVER: server}.items():
+        _write(folder / file, content.public_bytes(serialization.Encoding.PEM), 0o644)
+    for file, key in {CA_KEY: ca_key, SERVER_KEY: server_key}.items():
+        _write(folder / file, _private(key, serialization.PrivateFormat.PKCS8), 0o600)
+
+
+def make_site_key(path: Path) -> Path:
+    """A site's private key at `path` and its public one beside it -> the public one, which goes to the server."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    _write(path, _private(key, serialization.PrivateFormat.OpenSSH), 0o600)
+    public = path.with_name(f"{path.name}.pub")
+    openssh = serialization.PublicFormat.OpenSSH
+    _write(public, key.public_key().public_bytes(serialization.Encoding.OpenSSH, openssh) + b"\n", 0o644)
+    return public
+
+
+def refuse_open_key(path: Path) -> None:
+    """Raise FedmllmError where others than its owner may read or write a private key, as after a careless copy."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if os.name != "nt" and mode & 0o077:
+        raise FedmllmError(f"{path}: has mode {mode:04o}; a private key is its owner's alone: chmod 600 {path}")
+
+
+def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=365 * YEARS))
+    )
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    """Never over an existing file: a key that is in use would be lost. A folder made for it is its owner's alone."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+    except FileExistsError:
+        raise FedmllmError(f"{path} exists; delete it first if it is really to be replaced") from None
+    with open(descriptor, "wb") as file:  # noqa: PTH123
+        file.write(content)

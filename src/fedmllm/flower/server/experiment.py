@@ -1,0 +1,68 @@
+"""An experiment as the server of real sites runs it: of the training rows it knows the sites' names alone. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from fedmllm.config.engine import FlowerSites
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.types import Example, Modality
+from fedmllm.data.base import Dataset, Rows, Split
+from fedmllm.scenarios.partitions import ByColumn
+
+
+class AtSites(Dataset):
+    """The server's view of a federation: of the training rows it knows the site's name alone; the test rows are its own."""
+
+    name: Literal["at-sites"] = "at-sites"
+    sites: tuple[str, ...] = Field(min_length=1)
+    own: SerializeAsAny[Dataset]  # of the server: its test rows, modalities and metrics
+    test: bool = True  # whether the server has test rows
+
+    @field_validator("own", mode="before")
+    @classmethod
+    def _pick(cls, table: Any) -> Any:
+        return Dataset.pick(table, "data.own")
+
+    def load(self, split: Split) -> Rows:
+        if split != "train":
+            return self.own.load(split) if self.test else Rows(())
+        return Rows(tuple(Example(name, {}, "", (), "", f"site {name}", {"site": name}) for name in self.sites))
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return self.own.modalities()
+
+    def metrics(self) -> Sequence[str]:
+        return self.own.metrics() if self.test else ()
+
+    def client_column(self) -> str:
+        return "site"
+
+    def folders(self) -> tuple[Path, ...]:
+        return self.own.folders()
+
+
+def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Experiment:
+    """The experiment as the server runs it over real sites: site names in order are clients 0, 1, ...
+
+    Raises ConfigError where it asks for what only a simulation can do.
+    """
+    if experiment.method != "federated":
+        raise ConfigError(f"method: got {experiment.method!r}; over real sites only 'federated' is possible")
+    if experiment.scenario.name != "aligned" or experiment.availability.name != "always":
+        raise ConfigError("scenario, availability: real sites have their own modalities and failures; leave both out")
+    if experiment.cohort_size > len(sites):
+        raise ConfigError(
+            f"cohort_size: got {experiment.cohort_size}; {len(sites)} sites are known: {', '.join(sites)}"
+        )
+    data = AtSites(sites=tuple(sites), own=experiment.data, test=test)
+    engine = experiment.engine if isinstance(experiment.engine, FlowerSites) else FlowerSites()
+    changes: dict[str, Any] = {"data": data, "partition": ByColumn(column="site"), "engine": engine}
+    if "on_bad_update" not in experiment.screen.model_fields_set:
+        changes["screen"] = experiment.screen.model_copy(update={"on_bad_update": "drop_client"})
+    return experiment.model_copy(update=changes)

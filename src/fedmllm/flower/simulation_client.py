@@ -1,0 +1,72 @@
+"""The ClientApp: trains a client in a Ray actor, which keeps the frozen base and the encoded rows between messages.
+
+A real site runs no ClientApp that came over the network: its own process serves the messages (`flower_site`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from ray import cloudpickle
+
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.types import Shard
+from fedmllm.federation.client import Clients
+from fedmllm.flower.messages import unpack, update_content
+from fedmllm.flower.wire import ABOUT
+from fedmllm.runs.inputs import World
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an actor is asked to do. It goes from one process of a user to another, so it may be pickled."""
+
+    experiment: Experiment
+    num_rounds: int
+    round: int
+    shard: Shard
+    threads: int
+
+
+_worlds: dict[str, World] = {}  # of this actor: one, the last
+_clients: dict[tuple[str, int], Clients] = {}
+_loads = 0  # of a base model, in this actor
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One client, one round. Whatever fails is Flower's error reply, and the others go on."""
+    job = cast("Job", cloudpickle.loads(message.content[ABOUT]["job"]))
+    torch.set_num_threads(job.threads)
+    clients = of_actor(job)
+    update = clients.update(job.shard.client, job.round, unpack(message.content, clients.backbone.lora()))
+    update = replace(update, metrics={**update.metrics, "base_loads": _loads})
+    return Message(update_content(update), reply_to=message)
+
+
+def of_actor(job: Job) -> Clients:
+    """The clients as this actor sees them: only the job's own holds rows."""
+    world, key = world_of(job.experiment), (job.experiment.run_id(), job.num_rounds)
+    if key not in _clients:
+        _clients.clear()
+        _clients[key] = world.clients(job.num_rounds)
+    shards = [Shard(client, (), ()) for client in range(job.shard.client)] + [job.shard]
+    return replace(_clients[key], shards=shards)
+
+
+def world_of(experiment: Experiment) -> World:
+    """Loaded once an actor and experiment."""
+    global _loads
+    key = experiment.run_id()
+    if key not in _worlds:
+        _worlds.clear()
+        _clients.clear()
+        _worlds[key] = World.load(experiment)
+        _loads += 1
+    return _worlds[key]

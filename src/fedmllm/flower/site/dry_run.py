@@ -1,0 +1,47 @@
+"""What a site would send for an experiment: trained for real, printed to the byte, and sent to nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+from fedmllm.config.experiment import Experiment
+from fedmllm.flower.site.process import reply_content
+from fedmllm.flower.site.trainer import Trainer
+from fedmllm.flower.wire import ABOUT, ADAPTER, FLAT
+from fedmllm.flower.site.config import Request, Site
+from fedmllm.core.tensors import flatten, manifest, manifest_digest, norm
+
+
+def dry_run(site_file: Path, experiment_file: Path, out: Path | None, say: Callable[[str], None]) -> None:
+    """Train round 1 of the experiment on this site's rows and say what would leave.
+
+    Args:
+        site_file: SITE.toml.
+        experiment_file: An experiment, of which a server could ask; its own data and paths are not looked at.
+        out: Where to write the array as it would be sent (float32, little-endian, nothing else), if anywhere.
+        say: Takes one line.
+    """
+    site, experiment = Site.load(site_file), Experiment.load(experiment_file)
+    trainer = Trainer(site)
+    asked = Request.of(experiment, "", site.name, 0, 1)
+    backbone = trainer.backbone(asked)
+    start = backbone.lora()
+    request = asked.model_copy(update={"base": backbone.digest})
+    say(f"the server would ask: {request.model_dump_json()}")
+    delta, about = trainer.train(request, flatten(start).numpy(), manifest_digest(start))
+    content = reply_content(about, flatten(delta).numpy().tobytes(), manifest_digest(start))
+    array = content[ADAPTER][FLAT]
+    say("this site would answer:")
+    say(f"  delta         {len(manifest(delta))} LoRA tensors as one {array.dtype} array of shape {list(array.shape)}, "
+        f"{len(array.data)} bytes, norm {norm(delta):.6g}")  # fmt: skip
+    for key, value in content[ABOUT].items():
+        say(f"  {key:<13} {value!r}, {len(str(value).encode())} bytes")
+    total = sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+    say(f"  in all        {total} bytes as Flower packs them, and Flower's own head of a message (ids, times, sizes)")
+    if out:
+        out.write_bytes(array.data)
+        say(f"the array as it would be sent: {out}")
+    say("nothing was sent")

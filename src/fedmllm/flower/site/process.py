@@ -1,0 +1,192 @@
+"""A site's process: Flower's SuperNode beside it, a resident trainer below it, and in between only what the site allows.
+
+The SuperNode runs with `--isolation process`: it fetches messages and starts nothing. This process takes the messages from
+it as Flower's own executor would, but never looks at the app that came with them: no code of the server runs at a site, no
+process starts for a message, and the base model is loaded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app.error import Error
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import context_from_proto
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
+
+from fedmllm.flower.keys import refuse_open_key
+from fedmllm.flower.processes import alone, stop
+from fedmllm.flower.site.resident import ResidentTrainer
+from fedmllm.flower.site.supernode import SuperNode
+from fedmllm.flower.wire import ABOUT, ADAPTER, REFUSED, array_data, array_record, legible
+from fedmllm.flower.site.config import Site
+from fedmllm.core.errors import FedmllmError
+
+POLL_S = 0.2
+PULL_S, PULL_FIRST_S, PULL_CAP_S = 600.0, 0.05, 0.5  # for a message's objects: in all, between looks at first and later
+
+
+def run_site(path: Path) -> None:
+    """Serve the site of SITE.toml until SIGINT or SIGTERM. Children end with it, however it ends."""
+    site = Site.load(path)
+    for key, file in {"ca": site.ca, "key": site.key}.items():
+        if not file.is_file():
+            raise FedmllmError(f"{path}: {key}: {file}: no such file")
+    refuse_open_key(site.key)
+    state = path.absolute().parent / f"{path.stem}-state"
+    state.mkdir(mode=0o700, exist_ok=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+
+    def tell(line: str) -> None:
+        say(f"site {site.name}: {line}")
+
+    with contextlib.closing(alone(state)), contextlib.closing(ResidentTrainer(site, path)) as trainer:
+        node = SuperNode(site, state, tell)
+        tell(f"serving {site.server}; log of the SuperNode: {state / 'supernode.log'}")
+        try:
+            for token in tasks(node):
+                # A message of a run that died with its SuperLink has lost its content, which is looked for until PULL_S: every
+                # message has a thread of its own, so that the next one does not wait. The trainer takes one at a time.
+                threading.Thread(target=serve_task, args=(node, token, trainer, tell), daemon=True).start()
+        except KeyboardInterrupt:
+            tell("stopped")
+        finally:
+            stop(node.process)
+
+
+def tasks(node: SuperNode) -> Iterator[str]:
+    """The tokens of the tasks that the SuperNode holds for us, as they come; never ends by itself."""
+    client = node.client()
+    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    while True:
+        if not node.keep_alive():
+            client.close()
+            client = node.client()
+        with contextlib.suppress(httpx.HTTPError):  # not up yet, or just died
+            answer = client.AcquireTask(request)
+            if answer.HasField("task") and answer.token:
+                yield answer.token
+                continue
+        time.sleep(POLL_S)
+
+
+def serve_task(node: SuperNode, token: str, trainer: ResidentTrainer, tell: Callable[[str], None]) -> None:
+    """One message: from the SuperNode, through the trainer, back to the SuperNode, which gets a reply in any case."""
+    process, client = node.process, node.client(token)
+    heartbeat = HeartbeatSender(beat(client))
+    heartbeat.start()
+    message, context = None, None
+    try:
+        message, context = pull(client)
+        content, said = answer(message, trainer)
+        push_message(client, Message(content, reply_to=message), context)
+        push_task_output(client, context, SubStatus.COMPLETED, "")
+        tell(legible(said))
+    except Exception as error:  # the next message must find this process alive
+        tell(legible(f"a message was lost: {type(error).__name__}: {error}"))
+        if message and context:
+            try:
+                reason = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"the site lost it: {type(error).__name__}")
+                push_message(client, Message(reason, reply_to=message), context)
+            except Exception:  # without a reply a SuperNode waits for one, for ever, and fetches nothing more
+                stop(process)
+        push_task_output(client, None, SubStatus.FAILED, type(error).__name__)
+    finally:
+        with contextlib.suppress(RuntimeError):  # it ended by itself
+            heartbeat.stop()
+        client.close()
+
+
+def beat(client: RuntimeHttpClient) -> Callable[[], bool]:
+    """A task's heartbeat. Unlike Flower's own it does not end this process where the SuperNode has given the task up."""
+
+    def send() -> bool:
+        try:
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        except httpx.HTTPStatusError:
+            return True  # it is no longer ours; the push of the reply will say so
+        except httpx.HTTPError:
+            return False
+        return True
+
+    return send
+
+
+def pull(client: RuntimeHttpClient) -> tuple[Message, Context]:
+    """The task's message. What Flower's executor does, but it asks more often, gives up, and leaves the app where it is."""
+    context = context_from_proto(client.PullTaskInput(PullTaskInputRequest()).context)
+    found = client.PullMessages(PullAppMessagesRequest())
+    if not found.messages_list:
+        raise FedmllmError("the SuperNode has a task without a message")
+    tree, node = found.message_object_trees[0], Node(node_id=context.node_id)
+    message = pull_and_inflate_object_from_tree(
+        tree,
+        make_pull_object_fn_protobuf(client.PullObject, node, context.run_id),
+        make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, context.run_id),
+        return_type=Message,
+        max_time=PULL_S,
+        max_tries_per_object=None,
+        initial_backoff=PULL_FIRST_S,
+        backoff_cap=PULL_CAP_S,
+    )
+    message.metadata.__dict__["_message_id"] = tree.object_id  # a message does not hold its own id
+    return message, context
+
+
+def answer(message: Message, trainer: ResidentTrainer) -> tuple[RecordDict, str]:
+    """-> (the reply's content, a line for the site's own eyes)."""
+    try:
+        about = message.content[ABOUT]
+        head = {"request": str(about["request"]), "manifest": str(about["manifest"])}
+        adapter = array_data(message.content)
+    except (FedmllmError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return _refusal(f"request cannot be read: {type(error).__name__}: {error}")
+    said, delta = trainer.ask(head, adapter)
+    if REFUSED in said:
+        return _refusal(said[REFUSED])
+    line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(delta)} bytes, {said['metrics']}; "
+    return reply_content(said, delta, head["manifest"]), f"{line}base loaded {said['num_loads']} time(s)"
+
+
+def reply_content(said: dict[str, Any], delta: bytes, manifest: str) -> RecordDict:
+    """All that leaves a site after a round: the delta, the row count, the metrics that the site allows."""
+    words = {"manifest": manifest, "num_examples": said["num_examples"], "metrics": json.dumps(said["metrics"])}
+    return RecordDict({ADAPTER: array_record(delta), ABOUT: ConfigRecord(words)})
+
+
+def _refusal(reason: str) -> tuple[RecordDict, str]:
+    words = legible(reason)
+    return RecordDict({ABOUT: ConfigRecord({REFUSED: words})}), words
+
+
+def say(line: str) -> None:
+    """A line for the site's own people, with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt(f"signal {signum}")

@@ -1,0 +1,68 @@
+"""The site's end of its trainer: started by itself, started anew when it died or hangs, ended with the site."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from fedmllm.flower.processes import stop
+from fedmllm.flower.wire import REFUSED
+from fedmllm.flower.site.config import Site, quiet_environment
+
+
+class ResidentTrainer:
+    """The trainer's process, and an anonymous socket pair to it that nobody else can open."""
+
+    def __init__(self, site: Site, path: Path) -> None:
+        self._site, self._path = site, path
+        self._lock = threading.Lock()
+        self._start()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "fedmllm.flower.site.trainer", str(theirs.fileno()), str(self._path)]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=quiet_environment())
+        theirs.close()
+        self._link = Connection(ours.detach())
+
+    def ask(self, head: dict[str, str], adapter: bytes) -> tuple[dict[str, Any], bytes]:
+        """-> (what is said, the delta). A trainer that dies or hangs is a reason, and is replaced."""
+        with self._lock:
+            if self.process.poll() is not None:
+                self._restart()
+            began, limit = time.monotonic(), self._site.task_timeout_s
+            # It may hang while it reads or writes, too, where no time limit can be set: so it is killed, which ends both.
+            watch = threading.Timer(limit, self.process.kill)
+            watch.start()
+            try:
+                self._link.send_bytes(json.dumps(head).encode())
+                self._link.send_bytes(adapter)
+                return json.loads(self._link.recv_bytes()), self._link.recv_bytes()
+            except (EOFError, OSError):
+                slow = time.monotonic() - began >= limit
+                what = f"took longer than {limit:g} s" if slow else f"died (exit status {self._exit_status()})"
+                self._restart()
+                return {REFUSED: f"site {self._site.name}: the trainer {what}; it was started anew"}, b""
+            finally:
+                watch.cancel()
+
+    def _exit_status(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(2)
+        return None
+
+    def _restart(self) -> None:
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        self._link.close()
+        stop(self.process)

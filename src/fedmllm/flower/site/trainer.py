@@ -1,0 +1,143 @@
+"""A site's resident trainer: holds the frozen base for as long as the site runs, and trains when the site's process asks.
+
+It is a child of that process and talks with it over an anonymous socket pair, which nobody else can open. A message is a
+JSON head and the adapter's raw float32; it needs no Flower. `python -m fedmllm.flower.site.trainer FD SITE.toml`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedmllm.backbones.base import Backbone, BackboneSpec
+from fedmllm.federation.client import Clients, RowStore, planned_steps
+from fedmllm.flower.site.config import Refused, Request, Site
+from fedmllm.core.tensors import flatten, manifest_digest, unflatten
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.types import Example, Params, Shard
+
+
+class Trainer:
+    """One site's base model, loaded once, and its encoded rows, kept while the settings that shape them stay."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.num_loads = site, 0
+        if site.threads:
+            torch.set_num_threads(site.threads)
+        self._examples: tuple[Example, ...] = ()
+        self._shard = Shard(0, (), ())
+        self._loaded: tuple[BackboneSpec, int] | None = None
+        self._backbone: Backbone | None = None
+        self._store: tuple[Any, RowStore] | None = None
+
+    def train(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> tuple[Params, dict[str, Any]]:
+        """-> the delta, and what is said about it. Raises Refused where the site does not allow it.
+
+        Settings are judged before anything is built from them: what is refused costs no memory.
+        """
+        shard = self._rows(request.client)
+        if reason := self.site.refuse(request, planned_steps(request.train, len(shard.rows))):
+            raise Refused(reason)
+        backbone = self.backbone(request)
+        if reason := self.site.refuse_base(request, backbone.digest):
+            raise Refused(reason)
+        clients, start = self._clients(request, backbone, shard), backbone.lora()
+        if manifest != (ours := manifest_digest(start)):
+            raise Refused(
+                f"refused by site {self.site.name}: manifest {manifest[:12]} of the adapter is not the one here, {ours[:12]}"
+            )
+        update = clients.update(request.client, request.round, unflatten(torch.from_numpy(flat), start))
+        metrics = {k: v for k, v in update.metrics.items() if k in self.site.allow.metrics}
+        return update.delta, {"num_examples": update.num_examples, "metrics": metrics}
+
+    def backbone(self, request: Request) -> Backbone:
+        """The base with the LoRA that the request describes: loaded at the first request, kept while that stays."""
+        same = {"lora": request.lora, "precision": request.precision, "max_tokens": request.max_tokens}
+        spec = self.site.backbone.model_copy(update=same)
+        if self._backbone is None or self._loaded != (spec, request.seed):
+            self._backbone = self._store = None  # the old one leaves memory before the new one comes
+            self._backbone = spec.load(request.seed)
+            self._loaded = (spec, request.seed)
+            self.num_loads += 1
+        return self._backbone
+
+    def _rows(self, client: int) -> Shard:
+        if not self._examples:
+            self._examples, self._shard = self.site.shard(client)
+        return Shard(client, self._shard.rows, self._shard.visible)
+
+    def _clients(self, request: Request, backbone: Backbone, shard: Shard) -> Clients:
+        if self._store is None or self._store[0] != request.prompt:
+            self._store = (request.prompt, RowStore(backbone, request.prompt, self._examples))
+        return Clients(
+            backbone=backbone,
+            objective=request.objective,
+            train=request.train,
+            store=self._store[1],
+            shards=[*(Shard(k, (), ()) for k in range(request.client)), shard],
+            modalities=self.site.data.modalities(),
+            num_rounds=request.num_rounds,
+            seed=request.seed,
+        )
+
+
+def serve(site: Site, link: Connection) -> None:
+    """Answer until the other side is gone. An error of ours is an answer; so is any other, and the trainer goes on."""
+    trainer = Trainer(site)
+    while True:
+        try:
+            head, body = json.loads(link.recv_bytes()), link.recv_bytes()
+        except EOFError:
+            return
+        began, delta = time.perf_counter(), b""
+        try:
+            params, about = trainer.train(_request(head["request"]), _floats(body), head["manifest"])
+            delta = flatten(params).numpy().tobytes()
+        except Refused as error:
+            about = {"refused": str(error)}
+        except Exception as error:  # may name rows and files: that stays here
+            print(f"site {site.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            about = {"refused": f"site {site.name}: training failed with {type(error).__name__}; its own log says why"}
+        about |= {"num_loads": trainer.num_loads, "busy_s": time.perf_counter() - began}
+        link.send_bytes(json.dumps(about).encode())
+        link.send_bytes(delta)
+
+
+def _request(text: str) -> Request:
+    try:
+        return Request.read(text)
+    except ConfigError as error:  # it speaks of the request alone
+        raise Refused(str(error)) from None
+
+
+def _floats(body: bytes) -> np.ndarray[Any, Any]:
+    if len(body) % 4:
+        raise Refused(f"the adapter has {len(body)} bytes, no whole number of float32")
+    return np.frombuffer(bytearray(body), dtype=np.float32)
+
+
+def _end_with(parent: int) -> None:
+    """Where the site's process dies in the middle of a round, nobody reads the answer."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main() -> None:
+    """Entry point of the child process."""
+    descriptor, path = int(sys.argv[1]), Path(sys.argv[2])
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    serve(Site.load(path), Connection(descriptor))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What both ends of the wire share: names, the one array, and words that somebody else wrote. Loads no torch.
+
+An adapter is ONE array of raw float32: Flower stores and fetches every array of a message as an object of its own, and 200
+tensors cost five times what one costs. The array's data are the numbers and nothing else, so there is no header whose
+claims could be believed, and nothing to unpickle.
+"""
+
+from __future__ import annotations
+
+from flwr.app import Array, ArrayRecord, RecordDict
+
+from fedmllm.core.errors import FedmllmError
+
+ADAPTER, ABOUT = "adapter", "about"  # the two records of a message
+FLAT = "flat"  # the one array of the adapter record
+REFUSED = "refused"  # key of a reply that holds a reason instead of an update
+FLOAT32, RAW = "float32", "raw-little-endian"
+LONGEST_WORDS = 2000  # characters of another machine's reason that are kept
+
+
+def array_record(data: bytes) -> ArrayRecord:
+    """Raw little-endian float32 [P] as the adapter record of a message."""
+    return ArrayRecord({FLAT: Array(FLOAT32, (len(data) // 4,), RAW, data)})
+
+
+def array_data(content: RecordDict) -> bytes:
+    """The raw float32 of a message. Raises FedmllmError where it is anything else; KeyError where there is none."""
+    array = content[ADAPTER][FLAT]
+    if (array.dtype, array.stype) != (FLOAT32, RAW):
+        raise FedmllmError(f"the adapter came as {array.dtype}, {array.stype}; only {FLOAT32}, {RAW} travels"[:200])
+    if tuple(array.shape) != (len(array.data) // 4,) or len(array.data) % 4:
+        raise FedmllmError(f"the adapter has {len(array.data)} bytes for shape {array.shape}"[:200])
+    return bytes(array.data)
+
+
+def legible(words: object) -> str:
+    """What another machine wrote, fit for a terminal and a log: one line, nothing that is not printed, not too long."""
+    text = str(words)[: LONGEST_WORDS + 1]
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if len(line) <= LONGEST_WORDS else f"{line[:LONGEST_WORDS]} ..."

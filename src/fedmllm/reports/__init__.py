@@ -1,0 +1,1 @@
+"""Reports, comparisons and tables, all derived from records."""

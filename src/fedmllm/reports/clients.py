@@ -1,0 +1,80 @@
+"""Who sees what, and who holds which labels: bars of one client each, from a record's first line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedmllm.reports.figures import WIDTH, Picture, draw, shown_as
+from fedmllm.reports.names import SHOWN
+from fedmllm.reports.reading import Chapter
+from fedmllm.reports.svg import SERIES, SHOWS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def who_sees_what(chapter: Chapter, key: str) -> list[Picture]:
+    """One picture a setting, of the first seed: rows of each client by what they show; none where all show the same."""
+    found = []
+    for number, setting in enumerate(chapter.settings):
+        clients = _clients(chapter, setting)
+        stacks = {kind: [0] * len(clients) for kind in SHOWS}
+        for i, client in enumerate(clients):
+            for shows, count in client["shows"].items():
+                stacks[shown_as(shows, 2)][i] += count
+        if sum(any(counts) for counts in stacks.values()) > 1:
+            colours = {kind: SHOWS[kind] for kind in stacks}
+            names = {kind: SHOWN[kind] for kind in stacks}
+            found.append(_bars(setting, stacks, colours, names, f"{key}-sees-{number}"))
+    return found
+
+
+def label_skew(chapter: Chapter, key: str) -> list[Picture]:
+    """One picture for each way in which the rows were split, of the first seed: rows of each client by label."""
+    found, seen = [], set()
+    for number, setting in enumerate(chapter.settings):
+        clients = _clients(chapter, setting)
+        digest = str([client["labels"] for client in clients])
+        if not clients or digest in seen:
+            continue
+        seen.add(digest)
+        labels = sorted({label for client in clients for label in client["labels"]})
+        stacks = {label: [client["labels"].get(label, 0) for client in clients] for label in labels}
+        colours = {label: SERIES[i % len(SERIES)] for i, label in enumerate(labels)}
+        same = [s for s in chapter.settings if str([c["labels"] for c in _clients(chapter, s)]) == digest]
+        title = setting if len(same) == 1 else f"{setting} and {len(same) - 1} more settings"
+        found.append(_bars(title, stacks, colours, {label: label for label in labels}, f"{key}-labels-{number}"))
+    return found
+
+
+def labels_of(chapter: Chapter) -> dict[str, str]:
+    """Label -> the colour it has in `label_skew`."""
+    labels = sorted({label for s in chapter.settings for client in _clients(chapter, s) for label in client["labels"]})
+    return {label: SERIES[i % len(SERIES)] for i, label in enumerate(labels)}
+
+
+def _clients(chapter: Chapter, setting: str) -> list[Mapping[str, Any]]:
+    runs = [run for run in chapter.pick(setting) if run.heading.get("clients")]
+    first = min(runs, key=lambda run: run.seed, default=None)
+    return list(first.heading["clients"]) if first else []
+
+
+def _bars(
+    title: str, stacks: Mapping[str, Sequence[int]], colours: Mapping[str, str], names: Mapping[str, str], key: str
+) -> Picture:
+    num_clients = len(next(iter(stacks.values())))
+
+    def paint(axes: Axes) -> None:
+        below = [0] * num_clients
+        for kind, counts in stacks.items():
+            if any(counts):
+                axes.bar(range(num_clients), counts, bottom=below, color=colours[kind], width=0.78, linewidth=0)
+            below = [b + c for b, c in zip(below, counts, strict=True)]
+        axes.set_xticks(range(num_clients))
+        axes.set_xlabel("client")
+        axes.set_ylabel("rows")
+        axes.grid(visible=False, axis="x")
+
+    words = "; ".join(f"{names[kind]}: {', '.join(map(str, counts))}" for kind, counts in stacks.items() if any(counts))
+    return draw(title, f"Rows of clients 0 to {num_clients - 1}. {words}", key, paint, (WIDTH, 2.0))

@@ -1,0 +1,259 @@
+"""What a user may ask about the data of an experiment before anything is trained: who holds what, as text, JSON, a picture
+or files that other code bases read. Needs no image file and loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.types import Content, Example, Modality, Picture, Shard, Visible, answer_label
+from fedmllm.data.base import Dataset
+from fedmllm.scenarios.assign import assign, digest
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORM = ("id", "image", "conversations", "client", "question", "choices", "answer")  # columns of an exported row
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The training rows of an experiment and who holds them."""
+
+    experiment: Experiment
+    examples: tuple[Example, ...]
+    skipped: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Federation:
+        rows = experiment.data.load("train")
+        modalities = experiment.data.modalities()
+        shards = assign(rows.examples, modalities, experiment.partition, experiment.scenario, experiment.seed)
+        return cls(experiment, rows.examples, rows.skipped, shards)
+
+    @property
+    def digest(self) -> str:
+        return digest(self.shards, self.examples)
+
+    def labels(self) -> list[Counter[str]]:
+        """Per client, rows a label; an open question counts as "(open)"."""
+        return [Counter(answer_label(self.examples[row]) for row in shard.rows) for shard in self.shards]
+
+    def to_json(self) -> dict[str, Any]:
+        """{"clients": [{"client", "ids", one string of 0/1 per modality}], "digest"}: a flag a row, ids as in the file."""
+        modalities = self.experiment.data.modalities()
+        different = {visible for shard in self.shards for visible in shard.visible}
+        flags = {m: {visible: "1" if m in visible else "0" for visible in different} for m in modalities}
+        clients = [
+            {
+                "client": shard.client,
+                "ids": [self.examples[row].id for row in shard.rows],
+                **{m: "".join(map(flags[m].__getitem__, shard.visible)) for m in modalities},
+            }
+            for shard in self.shards
+        ]
+        return {"clients": clients, "digest": self.digest}
+
+    def to_table(self) -> Table:
+        """Per client: rows, rows a label (the most frequent ones), rows that show each modality, rows that show none."""
+        from rich.table import Table
+
+        modalities, counts = self.experiment.data.modalities(), self.labels()
+        total = sum(counts, Counter())
+        columns = [label for label, _ in total.most_common(8)]
+        e = self.experiment
+        table = Table(title=f"{e.data.name}: {e.partition.name} partition, {e.scenario.name}", caption=self._caption())
+        for name in ("client", "rows", *columns, *(["other"] if len(total) > 8 else []), *modalities, "none"):
+            table.add_column(name, justify="right", overflow="fold")
+        for shard, count in zip(self.shards, counts, strict=True):
+            shown = Counter(modality for visible in shard.visible for modality in visible)
+            cells = [shard.client, len(shard.rows), *(count[label] for label in columns)]
+            cells += [sum(count.values()) - sum(count[label] for label in columns)] if len(total) > 8 else []
+            cells += [*(shown[m] for m in modalities), sum(not visible for visible in shard.visible)]
+            table.add_row(*map(str, cells))
+        return table
+
+    def _caption(self) -> str:
+        skipped = f", {len(self.skipped)} bad rows left out" if self.skipped else ""
+        return f"{len(self.examples)} rows{skipped}; digest {self.digest}"
+
+
+def plot(federation: Federation, path: Path) -> None:
+    """Label skew (rows a client and label) above, who sees what (share of rows a client and modality) below."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    counts, modalities = federation.labels(), federation.experiment.data.modalities()
+    clients = [shard.client for shard in federation.shards]
+    figure = Figure(figsize=(max(6.4, 0.5 * len(clients) + 3), 5.6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(3, 0.5 + 0.35 * len(modalities)), sharex=True)
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    total = sum(counts, Counter())
+    heights = [0] * len(clients)
+    for index, (label, _) in enumerate(total.most_common()):
+        rows = [count[label] for count in counts]
+        name = {"label": label} if index < 12 else {}
+        top.bar(clients, rows, bottom=heights, color=colours[index % len(colours)], **name)
+        heights = [height + n for height, n in zip(heights, rows, strict=True)]
+    for client, height in zip(clients, heights, strict=True):
+        top.text(client, height, str(height), ha="center", va="bottom", fontsize=7)
+    top.set_ylabel("rows")
+    e = federation.experiment
+    top.set_title(
+        f"{e.data.name}: {e.partition.name} partition, {e.scenario.name}; digest {federation.digest}", fontsize=9
+    )
+    top.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    share = [
+        [sum(m in v for v in s.visible) / len(s.rows) if s.rows else float("nan") for s in federation.shards]
+        for m in modalities
+    ]
+    bottom.imshow(share, vmin=0, vmax=1, cmap="Greens", aspect="auto")
+    for y, row in enumerate(share):
+        for x, value in enumerate(row):
+            text = f"{value:.0%}" if value == value else "-"
+            bottom.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black")
+    bottom.set_yticks(range(len(modalities)), modalities)
+    bottom.set_xticks(range(len(clients)), clients)
+    bottom.set_xlabel("client (boxes: share of its rows that show the modality)")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise FedmllmError(f"{path}: cannot be drawn: {error}") from None
+
+
+def export(federation: Federation, folder: Path) -> list[Path]:
+    """Write client_K.json for each client, in the conversation form, and data.toml, which reads the folder back in.
+
+    A row is {id, image, conversations: [{role, content}]} with "<image>" where a picture goes, as the experiment's prompt
+    puts it. What is hidden is not written. Beside it stand the parts that the conversation was made of.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if old := sorted(folder.glob("client_*.json")):
+        raise FedmllmError(f"{old[0]} exists; choose an empty folder")
+    columns, files = columns_of(federation), []
+    reading_back = _reading_back(federation, folder, columns)  # before anything is written: it may refuse a path
+    for shard in federation.shards:
+        rows = [
+            exported(federation.experiment, federation.examples[row], visible, shard.client, columns)
+            for row, visible in zip(shard.rows, shard.visible, strict=True)
+        ]
+        path = folder / f"client_{shard.client}.json"
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        files.append(path)
+    toml = folder / "data.toml"
+    toml.write_text(reading_back, encoding="utf-8")
+    return [*files, toml]
+
+
+def columns_of(federation: Federation) -> dict[Modality, str]:
+    """Modality -> the column of an exported row that holds it: its own name, unless the form needs that one.
+
+    `image` holds all pictures of a row, so it is a modality's column only where no other modality has pictures.
+    """
+    pictures, taken = _pictures(federation), {*FORM, "file"}  # "file" means the name of the file
+    columns: dict[Modality, str] = {}
+    for modality in federation.experiment.data.modalities():
+        column = modality
+        while column in taken and pictures != [column]:
+            column += "_"
+        columns[modality] = column
+        taken.add(column)
+    return columns
+
+
+def _pictures(federation: Federation) -> list[Modality]:
+    """The modalities that no row has as a text."""
+    texts = {m for example in federation.examples for m, content in example.fields.items() if isinstance(content, str)}
+    return [m for m in federation.experiment.data.modalities() if m not in texts]
+
+
+def exported(
+    experiment: Experiment, example: Example, visible: Visible, client: int, columns: dict[Modality, str]
+) -> dict[str, Any]:
+    """One row in the conversation form. `image` is a path, a list of paths, or null."""
+    conversation = experiment.prompt.render(example, visible)
+    images = [str(part.path.absolute()) for part in conversation.pictures]
+    content = ""
+    for part in conversation.parts:
+        if isinstance(part, Picture):
+            content += "<image>\n"
+        else:
+            content += part.removeprefix("\n") if content.endswith("\n") else part
+    shown = example.shown(visible)
+    turns = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": experiment.prompt.target(example)},
+    ]
+    image = images[0] if len(images) == 1 else images or None
+    form = (example.id, image, turns, client, example.question, list(example.choices), example.answer)
+    own = {column: written(shown.get(modality)) for modality, column in columns.items() if column != "image"}
+    return {**dict(zip(FORM, form, strict=True)), **own}
+
+
+def written(content: Content | None) -> str | list[str] | None:
+    """A text, the absolute paths of pictures, or null where the modality is hidden."""
+    return [str(path.absolute()) for path in content] if isinstance(content, tuple) else content
+
+
+def _reading_back(federation: Federation, folder: Path, columns: dict[Modality, str]) -> str:
+    folders = {
+        str(path.absolute().parent)
+        for example in federation.examples
+        for content in example.fields.values()
+        if isinstance(content, tuple)
+        for path in content
+    }
+    pictures = _pictures(federation)
+    mapped = {
+        "image": {m: column for m, column in columns.items() if m in pictures},
+        "text": {m: column for m, column in columns.items() if m not in pictures},
+    }
+    tables = ['id = "id"', 'client = "client"']
+    tables += [f"{key} = {_toml_table(table)}" for key, table in mapped.items() if table]
+    images = f"images = {_toml(os.path.commonpath(folders))}\n" if folders else ""
+    return (
+        f"# {federation.experiment.data.name}, as `fedmllm data export` wrote it; digest {federation.digest}\n"
+        f'[data]\nname = "table"\nroot = {_toml(str(folder.absolute()))}\ntrain = "client_*.json"\n{images}'
+        f"columns = {{ {', '.join(tables)} }}\n\n"
+        f'[partition]\nname = "by-column"\ncolumn = "client"\nnum_clients = {len(federation.shards)}\n'
+    )
+
+
+def _toml_table(table: dict[str, str]) -> str:
+    return "{ " + ", ".join(f"{_toml(key)} = {_toml(value)}" for key, value in table.items()) + " }"
+
+
+def _toml(text: str) -> str:
+    """A TOML string: as JSON's, but without pairs of escapes, which TOML does not know, and with DEL escaped."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise FedmllmError(f"{text!a}: a path that is not UTF-8 cannot be written into data.toml") from None
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def where(name: str) -> str:
+    """Where to get a data set, on what terms, and the files that are expected."""
+    if name not in Dataset.members:
+        raise ConfigError(f"no data set is called {name!r}; there are: {', '.join(sorted(Dataset.members))}")
+    member = Dataset.members[name]
+    source = member.source if issubclass(member, Dataset) else None
+    if source is None:
+        return f"{name} is embedded: it is drawn at first use, there is nothing to get."
+    paper = f"Paper:    {source.paper}\n" if source.paper else ""
+    tree = textwrap.indent(textwrap.dedent(source.tree), "  ")
+    use = "" if "[data]" in tree else f'\nIn an experiment:\n  [data]\n  name = "{name}"\n  root = "the folder"\n'
+    return (
+        f"{source.title}\nGet it:   {source.get}\nLicence:  {source.licence}\n{paper}"
+        f"Expected files under data.root:\n{tree}\n{use}\n"
+        "Nothing is downloaded by fedmllm."
+    )

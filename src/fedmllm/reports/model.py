@@ -1,0 +1,143 @@
+"""`fedmllm doctor`: is this model folder fit for use? `fedmllm estimate`: what will an experiment need?"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedmllm.backbones.base import FromFolder
+from fedmllm.backbones.folder import find
+from fedmllm.backbones.footprint import Footprint, footprint
+from fedmllm.backbones.hf import load_folder
+from fedmllm.backbones.model_checks import Check, checkup
+from fedmllm.backbones.places import base_folder
+from fedmllm.config.experiment import Experiment
+from fedmllm.runs.costs import peaks, reset_peaks
+
+ADAM_BYTES = 16  # a trained weight: itself, its gradient, two moments, float32
+LABEL_TOKENS = 16  # a row, generously: the only positions that go through the head
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of an estimate."""
+
+    part: str
+    num_bytes: float
+    note: str = ""
+
+
+def doctor(spec: FromFolder, console: Console | None = None) -> list[Check]:
+    """Load the folder, run `checkup` on it, print what was seen. The caller decides what a failed check means."""
+    console = console or Console()
+    reset_peaks()
+    sizes = footprint(find(spec.path), spec)
+    backbone = load_folder(spec, seed=0)
+    checks = checkup(backbone)
+    console.print(f"{spec.path}: {sizes.family}, {sizes.num_weights / 1e9:.3f} B weights, {sizes.num_layers} layers")
+    console.print(f"digest {backbone.digest}")
+    console.print(f"LoRA on {_grouped(sizes.targets)}")
+    console.print(f"trained {sizes.num_trained:,} weights; one way, one client: {_size(sizes.payload_bytes)}")
+    held = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
+    peak = peaks()
+    on_device = f", on {spec.device} {_size(peak['peak_device_bytes'])}" if peak["peak_device_bytes"] else ""
+    console.print(f"memory: weights {_size(held)}; peak while checking {_size(peak['peak_host_bytes'])}{on_device}")
+    table = Table("check", "", "seen", box=None)
+    for check in checks:
+        table.add_row(check.name, "ok" if check.good else "FAILED", check.seen)
+    console.print(table)
+    return checks
+
+
+def estimate(experiment: Experiment) -> tuple[Footprint, list[Line], list[Line]]:
+    """(sizes of the model, lines of memory in bytes, lines of traffic in bytes), from settings and config.json alone."""
+    spec = experiment.backbone
+    sizes = footprint(base_folder(spec, config_only=True), spec)
+    e, engine = experiment, experiment.engine.model_dump()
+    stacked = min(engine["clients"], e.cohort_size) if "clients" in engine else 1
+    tokens = engine.get("token_budget") or spec.max_tokens * e.train.batch_size
+    rows = max(1, tokens // spec.max_tokens)
+    checkpointing = spec.precision.gradient_checkpointing
+    a_token = sizes.checkpointed_bytes + sizes.layer_bytes if checkpointing else sizes.activation_bytes
+    logits = 3 * 4 * LABEL_TOKENS * sizes.num_vocabulary  # logits, their softmax and its gradient
+    memory = [Line(f"base: {p.name}", p.num_bytes, f"{p.num_weights:,} weights") for p in sizes.parts]
+    memory += [
+        Line(f"trained: {name}", 4 * count * stacked, f"{count:,} weights, float32, {stacked} client(s) at a time")
+        for name, count in sizes.trained.items()
+    ]
+    memory += [
+        Line("gradients and optimiser", (ADAM_BYTES - 4) * sizes.num_trained * stacked, "AdamW, float32"),
+        Line(
+            "activations",
+            a_token * tokens,
+            f"{tokens:,} tokens a pass, {a_token / 1e6:.2f} MB each{', checkpointed' if checkpointing else ''}",
+        ),
+        Line("logits", logits * rows, f"{rows} row(s) of {LABEL_TOKENS} label tokens"),
+    ]
+    if spec.device == "cpu":  # they are kept on the host, wherever the model is
+        memory.append(Line("kept image features", spec.keep_image_features_mb * 2**20, "at most"))
+    traffic = [
+        Line("down, a client", sizes.payload_bytes),
+        Line("up, a client", sizes.payload_bytes),
+        Line("a round", 2 * sizes.payload_bytes * e.cohort_size, f"{e.cohort_size} clients"),
+        Line("all rounds", 2 * sizes.payload_bytes * e.cohort_size * e.num_rounds, f"{e.num_rounds} rounds"),
+    ]
+    return sizes, memory, traffic
+
+
+def print_estimate(experiment: Experiment, as_json: bool = False, console: Console | None = None) -> None:
+    """The estimate as two tables, or as one JSON object (bytes)."""
+    console = console or Console()
+    sizes, memory, traffic = estimate(experiment)
+    total = sum(line.num_bytes for line in memory)
+    if as_json:
+        console.print_json(json.dumps(_as_json(sizes, memory, traffic)))
+        return
+    precision = experiment.backbone.precision.base
+    console.print(
+        f"{sizes.family}: {sizes.num_weights / 1e9:.3f} B weights, {sizes.num_layers} layers, base in {precision}"
+    )
+    console.print(f"LoRA on {_grouped(sizes.targets)}")
+    for title, lines, last in (("memory", memory, total), ("bytes sent", traffic, None)):
+        table = Table(title, "", "", box=None)
+        for line in lines:
+            table.add_row(line.part, _size(line.num_bytes), line.note)
+        if last is not None:
+            table.add_row("together", _size(last), "workspace of the libraries (0.5 to 2 GB on CUDA) not counted")
+        console.print(table)
+    if experiment.backbone.device != "cpu":
+        console.print(
+            f"on the host besides: {_size(experiment.backbone.keep_image_features_mb * 2**20)} of image features"
+        )
+
+
+def _as_json(sizes: Footprint, memory: list[Line], traffic: list[Line]) -> dict[str, Any]:
+    return {
+        "family": sizes.family,
+        "num_weights": sizes.num_weights,
+        "num_trained": sizes.num_trained,
+        "memory_bytes": {line.part: round(line.num_bytes) for line in memory},
+        "total_memory_bytes": round(sum(line.num_bytes for line in memory)),
+        "traffic_bytes": {line.part: round(line.num_bytes) for line in traffic},
+    }
+
+
+def _size(num_bytes: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.2f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def _grouped(names: tuple[str, ...]) -> str:
+    """Module names with their layer numbers as N, and how often each comes."""
+    counts: dict[str, int] = {}
+    for name in names:
+        short = re.sub(r"\.\d+\.", ".N.", name)
+        counts[short] = counts.get(short, 0) + 1
+    return ", ".join(f"{name} (x{count})" for name, count in sorted(counts.items()))

@@ -1,0 +1,142 @@
+"""What an experiment is about, loaded once; and the engine that its settings name."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from fedmllm.scenarios.availability import Always
+from fedmllm.backbones.base import Backbone
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.types import visible_of
+from fedmllm.data.pictures import check_rows, check_shards
+from fedmllm.config.engine import Engine as EngineSettings
+from fedmllm.federation.rounds import Engine
+from fedmllm.runs.fingerprint import rows_digest
+from fedmllm.federation.client import Clients, RowStore
+from fedmllm.scenarios.assign import assign, digest
+from fedmllm.core.types import answer_label
+from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.types import Example, Params, Shard
+
+
+@dataclass(frozen=True)
+class World:
+    """What an experiment is about, loaded once: rows, who holds what, and the frozen model."""
+
+    experiment: Experiment
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]  # () unless evaluate.select asks for them
+    test: tuple[Example, ...]
+    skipped: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    backbone: Backbone
+    start: Params  # the adapter before any training
+
+    @classmethod
+    def load(cls, experiment: Experiment) -> World:
+        """Read the rows, split and hide them, check that what is shown is there; the model comes last, being dear."""
+        data, modalities = experiment.data, experiment.data.modalities()
+        judged = frozenset[str]().union(*(visible_of(v, modalities) for v in experiment.evaluate.visible))
+        train, test = data.load("train"), data.load("test")
+        limit = experiment.evaluate.limit or None
+        validation = data.load("validation").examples if experiment.evaluate.select == "validation" else ()
+        if experiment.evaluate.select == "validation" and not validation:
+            raise ConfigError(
+                f"evaluate.select: got 'validation', but {data.name} has no validation rows; allowed: last"
+            )
+        shards = assign(train.examples, modalities, experiment.partition, experiment.scenario, experiment.seed)
+        shards, bad_train = check_shards(train.examples, shards, data.on_bad_row)
+        test_rows, bad_test = check_rows(test.examples[:limit], judged, data.on_bad_row)
+        validation, bad_validation = check_rows(validation[:limit], judged, data.on_bad_row)
+        if not test_rows and data.metrics():  # a server of real sites may have nothing to judge by
+            raise DataError(f"{data.name}: no usable test row")
+        backbone = experiment.backbone.load(experiment.seed)
+        return cls(
+            experiment=experiment,
+            train=train.examples,
+            validation=validation,
+            test=test_rows,
+            skipped=(*train.skipped, *test.skipped, *bad_train, *bad_test, *bad_validation),
+            shards=shards,
+            backbone=backbone,
+            start=backbone.lora(),
+        )
+
+    def clients(self, num_rounds: int, shards: Sequence[Shard] | None = None) -> Clients:
+        """The clients as local training sees them, for a run of so many rounds."""
+        e = self.experiment
+        return Clients(
+            backbone=self.backbone,
+            objective=e.objective,
+            train=e.train,
+            store=RowStore(self.backbone, e.prompt, self.train),
+            shards=shards or self.shards,
+            modalities=e.data.modalities(),
+            num_rounds=num_rounds,
+            seed=e.seed,
+            availability=e.availability if e.method == "federated" else Always(),
+            experiment=e,
+        )
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Of the rows with their pictures, of who holds and sees which of them, and of the frozen model."""
+        rows = rows_digest(self.train, self.validation, self.test)
+        return {"rows": rows, "partition": digest(self.shards, self.train), "base": self.backbone.digest}
+
+
+def start_engine(settings: EngineSettings, clients: Clients) -> Engine:
+    """The engine that the settings name."""
+    module, _, factory = settings.entry.partition(":")
+    engine: Engine = getattr(importlib.import_module(module), factory)(settings, clients)
+    return engine
+
+
+def about_client(shard: Shard, examples: Sequence[Example]) -> dict[str, Any]:
+    """What a client holds: rows by label, and rows by what they show ("image+text", "none")."""
+    labels = Counter(answer_label(examples[row]) for row in shard.rows)
+    shows = Counter("+".join(sorted(visible)) or "none" for visible in shard.visible)
+    return {"client": shard.client, "labels": dict(sorted(labels.items())), "shows": dict(sorted(shows.items()))}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what computes the numbers."""
+    return {name: version(name) for name in ("fedmllm", "torch", "transformers", "peft", "numpy")}
+
+
+def device(backbone: Backbone) -> dict[str, Any]:
+    """Where the numbers are computed."""
+    return {
+        "name": str(backbone.device),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def heading(world: World) -> dict[str, Any]:
+    """Line 1 of a record: all that a reader needs to know what ran, where and on what."""
+    e = world.experiment
+    return {
+        "run_id": e.run_id(),
+        "settings": e.model_dump(mode="json"),
+        "versions": versions(),
+        "device": device(world.backbone),
+        "digests": world.digests,
+        "num_train": sum(len(shard.rows) for shard in world.shards),
+        "num_test": len(world.test),
+        "rows_per_client": [len(shard.rows) for shard in world.shards],
+        "clients": [about_client(shard, world.train) for shard in world.shards],
+        "num_skipped": len(world.skipped),
+        "skipped": list(world.skipped[:20]),
+    }

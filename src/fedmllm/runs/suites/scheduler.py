@@ -1,0 +1,191 @@
+"""Run the cells of a suite over several processes: what is finished is kept, a killed suite goes on. Loads no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedmllm.runs.suites.suite import Cell, Suite
+from fedmllm.runs.suites.worker import work
+from fedmllm.core.errors import FedmllmError
+
+HOPELESS = 5  # cells that fail before any succeeds
+SUMMARY = "summary.json"  # of a run; it is written last, so a cell is finished exactly if its folder holds one
+
+
+@dataclass
+class Job:
+    """A worker process, and the cell that it is at."""
+
+    process: BaseProcess
+    pipe: Connection
+    cell: Cell | None = None
+    began: float = 0.0
+    host_bytes: int = 0  # peak of its process in this cell
+    event: dict[str, Any] = field(default_factory=dict)  # the latest
+
+
+@dataclass
+class State:
+    """How far a suite is."""
+
+    waiting: list[Cell]
+    finished: int = 0  # cells with a summary, kept ones included
+    kept: int = 0  # of those, finished before this start
+    failed: dict[str, str] = field(default_factory=dict)  # label -> reason
+    jobs: list[Job] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # method -> of each finished cell
+    began: float = field(default_factory=time.perf_counter)
+    note: str = ""
+
+    def left_s(self) -> float | None:
+        """Expected seconds to the end, from cells of the same method where there are any; None = not known yet."""
+        known = [s for values in self.seconds.values() for s in values]
+        if not known:
+            return None
+        mean = sum(known) / len(known)
+
+        def expected(cell: Cell) -> float:
+            own = self.seconds.get(cell.experiment.method_name())
+            return sum(own) / len(own) if own else mean
+
+        now = time.perf_counter()
+        running = [max(0.0, expected(job.cell) - (now - job.began)) for job in self.jobs if job.cell]
+        return (sum(running) + sum(map(expected, self.waiting))) / max(1, len(self.jobs))
+
+
+class Display(Protocol):
+    """What shows a suite's state to a person."""
+
+    def update(self, state: State) -> None: ...
+
+    def finished(self, cell: Cell, seconds: float, error: str) -> None: ...
+
+
+def run_suite(
+    suite: Suite, folder: Path, num_jobs: int, num_threads: int, budget_bytes: int, display: Display
+) -> State:
+    """Run every cell that has no summary yet into `folder/RUN_ID`; at most `num_jobs` at a time.
+
+    A further process is started only while all of them, each as large as the largest seen, fit into `budget_bytes`. A
+    cell that fails, or whose process dies, is named in `State.failed`; the others go on, unless the first five all fail.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        suite.save(folder)
+        waiting = [cell for cell in suite.cells if not (folder / cell.run_id / SUMMARY).exists()]
+        done = len(suite.cells) - len(waiting)
+        state = State(waiting, finished=done, kept=done)
+        try:
+            while state.waiting or any(job.cell for job in state.jobs):
+                hire(state, num_jobs, num_threads, budget_bytes)
+                for job in state.jobs:
+                    if job.cell is None and state.waiting and give(job, state.waiting[0], folder):
+                        state.waiting.pop(0)
+                listen(state, display)
+                display.update(state)
+                if len(state.failed) >= HOPELESS and state.finished == state.kept:
+                    break  # what is wrong with every cell so far is wrong with the rest
+        finally:
+            dismiss(state.jobs)
+    return state
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Two suites in one folder would delete each other's cells."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FedmllmError(f"{folder}: another suite is running here; choose another --out") from None
+        yield
+
+
+def hire(state: State, num_jobs: int, num_threads: int, budget_bytes: int) -> None:
+    """Start processes while cells wait, jobs are free and memory allows."""
+    while len(state.jobs) < min(num_jobs, len(state.jobs) + len(state.waiting)):
+        largest = max((job.host_bytes for job in state.jobs), default=0)
+        trained = any(job.event.get("event") in ("round", "eval", "end", "done") for job in state.jobs)
+        if state.jobs and not trained:
+            return  # how much a cell needs is not known yet
+        if state.jobs and largest * (len(state.jobs) + 1) > budget_bytes:
+            state.note = f"memory budget of {budget_bytes / 1e9:.1f} GB: {len(state.jobs)} of {num_jobs} jobs"
+            return
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, num_threads), daemon=True)
+        process.start()
+        theirs.close()
+        state.jobs.append(Job(process, ours))
+        if len(state.jobs) == 1:
+            return  # the first one shows what a cell needs
+
+
+def give(job: Job, cell: Cell, folder: Path) -> bool:
+    """Hand a cell to a process; False where it died between two cells, which `listen` will see."""
+    try:
+        job.pipe.send((cell.experiment.model_dump(mode="json"), str(folder / cell.run_id)))
+    except OSError:
+        return False
+    job.cell, job.began, job.event = cell, time.perf_counter(), {}
+    return True
+
+
+def listen(state: State, display: Display, timeout_s: float = 0.5) -> None:
+    """Take what the processes tell."""
+    by_pipe = {job.pipe: job for job in state.jobs}
+    for pipe in wait(list(by_pipe), timeout_s):
+        job = by_pipe[pipe]  # type: ignore[index]
+        try:
+            message = job.pipe.recv()
+        except (EOFError, OSError):
+            job.process.join()
+            message = {"event": "done", "error": f"its process died (exit code {job.process.exitcode}); out of memory?"}
+            state.jobs.remove(job)
+        job.host_bytes = message.pop("host_bytes", job.host_bytes)
+        if message["event"] != "done":
+            job.event = message
+        elif job.cell:
+            close_cell(state, job, job.cell, message["error"], display)
+            job.cell, job.event = None, message
+
+
+def close_cell(state: State, job: Job, cell: Cell, error: str, display: Display) -> None:
+    """Count a cell that has come to its end."""
+    seconds = time.perf_counter() - job.began
+    if error:
+        state.failed[cell.label] = error
+    else:
+        state.finished += 1
+        state.seconds.setdefault(cell.experiment.method_name(), []).append(seconds)
+    display.finished(cell, seconds, error)
+
+
+def dismiss(jobs: Sequence[Job]) -> None:
+    """Let idle processes go and end those that are at work."""
+    for job in jobs:
+        try:
+            job.pipe.send(None)
+        except OSError:
+            continue
+    for job in jobs:
+        if job.cell:
+            job.process.terminate()
+        job.process.join(timeout=10)
+        if job.process.is_alive():
+            job.process.kill()
+
+
+def physical_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,166 @@
+"""A suite: one base experiment and a matrix of small changes to it; each cell is an Experiment. Loads no torch.
+
+    title = "..."
+    extends = "other.toml"              # optional: start from another suite file, beside this one
+    [base]                              # an experiment, as in a file for `fedmllm run`
+    [matrix]
+    seeds = [0, 1, 2]
+    [matrix.settings]                   # an axis: label -> what it changes in the base
+    "beta 30 %" = { scenario = { name = "missing", rate = 0.3 } }
+    [matrix.methods]
+    "FedAdam" = { aggregator = { name = "fedadam", lr = 1e-2 } }
+    [[matrix.skip]]                     # optional: cells that have all of these labels are left out
+    methods = ["Zero-shot"]
+    prompts = ["agnostic"]
+
+Axes may have any names. Their product is run in the order of the file, one seed after the other, so that a suite that is
+stopped has whole seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmllm.config.experiment import Experiment, read_toml
+from fedmllm.core.storage import write_atomically
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.spec import nearest
+
+SUITE = "suite.json"
+KEYS = ("title", "extends", "base", "matrix")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment of a suite and the labels that led to it, one an axis: {"settings": "alpha 5", "seeds": "0"}."""
+
+    labels: Mapping[str, str]
+    experiment: Experiment
+    run_id: str
+
+    @property
+    def label(self) -> str:
+        return " · ".join(self.labels.values())
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The cells in the order in which they run; equal experiments stand here once."""
+
+    title: str
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Suite:
+        """Read and check a suite file; nothing runs before every cell is a valid experiment.
+
+        Raises ConfigError naming the file, the cell's labels and each bad key.
+        """
+        path = Path(path)
+        table = read(path)
+        base = of_tables(table.get("base", {}), f"{path}: base")
+        axes, skips = matrix(table.get("matrix"), path)
+        cells: dict[str, Cell] = {}
+        errors: dict[str, None] = {}
+        for combination in itertools.product(*(axis.items() for axis in axes.values())):
+            words = {axis: label for axis, (label, _) in zip(axes, combination, strict=True)}
+            labels = {**{axis: word for axis, word in words.items() if axis != "seeds"}, "seeds": words["seeds"]}
+            if any(all(labels[axis] in chosen for axis, chosen in skip.items()) for skip in skips):
+                continue
+            settings: Any = base
+            for _, changes in combination:
+                settings = merge(settings, changes)
+            try:
+                experiment = Experiment.parse(settings)
+            except ConfigError as error:
+                errors.update(dict.fromkeys(str(error).splitlines()))
+                continue
+            cell = Cell(labels, experiment, experiment.run_id())
+            cells.setdefault(cell.run_id, cell)
+        if errors:
+            raise ConfigError("\n".join(f"{path}: {line}" for line in errors))
+        if not cells:
+            raise ConfigError(f"{path}: the matrix has no cell")
+        return cls(str(table.get("title") or path.stem), tuple(cells.values()))
+
+    def save(self, folder: Path) -> None:
+        """Write `suite.json`: what a report needs to know besides the records."""
+        cells = [{"run_id": cell.run_id, "labels": dict(cell.labels)} for cell in self.cells]
+        write_atomically(folder / SUITE, json.dumps({"title": self.title, "cells": cells}, indent=1))
+
+
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's table, laid over that of the file it extends."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself: {' -> '.join(p.name for p in (*seen, path))}")
+    table = read_toml(path)
+    for key in table:
+        if key not in KEYS:
+            raise ConfigError(f"{path}: {key}: unknown key; allowed: {', '.join(KEYS)}{nearest(key, list(KEYS))}")
+    if (parent := table.pop("extends", None)) is None:
+        return table
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends: got {parent!r}; give the name of a suite file")
+    below = read(path.parent / parent, (*seen, path.resolve()))
+    own_axes = of_tables(table.pop("matrix", {}), f"{path}: matrix")
+    merged: dict[str, Any] = merge(below, table)
+    return {**merged, "matrix": {**below.get("matrix", {}), **own_axes}}  # an axis is replaced as a whole
+
+
+def of_tables(table: Any, place: str) -> Mapping[str, Any]:
+    """`table` if it is one. Raises ConfigError naming the place."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{place}: got {table!r}; give a table")
+    return table
+
+
+def merge(table: Any, changes: Any) -> Any:
+    """`changes` laid over `table`, table by table. Another `name` replaces the whole table: its keys are not its keys."""
+    if not isinstance(changes, Mapping):
+        return changes
+    if isinstance(table, str):
+        table = {"name": table}
+    if not isinstance(table, Mapping) or ("name" in changes and changes["name"] != table.get("name")):
+        return dict(changes)
+    return {**table, **{key: merge(table.get(key), value) for key, value in changes.items()}}
+
+
+def matrix(table: Any, path: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, list[str]]]]:
+    """(axis -> label -> changes, cells to skip). Raises ConfigError with the place."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{path}: matrix: missing; give seeds and axes, as in [matrix.settings]")
+    seeds = table.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ConfigError(f"{path}: matrix.seeds: got {seeds!r}; give a list of whole numbers")
+    axes: dict[str, dict[str, Any]] = {"seeds": {str(seed): {"seed": seed} for seed in seeds}}
+    for axis, labels in table.items():
+        if axis in ("seeds", "skip"):
+            continue
+        if not isinstance(labels, Mapping) or not all(isinstance(v, Mapping) for v in labels.values()) or not labels:
+            raise ConfigError(
+                f"{path}: matrix.{axis}: got {labels!r}; give a table of tables: label = {{ key = value }}"
+            )
+        axes[axis] = dict(labels)
+    skips = table.get("skip", [])
+    if not isinstance(skips, list):
+        raise ConfigError(f"{path}: matrix.skip: got {skips!r}; give tables: [[matrix.skip]], or [] for none")
+    return axes, [skipped(skip, axes, f"{path}: matrix.skip {number}") for number, skip in enumerate(skips, start=1)]
+
+
+def skipped(skip: Any, axes: Mapping[str, Mapping[str, Any]], place: str) -> dict[str, list[str]]:
+    """Axis -> labels of the cells to leave out. Raises ConfigError with the place."""
+    found = {}
+    for axis, chosen in of_tables(skip, place).items():
+        if axis not in axes:
+            raise ConfigError(f"{place}: {axis}: no such axis; known: {', '.join(axes)}{nearest(axis, list(axes))}")
+        if not isinstance(chosen, list):
+            raise ConfigError(f"{place}: {axis}: got {chosen!r}; give a list of labels")
+        found[axis] = [str(label) for label in chosen]  # seeds are labels too
+        if unknown := [label for label in found[axis] if label not in axes[axis]]:
+            raise ConfigError(f"{place}: {axis} = {unknown[0]!r}: no such label; known: {', '.join(axes[axis])}")
+    return found

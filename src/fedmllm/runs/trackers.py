@@ -1,0 +1,169 @@
+"""Trackers that people use, as sinks of a run's events: TensorBoard, Weights & Biases, MLflow, Trackio.
+
+Each needs its own package (`pip install 'fedmllm[tensorboard]'`), works without a network, and gets the same numbers under
+the same names: "both/auc", "round/loss", "cost/up_bytes", by round. The record remains the truth.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmllm.runs.record import Event
+from fedmllm.core.text import flat
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.spec import nearest
+
+
+class Tracker(ABC):
+    """Events -> `begin`, `log`, `finish` of a tracking library."""
+
+    needs: str  # module
+    extra: str  # of this package
+    folder: Path
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is the run's; a tracker's files go below it. Raises ConfigError where it is not installed."""
+        self.folder = folder
+        try:
+            self.library: Any = importlib.import_module(self.needs)
+        except ImportError:
+            raise ConfigError(f"tracker {self.extra}: not installed; pip install 'fedmllm[{self.extra}]'") from None
+        self._sent = 0
+        self._round = 0
+
+    def __call__(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "experiment":
+            self.begin(event["run_id"], flat(event["settings"]))
+        elif kind == "round":
+            self._round = event["round"]
+            self._sent += event["up_bytes"] + event["down_bytes"]
+            who = f"client-{event['alone']}/" if "alone" in event else ""
+            values = {**of_round(event), "cost/sent_bytes": float(self._sent)}
+            self.log(event["round"], {f"{who}{key}": value for key, value in values.items()})
+        elif kind == "eval":
+            who = f"client-{event['client']}/" if "client" in event else ""
+            values = {f"{who}{event['visible']}/{k}": v for k, v in event["metrics"].items() if v is not None}
+            self.log(event.get("round", self._round), values)
+        elif kind in ("end", "stopped"):
+            self.finish(failed=kind == "stopped")
+
+    @abstractmethod
+    def begin(self, run_id: str, settings: Mapping[str, Any]) -> None:
+        """A run with flat settings starts."""
+
+    @abstractmethod
+    def log(self, round_: int, values: Mapping[str, float]) -> None:
+        """Numbers of a round."""
+
+    @abstractmethod
+    def finish(self, failed: bool) -> None:
+        """The run has ended; nothing follows."""
+
+
+def of_round(event: Event) -> dict[str, float]:
+    """A round's numbers: means over its clients, and its costs."""
+    clients = event["clients"]
+    values = {f"cost/{k}": float(event[k]) for k in ("up_bytes", "down_bytes", "server_s", "wall_s") if k in event}
+    values["round/lr"] = float(event["lr"])
+    values["round/num_dropped"] = float(len(event["dropped"]))
+    if clients:
+        for key in ("loss", "norm"):
+            values[f"round/{key}"] = sum(float(c[key]) for c in clients) / len(clients)
+    return values
+
+
+class TensorBoard(Tracker):
+    """Event files in RUN/tensorboard; `tensorboard --logdir RUN` shows them."""
+
+    needs, extra = "tensorboard.compat.proto.event_pb2", "tensorboard"
+
+    def begin(self, run_id: str, settings: Mapping[str, Any]) -> None:
+        module: Any = importlib.import_module("torch.utils.tensorboard")
+        self._writer = module.SummaryWriter(str(self.folder / "tensorboard"))
+        lines = "\n".join(f"    {key} = {value}" for key, value in settings.items())
+        self._writer.add_text("settings", f"    run_id = {run_id}\n{lines}")
+
+    def log(self, round_: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, round_)
+
+    def finish(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class WandB(Tracker):
+    """Weights & Biases; project "fedmllm" or WANDB_PROJECT. Offline unless WANDB_MODE says otherwise; `wandb sync` sends it."""
+
+    needs, extra = "wandb", "wandb"
+
+    def begin(self, run_id: str, settings: Mapping[str, Any]) -> None:
+        self._run = self.library.init(
+            project=os.environ.get("WANDB_PROJECT", "fedmllm"),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            name=run_id,
+            config=dict(settings),
+            dir=str(self.folder),
+        )
+        self._run.define_metric("*", step_metric="round")
+
+    def log(self, round_: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "round": round_})
+
+    def finish(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class MLflow(Tracker):
+    """MLflow; an SQLite file in RUN/mlflow.db unless MLFLOW_TRACKING_URI names a server."""
+
+    needs, extra = "mlflow", "mlflow"
+
+    def begin(self, run_id: str, settings: Mapping[str, Any]) -> None:
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            self.library.set_tracking_uri(f"sqlite:///{self.folder.resolve() / 'mlflow.db'}")
+        self.library.set_experiment("fedmllm")
+        self.library.start_run(run_name=run_id)
+        self.library.log_params({key: str(value)[:500] for key, value in settings.items()})
+
+    def log(self, round_: int, values: Mapping[str, float]) -> None:
+        self.library.log_metrics(dict(values), step=round_)
+
+    def finish(self, failed: bool) -> None:
+        self.library.end_run(status="FAILED" if failed else "FINISHED")
+
+
+class Trackio(Tracker):
+    """Trackio: local files under TRACKIO_DIR (default: its own cache); `trackio show` opens them."""
+
+    needs, extra = "trackio", "trackio"
+
+    def begin(self, run_id: str, settings: Mapping[str, Any]) -> None:
+        project = os.environ.get("TRACKIO_PROJECT", "fedmllm")
+        self.library.init(project=project, name=run_id, config=dict(settings), resume="never")
+
+    def log(self, round_: int, values: Mapping[str, float]) -> None:
+        self.library.log(dict(values), step=round_)
+
+    def finish(self, failed: bool) -> None:
+        self.library.finish()
+
+
+TRACKERS: dict[str, Callable[[Path], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
+
+
+def tracker(name: str, folder: Path) -> Tracker:
+    """The tracker of that name for a run in `folder`. Raises ConfigError for an unknown or missing one."""
+    if name not in TRACKERS:
+        raise ConfigError(f"--track: got {name!r}; allowed: {', '.join(TRACKERS)}{nearest(name, list(TRACKERS))}")
+    return TRACKERS[name](folder)

@@ -1,0 +1,82 @@
+"""Partition rows over clients, then hide modalities. Pure: same rows and seed, same shards. Loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.types import Example, Modality, Shard, Visible
+from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing, Scenario
+from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Iid, Partition
+from fedmllm.scenarios.published import Published
+
+__all__ = [
+    "Aligned",
+    "ByColumn",
+    "Cross",
+    "Dirichlet",
+    "Hybrid",
+    "Iid",
+    "Missing",
+    "Partition",
+    "Published",
+    "Scenario",
+    "assign",
+    "digest",
+    "show_only",
+]
+
+
+def assign(
+    examples: Sequence[Example],
+    modalities: tuple[Modality, ...],
+    partition: Partition,
+    scenario: Scenario,
+    seed: int,
+) -> tuple[Shard, ...]:
+    """One shard a client, in client order: its rows and what each of them still shows.
+
+    A row shows what the scenario leaves of what the row has. Every row lands on exactly one client; a client may get
+    none. Everything random comes from `seed`, except under `Published`, whose streams are fixed.
+    """
+    if not examples:
+        raise DataError("no rows to give out: the training split is empty")
+    if any("client" in example.columns for example in examples):
+        refuse_simulation(partition)
+    if isinstance(partition, Published):
+        rows, masks = partition.assign(examples, modalities, scenario)
+    else:
+        rows = partition.split(examples, seed)
+        masks = scenario.hide(rows, modalities, seed)
+    meet = lru_cache(maxsize=None)(lambda mask, has: mask & frozenset(has))  # few different ones, and rows share them
+    has = [tuple(example.fields) for example in examples]
+    return tuple(
+        Shard(client, tuple(own), tuple(meet(mask, has[row]) for row, mask in zip(own, shown, strict=True)))
+        for client, (own, shown) in enumerate(zip(rows, masks, strict=True))
+    )
+
+
+def refuse_simulation(partition: Partition) -> None:
+    """Rows that name their clients are a real federation: only they say who holds what."""
+    if not (isinstance(partition, ByColumn) and partition.column == "client"):
+        raise ConfigError(
+            f"partition: got {partition.name!r}, but the rows name their clients; "
+            'set partition = "by-column", or leave data.columns.client out to simulate clients'
+        )
+
+
+def show_only(examples: Sequence[Example], visible: Visible) -> tuple[Visible, ...]:
+    """Masks for rows that belong to no client (a test set): of each row, what is in `visible`."""
+    return tuple(visible & frozenset(example.fields) for example in examples)
+
+
+def digest(shards: Sequence[Shard], examples: Sequence[Example]) -> str:
+    """sha256 (16 hex digits) of who holds which ids and what they show: equal exactly if partition and masks are."""
+    sha = hashlib.sha256()
+    shown = {v: "".join(f"\x1f{m}" for m in sorted(v)) for v in {v for shard in shards for v in shard.visible}}
+    for shard in shards:
+        rows = [f"{examples[row].id}{shown[v]}\x1e" for row, v in zip(shard.rows, shard.visible, strict=True)]
+        sha.update(f"client\x1f{shard.client}\x1e{''.join(rows)}".encode())
+    return sha.hexdigest()[:16]
