@@ -23,9 +23,9 @@ from fedmllm import Experiment
 from fedmllm.algorithms.server_optimizers import FedAdam
 from fedmllm.cli.quickstart import SUITE
 from fedmllm.core.tensors import num_bytes
-from fedmllm.runs.checkpoint import Book, Checkpoints
+from fedmllm.runs.checkpoint import Checkpoints, RunState
 from fedmllm.runs.run import run
-from fedmllm.runs.session import Run
+from fedmllm.runs.session import Session
 from fedmllm.runs.totals import Totals
 
 BASE: dict[str, Any] = tomllib.loads(SUITE.read_text(encoding="utf-8"))["base"]
@@ -41,10 +41,10 @@ def adapter(megabytes: float) -> dict[str, torch.Tensor]:
     return {name: torch.randn(8, 3584) if name.endswith("A.weight") else torch.randn(3584, 8) for name in names}
 
 
-def book(number: int) -> Book:
+def run_state(number: int) -> RunState:
     empty: dict[str, Any] = {"client": None, "results": (), "best": None, "settings": {}, "digests": {}, "versions": {}}
     totals = Totals(num_rounds=number)
-    return Book(round=number, totals=totals, wall_s=0.0, record_bytes=0, **empty)
+    return RunState(round=number, totals=totals, wall_s=0.0, record_bytes=0, **empty)
 
 
 def payload(megabytes: float, folder: Path) -> str:
@@ -55,7 +55,7 @@ def payload(megabytes: float, folder: Path) -> str:
     handed, written = [], []
     for number in range(1, REPEATS + 1):
         began = time.perf_counter()
-        checkpoints.save(book(number), params, state)
+        checkpoints.save(run_state(number), params, state)
         handed.append(1e3 * (time.perf_counter() - began))
         checkpoints.wait()
         written.append(1e3 * (time.perf_counter() - began))
@@ -108,7 +108,7 @@ def main() -> None:
             print(payload(megabytes, Path(folder) / str(megabytes)), flush=True)
         waits: list[float] = []
         work: list[float] = []
-        timed(Run, "_save_checkpoint", time.perf_counter, waits)
+        timed(Session, "_save_checkpoint", time.perf_counter, waits)
         timed(Checkpoints, "_write", time.thread_time, work)
         each = [times for number in range(num_runs) for times in rounds(Path(folder) / f"run-{number}")]
     passed, cpu, wait, writing = (statistics.median(v) for v in (*zip(*each, strict=True), waits, work))

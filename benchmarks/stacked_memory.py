@@ -29,7 +29,7 @@ def child(num_clients: int, num_rows: int, token_budget: int) -> None:
     from fedmllm.algorithms.server_optimizers import FedAvg
     from fedmllm.backbones.base import Tiny
     from fedmllm.config.engine import Stacked as Settings
-    from fedmllm.config.train import Screen
+    from fedmllm.config.train import UpdateFilter
     from fedmllm.federation.engines.stacked.engine import Stacked
     from fedmllm.federation.rounds import Progress, federate
     from fedmllm.runs.costs import host_peak_bytes, reset_peaks
@@ -44,7 +44,7 @@ def child(num_clients: int, num_rows: int, token_budget: int) -> None:
     before = host_peak_bytes()
     begin = Progress(0, start, aggregator.init(start))
     engine = Stacked(Settings(token_budget=token_budget), clients)
-    (after,) = federate(begin, engine, aggregator, lambda _: list(range(num_clients)), 1, Screen())
+    (after,) = federate(begin, engine, aggregator, lambda _: list(range(num_clients)), 1, UpdateFilter())
     assert len(after.log["clients"]) == num_clients
     print(json.dumps({"before": before, "peak": host_peak_bytes()}))
 

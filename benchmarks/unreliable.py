@@ -34,7 +34,7 @@ LIAR, LENGTHS = 3, (10.0, 100.0)
 AGGREGATORS: dict[str, dict[str, Any]] = {
     "fedavg": {"aggregator": "fedavg"},
     # the longest honest updates, of the first rounds, are about that long: a few of them go too
-    "fedavg, updates over norm 3 left out": {"screen": {"max_norm": 3.0, "on_bad_update": "drop_client"}},
+    "fedavg, updates over norm 3 left out": {"update_filter": {"max_norm": 3.0, "on_bad_update": "drop_client"}},
     "median": {"aggregator": "median"},
     "trimmed-mean, 1 at either end": {"aggregator": "trimmed-mean"},
     "krum, 1 bad": {"aggregator": "krum"},

@@ -164,7 +164,7 @@ def headers() -> Inputs:
 
 def books() -> Inputs:
     """state.json with some keys changed, added or gone."""
-    good = json.loads(checkpoint_files()[checkpoint.BOOK])
+    good = json.loads(checkpoint_files()[checkpoint.RUN_STATE])
     keys = st.sampled_from([*good, "more"])
 
     def changed(changes: dict[str, Any], gone: list[str]) -> bytes:
@@ -195,7 +195,7 @@ def checkpoint_files() -> dict[str, bytes]:
         checkpoint.ADAPTER: save(LIKE),
         checkpoint.STATE: save({f"{k}/{n}": t.clone() for k, tree in state.items() for n, t in tree.items()}),
     }
-    book = {
+    run_state = {
         "schema_version": 2,
         "round": 2,
         "client": None,
@@ -211,12 +211,12 @@ def checkpoint_files() -> dict[str, bytes]:
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "digest": "0" * 64,
     }
-    return {**files, checkpoint.BOOK: resealed(as_json(book))}
+    return {**files, checkpoint.RUN_STATE: resealed(as_json(run_state))}
 
 
-def resealed(book: bytes) -> bytes:
-    unsealed = DIGEST.sub(b'"digest": ""', book)
-    return DIGEST.sub(b'"digest": "%s"' % hashlib.sha256(unsealed).hexdigest().encode(), book)
+def resealed(run_state: bytes) -> bytes:
+    unsealed = DIGEST.sub(b'"digest": ""', run_state)
+    return DIGEST.sub(b'"digest": "%s"' % hashlib.sha256(unsealed).hexdigest().encode(), run_state)
 
 
 def pictures() -> list[bytes]:

@@ -36,7 +36,7 @@ from PIL import Image
 
 from fedmllm.algorithms.server_optimizers import FedAdam
 from fedmllm.config.experiment import Experiment, set_key
-from fedmllm.config.train import Screen
+from fedmllm.config.train import UpdateFilter
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.images import open_image
 from fedmllm.core.types import ClientUpdate
@@ -109,7 +109,7 @@ def check_adapter(content: bytes, folder: Path) -> None:
 
 def check_book(content: bytes, folder: Path) -> None:
     """Its own digest is put right where there is one: whoever changes a book can do that too."""
-    _write_checkpoint(folder, {checkpoint.BOOK: content})
+    _write_checkpoint(folder, {checkpoint.RUN_STATE: content})
     checkpoint.read(folder / "round-0002", LIKE, FedAdam().init(LIKE))
 
 
@@ -128,8 +128,8 @@ def check_answer(content: bytes, folder: Path) -> None:
     honest = ClientUpdate(0, LIKE, 1, {"loss": 0.5, "num_tokens": 3, "time_s": 0.1})
     begin, aggregator = Progress(0, LIKE, FedAdam().init(LIKE)), FedAdam()
     for policy in ("drop_client", "fail"):  # "fail" last: it is the one that raises
-        screen = Screen(on_bad_update=policy)
-        for after in federate(begin, lambda *_: [honest, lie], aggregator, lambda _: [0, 1], 2, screen):
+        update_filter = UpdateFilter(on_bad_update=policy)
+        for after in federate(begin, lambda *_: [honest, lie], aggregator, lambda _: [0, 1], 2, update_filter):
             assert all(t.isfinite().all() for t in after.params.values())
             assert [entry["client"] for entry in after.log["clients"]][:1] == [0]
             json.dumps(Totals().plus(after.log).model_dump(mode="json"), allow_nan=False)
@@ -149,11 +149,11 @@ def check_summary(content: bytes, folder: Path) -> None:
 
 def _write_checkpoint(folder: Path, changed: dict[str, bytes]) -> None:
     files = {**checkpoint_files(), **changed}
-    if checkpoint.BOOK not in changed:
-        book = json.loads(files[checkpoint.BOOK])
-        book["files"] = {name: hashlib.sha256(files[name]).hexdigest() for name in book["files"]}
-        files[checkpoint.BOOK] = as_json(book)
-    files[checkpoint.BOOK] = resealed(files[checkpoint.BOOK])
+    if checkpoint.RUN_STATE not in changed:
+        run_state = json.loads(files[checkpoint.RUN_STATE])
+        run_state["files"] = {name: hashlib.sha256(files[name]).hexdigest() for name in run_state["files"]}
+        files[checkpoint.RUN_STATE] = as_json(run_state)
+    files[checkpoint.RUN_STATE] = resealed(files[checkpoint.RUN_STATE])
     place = folder / "round-0002"
     place.mkdir()
     for name, content in files.items():
@@ -170,7 +170,7 @@ TARGETS = [
     Target("adapter", 0.12, mutated(FILES[checkpoint.ADAPTER]), check_adapter),
     Target("adapter-header", 0.12, headers(), check_adapter),
     Target("checkpoint-book", 0.07, books(), check_book),
-    Target("checkpoint-book-bytes", 0.03, mutated(FILES[checkpoint.BOOK]), check_book),
+    Target("checkpoint-book-bytes", 0.03, mutated(FILES[checkpoint.RUN_STATE]), check_book),
     Target("checkpoint-state", 0.05, st.one_of(mutated(FILES[checkpoint.STATE]), headers()), check_state),
     Target("client-answer", 0.06, answers(), check_answer),
     Target("record", 0.05, mutated(experiment_line()), check_record),

@@ -56,7 +56,7 @@ LABEL_WORDS = tuple(sorted({word.strip("_").lower() for word in ENGLISH.split()}
 
 
 @dataclass(frozen=True)
-class World:
+class Inputs:
     """A scene, a text beside it, and every attribute of either: name -> value."""
 
     scene: Scene
@@ -102,7 +102,7 @@ class Sample:
     task: str  # "open:color", "pair:mood", "list:thing": what accuracy is counted by
 
 
-def world(scene: Scene, rng: np.random.Generator) -> World:
+def inputs(scene: Scene, rng: np.random.Generator) -> Inputs:
     """A text beside the scene, a caption or a tweet, and what may be asked about the two."""
     facts = {"sky": scene.sky, "color": scene.colour, "thing": scene.thing, "face": scene.face}
     facts["kind"] = kind = KINDS.get(scene.thing, "goods")
@@ -117,12 +117,12 @@ def world(scene: Scene, rng: np.random.Generator) -> World:
         facts |= {"theme": theme, "story": f"{kind} {theme}"}
         facts["case"] = CASES[CASE_OF[KIND_NAMES.index(kind)][list(THEMES).index(theme)]]
     facts["place"] = next(place for place in PLACES if place in text.split())
-    return World(scene, text, facts)
+    return Inputs(scene, text, facts)
 
 
 def sample(index: int, scene: Scene, rng: np.random.Generator, lettered: float) -> Sample:
     """One question about the scene and a text beside it; `lettered` is the share of multiple-choice frames."""
-    here = world(scene, rng)
+    here = inputs(scene, rng)
     form = ("pair" if rng.random() < 0.75 else "list") if rng.random() < lettered else "open"
     weights = {name: weight for name, weight in FORMS[form].items() if name in here.facts}
     name = list(weights)[int(rng.choice(len(weights), p=np.array(list(weights.values())) / sum(weights.values())))]

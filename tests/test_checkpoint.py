@@ -21,13 +21,13 @@ from fedmllm.config.experiment import FAMILIES
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import ClientUpdate, Params, State
 from fedmllm.runs import checkpoint
-from fedmllm.runs.checkpoint import Best, Book, Checkpoints
+from fedmllm.runs.checkpoint import Best, Checkpoints, RunState
 from fedmllm.runs.totals import Totals
 
 LIKE: Params = {"b": torch.zeros(3, 2), "a": torch.zeros(4)}  # not in alphabetical order, as safetensors would have it
 
 
-def book(number: int, **changed: Any) -> Book:
+def run_state(number: int, **changed: Any) -> RunState:
     values: dict[str, Any] = {
         "round": number,
         "client": None,
@@ -40,7 +40,7 @@ def book(number: int, **changed: Any) -> Book:
         "digests": {"rows": "ab"},
         "versions": {"torch": "2"},
     }
-    return Book.model_validate({**values, **changed})
+    return RunState.model_validate({**values, **changed})
 
 
 def values(seed: int) -> Params:
@@ -48,7 +48,7 @@ def values(seed: int) -> Params:
     return {name: torch.randn(t.shape, generator=rng) for name, t in LIKE.items()}
 
 
-def write(folder: Path, *books: Book, state: State | None = None, keep: int = 2) -> None:
+def write(folder: Path, *books: RunState, state: State | None = None, keep: int = 2) -> None:
     checkpoints = Checkpoints(folder, keep, b"{}", lambda: None)
     for entry in books:
         checkpoints.save(entry, values(entry.totals.num_rounds), state or {})
@@ -68,7 +68,7 @@ def test_every_aggregator_goes_on_from_disk_to_the_same_bits(name: str, tmp_path
     for round_ in (1, 2):
         params, state = step(params, state, round_)
     checkpoints = Checkpoints(tmp_path, 1, b"{}", lambda: None)
-    checkpoints.save(book(2), params, state)
+    checkpoints.save(run_state(2), params, state)
     checkpoints.wait()
     again = checkpoint.read(tmp_path / "round-0002", LIKE, aggregator.init(LIKE))
     assert list(again.params) == list(LIKE)  # "the first tensor" of fedavg-reference depends on it
@@ -82,19 +82,19 @@ def test_every_aggregator_goes_on_from_disk_to_the_same_bits(name: str, tmp_path
 
 
 def test_the_book_comes_back_as_it_was(tmp_path: Path) -> None:
-    entry = book(
+    entry = run_state(
         3, client=4, results=({"all": {"auc": 0.1, "f1": None}},), best=Best(number=1, round=1, value=0.1 + 0.2)
     )
     write(tmp_path, entry)
-    back = checkpoint.read_book(tmp_path / "round-0003")
+    back = checkpoint.read_run_state(tmp_path / "round-0003")
     assert back.model_copy(update={"files": {}, "digest": ""}) == entry
 
 
 def test_the_last_ones_stay_and_the_best_that_each_of_them_names(tmp_path: Path) -> None:
     best = {n: Best(number=2 if n < 6 else 5, round=1, value=0.5) for n in range(3, 8)}
-    write(tmp_path, *(book(n, best=best.get(n)) for n in range(1, 7)))
+    write(tmp_path, *(run_state(n, best=best.get(n)) for n in range(1, 7)))
     assert checkpoint.numbers(tmp_path) == [2, 5, 6]  # 5 still names 2
-    write(tmp_path, book(7, best=best[7]))
+    write(tmp_path, run_state(7, best=best[7]))
     assert checkpoint.numbers(tmp_path) == [5, 6, 7]
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 
@@ -104,7 +104,7 @@ def test_what_a_kill_left_half_written_is_not_a_checkpoint_and_is_overwritten(tm
     half.mkdir()
     (half / "adapter_model.safetensors").write_bytes(b"half")
     assert checkpoint.newest(tmp_path) is None
-    write(tmp_path, book(2))
+    write(tmp_path, run_state(2))
     assert checkpoint.newest(tmp_path) == tmp_path / "round-0002"
     checkpoint.read(tmp_path / "round-0002", LIKE, {})
 
@@ -112,7 +112,7 @@ def test_what_a_kill_left_half_written_is_not_a_checkpoint_and_is_overwritten(tm
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "state.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "gone"])
 def test_damage_is_seen_named_and_answered(name: str, damage: str, tmp_path: Path) -> None:
-    write(tmp_path, book(1), book(2), state=FedAdam().init(LIKE))
+    write(tmp_path, run_state(1), run_state(2), state=FedAdam().init(LIKE))
     path = tmp_path / "round-0002" / name
     content = bytearray(path.read_bytes())
     if damage == "cut":
@@ -147,17 +147,17 @@ def test_damage_is_seen_named_and_answered(name: str, damage: str, tmp_path: Pat
     ],
 )
 def test_a_strange_book_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    write(tmp_path, book(1))
+    write(tmp_path, run_state(1))
     path = tmp_path / "round-0001" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(FedmllmError, match=r"state\.json: ") as caught:
-        checkpoint.read_book(path.parent)
+        checkpoint.read_run_state(path.parent)
     assert message in str(caught.value)
 
 
 def test_a_changed_figure_in_the_book_is_seen(tmp_path: Path) -> None:
     """Well-formed, of the right type, and not what was written."""
-    write(tmp_path, book(1, results=({"all": {"auc": 0.25}},)))
+    write(tmp_path, run_state(1, results=({"all": {"auc": 0.25}},)))
     path = tmp_path / "round-0001" / "state.json"
     for was, is_ in (
         (b"0.25", b"0.75"),
@@ -168,21 +168,21 @@ def test_a_changed_figure_in_the_book_is_seen(tmp_path: Path) -> None:
         assert content.count(was) == 1
         path.write_bytes(content.replace(was, is_))
         with pytest.raises(FedmllmError, match=r"round-0001/state\.json: damaged: .* its own digest"):
-            checkpoint.read_book(path.parent)
+            checkpoint.read_run_state(path.parent)
         path.write_bytes(content)
-    checkpoint.read_book(path.parent)
+    checkpoint.read_run_state(path.parent)
 
 
 def test_a_state_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, book(1), state={"m": LIKE})
+    write(tmp_path, run_state(1), state={"m": LIKE})
     with pytest.raises(FedmllmError, match=r"state_keys: got \('m',\); \['v'\] must be among them"):
         checkpoint.read(tmp_path / "round-0001", LIKE, FedAdam().init(LIKE))
 
 
 def test_an_older_checkpoint_that_was_damaged_since_does_not_stop_the_run(tmp_path: Path) -> None:
-    write(tmp_path, book(1), book(2), keep=3)
+    write(tmp_path, run_state(1), run_state(2), keep=3)
     (tmp_path / "round-0001" / "state.json").write_bytes(b"{")
-    write(tmp_path, book(3), keep=3)
+    write(tmp_path, run_state(3), keep=3)
     assert checkpoint.numbers(tmp_path) == [1, 2, 3]
     with pytest.raises(FedmllmError, match=r"round-0001/state\.json: ") as caught:
         checkpoint.read_params(tmp_path / "round-0001", LIKE)
@@ -190,7 +190,7 @@ def test_an_older_checkpoint_that_was_damaged_since_does_not_stop_the_run(tmp_pa
 
 
 def test_the_adapter_alone_is_checked_too(tmp_path: Path) -> None:
-    write(tmp_path, book(1), book(2))
+    write(tmp_path, run_state(1), run_state(2))
     assert torch.equal(checkpoint.read_params(tmp_path / "round-0001", LIKE)["a"], values(1)["a"])
     path = tmp_path / "round-0001" / checkpoint.ADAPTER
     path.write_bytes(path.read_bytes()[:-1] + b"\x3f")  # another number, as finite as the one before
@@ -199,7 +199,7 @@ def test_the_adapter_alone_is_checked_too(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_not_ours_is_no_checkpoint(tmp_path: Path) -> None:
-    write(tmp_path, book(1))
+    write(tmp_path, run_state(1))
     (tmp_path / "round-00002").mkdir()
     (tmp_path / "round-2").mkdir()
     assert checkpoint.newest(tmp_path) == tmp_path / "round-0001"
@@ -215,14 +215,14 @@ def test_new_folders_are_on_the_disk_with_what_they_hold(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "fsync", noted)
     last = tmp_path / "runs" / "a" / "checkpoints" / "round-0001"
-    write(last.parent, book(1))
+    write(last.parent, run_state(1))
     places = [*last.iterdir(), last, *last.parents[:4]]
     assert places[-1] == tmp_path
     assert [place for place in places if place.stat().st_ino not in synced] == []
 
 
 def test_a_checkpoint_of_another_round_under_this_name_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, book(1))
+    write(tmp_path, run_state(1))
     (tmp_path / "round-0001").rename(tmp_path / "round-0009")
     with pytest.raises(FedmllmError, match=r"round-0009.*of round 1"):
         checkpoint.read(tmp_path / "round-0009", LIKE, {})
@@ -261,7 +261,7 @@ def test_a_header_that_promises_terabytes_is_refused_before_memory_is_asked_for(
 
 
 def test_a_checkpoint_is_an_adapter_file(tmp_path: Path) -> None:
-    write(tmp_path, book(1))
+    write(tmp_path, run_state(1))
     loaded = load_file(tmp_path / "round-0001" / "adapter_model.safetensors")
     assert all(torch.equal(loaded[n], values(1)[n]) for n in LIKE)
 
@@ -269,16 +269,16 @@ def test_a_checkpoint_is_an_adapter_file(tmp_path: Path) -> None:
 FULL = """
     import resource, sys, pathlib, torch
     sys.path[:0] = [{tests!r}]
-    from test_checkpoint import Checkpoints, book, checkpoint, values
+    from test_checkpoint import Checkpoints, run_state, checkpoint, values
     big = {{"w": torch.zeros(30_000)}}  # 120 kB
     place = pathlib.Path({folder!r})
     checkpoints = Checkpoints(place, 2, b"{{}}", lambda: None)
-    checkpoints.save(book(1), values(1), {{}})
+    checkpoints.save(run_state(1), values(1), {{}})
     checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # a write beyond it fails, as on a full disk
-    checkpoints.save(book(2), big, {{}})
+    checkpoints.save(run_state(2), big, {{}})
     try:
-        checkpoints.save(book(3), values(3), {{}})
+        checkpoints.save(run_state(3), values(3), {{}})
     except checkpoint.FedmllmError as error:
         print(error)
 """

@@ -10,14 +10,14 @@ import torch
 from fedmllm.algorithms.robust import Krum
 from fedmllm.algorithms.scaffold import Scaffold
 from fedmllm.algorithms.server_optimizers import FedAdam, FedAvg
-from fedmllm.config.train import Screen
+from fedmllm.config.train import UpdateFilter
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params
 from fedmllm.federation.rounds import Progress, cohorts, federate
 from fedmllm.runs.totals import Totals
 
 START: Params = {"a": torch.zeros(3)}
-DROP = Screen(on_bad_update="drop_client", max_norm=10)
+DROP = UpdateFilter(on_bad_update="drop_client", max_norm=10)
 
 
 def update(client: int, value: float, num_examples: int = 1, loss: float = 0.5) -> ClientUpdate:
@@ -30,11 +30,11 @@ def steady(params: Params, round_: int, cohort: Sequence[int]) -> Iterator[Clien
 
 
 def rounds(
-    engine, screen: Screen = DROP, num: int = 1, aggregator=None, begin: Progress | None = None
+    engine, update_filter: UpdateFilter = DROP, num: int = 1, aggregator=None, begin: Progress | None = None
 ) -> list[Progress]:
     aggregator = aggregator or FedAvg()
     begin = begin or Progress(0, START, aggregator.init(START))
-    return list(federate(begin, engine, aggregator, lambda _: [0, 1], num, screen))
+    return list(federate(begin, engine, aggregator, lambda _: [0, 1], num, update_filter))
 
 
 def test_goes_on_from_any_round_to_the_same_bytes() -> None:
@@ -77,7 +77,7 @@ def test_a_bad_update_is_named_and_never_averaged(bad: ClientUpdate, reason: str
     assert reason.replace("\\", "") in after.log["dropped"][0]["reason"]
     assert Totals().plus(after.log).num_rounds == 1  # the books can be kept
     with pytest.raises(FedmllmError, match=f"round 1, client 1: .*{reason}.*drop_client"):
-        rounds(engine, Screen(max_norm=10))
+        rounds(engine, UpdateFilter(max_norm=10))
 
 
 def test_a_round_without_any_update_leaves_the_adapter_and_says_so() -> None:
@@ -104,7 +104,7 @@ def test_a_round_to_which_nobody_comes_goes_by() -> None:
 
     for aggregator in (FedAvg(), FedAdam(), Krum(), Scaffold()):
         begin = Progress(0, START, aggregator.init(START))
-        (after,) = federate(begin, never, aggregator, lambda _: [0, 1], 1, Screen(), lambda round_, client: True)
+        (after,) = federate(begin, never, aggregator, lambda _: [0, 1], 1, UpdateFilter(), lambda round_, client: True)
         assert torch.equal(after.params["a"], START["a"])
         assert (after.log["away"], after.log["dropped"], after.log["up_bytes"]) == ([0, 1], [], 0)
         assert after.log["down_bytes"] > 0  # they received what was lost on them

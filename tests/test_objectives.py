@@ -20,27 +20,27 @@ def view(missing_rate: float = 0.0, num_layers: int = 28) -> ClientView:
 
 
 def test_task_loss_pulls_nothing_and_fedprox_everything() -> None:
-    assert TaskLoss().pull("layers.3.q", view()) == 0
-    assert FedProx(mu=0.3).pull("layers.3.q", view()) == 0.3
-    assert FedProx(mu=0.3).pull("resampler.kv", view()) == 0.3
+    assert TaskLoss().prox_mu("layers.3.q", view()) == 0
+    assert FedProx(mu=0.3).prox_mu("layers.3.q", view()) == 0.3
+    assert FedProx(mu=0.3).prox_mu("resampler.kv", view()) == 0.3
 
 
 def test_adaptive_band_is_the_published_one_at_28_layers() -> None:
     prox = AdaptiveFedProx(mu_min=0.1, mu_max=0.1)
-    pulled = [layer for layer in range(28) if prox.pull(f"layers.{layer}.q", view())]
+    pulled = [layer for layer in range(28) if prox.prox_mu(f"layers.{layer}.q", view())]
     assert pulled == list(range(4, 24))  # s <= l <= 27 - s with s = 4
-    assert prox.pull("resampler.kv", view()) == 0
-    assert prox.pull("layers.10.q", view(missing_rate=0.7)) == 0.1  # the published constant
+    assert prox.prox_mu("resampler.kv", view()) == 0
+    assert prox.prox_mu("layers.10.q", view(missing_rate=0.7)) == 0.1  # the published constant
 
 
 def test_adaptive_band_scales_with_depth() -> None:
     prox = AdaptiveFedProx()
-    assert [layer for layer in range(4) if prox.pull(f"layers.{layer}.q", view(num_layers=4))] == [1, 2]
+    assert [layer for layer in range(4) if prox.prox_mu(f"layers.{layer}.q", view(num_layers=4))] == [1, 2]
 
 
 def test_adaptive_weight_grows_with_what_is_missing() -> None:
     prox = AdaptiveFedProx(mu_min=0.1, mu_max=0.5)
-    assert [prox.pull("layers.10.q", view(m)) for m in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.3, 0.5])
+    assert [prox.prox_mu("layers.10.q", view(m)) for m in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.3, 0.5])
 
 
 def test_adaptive_refuses_an_empty_range() -> None:
@@ -52,8 +52,8 @@ def test_adaptive_refuses_an_empty_range() -> None:
 def test_every_objective_is_pure_and_never_negative(name: str) -> None:
     objective = Objective.pick(name, "objective")
     for layer in range(28):
-        first = objective.pull(f"layers.{layer}.q", view(0.4))
-        assert first == objective.pull(f"layers.{layer}.q", view(0.4)) >= 0
+        first = objective.prox_mu(f"layers.{layer}.q", view(0.4))
+        assert first == objective.prox_mu(f"layers.{layer}.q", view(0.4)) >= 0
 
 
 def test_round_schedule() -> None:

@@ -276,7 +276,7 @@ def test_compare_pairs_seed_with_seed(tmp_path: Path):
     found = compare([tmp_path / "a"], [tmp_path / "b"])
     assert (found.num_a, found.num_b, found.num_pairs) == (3, 3, 3)
     assert found.settings["aggregator.name"] == ("fedadam", "fedavgm")
-    assert set(found.how) >= {"engine.name"}
+    assert set(found.execution_only) >= {"engine.name"}
     assert found.rows[0].test is not None
     assert found.rows[0].test.n == 3
     alone = compare([tmp_path / "a/0"], [tmp_path / "b/0"])

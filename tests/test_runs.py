@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from fedmllm.cli.main import app
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
-from fedmllm.runs.checkpoint import newest, read_book, sealed
+from fedmllm.runs.checkpoint import newest, read_run_state, sealed
 from fedmllm.runs.record import Record, read
 from fedmllm.runs.run import run
 
@@ -212,8 +212,8 @@ def test_other_rows_or_another_base_are_refused_and_named(tmp_path: Path, monkey
     picture.write_bytes(picture.read_bytes()[:-1])
     place = newest(folder / "checkpoints")
     assert place is not None
-    book = read_book(place)
-    other = book.model_copy(update={"digests": {**book.digests, "base": "another"}})
+    run_state = read_run_state(place)
+    other = run_state.model_copy(update={"digests": {**run_state.digests, "base": "another"}})
     (place / "state.json").write_bytes(sealed(other))
     with pytest.raises(ConfigError, match="the digest of its base was 'another', is '"):
         run(experiment(data=settings), folder, resume=True)
@@ -305,7 +305,7 @@ def test_ctrl_c_and_sigterm_leave_a_readable_record_and_a_way_on(number: int, tm
     assert events(tmp_path / "run")[-1]["event"] == "stopped"
     last = newest(tmp_path / "run" / "checkpoints")
     assert last is not None
-    assert read_book(last).round >= 1
+    assert read_run_state(last).round >= 1
 
 
 def test_the_command_line_resumes(tmp_path: Path) -> None:

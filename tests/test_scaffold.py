@@ -90,8 +90,10 @@ def test_what_a_refused_update_left_is_forgotten(tmp_path: Path) -> None:
 
 def test_a_client_whose_updates_are_refused_keeps_no_state(tmp_path: Path) -> None:
     """Else c would no longer be the mean of the c_k, and every later round would be pulled aside."""
-    screen = {"max_norm": 1e-9, "on_bad_update": "drop_client"}
-    run(Experiment.parse({**TABLE, "aggregator": "scaffold", "num_rounds": 2, "screen": screen}), tmp_path)
+    update_filter = {"max_norm": 1e-9, "on_bad_update": "drop_client"}
+    run(
+        Experiment.parse({**TABLE, "aggregator": "scaffold", "num_rounds": 2, "update_filter": update_filter}), tmp_path
+    )
     assert all(len(e["dropped"]) == 2 for e in read(tmp_path / "record.jsonl") if e["event"] == "round")
     assert list((tmp_path / "controls").rglob("*.safetensors")) == []
 

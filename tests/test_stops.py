@@ -21,10 +21,10 @@ from fedmllm.core.errors import DataError, FedmllmError
 from fedmllm.federation.evaluation import predict
 from fedmllm.runs import checkpoint
 from fedmllm.runs.checkpoint import Checkpoints
-from fedmllm.runs.inputs import World
+from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.record import Record
 from fedmllm.runs.run import run
-from test_checkpoint import LIKE, book, values, write
+from test_checkpoint import LIKE, run_state, values, write
 from test_runs import Stop, adam, events, experiment, stopped
 
 
@@ -57,10 +57,10 @@ def test_a_checkpoint_survives_a_kill_at_every_operation(tmp_path: Path, monkeyp
     fuse = Fuse(monkeypatch)
     for number in itertools.count(1):
         folder = tmp_path / str(number)
-        write(folder, book(1), book(2), keep=1)
+        write(folder, run_state(1), run_state(2), keep=1)
         checkpoints = Checkpoints(folder, 1, b"{}", lambda: None)
         fuse.left = number
-        checkpoints.save(book(3), values(3), {})
+        checkpoints.save(run_state(3), values(3), {})
         try:
             checkpoints.wait()
             break  # more operations than there are
@@ -71,7 +71,7 @@ def test_a_checkpoint_survives_a_kill_at_every_operation(tmp_path: Path, monkeyp
             assert all(torch.equal(back.params[name], t) for name, t in values(left).items())
         last = max(checkpoint.numbers(folder))
         assert last in (2, 3)
-        write(folder, book(last + 1), keep=1)
+        write(folder, run_state(last + 1), keep=1)
         assert [entry.name for entry in folder.iterdir()] == [f"round-{last + 1:04d}"]
     assert number > 10
 
@@ -82,7 +82,7 @@ def test_a_damaged_best_one_is_refused_though_the_last_one_is_whole(tmp_path: Pa
         run(adam(), tmp_path, [Stop("validation", 3)])
     last = checkpoint.newest(tmp_path / "checkpoints")
     assert last is not None
-    best = checkpoint.read_book(last).best
+    best = checkpoint.read_run_state(last).best
     assert best is not None
     path = tmp_path / "checkpoints" / f"round-{best.number:04d}" / checkpoint.ADAPTER
     path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
@@ -110,11 +110,11 @@ def test_a_record_that_was_replaced_is_refused(tmp_path: Path) -> None:
 
 def test_scores_that_are_nan_are_no_prediction() -> None:
     """A finite adapter whose products are not: the largest of NaN would be an answer like any other."""
-    world = World.load(experiment())
-    e = world.experiment
-    world.backbone.set_lora({name: torch.full_like(t, 1e30) for name, t in world.start.items()})
+    inputs = Inputs.load(experiment())
+    e = inputs.experiment
+    inputs.backbone.set_lora({name: torch.full_like(t, 1e30) for name, t in inputs.start.items()})
     with pytest.raises(DataError, match="the model's scores are NaN"):
-        predict(world.backbone, e.prompt, world.test, frozenset(("image", "text")), e.evaluate)
+        predict(inputs.backbone, e.prompt, inputs.test, frozenset(("image", "text")), e.evaluate)
 
 
 PARENT = """

@@ -15,7 +15,7 @@ import pytest
 
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.runs.record import read
-from fedmllm.runs.suites.scheduler import Job, State, give, hire, listen, run_suite
+from fedmllm.runs.suites.scheduler import Job, State, assign, poll, run_suite, start_workers
 from fedmllm.runs.suites.suite import Suite, merge
 
 ROOT = Path(__file__).parents[1]
@@ -213,8 +213,8 @@ def test_a_process_that_dies_between_two_cells_costs_none(tmp_path: Path):
     job = Job(process, ours)
     cells = list(Suite.load(file(tmp_path, SMALL)).cells)
     state = State(waiting=cells, jobs=[job])
-    assert not give(job, cells[0], tmp_path)
-    listen(state, Told())
+    assert not assign(job, cells[0], tmp_path)
+    poll(state, Told())
     assert (state.jobs, state.failed, len(state.waiting)) == ([], {}, 8)
 
 
@@ -276,12 +276,12 @@ def test_runs_of_another_suite_in_the_folder_are_told(tmp_path: Path):
 def test_no_further_process_is_started_over_the_memory_budget():
     working = Job(process=None, pipe=None, host_bytes=3 * 10**9, event={"event": "round"})
     state = State(waiting=[None, None], jobs=[working])
-    hire(state, num_jobs=4, num_threads=1, budget_bytes=5 * 10**9)
+    start_workers(state, num_jobs=4, num_threads=1, budget_bytes=5 * 10**9)
     assert len(state.jobs) == 1
     assert "1 of 4 jobs" in state.note
     working.event = {}  # it has not shown yet what it needs
     state.note = ""
-    hire(state, num_jobs=4, num_threads=1, budget_bytes=10**12)
+    start_workers(state, num_jobs=4, num_threads=1, budget_bytes=10**12)
     assert (len(state.jobs), state.note) == (1, "")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fedmllm.config.experiment  # noqa: F401  (registers every data set)
 from fedmllm.data.base import Dataset
 from fedmllm.data.crisismmd import CHOICES as CRISIS_CLASSES
 

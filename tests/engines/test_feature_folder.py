@@ -199,5 +199,10 @@ def test_where_features_are_kept_is_no_other_experiment(tmp_path: Path) -> None:
     plain = experiment()
     kept = experiment(image_features_folder=str(tmp_path), image_features_folder_mb=7, device="cuda")
     assert kept.run_id() == plain.run_id()
-    assert {*Experiment.how()} >= {"engine", "backbone.device", "backbone.image_features_folder", "evaluate.batch_size"}
+    assert {*Experiment.execution_only()} >= {
+        "engine",
+        "backbone.device",
+        "backbone.image_features_folder",
+        "evaluate.batch_size",
+    }
     assert experiment(max_tokens=7).run_id() != plain.run_id()

@@ -150,7 +150,7 @@ def test_over_sites_every_site_is_a_client_in_the_order_of_names():
     assert experiment.partition.split(rows, 0) == [[0], [1]]
     assert experiment.data.load("test").examples == ()
     assert experiment.engine.name == "flower-sites"
-    assert experiment.screen.on_bad_update == "drop_client"
+    assert experiment.update_filter.on_bad_update == "drop_client"
 
 
 def test_the_servers_experiment_reads_back_from_its_record():

@@ -21,7 +21,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core import tensors
 from fedmllm.core.errors import FedmllmError
 from fedmllm.flower import simulation as flower_simulation
-from fedmllm.runs.inputs import World
+from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.record import read
 from fedmllm.runs.run import run
 
@@ -72,30 +72,30 @@ def test_an_actor_loads_the_base_once_for_all_its_messages(tmp_path):
 
 def test_a_client_that_fails_is_named_and_the_simulation_goes_on(tmp_path):
     settings = {**TABLE, "engine": SIMULATION, "num_rounds": 1}
-    world = World.load(Experiment.parse(settings))
-    engine = flower_simulation.FlowerSimulation(world.experiment.engine, world.clients(1))
+    inputs = Inputs.load(Experiment.parse(settings))
+    engine = flower_simulation.FlowerSimulation(inputs.experiment.engine, inputs.clients(1))
     strange = {"no-such-tensor": torch.zeros(3)}
     answers = list(engine(strange, 1, [0, 2]))
     assert [answer.client for answer in answers] == [0, 2]
     assert all("names or shapes differ" in answer.reason for answer in answers)
-    assert all(hasattr(answer, "delta") for answer in engine(world.start, 1, [0, 2]))
+    assert all(hasattr(answer, "delta") for answer in engine(inputs.start, 1, [0, 2]))
 
 
 def test_an_actor_that_is_killed_costs_time_and_no_update(tmp_path):
-    world = World.load(Experiment.parse({**TABLE, "engine": SIMULATION}))
-    engine = flower_simulation.FlowerSimulation(world.experiment.engine, world.clients(3))
-    before = [tensors.digest(answer.delta) for answer in engine(world.start, 1, [0, 1, 2])]
+    inputs = Inputs.load(Experiment.parse({**TABLE, "engine": SIMULATION}))
+    engine = flower_simulation.FlowerSimulation(inputs.experiment.engine, inputs.clients(3))
+    before = [tensors.digest(answer.delta) for answer in engine(inputs.start, 1, [0, 1, 2])]
     (killed, *_) = actors()
     os.kill(killed, signal.SIGKILL)
-    after = [tensors.digest(answer.delta) for answer in engine(world.start, 1, [0, 1, 2])]
+    after = [tensors.digest(answer.delta) for answer in engine(inputs.start, 1, [0, 1, 2])]
     assert after == before
     assert killed not in actors()
 
 
 def test_ray_neither_listens_on_nor_reaches_another_address_than_loopback(tmp_path):
-    world = World.load(Experiment.parse({**TABLE, "engine": SIMULATION}))
-    engine = flower_simulation.FlowerSimulation(world.experiment.engine, world.clients(3))
-    assert all(hasattr(answer, "delta") for answer in engine(world.start, 1, [0]))
+    inputs = Inputs.load(Experiment.parse({**TABLE, "engine": SIMULATION}))
+    engine = flower_simulation.FlowerSimulation(inputs.experiment.engine, inputs.clients(3))
+    assert all(hasattr(answer, "delta") for answer in engine(inputs.start, 1, [0]))
     everything = {pid for pid, _ in processes()}
     assert len(everything) > 4  # raylet, its stores and agents, actors
     assert addresses(everything) == {"127.0.0.1"}

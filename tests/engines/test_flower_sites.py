@@ -53,10 +53,10 @@ def test_what_a_site_does_not_allow_is_refused_and_the_reason_is_in_the_record(s
 
 
 def test_an_update_beyond_the_limit_is_left_out_of_the_sum_and_named(sites):
-    events = sites.run("screened", "--set", "screen.max_norm=1e-6", "--set", "num_rounds=1")
+    events = sites.run("screened", "--set", "update_filter.max_norm=1e-6", "--set", "num_rounds=1")
     said = dropped([event for event in events if event["event"] == "round"])
     assert len(said) == 3
-    assert all("over screen.max_norm" in line for line in said)
+    assert all("over update_filter.max_norm" in line for line in said)
 
 
 def test_a_site_that_is_removed_is_let_in_no_more_and_told_so(sites):

@@ -37,7 +37,7 @@ FAMILIES = ["llava", "qwen2_vl", "minicpmv4_6", "minicpmv2.6", "tiny"]
 LARGEST = {"tiny": 1e-10}
 CASES = [
     *((family, TaskLoss()) for family in (*FAMILIES, "qwen3_vl", "gemma3", "minicpm-llama3-v2.5")),
-    *((family, pull) for family in FAMILIES for pull in PULLS),
+    *((family, prox_mu) for family in FAMILIES for prox_mu in PULLS),
 ]
 
 

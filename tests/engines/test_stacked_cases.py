@@ -37,12 +37,12 @@ def test_scaffold(load: Load, examples: list[Example], tmp_path: Path) -> None:
     def rounds(engine: Engine, folder: Path) -> tuple[list[ClientUpdate], Params]:
         aggregator, params = Scaffold(), start
         state = aggregator.init(start)
-        controls = Controls(folder, len(COHORT), aggregator.besides(state), begun=0)
+        controls = Controls(folder, len(COHORT), aggregator.broadcast(state), begun=0)
         clients = replace(plain, controls=controls)
         for round_ in (1, 2):
             updates = engine(clients, params, round_=round_)
             params, state = aggregator.apply(params, state, iter(updates))
-            controls.server = aggregator.besides(state)
+            controls.server = aggregator.broadcast(state)
         return updates, controls.server
 
     (expected, server), (updates, other) = rounds(one_after_another, tmp_path / "a"), rounds(together, tmp_path / "b")

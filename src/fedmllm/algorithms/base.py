@@ -24,7 +24,7 @@ class Aggregator(Named):
     def init(self, params: Params) -> State:
         return {}
 
-    def besides(self, state: State) -> Params:
+    def broadcast(self, state: State) -> Params:
         """What an asked client receives besides the adapter; {} = nothing."""
         return {}
 

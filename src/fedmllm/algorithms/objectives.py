@@ -31,7 +31,7 @@ class Objective(Named):
     """
 
     @abstractmethod
-    def pull(self, tensor: str, client: ClientView) -> float:
+    def prox_mu(self, tensor: str, client: ClientView) -> float:
         """mu of one LoRA tensor; 0 = it is free."""
 
 
@@ -40,7 +40,7 @@ class TaskLoss(Objective):
 
     name: Literal["task"] = "task"
 
-    def pull(self, tensor: str, client: ClientView) -> float:
+    def prox_mu(self, tensor: str, client: ClientView) -> float:
         return 0.0
 
 
@@ -50,7 +50,7 @@ class FedProx(Objective):
     name: Literal["fedprox"] = "fedprox"
     mu: NonNegativeFloat = 0.01
 
-    def pull(self, tensor: str, client: ClientView) -> float:
+    def prox_mu(self, tensor: str, client: ClientView) -> float:
         return self.mu
 
 
@@ -74,7 +74,7 @@ class AdaptiveFedProx(Objective):
             raise ValueError(f"mu_min = {self.mu_min} must not exceed mu_max = {self.mu_max}")
         return self
 
-    def pull(self, tensor: str, client: ClientView) -> float:
+    def prox_mu(self, tensor: str, client: ClientView) -> float:
         layer = client.layer_of(tensor)
         skipped = round(self.skip * client.num_layers)
         if layer is None or not skipped <= layer <= client.num_layers - 1 - skipped:

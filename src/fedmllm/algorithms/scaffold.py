@@ -28,7 +28,7 @@ class Scaffold(Aggregator):
     def init(self, params: Params) -> State:
         return {"c": zeros(params)}
 
-    def besides(self, state: State) -> Params:
+    def broadcast(self, state: State) -> Params:
         return state["c"]
 
     def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:

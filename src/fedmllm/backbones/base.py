@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fedmllm.core.spec import HOW, Named, Spec
+from fedmllm.core.spec import EXECUTION_ONLY, Named, Spec
 from fedmllm.core.types import Conversation, Params
 
 if TYPE_CHECKING:
@@ -72,11 +72,13 @@ class BackboneSpec(Named):
     precision: Precision = Precision()
     max_tokens: PositiveInt = 1200  # a longer prompt is an error, never cut inside image tokens
     # memory for the frozen tower's output across rounds and runs; 0 = off
-    keep_image_features_mb: Annotated[NonNegativeInt, HOW] = 1024
+    keep_image_features_mb: Annotated[NonNegativeInt, EXECUTION_ONLY] = 1024
     # where it is kept besides, for other processes and later runs, "~" allowed; "" = nowhere
-    image_features_folder: Annotated[str, HOW] = ""
-    image_features_folder_mb: Annotated[PositiveInt, HOW] = 16384  # of disk; what was used longest ago goes first
-    device: Annotated[str, HOW] = "cpu"  # "cpu", "cuda", "cuda:1"
+    image_features_folder: Annotated[str, EXECUTION_ONLY] = ""
+    image_features_folder_mb: Annotated[PositiveInt, EXECUTION_ONLY] = (
+        16384  # of disk; what was used longest ago goes first
+    )
+    device: Annotated[str, EXECUTION_ONLY] = "cpu"  # "cpu", "cuda", "cuda:1"
 
     @abstractmethod
     def load(self, seed: int) -> Backbone:
@@ -87,7 +89,7 @@ class Tiny(BackboneSpec):
     """The embedded MiniCPM-V 2.6 of about a million weights, pre-trained by `scripts/pretrain_tiny.py`."""
 
     name: Literal["tiny"] = "tiny"
-    keep_image_features_mb: Annotated[NonNegativeInt, HOW] = 64  # 8 kB a picture
+    keep_image_features_mb: Annotated[NonNegativeInt, EXECUTION_ONLY] = 64  # 8 kB a picture
 
     def load(self, seed: int) -> Backbone:
         from fedmllm.backbones.tiny import load_tiny

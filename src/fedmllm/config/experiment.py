@@ -7,9 +7,10 @@ import importlib
 import json
 import pkgutil
 import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     NonNegativeInt,
@@ -26,10 +27,10 @@ from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import BackboneSpec, Tiny
 from fedmllm.config.engine import Engine, Stacked
-from fedmllm.config.train import Checkpointing, Evaluate, Screen, Train
+from fedmllm.config.train import Checkpointing, Evaluate, Train, UpdateFilter
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS
-from fedmllm.core.spec import HOW, Named, Spec, nearest, validate
+from fedmllm.core.spec import EXECUTION_ONLY, Named, Spec, current_keys, nearest, validate
 from fedmllm.core.types import visible_of
 from fedmllm.data.base import Dataset
 from fedmllm.data.prompts import Plain, Prompt
@@ -58,6 +59,8 @@ FAMILIES: dict[str, type[Named]] = {
 class Experiment(Spec):
     """data x scenario x prompt x backbone x objective x aggregator x rounds."""
 
+    old_keys: ClassVar[Mapping[str, str]] = {"update_filter": "screen"}
+
     data: SerializeAsAny[Dataset]
     partition: SerializeAsAny[Partition] = Dirichlet()
     scenario: SerializeAsAny[Scenario] = Aligned()
@@ -67,11 +70,11 @@ class Experiment(Spec):
     aggregator: SerializeAsAny[Aggregator] = FedAvg()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
-    screen: Screen = Screen()
+    update_filter: UpdateFilter = UpdateFilter()
     availability: SerializeAsAny[Availability] = Always()
-    checkpoint: Annotated[Checkpointing, HOW] = Checkpointing()
+    checkpoint: Annotated[Checkpointing, EXECUTION_ONLY] = Checkpointing()
     method: Literal["federated", "zero-shot", "majority", "local", "centralised"] = "federated"
-    engine: Annotated[SerializeAsAny[Engine], HOW] = Stacked()
+    engine: Annotated[SerializeAsAny[Engine], EXECUTION_ONLY] = Stacked()
     num_rounds: PositiveInt = 25
     cohort_size: PositiveInt = 2
     cohort: Literal["seeded", "reference"] = "seeded"
@@ -152,6 +155,8 @@ class Experiment(Spec):
         table = read_toml(Path(path))
         if "matrix" in table:
             raise ConfigError(f"{path}: a suite of experiments, not one; `fedmllm suite {path}` runs it")
+        warn_of_old_keys(table, str(path))
+        table = current_keys(cls, table, str(path))
         for override in overrides:
             set_key(table, override)
         return cls.parse(table, str(path))
@@ -188,6 +193,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
 
 
+def warn_of_old_keys(table: Mapping[str, Any], place: str) -> None:
+    """Issue a FutureWarning for each key of an experiment that has a new name."""
+    for new, old in Experiment.old_keys.items():
+        if old in table:
+            warnings.warn(
+                f"{place}: {old}: renamed to {new!r}; the old name goes in the next release", FutureWarning, 2
+            )
+
+
 def set_key(table: dict[str, Any], override: str) -> None:
     """`a.b=value` into a nested table. A family given by its bare name becomes a table first."""
     path, separator, text = override.partition("=")
@@ -199,6 +213,7 @@ def set_key(table: dict[str, Any], override: str) -> None:
     except (ValueError, RecursionError):
         value = text.strip()
     here = table
+    keys[0] = next((new for new, old in Experiment.old_keys.items() if old == keys[0]), keys[0])
     default = Experiment.model_fields[keys[0]].default if keys[0] in FAMILIES else None
     if keys[0] not in table and isinstance(default, Named):  # a key of the family's default member
         table[keys[0]] = {"name": default.name}

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from fedmllm.algorithms.schedules import Schedule
-from fedmllm.core.spec import HOW, Spec
+from fedmllm.core.spec import EXECUTION_ONLY, Spec
 
 
 class Train(Spec):
@@ -45,7 +45,7 @@ class Evaluate(Spec):
     every: NonNegativeInt = 0  # rounds; 0 = after the last one only
     # "all" (or "both"), "none", or modalities joined by "+": "image", "image+text"; several give a row each
     visible: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(one_or_several)] = ("all",)
-    batch_size: Annotated[PositiveInt, HOW] = 16
+    batch_size: Annotated[PositiveInt, EXECUTION_ONLY] = 16
     max_new_tokens: PositiveInt = 16
     limit: NonNegativeInt = 0  # test rows, the first ones; 0 = all
     select: Literal["last", "validation"] = "last"  # which adapter is the result; "validation": the best one
@@ -57,7 +57,7 @@ class Evaluate(Spec):
         return self
 
 
-class Screen(Spec):
+class UpdateFilter(Spec):
     """Which updates are let into the sum."""
 
     on_bad_update: Literal["fail", "drop_client"] = "fail"  # NaN, Inf, wrong names or shapes, over the norm limit

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedmllm.core.errors import ConfigError
 
-HOW = "how"  # Annotated[..., HOW] on a field of a Spec: where or how fast something is computed, never what comes out
+EXECUTION_ONLY = (
+    "how"  # Annotated[..., HOW] on a field of a Spec: where or how fast something is computed, never what comes out
+)
 
 
 class Spec(BaseModel):
@@ -18,24 +20,27 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    # Key -> its spelling in earlier releases: still accepted (`current_keys`), and kept in `identity`, so that run ids last.
+    old_keys: ClassVar[Mapping[str, str]] = {}
+
     def identity(self) -> dict[str, Any]:
         """The settings that change results, as JSON: fields annotated with HOW are left out, at any depth."""
         table = self.model_dump(mode="json")
         for key, field_ in type(self).model_fields.items():
             value = getattr(self, key)
-            if HOW in field_.metadata:
+            if EXECUTION_ONLY in field_.metadata:
                 del table[key]
             elif isinstance(value, Spec):
                 table[key] = value.identity()
-        return table
+        return {self.old_keys.get(key, key): value for key, value in table.items()}
 
     @classmethod
-    def how(cls) -> tuple[str, ...]:
+    def execution_only(cls) -> tuple[str, ...]:
         """What `identity` leaves out, as dotted keys."""
-        mine = [key for key, field_ in cls.model_fields.items() if HOW in field_.metadata]
+        mine = [key for key, field_ in cls.model_fields.items() if EXECUTION_ONLY in field_.metadata]
         inner = {key: _inner(cls, (key,)) for key in cls.model_fields if key not in mine}
         tables = {key: spec for key, spec in inner.items() if issubclass(spec, Spec) and spec is not cls}
-        deeper = [f"{key}.{k}" for key, spec in tables.items() for k in spec.how()]
+        deeper = [f"{key}.{k}" for key, spec in tables.items() for k in spec.execution_only()]
         return (*mine, *deeper)
 
 
@@ -84,8 +89,18 @@ def nearest(word: str, allowed: Mapping[str, object] | list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def current_keys(model: type[BaseModel], table: Mapping[str, object], place: str) -> dict[str, object]:
+    """`table` with the keys that were renamed under their present names. Raises ConfigError if both names are given."""
+    renamed = {old: new for new, old in getattr(model, "old_keys", {}).items() if old in table}
+    for old, new in renamed.items():
+        if new in table:
+            raise ConfigError(f"{f'{place}.{old}'.strip('.')}: renamed to {new!r}, which is given too; keep {new!r}")
+    return {renamed.get(key, key): value for key, value in table.items()}
+
+
 def validate(model: type[BaseModel], table: Mapping[str, object], place: str) -> BaseModel:
     """`model(**table)`; an error lists every bad key with its full place, its value and what is allowed."""
+    table = current_keys(model, table, place)
     slips = {line.split(":")[0]: line for line in _no_numbers(model, table, place)}
     try:
         made = model.model_validate(dict(table))

@@ -13,7 +13,7 @@ import torch
 from fedmllm.algorithms.objectives import ClientView, Objective
 from fedmllm.algorithms.schedules import round_factor, step_factor
 from fedmllm.backbones.base import Backbone, Row
-from fedmllm.backbones.cache.bounded import Rows
+from fedmllm.backbones.cache.bounded import RowCache
 from fedmllm.config.experiment import Experiment
 from fedmllm.config.train import Train
 from fedmllm.core.errors import FedmllmError
@@ -35,18 +35,18 @@ class RowStore:
 
     def __init__(self, backbone: Backbone, prompt: Prompt, examples: Sequence[Example]) -> None:
         self._backbone, self._prompt, self._examples = backbone, prompt, examples
-        self._kept = Rows(ROWS_KEPT_BYTES)
+        self._cache = RowCache(ROWS_KEPT_BYTES)
 
     def row(self, index: int, visible: Visible) -> Row:
         key = (index, visible)
-        row = self._kept.get(key)
+        row = self._cache.get(key)
         if row is None:
             example = self._examples[index]
             try:
                 row = self._backbone.encode(self._prompt.render(example, visible), self._prompt.target(example))
             except FedmllmError as error:
                 raise type(error)(f"{example.where}, id {example.id}: {error}") from None
-            self._kept.keep(key, row, lambda _, old: not self._backbone.needs_pixels(old))
+            self._cache.put(key, row, lambda _, old: not self._backbone.needs_pixels(old))
         return row
 
 
@@ -110,14 +110,14 @@ class Clients:
                 )
                 done += 1
 
-    def pulls(self, client: int, names: Sequence[str]) -> dict[str, float]:
+    def prox_mus(self, client: int, names: Sequence[str]) -> dict[str, float]:
         """The objective's mu of each LoRA tensor for this client, without the zeros."""
         view = ClientView(
             missing_rate=self.shards[client].missing_rate(self.modalities),
             num_layers=self.backbone.num_layers,
             layer_of=self.backbone.layer_of,
         )
-        return {name: mu for name in names if (mu := self.objective.pull(name, view))}
+        return {name: mu for name in names if (mu := self.objective.prox_mu(name, view))}
 
     def optimizer(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.AdamW:
         """A new AdamW for every client and round, as published: moments do not outlive a round."""
@@ -131,7 +131,7 @@ class Clients:
         backbone.set_lora(start)
         weights = backbone.trainable()
         anchor = {name: w.detach().clone() for name, w in weights.items()}
-        pulls = self.pulls(client, list(weights))
+        prox_mus = self.prox_mus(client, list(weights))
         optimizer = self.optimizer(list(weights.values()))
         losses, num_tokens = [], 0
         offset = self.controls.offset(client, round_) if self.controls else {}
@@ -144,7 +144,7 @@ class Clients:
                     grad = weights[name].grad
                     gradients[name] += grad.cpu()  # type: ignore[union-attr]
                     grad.add_(c.to(grad.device))  # type: ignore[union-attr]
-                for name, mu in pulls.items():  # d/dw of mu/2 ||w - anchor||^2
+                for name, mu in prox_mus.items():  # d/dw of mu/2 ||w - anchor||^2
                     weights[name].grad.add_(weights[name] - anchor[name], alpha=mu)  # type: ignore[union-attr]
                 if self.train.clip_norm:
                     torch.nn.utils.clip_grad_norm_(list(weights.values()), self.train.clip_norm)

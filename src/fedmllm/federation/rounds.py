@@ -11,7 +11,7 @@ from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 from fedmllm.algorithms.base import Aggregator
-from fedmllm.config.train import Screen
+from fedmllm.config.train import UpdateFilter
 from fedmllm.core.errors import ConfigError, FedmllmError, NothingToAverage
 from fedmllm.core.rng import stream
 from fedmllm.core.tensors import is_finite, lora_bytes, norm, num_bytes, same_names
@@ -35,49 +35,51 @@ class Progress:
 
 def federate(
     progress: Progress, engine: Engine, aggregator: Aggregator, cohorts: Callable[[int], list[int]], num_rounds: int,
-    screen: Screen, drops_out: Callable[[int, int], bool] | None = None,
+    update_filter: UpdateFilter, drops_out: Callable[[int, int], bool] | None = None,
 ) -> Iterator[Progress]:  # fmt: skip
     """Yield the state after each round from `progress.round + 1` to `num_rounds`.
 
     `drops_out` (round, client) says who of a cohort receives the adapter and then gives no answer.
 
-    Raises FedmllmError for an update that may not be averaged, where screen.on_bad_update = "fail", and for a global
+    Raises FedmllmError for an update that may not be averaged, where update_filter.on_bad_update = "fail", and for a global
     adapter that would no longer be finite: no round that is yielded holds NaN or Inf.
     """
     params, state = progress.params, progress.state
     for round_ in range(progress.round + 1, num_rounds + 1):
         began, cohort = time.perf_counter(), cohorts(round_)
-        away = [client for client in cohort if drops_out(round_, client)] if drops_out else []
-        intake = Intake(screen, params, aggregator.besides(state), round_, cohort, away)
+        dropped_out = [client for client in cohort if drops_out(round_, client)] if drops_out else []
+        validator = UpdateValidator(update_filter, params, aggregator.broadcast(state), round_, cohort, dropped_out)
         try:
-            updates = intake.timed(engine, params, round_, [client for client in cohort if client not in away])
-            params, state = aggregator.apply(params, state, intake.checked(updates))
+            updates = validator.timed(
+                engine, params, round_, [client for client in cohort if client not in dropped_out]
+            )
+            params, state = aggregator.apply(params, state, validator.checked(updates))
         except NothingToAverage as error:
-            intake.note = f"the global adapter stays as it was: {error}"
+            validator.note = f"the global adapter stays as it was: {error}"
         if not (is_finite(params) and all(map(is_finite, state.values()))):
             raise FedmllmError(
                 f"round {round_}: {aggregator.name} made NaN or Inf of finite updates: the federation diverges; "
-                "lower aggregator.lr or train.lr, or set screen.max_norm"
+                "lower aggregator.lr or train.lr, or set update_filter.max_norm"
             )
         wall_s = time.perf_counter() - began
-        times = {"server_s": wall_s - intake.engine_s, "wall_s": wall_s}
-        yield Progress(round_, params, state, {"round": round_, "cohort": cohort, **intake.log(), **times})
+        times = {"server_s": wall_s - validator.engine_s, "wall_s": wall_s}
+        yield Progress(round_, params, state, {"round": round_, "cohort": cohort, **validator.log(), **times})
 
 
-class Intake:
+class UpdateValidator:
     """The updates of one round on their way to the aggregator: checked, counted and named, one at a time."""
 
     def __init__(
         self,
-        screen: Screen,
+        update_filter: UpdateFilter,
         params: Params,
-        besides: Params,
+        broadcast: Params,
         round_: int,
         cohort: Sequence[int],
-        away: Sequence[int] = (),
+        dropped_out: Sequence[int] = (),
     ) -> None:
-        self._screen, self._params, self._besides, self._round = screen, params, besides, round_
-        self._cohort, self._away, self._awaited = cohort, away, set(cohort).difference(away)
+        self._update_filter, self._params, self._broadcast, self._round = update_filter, params, broadcast, round_
+        self._cohort, self._dropped_out, self._awaited = cohort, dropped_out, set(cohort).difference(dropped_out)
         self._clients: list[dict[str, Any]] = []
         self._dropped: list[dict[str, Any]] = []
         self._up_bytes = self._up_lora_bytes = 0
@@ -111,10 +113,10 @@ class Intake:
             self._leave_out(client, "it gave no answer")
 
     def _leave_out(self, client: int, reason: str) -> None:
-        if self._screen.on_bad_update == "fail":
+        if self._update_filter.on_bad_update == "fail":
             raise FedmllmError(
                 f"round {self._round}, client {client}: {reason}; nothing was averaged. "
-                'screen.on_bad_update = "drop_client" leaves such clients out'
+                'update_filter.on_bad_update = "drop_client" leaves such clients out'
             )
         self._dropped.append({"client": client, "reason": reason})
 
@@ -140,17 +142,21 @@ class Intake:
             return f"its {odd[0][:50]} is {_shown(update.metrics[odd[0]])}"
         if not (isinstance(update.num_examples, Integral) and _is_amount(update.num_examples, 0)):
             return f"its number of rows is {_shown(update.num_examples)}"
-        limit = self._screen.max_norm
-        return f"the norm of its delta is {size:.4g}, over screen.max_norm = {limit:.4g}" if 0 < limit < size else ""
+        limit = self._update_filter.max_norm
+        return (
+            f"the norm of its delta is {size:.4g}, over update_filter.max_norm = {limit:.4g}"
+            if 0 < limit < size
+            else ""
+        )
 
     def log(self) -> dict[str, Any]:
         asked = len(self._cohort)
         up = {"up_bytes": self._up_bytes, "up_lora_bytes": self._up_lora_bytes}
-        sent = (self._params, self._besides)
+        sent = (self._params, self._broadcast)
         down = {"down_bytes": asked * sum(map(num_bytes, sent)), "down_lora_bytes": asked * sum(map(lora_bytes, sent))}
         note = {"note": self.note} if self.note else {}
-        away = {"away": list(self._away)} if self._away else {}
-        return {"clients": self._clients, "dropped": self._dropped, **away, **up, **down, **note}
+        dropped_out = {"away": list(self._dropped_out)} if self._dropped_out else {}
+        return {"clients": self._clients, "dropped": self._dropped, **dropped_out, **up, **down, **note}
 
 
 def _is_amount(value: object, least: float) -> bool:

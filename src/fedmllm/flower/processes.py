@@ -61,7 +61,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def alone(folder: Path) -> IO[str]:
+def exclusive_lock(folder: Path) -> IO[str]:
     """The lock of a site's state or a server's folder, which ends with this process. FedmllmError where another has it."""
     file = (folder / "lock").open("w")
     try:

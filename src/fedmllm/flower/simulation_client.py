@@ -18,7 +18,7 @@ from fedmllm.core.types import Shard
 from fedmllm.federation.client import Clients
 from fedmllm.flower.messages import unpack, update_content
 from fedmllm.flower.wire import ABOUT
-from fedmllm.runs.inputs import World
+from fedmllm.runs.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Job:
     threads: int
 
 
-_worlds: dict[str, World] = {}  # of this actor: one, the last
+_worlds: dict[str, Inputs] = {}  # of this actor: one, the last
 _clients: dict[tuple[str, int], Clients] = {}
 _loads = 0  # of a base model, in this actor
 
@@ -52,21 +52,21 @@ def train(message: Message, context: Context) -> Message:
 
 def of_actor(job: Job) -> Clients:
     """The clients as this actor sees them: only the job's own holds rows."""
-    world, key = world_of(job.experiment), (job.experiment.run_id(), job.num_rounds)
+    inputs, key = world_of(job.experiment), (job.experiment.run_id(), job.num_rounds)
     if key not in _clients:
         _clients.clear()
-        _clients[key] = world.clients(job.num_rounds)
+        _clients[key] = inputs.clients(job.num_rounds)
     shards = [Shard(client, (), ()) for client in range(job.shard.client)] + [job.shard]
     return replace(_clients[key], shards=shards)
 
 
-def world_of(experiment: Experiment) -> World:
+def world_of(experiment: Experiment) -> Inputs:
     """Loaded once an actor and experiment."""
     global _loads
     key = experiment.run_id()
     if key not in _worlds:
         _worlds.clear()
         _clients.clear()
-        _worlds[key] = World.load(experiment)
+        _worlds[key] = Inputs.load(experiment)
         _loads += 1
     return _worlds[key]

@@ -16,7 +16,7 @@ from rich.table import Table
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.text import flat
 from fedmllm.reports.findings import p_text
-from fedmllm.reports.reading import HOW, RunRecord, asked, read_book
+from fedmllm.reports.reading import EXECUTION_ONLY, RunRecord, asked, read_book
 from fedmllm.reports.stats import Paired, paired
 
 
@@ -36,7 +36,7 @@ class Comparison:
     """What `fedmllm compare` prints."""
 
     settings: dict[str, tuple[str, str]]  # key -> values on either side
-    how: dict[str, tuple[str, str]]  # the same for what may not change results
+    execution: dict[str, tuple[str, str]]  # the same for what may not change results
     rows: tuple[Row, ...]
     num_a: int
     num_b: int
@@ -71,9 +71,9 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
             rows.append(Row(metric, visible, sum(ours) / len(ours), sum(theirs) / len(theirs), test))
     if not rows:
         raise FedmllmError("the two sides are judged by no common metric")
-    how = {key: words for key, words in differing.items() if f"{key}.".startswith(HOW)}
-    what = {key: words for key, words in differing.items() if key not in how}
-    return Comparison(what, how, tuple(rows), len(runs_a), len(runs_b), len(shared))
+    execution = {key: words for key, words in differing.items() if f"{key}.".startswith(EXECUTION_ONLY)}
+    what = {key: words for key, words in differing.items() if key not in execution}
+    return Comparison(what, execution, tuple(rows), len(runs_a), len(runs_b), len(shared))
 
 
 def differences(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> dict[str, tuple[str, str]]:
@@ -107,9 +107,9 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     console = console or Console()
     c = comparison
     settings = Table("setting", "A", "B", title="What differs", title_justify="left")
-    for key, (left, right) in {**c.settings, **c.how}.items():
-        settings.add_row(key, left, right, style="dim" if key in c.how else "")
-    if c.settings or c.how:
+    for key, (left, right) in {**c.settings, **c.execution}.items():
+        settings.add_row(key, left, right, style="dim" if key in c.execution else "")
+    if c.settings or c.execution:
         console.print(settings)
     else:
         console.print("No setting differs.")

@@ -18,8 +18,8 @@ from fedmllm.runs.suites.suite import SUITE
 
 SUMMARY, RECORD = "summary.json", "record.jsonl"
 NOTHING_ADDED = ("none", "plain", "-")  # labels of an axis beside `methods`
-HOW = tuple(
-    f"{key}." for key in Experiment.how()
+EXECUTION_ONLY = tuple(
+    f"{key}." for key in Experiment.execution_only()
 )  # where and how fast a run was computed: keys, or tables with all their keys
 Seeds = dict[int, float]  # seed -> value
 
@@ -250,4 +250,4 @@ def apart(runs: list[RunRecord]) -> list[RunRecord]:
 
 def asked(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What may change results: the flat settings without the seed and without `HOW`."""
-    return {k: v for k, v in flat(settings).items() if k != "seed" and not f"{k}.".startswith(HOW)}
+    return {k: v for k, v in flat(settings).items() if k != "seed" and not f"{k}.".startswith(EXECUTION_ONLY)}

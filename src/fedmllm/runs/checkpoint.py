@@ -31,9 +31,9 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Params, State
 from fedmllm.core.spec import Spec
 
-ADAPTER, CONFIG, STATE, BOOK = "adapter_model.safetensors", "adapter_config.json", "state.safetensors", "state.json"
+ADAPTER, CONFIG, STATE, RUN_STATE = "adapter_model.safetensors", "adapter_config.json", "state.safetensors", "state.json"
 FOLDER = re.compile(r"round-([0-9]{4}|[1-9][0-9]{4,8})")
-LARGEST_BOOK = 16 * 2**20  # bytes; a real one has some thousands
+MAX_RUN_STATE_BYTES = 16 * 2**20  # bytes; a real one has some thousands
 
 
 class Best(Spec):
@@ -44,7 +44,7 @@ class Best(Spec):
     value: float
 
 
-class Book(Spec):
+class RunState(Spec):
     """`state.json`: where a run stands, apart from tensors. It names no file outside its folder."""
 
     schema_version: Literal[2] = 2
@@ -69,7 +69,7 @@ class Checkpoint:
     """A checkpoint as read: `like` of `Checkpoints.read` says how its tensors must look."""
 
     folder: Path
-    book: Book
+    run_state: RunState
     params: Params
     state: State
 
@@ -88,10 +88,10 @@ class Checkpoints:
             shutil.rmtree(left, ignore_errors=True)
         self._pending: Future[None] | None = None
 
-    def save(self, book: Book, params: Params, state: State) -> None:
+    def save(self, run_state: RunState, params: Params, state: State) -> None:
         """Hand one over to be written. Raises FedmllmError where the one before could not be."""
         self.wait()
-        self._pending = self._writer.submit(self._write, book, params, state)
+        self._pending = self._writer.submit(self._write, run_state, params, state)
 
     def wait(self) -> None:
         """Until all that was handed over is on the disk. Raises FedmllmError where that failed."""
@@ -103,8 +103,8 @@ class Checkpoints:
         """End the thread; what it is writing is finished first."""
         self._writer.shutdown()
 
-    def _write(self, book: Book, params: Params, state: State) -> None:
-        final = self.folder / f"round-{book.totals.num_rounds:04d}"
+    def _write(self, run_state: RunState, params: Params, state: State) -> None:
+        final = self.folder / f"round-{run_state.totals.num_rounds:04d}"
         partial = final.with_name(f".{final.name}.partial")
         try:
             make_folder(self.folder)
@@ -115,7 +115,7 @@ class Checkpoints:
                 named = {f"{key}/{name}": t for key, tree in state.items() for name, t in tree.items()}
                 files[STATE] = save(_copied(named))
             digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            files[BOOK] = sealed(Book.model_validate({**dict(book), "files": digests, "state_keys": tuple(state)}))
+            files[RUN_STATE] = sealed(RunState.model_validate({**dict(run_state), "files": digests, "state_keys": tuple(state)}))
             for name, content in files.items():
                 (partial / name).write_bytes(content)
             for name in files:  # after all are written: the first sync then carries most of the work
@@ -123,7 +123,7 @@ class Checkpoints:
             sync(partial)
             self._sync_record()
             if final.exists():
-                self._remove(book.totals.num_rounds)
+                self._remove(run_state.totals.num_rounds)
             partial.rename(final)
             sync(self.folder)
             self._prune()
@@ -142,7 +142,7 @@ class Checkpoints:
         kept = set(last)
         for number in last:
             with contextlib.suppress(FedmllmError):  # damaged since: no resume from it, so it needs no best one
-                if best := read_book(self.path(number)).best:
+                if best := read_run_state(self.path(number)).best:
                     kept.add(best.number)
         for number in set(self.numbers()) - kept:
             self._remove(number)
@@ -171,9 +171,9 @@ def newest(folder: Path) -> Path | None:
     return folder / f"round-{found[-1]:04d}" if found else None
 
 
-def sealed(book: Book) -> bytes:
+def sealed(run_state: RunState) -> bytes:
     """`state.json`: the book with the digest of all else in it."""
-    text = book.model_copy(update={"digest": ""}).model_dump_json(indent=1).encode()
+    text = run_state.model_copy(update={"digest": ""}).model_dump_json(indent=1).encode()
     return text.replace(_digest_line(""), _digest_line(hashlib.sha256(text).hexdigest()))
 
 
@@ -181,14 +181,14 @@ def _digest_line(sha: str) -> bytes:
     return f'"digest": "{sha}"'.encode()
 
 
-def read_book(folder: Path) -> Book:
+def read_run_state(folder: Path) -> RunState:
     """`state.json` of a checkpoint. Raises FedmllmError naming the file and what is wrong with it."""
-    path = folder / BOOK
+    path = folder / RUN_STATE
     try:
-        if path.stat().st_size > LARGEST_BOOK:
-            raise FedmllmError(f"{path}: {path.stat().st_size} bytes; a checkpoint's is never over {LARGEST_BOOK}")
+        if path.stat().st_size > MAX_RUN_STATE_BYTES:
+            raise FedmllmError(f"{path}: {path.stat().st_size} bytes; a checkpoint's is never over {MAX_RUN_STATE_BYTES}")
         content = path.read_bytes()
-        book = Book.model_validate_json(content, strict=True)
+        run_state = RunState.model_validate_json(content, strict=True)
     except OSError as error:
         raise FedmllmError(f"{path}: cannot be read: {error.strerror}{_advice(folder)}") from None
     except ValidationError as error:
@@ -200,12 +200,12 @@ def read_book(folder: Path) -> Book:
             ) from None
         place = ".".join(str(part) for part in first["loc"])[:200] or "whole file"
         raise FedmllmError(f"{path}: {place}: {first['msg']}{_advice(folder)}") from None
-    unsealed = content.replace(_digest_line(book.digest), _digest_line(""))
-    if hashlib.sha256(unsealed).hexdigest() != book.digest:
+    unsealed = content.replace(_digest_line(run_state.digest), _digest_line(""))
+    if hashlib.sha256(unsealed).hexdigest() != run_state.digest:
         raise FedmllmError(f"{path}: damaged: it is not what its own digest says{_advice(folder)}")
-    if (found := FOLDER.fullmatch(folder.name)) and int(found[1]) != book.totals.num_rounds:
-        raise FedmllmError(f"{folder}: holds the checkpoint of round {book.totals.num_rounds}; rename or delete it")
-    return book
+    if (found := FOLDER.fullmatch(folder.name)) and int(found[1]) != run_state.totals.num_rounds:
+        raise FedmllmError(f"{folder}: holds the checkpoint of round {run_state.totals.num_rounds}; rename or delete it")
+    return run_state
 
 
 def read(folder: Path, like: Params, init: State) -> Checkpoint:
@@ -216,31 +216,31 @@ def read(folder: Path, like: Params, init: State) -> Checkpoint:
         like: The adapter before training: names, shapes, types, and the order of the names.
         init: The aggregator's state before training; a key that comes later holds tensors like the adapter's.
     """
-    book = read_book(folder)
-    params = _read_checked(folder, ADAPTER, book, like)
-    if lost := init.keys() - book.state_keys:
-        raise FedmllmError(f"{folder / BOOK}: state_keys: got {book.state_keys}; {sorted(lost)} must be among them")
+    run_state = read_run_state(folder)
+    params = _read_checked(folder, ADAPTER, run_state, like)
+    if lost := init.keys() - run_state.state_keys:
+        raise FedmllmError(f"{folder / RUN_STATE}: state_keys: got {run_state.state_keys}; {sorted(lost)} must be among them")
     state: State = {}
-    if book.state_keys:
-        layout = {f"{key}/{n}": t for key in book.state_keys for n, t in init.get(key, like).items()}
-        flat = _read_checked(folder, STATE, book, layout)
-        state = {key: {n: flat[f"{key}/{n}"] for n in init.get(key, like)} for key in book.state_keys}
-    return Checkpoint(folder, book, params, state)
+    if run_state.state_keys:
+        layout = {f"{key}/{n}": t for key in run_state.state_keys for n, t in init.get(key, like).items()}
+        flat = _read_checked(folder, STATE, run_state, layout)
+        state = {key: {n: flat[f"{key}/{n}"] for n in init.get(key, like)} for key in run_state.state_keys}
+    return Checkpoint(folder, run_state, params, state)
 
 
 def read_params(folder: Path, like: Params) -> Params:
     """The adapter of a checkpoint alone, checked as `read` checks it."""
-    return _read_checked(folder, ADAPTER, read_book(folder), like)
+    return _read_checked(folder, ADAPTER, read_run_state(folder), like)
 
 
-def _read_checked(folder: Path, name: str, book: Book, like: Params) -> Params:
+def _read_checked(folder: Path, name: str, run_state: RunState, like: Params) -> Params:
     path = folder / name
     try:
         with path.open("rb") as file:
             sha = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise FedmllmError(f"{path}: cannot be read: {error.strerror}{_advice(folder)}") from None
-    if (name, sha) not in book.files.items():
+    if (name, sha) not in run_state.files.items():
         raise FedmllmError(f"{path}: damaged: it is not what the checkpoint's digest says{_advice(folder)}")
     return read_tensors(path, like)
 

@@ -29,7 +29,7 @@ from fedmllm.core.types import Example, Params, Shard
 
 
 @dataclass(frozen=True)
-class World:
+class Inputs:
     """What an experiment is about, loaded once: rows, who holds what, and the frozen model."""
 
     experiment: Experiment
@@ -42,7 +42,7 @@ class World:
     start: Params  # the adapter before any training
 
     @classmethod
-    def load(cls, experiment: Experiment) -> World:
+    def load(cls, experiment: Experiment) -> Inputs:
         """Read the rows, split and hide them, check that what is shown is there; the model comes last, being dear."""
         data, modalities = experiment.data, experiment.data.modalities()
         judged = frozenset[str]().union(*(visible_of(v, modalities) for v in experiment.evaluate.visible))
@@ -96,7 +96,7 @@ class World:
 
 def start_engine(settings: EngineSettings, clients: Clients) -> Engine:
     """The engine that the settings name."""
-    module, _, factory = settings.entry.partition(":")
+    module, _, factory = settings.import_path.partition(":")
     engine: Engine = getattr(importlib.import_module(module), factory)(settings, clients)
     return engine
 
@@ -124,19 +124,19 @@ def device(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def heading(world: World) -> dict[str, Any]:
+def heading(inputs: Inputs) -> dict[str, Any]:
     """Line 1 of a record: all that a reader needs to know what ran, where and on what."""
-    e = world.experiment
+    e = inputs.experiment
     return {
         "run_id": e.run_id(),
         "settings": e.model_dump(mode="json"),
         "versions": versions(),
-        "device": device(world.backbone),
-        "digests": world.digests,
-        "num_train": sum(len(shard.rows) for shard in world.shards),
-        "num_test": len(world.test),
-        "rows_per_client": [len(shard.rows) for shard in world.shards],
-        "clients": [about_client(shard, world.train) for shard in world.shards],
-        "num_skipped": len(world.skipped),
-        "skipped": list(world.skipped[:20]),
+        "device": device(inputs.backbone),
+        "digests": inputs.digests,
+        "num_train": sum(len(shard.rows) for shard in inputs.shards),
+        "num_test": len(inputs.test),
+        "rows_per_client": [len(shard.rows) for shard in inputs.shards],
+        "clients": [about_client(shard, inputs.train) for shard in inputs.shards],
+        "num_skipped": len(inputs.skipped),
+        "skipped": list(inputs.skipped[:20]),
     }

@@ -16,9 +16,9 @@ from fedmllm.runs.fingerprint import differences
 from fedmllm.runs.methods import METHODS
 from fedmllm.runs.record import Record, Sink, read
 from fedmllm.core.storage import write_atomically
-from fedmllm.runs.session import CHECKPOINTS, Run
+from fedmllm.runs.session import CHECKPOINTS, Session
 from fedmllm.core.errors import ConfigError, FedmllmError
-from fedmllm.runs.inputs import World, device, heading, versions
+from fedmllm.runs.inputs import Inputs, device, heading, versions
 
 SUMMARY = "summary.json"
 RECORD = "record.jsonl"
@@ -66,27 +66,27 @@ def begun(folder: Path) -> bool:
 def attempt(experiment: Experiment, folder: Path, record: Record, sinks: Sequence[Sink]) -> list[dict[str, Any]]:
     """From the last checkpoint, if there is one, to the summary."""
     reset_peaks()
-    world = World.load(experiment)
-    at = last_checkpoint(folder, world)
-    record.truncate(at.book.record_bytes if at else 0)
-    running = Run(world, folder, record, sinks, at)
-    head = {"event": "experiment", **heading(world)}
+    inputs = Inputs.load(experiment)
+    at = last_checkpoint(folder, inputs)
+    record.truncate(at.run_state.record_bytes if at else 0)
+    session = Session(inputs, folder, record, sinks, at)
+    head = {"event": "experiment", **heading(inputs)}
     if not at:  # a record that goes on has it already
         record(head)
     for sink in sinks:
         sink(head)
     if at:
-        before = {"versions": at.book.versions, "device": at.book.device}
-        now: dict[str, Any] = {"versions": versions(), "device": device(world.backbone)}
+        before = {"versions": at.run_state.versions, "device": at.run_state.device}
+        now: dict[str, Any] = {"versions": versions(), "device": device(inputs.backbone)}
         changed = differences(before, now)  # where there is anything, the last bits of what follows may be others
-        running.emit("resumed", round=at.book.round, num_rounds_done=at.book.totals.num_rounds, **now, changed=changed)
-    elif empty := [shard.client for shard in world.shards if not shard.rows]:
-        running.emit("empty_clients", clients=empty, note="these clients hold no row and are never asked")
+        session.emit("resumed", round=at.run_state.round, num_rounds_done=at.run_state.totals.num_rounds, **now, changed=changed)
+    elif empty := [shard.client for shard in inputs.shards if not shard.rows]:
+        session.emit("empty_clients", clients=empty, note="these clients hold no row and are never asked")
     try:
-        rows = METHODS[experiment.method](running)
+        rows = METHODS[experiment.method](session)
     finally:
-        running.close()
-    running.emit("end", num_rows=len(rows))
+        session.close()
+    session.emit("end", num_rows=len(rows))
     write_atomically(folder / SUMMARY, json.dumps({"rows": rows}, indent=1))
     return rows
 
@@ -111,7 +111,7 @@ def refuse_other_settings(folder: Path, experiment: Experiment) -> None:
     """Raise ConfigError naming every setting that differs from those of the run in `folder`, if there is one."""
     place = checkpoint.newest(folder / CHECKPOINTS)
     if place:
-        before = checkpoint.read_book(place).settings
+        before = checkpoint.read_run_state(place).settings
     else:  # stopped before its first checkpoint: the record's first line says what it was
         first = next(read(folder / RECORD), {})
         if not first and (folder / SUMMARY).exists():
@@ -128,13 +128,13 @@ def refuse_other_settings(folder: Path, experiment: Experiment) -> None:
         raise ConfigError(f"{folder}: cannot be resumed with other settings: {'; '.join(odd)}. Choose another --out")
 
 
-def last_checkpoint(folder: Path, world: World) -> Checkpoint | None:
+def last_checkpoint(folder: Path, inputs: Inputs) -> Checkpoint | None:
     """The checkpoint to go on from; None = from the beginning. Raises ConfigError where rows or base model differ."""
     place = checkpoint.newest(folder / CHECKPOINTS)
     if not place:
         return None
-    at = checkpoint.read(place, world.start, world.experiment.server().init(world.start))
-    if odd := differences(at.book.digests, world.digests):
+    at = checkpoint.read(place, inputs.start, inputs.experiment.server().init(inputs.start))
+    if odd := differences(at.run_state.digests, inputs.digests):
         raise ConfigError(
             f"{folder}: cannot be resumed: the digest of its {'; of its '.join(odd)}. Choose another --out"
         )

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from fedmllm.runs import checkpoint
 from fedmllm.backbones.base import Backbone
-from fedmllm.runs.checkpoint import Best, Book, Checkpoint, Checkpoints
+from fedmllm.runs.checkpoint import Best, RunState, Checkpoint, Checkpoints
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.types import visible_of
 from fedmllm.federation.client_state import Controls
@@ -28,22 +28,22 @@ from fedmllm.core.storage import sync
 from fedmllm.runs.totals import Totals
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.types import Example, Params, Shard
-from fedmllm.runs.inputs import World, device, start_engine, versions
+from fedmllm.runs.inputs import Inputs, device, start_engine, versions
 
 CHECKPOINTS = "checkpoints"
 Scores = dict[str, dict[str, float | None]]  # visibility -> metric -> value
 
 
-class Run:
+class Session:
     """A run in progress: its world, its sinks, its costs so far, and where it goes on from, if it was stopped."""
 
-    def __init__(self, world: World, out: Path, record: Record, sinks: Sequence[Sink], at: Checkpoint | None) -> None:
-        self.world, self.out, self._record = world, out, record
+    def __init__(self, inputs: Inputs, out: Path, record: Record, sinks: Sequence[Sink], at: Checkpoint | None) -> None:
+        self.inputs, self.out, self._record = inputs, out, record
         self._sinks: tuple[Sink, ...] = (record, *sinks)
-        self.experiment, self.backbone = world.experiment, world.backbone
-        self.totals = at.book.totals if at else Totals()
-        self.results: list[Scores] = list(at.book.results) if at else []  # of method "local": the clients that are done
-        self._began = time.perf_counter() - (at.book.wall_s if at else 0.0)
+        self.experiment, self.backbone = inputs.experiment, inputs.backbone
+        self.totals = at.run_state.totals if at else Totals()
+        self.results: list[Scores] = list(at.run_state.results) if at else []  # of method "local": the clients that are done
+        self._began = time.perf_counter() - (at.run_state.wall_s if at else 0.0)
         self._at = at
         self._identity = self.experiment.identity()
         self._checkpoints: Checkpoints | None = None
@@ -57,9 +57,9 @@ class Run:
         found: Scores = {}
         for name in self.experiment.evaluate.visible:
             began = time.perf_counter()
-            found[name] = metrics = self._scores(params, self.world.test, name)
+            found[name] = metrics = self._scores(params, self.inputs.test, name)
             wall_s = time.perf_counter() - began
-            self.emit("eval", visible=name, metrics=metrics, num_rows=len(self.world.test), wall_s=wall_s, **about)
+            self.emit("eval", visible=name, metrics=metrics, num_rows=len(self.inputs.test), wall_s=wall_s, **about)
         return found
 
     def _scores(self, params: Params, rows: Sequence[Example], visible: str) -> dict[str, float | None]:
@@ -80,18 +80,18 @@ class Run:
             shards: The clients' rows, where they are not the world's.
             client: Whose federation of one it is, for method "local".
         """
-        e, world = self.experiment, self.world
+        e, inputs = self.experiment, self.inputs
         federated = e.method == "federated"
-        clients = world.clients(num_rounds, shards)
+        clients = inputs.clients(num_rounds, shards)
         draw = cohorts(e.cohort, members, e.cohort_size, e.seed) if federated else lambda _: list(members)
-        begin = Progress(0, world.start, e.server().init(world.start))
+        begin = Progress(0, inputs.start, e.server().init(inputs.start))
         selection = Selection(self, client)
-        if self._at and self._at.book.client == client:
-            begin = Progress(self._at.book.round, self._at.params, self._at.state)
+        if self._at and self._at.run_state.client == client:
+            begin = Progress(self._at.run_state.round, self._at.params, self._at.state)
             selection.restore(self._at)
-            self._milestone(begin, num_rounds, selection)  # if it had begun before the stop, the record forgot it
+            self._maybe_evaluate(begin, num_rounds, selection)  # if it had begun before the stop, the record forgot it
             self._at = None
-        if control := e.server().besides(begin.state):
+        if control := e.server().broadcast(begin.state):
             refuse_controls_elsewhere(e)
             clients = replace(clients, controls=Controls(self.out / "controls", len(members), control, begin.round))
         engine = start_engine(e.engine, clients)
@@ -100,26 +100,26 @@ class Run:
         away = clients.availability
         drops_out = None if away.name == "always" else lambda round_, k: away.share(e.seed, round_, k) == 0
         progress = begin
-        for progress in federate(begin, engine, e.server(), draw, num_rounds, e.screen, drops_out):
+        for progress in federate(begin, engine, e.server(), draw, num_rounds, e.update_filter, drops_out):
             self.totals = self.totals.plus(progress.log)
             alone = {} if client is None else {"alone": client}
             about = {"lr": clients.round_lr(progress.round), "num_rounds": num_rounds, **alone}
             self.emit("round", **progress.log, **about)
             if clients.controls:
-                clients.controls.server = e.server().besides(progress.state)
+                clients.controls.server = e.server().broadcast(progress.state)
                 clients.controls.forget(progress.round, [entry["client"] for entry in progress.log["dropped"]])
                 clients.controls.prune(checkpoint.numbers(self.out / CHECKPOINTS))
             judged = e.evaluate.select == "validation" and progress.round % e.evaluate.every == 0
             if judged or progress.round % e.checkpoint.every == 0 or progress.round == num_rounds:
                 self._save_checkpoint(progress, selection.best, client)
-            self._milestone(progress, num_rounds, selection)
+            self._maybe_evaluate(progress, num_rounds, selection)
         if self._checkpoints:
             self._checkpoints.wait()
         if selection.params is not None and selection.best:
             return selection.params, selection.best.round
         return progress.params, progress.round
 
-    def _milestone(self, progress: Progress, num_rounds: int, selection: Selection) -> None:
+    def _maybe_evaluate(self, progress: Progress, num_rounds: int, selection: Selection) -> None:
         """What is judged after this round, apart from the test of the final adapter."""
         e, last = self.experiment.evaluate, progress.round == num_rounds
         if not e.every or (progress.round % e.every and not last):
@@ -133,7 +133,7 @@ class Run:
         if not self._checkpoints:
             keep, config = self.experiment.checkpoint.keep, adapter_config(self.backbone)
             self._checkpoints = Checkpoints(self.out / CHECKPOINTS, keep, config, self._record.sync)
-        book = Book(
+        run_state = RunState(
             round=progress.round,
             client=client,
             totals=self.totals,
@@ -142,11 +142,11 @@ class Run:
             wall_s=time.perf_counter() - self._began,
             record_bytes=self._record.num_bytes(),
             settings=self._identity,
-            digests=self.world.digests,
+            digests=self.inputs.digests,
             versions=versions(),
             device=device(self.backbone),
         )
-        self._checkpoints.save(book, progress.params, progress.state)
+        self._checkpoints.save(run_state, progress.params, progress.state)
 
     def close(self) -> None:
         """End what runs beside the run; the checkpoint being written is finished first."""
@@ -200,18 +200,18 @@ class Run:
 class Selection:
     """The best adapter so far on the validation rows, by the set's first metric. The test rows are never looked at."""
 
-    def __init__(self, run: Run, client: int | None) -> None:
+    def __init__(self, run: Session, client: int | None) -> None:
         self._run, self._about = run, {} if client is None else {"client": client}
         self.best: Best | None = None
         self.params: Params | None = None
 
     def restore(self, at: Checkpoint) -> None:
         """The best one when `at` was written, from its own checkpoint."""
-        self.best = at.book.best
+        self.best = at.run_state.best
         if self.best:
             folder = at.folder.with_name(f"round-{self.best.number:04d}")
             try:
-                self.params = checkpoint.read_params(folder, self._run.world.start)
+                self.params = checkpoint.read_params(folder, self._run.inputs.start)
             except FedmllmError as error:
                 raise FedmllmError(f"{error}; {at.folder} names it as the best so far. Choose another --out") from None
 
@@ -219,7 +219,7 @@ class Selection:
         """Judge the adapter of a round; of equals the earlier one stays."""
         run = self._run
         name, visible = run.experiment.data.metrics()[0], run.experiment.evaluate.visible[0]
-        value = run._scores(progress.params, run.world.validation, visible)[name]
+        value = run._scores(progress.params, run.inputs.validation, visible)[name]
         if value is not None and (self.best is None or value > self.best.value):
             self.best = Best(number=run.totals.num_rounds, round=progress.round, value=value)
             self.params = progress.params

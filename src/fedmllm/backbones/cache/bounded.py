@@ -10,32 +10,32 @@ from typing import Any
 from fedmllm.backbones.base import Row
 
 
-class Rows:
+class RowCache:
     """Rows by key, up to a number of bytes. First pixels go that are not needed any more, then the rows used longest ago."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._num_bytes = limit, 0
-        self._kept: OrderedDict[Any, Row] = OrderedDict()
+        self._cache: OrderedDict[Any, Row] = OrderedDict()
 
     def get(self, key: Any) -> Row | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        return self._cache.get(key)
 
-    def keep(self, key: Any, row: Row, needless: Callable[[Any, Row], bool]) -> None:
+    def put(self, key: Any, row: Row, evictable: Callable[[Any, Row], bool]) -> None:
         """`needless(key, row)`: the pixels of that row are not needed any more."""
-        self._put(key, row)
-        while self._num_bytes > self._limit and len(self._kept) > 1:
-            lean = next((k for k, r in self._kept.items() if r.images and needless(k, r)), None)
+        self._insert(key, row)
+        while self._num_bytes > self._limit and len(self._cache) > 1:
+            lean = next((k for k, r in self._cache.items() if r.images and evictable(k, r)), None)
             if lean is not None:
-                self._put(lean, replace(self._kept[lean], images={}))
+                self._insert(lean, replace(self._cache[lean], images={}))
             else:
-                self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
+                self._num_bytes -= self._cache.popitem(last=False)[1].num_bytes
 
-    def _put(self, key: Any, row: Row) -> None:
-        self._num_bytes += row.num_bytes - (self._kept[key].num_bytes if key in self._kept else 0)
-        self._kept[key] = row
+    def _insert(self, key: Any, row: Row) -> None:
+        self._num_bytes += row.num_bytes - (self._cache[key].num_bytes if key in self._cache else 0)
+        self._cache[key] = row
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._cache.clear()
         self._num_bytes = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from fedmllm.backbones.base import Row
-from fedmllm.backbones.cache.bounded import Rows
+from fedmllm.backbones.cache.bounded import RowCache
 from fedmllm.core.types import Conversation
 
 KEPT_BYTES = 256 * 2**20  # of all models together; the least recently used go first
@@ -21,7 +21,7 @@ class PromptMemory:
         processor: Which makes the rows, with `settings` beside its own.
     """
 
-    _kept: ClassVar[Rows] = Rows(KEPT_BYTES)  # one for the process
+    _cache: ClassVar[RowCache] = RowCache(KEPT_BYTES)  # one for the process
 
     def __init__(self, has_features: Callable[[Row], bool], processor: Any, *settings: Any) -> None:
         self._scope, self._has_features = _fingerprint(processor, settings), has_features
@@ -33,13 +33,13 @@ class PromptMemory:
         except OSError:
             return make(prompt)  # which says what is wrong with the picture
         key = (self._scope, prompt, *((s.st_size, s.st_mtime_ns) for s in stats))
-        row = self._kept.get(key)
+        row = self._cache.get(key)
         if row is None or not (row.images or self._has_features(row)):  # another model did not need the pixels
             row = make(prompt)
-            self._kept.keep(key, row, self._needless)
+            self._cache.put(key, row, self._evictable)
         return row
 
-    def _needless(self, key: Any, row: Row) -> bool:
+    def _evictable(self, key: Any, row: Row) -> bool:
         return bool(key[0] == self._scope) and self._has_features(row)
 
 

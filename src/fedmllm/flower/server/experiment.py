@@ -63,6 +63,6 @@ def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Expe
     data = AtSites(sites=tuple(sites), own=experiment.data, test=test)
     engine = experiment.engine if isinstance(experiment.engine, FlowerSites) else FlowerSites()
     changes: dict[str, Any] = {"data": data, "partition": ByColumn(column="site"), "engine": engine}
-    if "on_bad_update" not in experiment.screen.model_fields_set:
-        changes["screen"] = experiment.screen.model_copy(update={"on_bad_update": "drop_client"})
+    if "on_bad_update" not in experiment.update_filter.model_fields_set:
+        changes["update_filter"] = experiment.update_filter.model_copy(update={"on_bad_update": "drop_client"})
     return experiment.model_copy(update=changes)

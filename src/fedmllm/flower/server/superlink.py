@@ -24,7 +24,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import Spec, validate
 from fedmllm.core.storage import write_atomically
-from fedmllm.flower.processes import alone, binary, die_with_parent, environment, is_dead, patient, stop
+from fedmllm.flower.processes import binary, die_with_parent, environment, exclusive_lock, is_dead, patient, stop
 from fedmllm.flower.server.experiment import over_sites
 from fedmllm.flower.server.watch import Watch
 from fedmllm.flower.site.config import check_name
@@ -150,7 +150,7 @@ class Server:
         for key in (CA_KEY, SERVER_KEY):
             if (self.folder / key).exists():  # an authority's key may well lie elsewhere
                 refuse_open_key(self.folder / key)
-        with contextlib.closing(alone(self.folder)), contextlib.ExitStack() as children:
+        with contextlib.closing(exclusive_lock(self.folder)), contextlib.ExitStack() as children:
             self._serve(say, children)
 
     def _serve(self, say: Callable[[str], None], children: contextlib.ExitStack) -> None:

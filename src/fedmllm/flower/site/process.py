@@ -39,7 +39,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fedmllm.flower.keys import refuse_open_key
-from fedmllm.flower.processes import alone, stop
+from fedmllm.flower.processes import exclusive_lock, stop
 from fedmllm.flower.site.resident import ResidentTrainer
 from fedmllm.flower.site.supernode import SuperNode
 from fedmllm.flower.wire import ABOUT, ADAPTER, REFUSED, array_data, array_record, legible
@@ -64,7 +64,7 @@ def run_site(path: Path) -> None:
     def tell(line: str) -> None:
         say(f"site {site.name}: {line}")
 
-    with contextlib.closing(alone(state)), contextlib.closing(ResidentTrainer(site, path)) as trainer:
+    with contextlib.closing(exclusive_lock(state)), contextlib.closing(ResidentTrainer(site, path)) as trainer:
         node = SuperNode(site, state, tell)
         tell(f"serving {site.server}; log of the SuperNode: {state / 'supernode.log'}")
         try:

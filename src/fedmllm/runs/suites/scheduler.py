@@ -18,7 +18,7 @@ from fedmllm.runs.suites.suite import Cell, Suite
 from fedmllm.runs.suites.worker import work
 from fedmllm.core.errors import FedmllmError
 
-HOPELESS = 5  # cells that fail before any succeeds
+MAX_INITIAL_FAILURES = 5  # cells that fail before any succeeds
 SUMMARY = "summary.json"  # of a run; it is written last, so a cell is finished exactly if its folder holds one
 
 
@@ -59,8 +59,8 @@ class State:
             return sum(own) / len(own) if own else mean
 
         now = time.perf_counter()
-        running = [max(0.0, expected(job.cell) - (now - job.began)) for job in self.jobs if job.cell]
-        return (sum(running) + sum(map(expected, self.waiting))) / max(1, len(self.jobs))
+        session = [max(0.0, expected(job.cell) - (now - job.began)) for job in self.jobs if job.cell]
+        return (sum(session) + sum(map(expected, self.waiting))) / max(1, len(self.jobs))
 
 
 class Display(Protocol):
@@ -80,28 +80,28 @@ def run_suite(
     cell that fails, or whose process dies, is named in `State.failed`; the others go on, unless the first five all fail.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
+    with exclusive_lock(folder):
         suite.save(folder)
         waiting = [cell for cell in suite.cells if not (folder / cell.run_id / SUMMARY).exists()]
         done = len(suite.cells) - len(waiting)
         state = State(waiting, finished=done, kept=done)
         try:
             while state.waiting or any(job.cell for job in state.jobs):
-                hire(state, num_jobs, num_threads, budget_bytes)
+                start_workers(state, num_jobs, num_threads, budget_bytes)
                 for job in state.jobs:
-                    if job.cell is None and state.waiting and give(job, state.waiting[0], folder):
+                    if job.cell is None and state.waiting and assign(job, state.waiting[0], folder):
                         state.waiting.pop(0)
-                listen(state, display)
+                poll(state, display)
                 display.update(state)
-                if len(state.failed) >= HOPELESS and state.finished == state.kept:
+                if len(state.failed) >= MAX_INITIAL_FAILURES and state.finished == state.kept:
                     break  # what is wrong with every cell so far is wrong with the rest
         finally:
-            dismiss(state.jobs)
+            shutdown(state.jobs)
     return state
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Two suites in one folder would delete each other's cells."""
     with (folder / ".lock").open("w") as lock:
         try:
@@ -111,7 +111,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def hire(state: State, num_jobs: int, num_threads: int, budget_bytes: int) -> None:
+def start_workers(state: State, num_jobs: int, num_threads: int, budget_bytes: int) -> None:
     """Start processes while cells wait, jobs are free and memory allows."""
     while len(state.jobs) < min(num_jobs, len(state.jobs) + len(state.waiting)):
         largest = max((job.host_bytes for job in state.jobs), default=0)
@@ -131,7 +131,7 @@ def hire(state: State, num_jobs: int, num_threads: int, budget_bytes: int) -> No
             return  # the first one shows what a cell needs
 
 
-def give(job: Job, cell: Cell, folder: Path) -> bool:
+def assign(job: Job, cell: Cell, folder: Path) -> bool:
     """Hand a cell to a process; False where it died between two cells, which `listen` will see."""
     try:
         job.pipe.send((cell.experiment.model_dump(mode="json"), str(folder / cell.run_id)))
@@ -141,7 +141,7 @@ def give(job: Job, cell: Cell, folder: Path) -> bool:
     return True
 
 
-def listen(state: State, display: Display, timeout_s: float = 0.5) -> None:
+def poll(state: State, display: Display, timeout_s: float = 0.5) -> None:
     """Take what the processes tell."""
     by_pipe = {job.pipe: job for job in state.jobs}
     for pipe in wait(list(by_pipe), timeout_s):
@@ -171,7 +171,7 @@ def close_cell(state: State, job: Job, cell: Cell, error: str, display: Display)
     display.finished(cell, seconds, error)
 
 
-def dismiss(jobs: Sequence[Job]) -> None:
+def shutdown(jobs: Sequence[Job]) -> None:
     """Let idle processes go and end those that are at work."""
     for job in jobs:
         try:

@@ -29,7 +29,7 @@ from typing import Any
 from fedmllm.config.experiment import Experiment, read_toml
 from fedmllm.core.storage import write_atomically
 from fedmllm.core.errors import ConfigError
-from fedmllm.core.spec import nearest
+from fedmllm.core.spec import current_keys, nearest
 
 SUITE = "suite.json"
 KEYS = ("title", "extends", "base", "matrix")
@@ -63,7 +63,7 @@ class Suite:
         """
         path = Path(path)
         table = read(path)
-        base = of_tables(table.get("base", {}), f"{path}: base")
+        base = current_keys(Experiment, of_tables(table.get("base", {}), f"{path}: base"), f"{path}: base")
         axes, skips = matrix(table.get("matrix"), path)
         cells: dict[str, Cell] = {}
         errors: dict[str, None] = {}
@@ -74,7 +74,7 @@ class Suite:
                 continue
             settings: Any = base
             for _, changes in combination:
-                settings = merge(settings, changes)
+                settings = merge(settings, current_keys(Experiment, changes, str(path)))
             try:
                 experiment = Experiment.parse(settings)
             except ConfigError as error:

@@ -23,7 +23,7 @@ from fedmllm.federation.client import Clients, Step
 from fedmllm.federation.engines.in_process import InProcess
 from fedmllm.federation.engines.stacked.memory import is_out_of_memory, release, token_budget
 from fedmllm.federation.engines.stacked.packing import PASS_TOKENS, in_step, items, passes
-from fedmllm.federation.engines.stacked.row_adamw import RowAdamW, clip, pull_matrix
+from fedmllm.federation.engines.stacked.row_adamw import RowAdamW, clip, prox_matrix
 from fedmllm.federation.engines.stacked.stack import Stack, find_targets
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Stacked:
         began, clients = time.perf_counter(), self._clients
         ordered = sorted(members, key=lambda client: (-clients.num_steps(client, round_), client))
         stack = Stack(self._targets, self._backbone.trainable(), params, len(ordered))
-        mu = pull_matrix([clients.pulls(client, list(params)) for client in ordered], stack.sizes, stack.weights_KP)
+        mu = prox_matrix([clients.prox_mus(client, list(params)) for client in ordered], stack.sizes, stack.weights_KP)
         optimizer = RowAdamW(clients.train, stack.weights_KP)
         controls = _Controls(clients.controls, stack, ordered, round_) if clients.controls else None
         losses_K = stack.weights_KP.new_zeros(len(ordered), dtype=torch.float64)

@@ -40,11 +40,11 @@ def clip(grads_KP: Tensor, max_norm: float) -> None:
     grads_KP.mul_((max_norm / (grads_KP.norm(dim=1, keepdim=True) + 1e-6)).clamp_(max=1.0))
 
 
-def pull_matrix(pulls: Sequence[Mapping[str, float]], sizes: Mapping[str, int], like_KP: Tensor) -> Tensor | None:
+def prox_matrix(prox_mus: Sequence[Mapping[str, float]], sizes: Mapping[str, int], like_KP: Tensor) -> Tensor | None:
     """mu of every weight of every client, [K, P], or [K, 1] where it is the same for all of a client's; None = no pull."""
-    if not any(pulls):
+    if not any(prox_mus):
         return None
-    mu_KT = torch.tensor([[pull.get(name, 0.0) for name in sizes] for pull in pulls], dtype=like_KP.dtype)
+    mu_KT = torch.tensor([[prox_mu.get(name, 0.0) for name in sizes] for prox_mu in prox_mus], dtype=like_KP.dtype)
     if bool((mu_KT == mu_KT[:, :1]).all()):
         return mu_KT[:, :1].to(like_KP.device)
     return mu_KT.repeat_interleave(torch.tensor(list(sizes.values())), dim=1).to(like_KP.device)
