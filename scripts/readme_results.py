@@ -19,9 +19,9 @@ from pathlib import Path
 from fedmllm.reports.figures import looks, radar
 from fedmllm.reports.names import metric_label
 from fedmllm.reports.published import published_for
-from fedmllm.reports.reading import Chapter, read_book
+from fedmllm.reports.reading import DatasetResults, read_results
 from fedmllm.reports.stats import Spread, mean_over_settings
-from fedmllm.reports.tables import results
+from fedmllm.reports.tables import result_table
 from fedmllm.reports.texts import spread_text
 from fedmllm.reports.write import write_report
 
@@ -30,21 +30,21 @@ RESULTS = ROOT / "results"
 BEGIN, END = "<!-- results: written by scripts/readme_results.py -->", "<!-- end of results -->"
 
 
-def table(chapter: Chapter) -> str:
-    """Methods by scenario: means over its settings, then mean ± standard deviation over seeds; the published means beside."""
-    values, published = chapter.values(), published_for(chapter.data)
-    groups = {**chapter.scenarios, "all settings": chapter.settings}
+def table(dataset: DatasetResults) -> str:
+    """Methods by scenario: means over its settings, then mean ± standard deviation over seeds; the published means."""
+    values, published = dataset.values(), published_for(dataset.data)
+    groups = {**dataset.scenarios, "all settings": dataset.settings}
     spreads = {
         group: {
             m: Spread.of(list(seeds.values()))
-            for m in chapter.methods
+            for m in dataset.methods
             if (seeds := mean_over_settings(values, m, settings))
         }
         for group, settings in groups.items()
     }
-    head = [metric_label(chapter.metric) + ", %", *groups, *([f"published: {published.title}"] if published else [])]
+    head = [metric_label(dataset.metric) + ", %", *groups, *([f"published: {published.title}"] if published else [])]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for method in chapter.methods:
+    for method in dataset.methods:
         cells = []
         for group in groups:
             of_group = spreads[group]
@@ -61,15 +61,15 @@ def text_of(folders: list[Path]) -> str:
     """What stands between the markers."""
     parts = []
     for folder in folders:
-        book = read_book([folder])
-        for chapter in book.chapters:
-            settings = " + ".join(f"{len(s)} {name}" for name, s in chapter.scenarios.items())
+        report = read_results([folder])
+        for dataset in report.datasets:
+            settings = " + ".join(f"{len(s)} {name}" for name, s in dataset.scenarios.items())
             parts.append(
-                f"{book.title}: {len(chapter.runs)} runs, {len(chapter.seeds)} seeds ({settings}).\n\n{table(chapter)}\n"
+                f"{report.title}: {len(dataset.runs)} runs, {len(dataset.seeds)} seeds ({settings}).\n\n{table(dataset)}\n"
             )
     note = (
-        "Mean over a scenario's settings ± standard deviation over seeds; bold is the highest mean, which need not be more "
-        "than noise: the reports under `results/` have every setting, the paired tests and the costs. Published numbers are "
+        "Mean over a scenario's settings ± standard deviation over seeds; bold is the highest mean, which may be within "
+        "noise: the reports under `results/` have every setting, the paired tests and the costs. Published numbers are "
         "single runs of another model on real data; compare orderings."
     )
     return "\n".join([*parts, note])
@@ -140,8 +140,8 @@ def main() -> None:
                     shutil.copy(path, kept)
             if arguments.check:
                 continue
-            chapter = read_book([folder]).chapters[0]
-            if picture := radar(results(chapter), looks(chapter), folder.name):
+            dataset = read_results([folder]).datasets[0]
+            if picture := radar(result_table(dataset), looks(dataset), folder.name):
                 (ROOT / f"docs/radar-{folder.name}.svg").write_text(standalone(picture.svg), encoding="utf-8")
             if arguments.shots and folder == folders[0]:
                 shots(written[0])

@@ -20,9 +20,9 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.reports.compare import compare
 from fedmllm.reports.findings import findings
 from fedmllm.reports.published import published_for
-from fedmllm.reports.reading import read_book
+from fedmllm.reports.reading import read_results
 from fedmllm.reports.stats import all_pairs, holm, paired
-from fedmllm.reports.tables import results
+from fedmllm.reports.tables import result_table
 from fedmllm.reports.write import write_report
 from fedmllm.runs.record import read
 from fedmllm.runs.suites.suite import Suite
@@ -64,7 +64,7 @@ def test_one_seed_claims_nothing_and_equal_seeds_differ_by_nothing():
     one, same = paired({0: 0.9}, {0: 0.1}), paired({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6})
     assert one is not None
     assert same is not None
-    assert (one.p, one.verdict) == (None, "one seed: cannot be told from noise")
+    assert (one.p, one.verdict) == (None, "one seed: no test")
     assert (same.p, same.verdict) == (1.0, "within noise")
     assert paired({0: 1.0}, {1: 1.0}) is None
 
@@ -94,7 +94,7 @@ def test_the_table_holds_means_and_deviations_over_seeds(made_up: Path, written:
 
 
 def test_best_and_second_are_marked_in_every_row(made_up: Path):
-    table = results(read_book([made_up]).chapters[0])
+    table = result_table(read_results([made_up]).datasets[0])
     assert len(table.rows) == 12
     for row in table.rows:
         ranked = sorted(row.cells, key=lambda m: -row.cells[m].spread.mean)
@@ -103,7 +103,7 @@ def test_best_and_second_are_marked_in_every_row(made_up: Path):
 
 
 def test_every_pair_of_methods_once_the_better_one_first(made_up: Path):
-    pairs = all_pairs(read_book([made_up]).chapters[0])
+    pairs = all_pairs(read_results([made_up]).datasets[0])
     assert len({frozenset((v.a, v.b)) for v in pairs}) == len(pairs) == 6 * 5 / 2
     for v in pairs:
         assert v.paired.difference >= 0
@@ -113,42 +113,42 @@ def test_every_pair_of_methods_once_the_better_one_first(made_up: Path):
 
 
 def test_a_claim_bears_its_test_and_number_of_seeds(made_up: Path):
-    chapter = read_book([made_up]).chapters[0]
-    told = findings(chapter, results(chapter))
-    for finding in told:
+    dataset = read_results([made_up]).datasets[0]
+    found = findings(dataset, result_table(dataset))
+    for finding in found:
         assert (finding.is_clear is None) or re.search(
             r"Paired t-test over 3 seeds: p (=|<) [\d.]+, .* as one of 6 claims", finding.detail
         )
         assert ("noise" in finding.text) == (finding.is_clear is False) == (finding.tag in ("weak", "noise"))
-    assert sum(finding.is_clear is not None for finding in told) == 6  # the lead, two yardsticks, three scenarios
+    assert sum(finding.is_clear is not None for finding in found) == 6  # the lead, two baselines, three scenarios
 
 
 def test_runs_without_a_suite_get_names_and_odd_settings_are_told_apart(tmp_path: Path):
     for i, change in enumerate(({}, {"train": {"lr": 1e-3}}, {"prompt": "agnostic"}, {"seed": 1})):
         write_run(tmp_path / str(i), Experiment.parse({"data": "synthetic-irony", "aggregator": "fedadam", **change}))
-    chapter = read_book([tmp_path]).chapters[0]
-    assert chapter.settings == ["alpha 0.5"]
-    assert set(chapter.methods) == {"FedAdam (train.lr=2e-05)", "FedAdam (train.lr=0.001)", "FedAdam, agnostic prompt"}
+    dataset = read_results([tmp_path]).datasets[0]
+    assert dataset.settings == ["alpha 0.5"]
+    assert set(dataset.methods) == {"FedAdam (train.lr=2e-05)", "FedAdam (train.lr=0.001)", "FedAdam, agnostic prompt"}
 
 
 def test_unfinished_runs_are_counted_and_nothing_at_all_is_an_error(tmp_path: Path, made_up: Path):
     with pytest.raises(FedmllmError, match="no such folder"):
-        read_book([tmp_path / "none"])
+        read_results([tmp_path / "none"])
     with pytest.raises(FedmllmError, match="no finished run"):
-        read_book([tmp_path])
+        read_results([tmp_path])
     shutil.copytree(made_up, tmp_path / "copy")
     first, second = [f for f in sorted((tmp_path / "copy").iterdir()) if f.is_dir()][:2]
     (first / "summary.json").unlink()
-    book = read_book([tmp_path / "copy"])
-    assert (len(book.runs), book.unfinished, book.missing) == (215, (str(first),), 0)
+    report = read_results([tmp_path / "copy"])
+    assert (len(report.runs), report.unfinished, report.missing) == (215, (str(first),), 0)
     shutil.rmtree(first)
-    assert read_book([tmp_path / "copy"]).missing == 1
+    assert read_results([tmp_path / "copy"]).missing == 1
     (second / "summary.json").write_text('{"rows": []}')
     with pytest.raises(FedmllmError, match=f"{second.name}: not a run's record and summary"):
-        read_book([tmp_path / "copy"])
+        read_results([tmp_path / "copy"])
     (tmp_path / "copy" / "suite.json").write_text('{"cells": [')
     with pytest.raises(FedmllmError, match=r"suite.json: not a suite's list of cells"):
-        read_book([tmp_path / "copy"])
+        read_results([tmp_path / "copy"])
 
 
 class Page(html.parser.HTMLParser):
@@ -192,7 +192,7 @@ def test_300_runs_in_ten_seconds_and_three_megabytes(made_up: Path, tmp_path: Pa
     write_report([made_up, tmp_path / "more"], tmp_path / "report.html")
     assert time.process_time() - began < 10
     assert (tmp_path / "report.html").stat().st_size < 3e6
-    assert len(read_book([made_up, tmp_path / "more"]).runs) == 300
+    assert len(read_results([made_up, tmp_path / "more"]).runs) == 300
 
 
 def browser() -> str:
@@ -228,10 +228,10 @@ def test_the_page_fits_and_sorts_in_a_browser(written: Path, tmp_path: Path, wid
     page = tmp_path / "page.html"
     page.write_text(written.read_text().replace("</body>", probe))
     found = in_browser(page, f"--window-size={width},900", "--dump-dom")
-    told = re.search(r'data-probe="(-?\d+),(\w+),(\w+)"', found)
-    assert told
-    assert int(told.group(1)) <= 0, "the page is wider than the window"
-    assert told.groups()[1:] == ("true", "descending")
+    found = re.search(r'data-probe="(-?\d+),(\w+),(\w+)"', found)
+    assert found
+    assert int(found.group(1)) <= 0, "the page is wider than the window"
+    assert found.groups()[1:] == ("true", "descending")
 
 
 def test_a_phone_needs_no_sideways_scrolling(written: Path, tmp_path: Path):
@@ -305,13 +305,13 @@ def test_made_up_records_have_the_form_of_real_ones(tmp_path: Path):
         of_real, of_ours = (next(e for e in events if e["event"] == kind) for events in (real, ours))
         assert of_ours.keys() <= of_real.keys(), kind
     assert (
-        read_book([tmp_path / "real"]).runs[0].rows[0].keys()
-        >= read_book([tmp_path / "made-up"]).runs[0].rows[0].keys()
+        read_results([tmp_path / "real"]).runs[0].rows[0].keys()
+        >= read_results([tmp_path / "made-up"]).runs[0].rows[0].keys()
     )
 
 
-def test_a_yardstick_without_a_model_stands_in_the_table(tmp_path: Path):
+def test_a_baseline_without_a_model_stands_in_the_table(tmp_path: Path):
     table = {"data": "synthetic-irony", "evaluate": {"visible": ["all"]}}
     write_run(tmp_path / "a", Experiment.parse(table))
     write_run(tmp_path / "b", Experiment.parse({**table, "method": "majority", "evaluate": {"visible": ["none"]}}))
-    assert set(results(read_book([tmp_path]).chapters[0]).rows[0].cells) == {"FedAvg", "Majority"}
+    assert set(result_table(read_results([tmp_path]).datasets[0]).rows[0].cells) == {"FedAvg", "Majority"}

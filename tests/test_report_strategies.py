@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fedmllm.config.experiment import Experiment
-from fedmllm.reports.findings import findings, judged, losses
-from fedmllm.reports.reading import read_book
+from fedmllm.reports.findings import claim_finding, findings, losses
+from fedmllm.reports.reading import read_results
 from fedmllm.reports.stats import Paired
-from fedmllm.reports.tables import results
+from fedmllm.reports.tables import result_table
 from fedmllm.reports.write import write_report
 from fedmllm.runs.suites.suite import Suite
 from made_up import write_run
@@ -33,10 +33,10 @@ def strategies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_scenario_is_compared_with_complete_rows_that_were_split_alike(strategies: Path):
     """cross starts from alpha 0.5; alpha 5 would add the gain of an even split to the cost of hidden modalities."""
-    chapter = read_book([strategies]).chapters[0]
-    values = chapter.values()
+    dataset = read_results([strategies]).datasets[0]
+    values = dataset.values()
     whole, cross = (statistics.fmean(values[setting, "FedAdam"].values()) for setting in ("alpha 0.5", "I5:T5"))
-    ((text, test),) = losses(chapter, values, "FedAdam")
+    ((text, test),) = losses(dataset, values, "FedAdam")
     assert f"goes from {100 * whole:.1f} ± " in text
     assert "(complete rows, split alike)" in text
     assert test is not None
@@ -44,14 +44,14 @@ def test_a_scenario_is_compared_with_complete_rows_that_were_split_alike(strateg
 
 
 def test_strategies_are_told_apart_from_the_methods_they_are_added_to(strategies: Path):
-    chapter = read_book([strategies]).chapters[0]
-    assert {"FedAdam", "FedAdam, agnostic prompt", "FedAdam, both strategies"} < set(chapter.methods)
-    assert not [method for method in chapter.methods if "none" in method]
-    told = [finding.text for finding in findings(chapter, results(chapter))]
-    assert any(text.startswith("Of 18 published orderings") for text in told)  # 3 settings x 6 pairs of 4 methods
-    added = [text for text in told if "4 methods with it against the same without" in text]
+    dataset = read_results([strategies]).datasets[0]
+    assert {"FedAdam", "FedAdam, agnostic prompt", "FedAdam, both strategies"} < set(dataset.methods)
+    assert not [method for method in dataset.methods if "none" in method]
+    found = [finding.text for finding in findings(dataset, result_table(dataset))]
+    assert any(text.startswith("Of 18 published orderings") for text in found)  # 3 settings x 6 pairs of 4 methods
+    added = [text for text in found if "4 methods with it against the same without" in text]
     assert {text.split(":")[0] for text in added} == {"agnostic prompt", "adaptive prox", "both strategies"}
-    assert len(told) == 8  # lead, two yardsticks, one scenario, three strategies, the published orderings
+    assert len(found) == 8  # lead, two baselines, one scenario, three strategies, the published orderings
 
 
 def test_figures_leave_out_what_they_cannot_show(strategies: Path, tmp_path: Path):
@@ -71,9 +71,9 @@ def test_a_method_stays_one_column_where_another_setting_tells_its_runs_apart(tm
     tables = [base, {**base, "train": {"lr": 1e-3}}, half, {**base, "seed": 1, "evaluate": {"batch_size": 3}}]
     for i, table in enumerate(tables):
         write_run(tmp_path / str(i), Experiment.parse(table))
-    chapter = read_book([tmp_path]).chapters[0]
-    assert set(chapter.methods) == {"FedAdam (train.lr=2e-05)", "FedAdam (train.lr=0.001)"}
-    assert len(chapter.pick("beta 50 %", "FedAdam (train.lr=2e-05)")) == 1
+    dataset = read_results([tmp_path]).datasets[0]
+    assert set(dataset.methods) == {"FedAdam (train.lr=2e-05)", "FedAdam (train.lr=0.001)"}
+    assert len(dataset.pick("beta 50 %", "FedAdam (train.lr=2e-05)")) == 1
 
 
 @pytest.mark.parametrize("name", ["tiny-0.5", "tiny-0.5.html"])
@@ -85,7 +85,7 @@ def test_a_name_with_a_dot_is_kept(strategies: Path, tmp_path: Path, name: str):
 
 def test_a_difference_that_only_the_correction_hides_is_weak():
     claim = Paired(difference=0.2, low=0.05, high=0.35, p=0.03, n=3)
-    told = [judged("A against B:", claim, p_holm, 6) for p_holm in (0.03, 0.13)]
-    assert [finding.tag for finding in told] == ["clear", "weak"]
-    assert told[1].text.endswith("+20.0 points: more than noise taken alone, not as one of 6 claims.")
-    assert judged("A against B:", Paired(0.2, -0.05, 0.45, 0.08, 3), 0.4, 6).tag == "noise"
+    found = [claim_finding("A against B:", claim, p_holm, 6) for p_holm in (0.03, 0.13)]
+    assert [finding.tag for finding in found] == ["clear", "weak"]
+    assert found[1].text.endswith("+20.0 points: more than noise taken alone, not as one of 6 claims.")
+    assert claim_finding("A against B:", Paired(0.2, -0.05, 0.45, 0.08, 3), 0.4, 6).tag == "noise"

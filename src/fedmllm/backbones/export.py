@@ -1,4 +1,4 @@
-"""`fedmllm export`: the result of a run as a folder that other software loads."""
+"""`fedmllm export`: the result of a run as one model folder."""
 
 from __future__ import annotations
 

@@ -1,40 +1,40 @@
-"""Who sees what, and who holds which labels: bars of one client each, from a record's first line."""
+"""Bars of visible modalities and of labels for each client."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedmllm.reports.figures import WIDTH, Picture, draw, shown_as
-from fedmllm.reports.names import SHOWN
-from fedmllm.reports.reading import Chapter
+from fedmllm.reports.figures import WIDTH, Picture, draw, kind_of
+from fedmllm.reports.names import VISIBLE
+from fedmllm.reports.reading import DatasetResults
 from fedmllm.reports.svg import SERIES, SHOWS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def who_sees_what(chapter: Chapter, key: str) -> list[Picture]:
-    """One picture a setting, of the first seed: rows of each client by what they show; none where all show the same."""
+def who_sees_what(dataset: DatasetResults, key: str) -> list[Picture]:
+    """One picture a setting, of the first seed: rows of each client by visible modalities; empty if all rows are alike."""
     found = []
-    for number, setting in enumerate(chapter.settings):
-        clients = _clients(chapter, setting)
+    for number, setting in enumerate(dataset.settings):
+        clients = _clients(dataset, setting)
         stacks = {kind: [0] * len(clients) for kind in SHOWS}
         for i, client in enumerate(clients):
             for shows, count in client["shows"].items():
-                stacks[shown_as(shows, 2)][i] += count
+                stacks[kind_of(shows, 2)][i] += count
         if sum(any(counts) for counts in stacks.values()) > 1:
             colours = {kind: SHOWS[kind] for kind in stacks}
-            names = {kind: SHOWN[kind] for kind in stacks}
+            names = {kind: VISIBLE[kind] for kind in stacks}
             found.append(_bars(setting, stacks, colours, names, f"{key}-sees-{number}"))
     return found
 
 
-def label_skew(chapter: Chapter, key: str) -> list[Picture]:
+def label_skew(dataset: DatasetResults, key: str) -> list[Picture]:
     """One picture for each way in which the rows were split, of the first seed: rows of each client by label."""
     found, seen = [], set()
-    for number, setting in enumerate(chapter.settings):
-        clients = _clients(chapter, setting)
+    for number, setting in enumerate(dataset.settings):
+        clients = _clients(dataset, setting)
         digest = str([client["labels"] for client in clients])
         if not clients or digest in seen:
             continue
@@ -42,20 +42,20 @@ def label_skew(chapter: Chapter, key: str) -> list[Picture]:
         labels = sorted({label for client in clients for label in client["labels"]})
         stacks = {label: [client["labels"].get(label, 0) for client in clients] for label in labels}
         colours = {label: SERIES[i % len(SERIES)] for i, label in enumerate(labels)}
-        same = [s for s in chapter.settings if str([c["labels"] for c in _clients(chapter, s)]) == digest]
+        same = [s for s in dataset.settings if str([c["labels"] for c in _clients(dataset, s)]) == digest]
         title = setting if len(same) == 1 else f"{setting} and {len(same) - 1} more settings"
         found.append(_bars(title, stacks, colours, {label: label for label in labels}, f"{key}-labels-{number}"))
     return found
 
 
-def labels_of(chapter: Chapter) -> dict[str, str]:
+def labels_of(dataset: DatasetResults) -> dict[str, str]:
     """Label -> the colour it has in `label_skew`."""
-    labels = sorted({label for s in chapter.settings for client in _clients(chapter, s) for label in client["labels"]})
+    labels = sorted({label for s in dataset.settings for client in _clients(dataset, s) for label in client["labels"]})
     return {label: SERIES[i % len(SERIES)] for i, label in enumerate(labels)}
 
 
-def _clients(chapter: Chapter, setting: str) -> list[Mapping[str, Any]]:
-    runs = [run for run in chapter.pick(setting) if run.heading.get("clients")]
+def _clients(dataset: DatasetResults, setting: str) -> list[Mapping[str, Any]]:
+    runs = [run for run in dataset.pick(setting) if run.heading.get("clients")]
     first = min(runs, key=lambda run: run.seed, default=None)
     return list(first.heading["clients"]) if first else []
 

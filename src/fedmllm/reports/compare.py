@@ -1,7 +1,4 @@
-"""Two runs, or two groups of runs over seeds: what differs in settings, and is the difference in results more than noise?
-
-Loads no torch.
-"""
+"""`fedmllm compare`: differences of two groups of runs, with paired tests."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from rich.table import Table
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.text import flat
 from fedmllm.reports.findings import p_text
-from fedmllm.reports.reading import EXECUTION_ONLY, RunRecord, asked, read_book
+from fedmllm.reports.reading import EXECUTION_ONLY, RunRecord, asked, read_results
 from fedmllm.reports.stats import Paired, paired
 
 
@@ -36,7 +33,7 @@ class Comparison:
     """What `fedmllm compare` prints."""
 
     settings: dict[str, tuple[str, str]]  # key -> values on either side
-    execution: dict[str, tuple[str, str]]  # the same for what may not change results
+    execution_only: dict[str, tuple[str, str]]  # the same for what may not change results
     rows: tuple[Row, ...]
     num_a: int
     num_b: int
@@ -46,9 +43,9 @@ class Comparison:
 def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
     """Runs are paired where all settings but those that differ between the sides agree: seed with seed, and so on.
 
-    Raises FedmllmError for a folder without a finished run, and where the two sides are judged by no common metric.
+    Raises FedmllmError for a folder without a finished run, and if the two sides share no metric.
     """
-    runs_a, runs_b = read_book(a).runs, read_book(b).runs
+    runs_a, runs_b = read_results(a).runs, read_results(b).runs
     differing = {key: words for key, words in differences(runs_a, runs_b).items() if key != "seed"}
     keys = [_key(run, differing) for run in runs_a], [_key(run, differing) for run in runs_b]
     for runs, of_side, place in ((runs_a, keys[0], a), (runs_b, keys[1], b)):
@@ -70,7 +67,7 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
             test = paired({i: x for i, (x, _) in pairs.items()}, {i: y for i, (_, y) in pairs.items()})
             rows.append(Row(metric, visible, sum(ours) / len(ours), sum(theirs) / len(theirs), test))
     if not rows:
-        raise FedmllmError("the two sides are judged by no common metric")
+        raise FedmllmError("the two sides share no metric")
     execution = {key: words for key, words in differing.items() if f"{key}.".startswith(EXECUTION_ONLY)}
     what = {key: words for key, words in differing.items() if key not in execution}
     return Comparison(what, execution, tuple(rows), len(runs_a), len(runs_b), len(shared))
@@ -107,9 +104,9 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     console = console or Console()
     c = comparison
     settings = Table("setting", "A", "B", title="What differs", title_justify="left")
-    for key, (left, right) in {**c.settings, **c.execution}.items():
-        settings.add_row(key, left, right, style="dim" if key in c.execution else "")
-    if c.settings or c.execution:
+    for key, (left, right) in {**c.settings, **c.execution_only}.items():
+        settings.add_row(key, left, right, style="dim" if key in c.execution_only else "")
+    if c.settings or c.execution_only:
         console.print(settings)
     else:
         console.print("No setting differs.")

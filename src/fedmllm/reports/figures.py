@@ -1,4 +1,4 @@
-"""The figures of a chapter, drawn by matplotlib: the radar, results by scenario, curves, who sees what, and costs."""
+"""Figures of one data set's results, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedmllm.reports.names import metric_label
-from fedmllm.reports.reading import Chapter, RunRecord
+from fedmllm.reports.reading import DatasetResults, RunRecord
 from fedmllm.reports.stats import Spread
 from fedmllm.reports.svg import BASELINES, MUTED, SERIES, SHOWS, STYLE, inline
-from fedmllm.reports.tables import Results
+from fedmllm.reports.tables import ResultTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,12 +44,12 @@ class Picture:
     svg: str
 
 
-def looks(chapter: Chapter) -> dict[str, Look]:
-    """Federated methods get colours in order; what nobody federates is grey."""
+def looks(dataset: DatasetResults) -> dict[str, Look]:
+    """Federated methods get colours in order; baselines are grey."""
     found: dict[str, Look] = {}
     coloured = greys = 0
-    for method in chapter.methods:
-        if chapter.pick(method=method)[0].federated:
+    for method in dataset.methods:
+        if dataset.pick(method=method)[0].federated:
             line = ("-", "-.")[coloured // len(SERIES) % 2]  # beyond ten methods the colours come again
             found[method] = Look(SERIES[coloured % len(SERIES)], list(MARKERS)[coloured % len(MARKERS)], line)
             coloured += 1
@@ -80,7 +80,7 @@ def draw(
         return Picture(title, inline(figure, title, description, key))
 
 
-def radar(table: Results, style: Mapping[str, Look], key: str) -> Picture | None:
+def radar(table: ResultTable, style: Mapping[str, Look], key: str) -> Picture | None:
     """All settings as spokes, one line a method, error bars of one standard deviation; None for fewer than 3 settings."""
     if len(table.rows) < 3:
         return None
@@ -121,7 +121,7 @@ def radar(table: Results, style: Mapping[str, Look], key: str) -> Picture | None
     return draw(title, f"Radar. Means over seeds. {words}", key, paint, (4.6, 4.4), polar=True)
 
 
-def panels(table: Results, style: Mapping[str, Look], key: str) -> list[Picture]:
+def panels(table: ResultTable, style: Mapping[str, Look], key: str) -> list[Picture]:
     """One picture a scenario: its settings side by side, methods as points with error bars."""
     floor, top = _range([cell.spread for row in table.rows for cell in row.cells.values()])
     found = []
@@ -150,16 +150,16 @@ def panels(table: Results, style: Mapping[str, Look], key: str) -> list[Picture]
     return found
 
 
-def curves(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[Picture]:
+def curves(dataset: DatasetResults, style: Mapping[str, Look], key: str) -> list[Picture]:
     """One picture a setting: the metric of the global adapter over the rounds; bands are one standard deviation."""
-    found, points_of = [], judged(chapter)
+    found, points_of = [], values_by_round(dataset)
     everything = [Spread(value, None, 1) for points in points_of.values() for _, value in points]
     floor, top = _range(everything) if everything else (0.0, 100.0)
-    for number, setting in enumerate(chapter.settings):
+    for number, setting in enumerate(dataset.settings):
         lines: dict[str, dict[int, Spread]] = {}
-        for method in chapter.methods:
+        for method in dataset.methods:
             by_round: dict[int, list[float]] = {}
-            for run in chapter.pick(setting, method):
+            for run in dataset.pick(setting, method):
                 for round_, value in points_of.get(run.run_id, []):
                     by_round.setdefault(round_, []).append(value)
             if len(by_round) > 1:
@@ -172,20 +172,20 @@ def curves(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[Pictur
                 _line(axes, style[method], list(points), list(points.values()))
             axes.set_xlabel("round")
             axes.set_ylim(floor, top)
-            axes.set_ylabel(f"{metric_label(chapter.metric)} (%)")
+            axes.set_ylabel(f"{metric_label(dataset.metric)} (%)")
 
         last = {method: list(points.values())[-1] for method, points in lines.items()}
-        words = f"{metric_label(chapter.metric)} over rounds; after the last: {_said(last)}"
+        words = f"{metric_label(dataset.metric)} over rounds; after the last: {_said(last)}"
         found.append(draw(setting, words, f"{key}-{number}", paint, (WIDTH, 2.3)))
     return found
 
 
-def judged(chapter: Chapter) -> dict[str, list[tuple[int, float]]]:
+def values_by_round(dataset: DatasetResults) -> dict[str, list[tuple[int, float]]]:
     """Run id -> (round, value) of the global adapter, headline only; round 0 is the zero-shot run of the same seed."""
-    metric, visible = chapter.metric, chapter.visible
-    start = {_start(r): r.value(metric, visible) for r in chapter.runs if r.settings["method"] == "zero-shot"}
+    metric, visible = dataset.metric, dataset.visible
+    start = {_start(r): r.value(metric, visible) for r in dataset.runs if r.settings["method"] == "zero-shot"}
     found: dict[str, list[tuple[int, float]]] = {}
-    for run in chapter.runs:
+    for run in dataset.runs:
         if run.federated:
             evals = [e for e in run.evals if e["visible"] == visible and "round" in e]
             points = [(0, start.get(_start(run))), *((e["round"], e["metrics"].get(metric)) for e in evals)]
@@ -197,18 +197,18 @@ def _start(run: RunRecord) -> tuple[str, int, str]:
     return run.setting, run.seed, run.settings["prompt"]["name"]
 
 
-def against_cost(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[Picture]:
+def against_cost(dataset: DatasetResults, style: Mapping[str, Look], key: str) -> list[Picture]:
     """The metric, averaged over settings and seeds, against megabytes sent and against seconds of client work."""
     kinds: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
         "bytes": ("MB sent, up and down", lambda e: (e["up_bytes"] + e["down_bytes"]) / 1e6),
         "time": ("seconds of rounds (wall)", lambda e: e["wall_s"]),
     }
-    found, points_of = [], judged(chapter)
+    found, points_of = [], values_by_round(dataset)
     for kind, (words, cost) in kinds.items():
         lines: dict[str, tuple[list[float], list[Spread]]] = {}
-        for method in chapter.methods:
+        for method in dataset.methods:
             points: dict[int, list[tuple[float, float]]] = {}
-            for run in chapter.pick(method=method):
+            for run in dataset.pick(method=method):
                 spent, total = {}, 0.0
                 for event in run.rounds:
                     total += cost(event)
@@ -231,7 +231,7 @@ def against_cost(chapter: Chapter, style: Mapping[str, Look], key: str) -> list[
             for method, (x, spreads) in lines.items():
                 _line(axes, style[method], x, spreads, marker=True)
             axes.set_xlabel(words)
-            axes.set_ylabel(f"{metric_label(chapter.metric)} (%), all settings")
+            axes.set_ylabel(f"{metric_label(dataset.metric)} (%), all settings")
             axes.set_xlim(left=0)
 
         said = "; ".join(f"{m} {100 * s[-1].mean:.1f} % after {x[-1]:.1f}" for m, (x, s) in lines.items())
@@ -262,8 +262,8 @@ def _said(spreads: Mapping[str, Spread]) -> str:
     return ", ".join(f"{method} {one(spread)}" for method, spread in spreads.items())
 
 
-def shown_as(shows: str, num_modalities: int) -> str:
-    """ "image+text" -> "both"; other combinations of more modalities count as "both" where more than one is shown."""
+def kind_of(shows: str, num_modalities: int) -> str:
+    """ "image+text" -> "both"; other combinations of more modalities count as "both" if more than one is visible."""
     if shows in SHOWS:
         return shows
     return "both" if "+" in shows or num_modalities == 1 else ("image" if shows != "text" else "text")

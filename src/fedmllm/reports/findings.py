@@ -1,4 +1,4 @@
-"""What a chapter shows, in sentences; each claim bears its paired test over seeds and how many seeds there are."""
+"""Findings in sentences, each with its paired test over seeds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from fedmllm.reports.names import base_of, metric_label
-from fedmllm.reports.reading import Chapter, Seeds
+from fedmllm.reports.reading import DatasetResults, Seeds
 from fedmllm.reports.stats import Paired, Spread, holm, mean_over_settings, paired
-from fedmllm.reports.tables import Results
+from fedmllm.reports.tables import ResultTable
 
 LOST = {
     "missing": "Rows that lost text or image at random",
@@ -32,40 +32,40 @@ class Finding:
 Claim = tuple[str, Paired | None]  # a sentence that wants a difference, and its test; None = no shared seed
 
 
-def findings(chapter: Chapter, table: Results) -> list[Finding]:
+def findings(dataset: DatasetResults, table: ResultTable) -> list[Finding]:
     """The short list at the top of the page. Its claims are tested together: Holm's correction over all of them."""
-    values = chapter.values(table.metric)
-    federated = [m for m in table.methods if chapter.pick(method=m)[0].federated]
-    overall = {m: mean_over_settings(values, m, chapter.settings) for m in table.methods}
+    values = dataset.values(table.metric)
+    federated = [m for m in table.methods if dataset.pick(method=m)[0].federated]
+    overall = {m: mean_over_settings(values, m, dataset.settings) for m in table.methods}
     overall = {m: seeds for m, seeds in overall.items() if seeds}
     ranked = sorted((m for m in federated if m in overall), key=lambda m: -_mean(overall[m]))
     notes: list[Finding] = []
     claims: list[Claim] = []
     if ranked:
         best, name = ranked[0], metric_label(table.metric)
-        num = len(chapter.settings)
+        num = len(dataset.settings)
         reached = f"{name} {_percent(overall[best])}" + (f", mean of {num} settings" if num > 1 else "")
         if len(ranked) > 1:
             text = f"{best} comes first of {len(ranked)} federated methods: {reached}. Its lead over {ranked[1]}:"
             claims.append((text, paired(overall[best], overall[ranked[1]])))
         else:
             notes.append(Finding(f"{best} is the only federated method here: {reached}."))
-        for yardstick in (m for m in overall if m not in federated and base_of(m, overall) is None):
-            words = f"{best} against {yardstick} ({_percent(overall[yardstick])}):"
-            claims.append((words, paired(overall[best], overall[yardstick])))
-        claims += losses(chapter, values, best)
+        for baseline in (m for m in overall if m not in federated and base_of(m, overall) is None):
+            words = f"{best} against {baseline} ({_percent(overall[baseline])}):"
+            claims.append((words, paired(overall[best], overall[baseline])))
+        claims += losses(dataset, values, best)
     claims += additions({m: overall[m] for m in ranked})
     corrected = holm({str(i): test.p for i, (_, test) in enumerate(claims) if test and test.p is not None})
-    told = [judged(text, test, corrected.get(str(i)), len(corrected)) for i, (text, test) in enumerate(claims)]
-    return [*notes, *told, *agreement(table, values)]
+    tests = [claim_finding(text, test, corrected.get(str(i)), len(corrected)) for i, (text, test) in enumerate(claims)]
+    return [*notes, *tests, *agreement(table, values)]
 
 
-def losses(chapter: Chapter, values: Mapping[tuple[str, str], Seeds], method: str) -> list[Claim]:
+def losses(dataset: DatasetResults, values: Mapping[tuple[str, str], Seeds], method: str) -> list[Claim]:
     """What each scenario costs against complete rows that were split over clients in the same way, where there are such."""
-    split = {setting: chapter.pick(setting)[0].settings["partition"] for setting in chapter.settings}
-    complete = chapter.scenarios.get("aligned", [])
+    split = {setting: dataset.pick(setting)[0].settings["partition"] for setting in dataset.settings}
+    complete = dataset.scenarios.get("aligned", [])
     found: list[Claim] = []
-    for scenario, settings in chapter.scenarios.items():
+    for scenario, settings in dataset.scenarios.items():
         alike = [s for s in complete if split[s] in [split[other] for other in settings]]
         whole = mean_over_settings(values, method, alike or complete)
         seeds = mean_over_settings(values, method, settings)
@@ -92,14 +92,14 @@ def additions(overall: Mapping[str, Seeds]) -> list[Claim]:
     return claims
 
 
-def agreement(table: Results, values: Mapping[tuple[str, str], Seeds]) -> list[Finding]:
+def agreement(table: ResultTable, values: Mapping[tuple[str, str], Seeds]) -> list[Finding]:
     """Of the published orderings of two methods in a setting: how many do we find, and how many of those that are stable."""
-    told = agreements(table, values)
-    if table.published is None or not told:
+    pairs = agreements(table, values)
+    if table.published is None or not pairs:
         return []
-    stable = [same for same, is_stable in told if is_stable]
+    stable = [same for same, is_stable in pairs if is_stable]
     text = (
-        f"Of {len(told)} published orderings of two methods in a setting, {sum(s for s, _ in told)} are found here; of the "
+        f"Of {len(pairs)} published orderings of two methods in a setting, {sum(s for s, _ in pairs)} are found here; of the "
         f"{len(stable)} that come out the same way for every one of our seeds, {sum(stable)} agree."
     )
     p = table.published
@@ -107,9 +107,9 @@ def agreement(table: Results, values: Mapping[tuple[str, str], Seeds]) -> list[F
     return [Finding(text, other)]
 
 
-def agreements(table: Results, values: Mapping[tuple[str, str], Seeds]) -> list[tuple[bool, bool]]:
+def agreements(table: ResultTable, values: Mapping[tuple[str, str], Seeds]) -> list[tuple[bool, bool]]:
     """(same direction as published?, same direction in every seed?) of each setting and pair of methods."""
-    told = []
+    found = []
     published = table.published.values if table.published else {}
     for row in table.rows:
         shared = [
@@ -124,8 +124,8 @@ def agreements(table: Results, values: Mapping[tuple[str, str], Seeds]) -> list[
             theirs = published[a][row.setting] - published[b][row.setting]
             if ours and theirs:
                 mean = sum(ours) / len(ours)
-                told.append((mean * theirs > 0, all(d * mean > 0 for d in ours) and len(ours) > 1))
-    return told
+                found.append((mean * theirs > 0, all(d * mean > 0 for d in ours) and len(ours) > 1))
+    return found
 
 
 def _mean(seeds: Seeds) -> float:
@@ -137,13 +137,13 @@ def _percent(seeds: Seeds) -> str:
     return f"{100 * s.mean:.1f}" + (f" ± {100 * s.std:.1f} %" if s.std is not None else " %")
 
 
-def judged(text: str, test: Paired | None, p_holm: float | None, num_claims: int) -> Finding:
+def claim_finding(text: str, test: Paired | None, p_holm: float | None, num_claims: int) -> Finding:
     """The claim with what may be said of it; `p_holm` is corrected for all `num_claims`."""
     if test is None:
         return Finding(f"{text} no shared seed.")
     points = f"{text} {100 * test.difference:+.1f} points"
     if test.p is None or p_holm is None:
-        return Finding(f"{points}.", "One seed: this cannot be told from noise.", False, "noise")
+        return Finding(f"{points}.", "One seed: no test is possible.", False, "noise")
     interval = f"95 % interval {100 * (test.low or 0):+.1f} to {100 * (test.high or 0):+.1f}"
     among = f", {p_text(p_holm)} as one of {num_claims} claims" if num_claims > 1 else ""
     detail = f"Paired t-test over {test.n} seeds: p {_equals(test.p)}{among}; {interval}."

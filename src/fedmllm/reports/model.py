@@ -1,4 +1,4 @@
-"""`fedmllm doctor`: is this model folder fit for use? `fedmllm estimate`: what will an experiment need?"""
+"""`fedmllm doctor` and `fedmllm estimate`: model checks and required resources."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def print_estimate(experiment: Experiment, as_json: bool = False, console: Conso
         console.print(table)
     if experiment.backbone.device != "cpu":
         console.print(
-            f"on the host besides: {_size(experiment.backbone.keep_image_features_mb * 2**20)} of image features"
+            f"also on the host: {_size(experiment.backbone.keep_image_features_mb * 2**20)} of image features"
         )
 
 

@@ -32,7 +32,7 @@ METRICS = {
     "accuracy_closed": "accuracy, closed",
     "token_f1": "token F1",
 }
-SHOWN = {"both": "text and image", "all": "everything", "image": "image only", "text": "text only", "none": "nothing"}
+VISIBLE = {"both": "text and image", "all": "everything", "image": "image only", "text": "text only", "none": "nothing"}
 
 
 def setting_label(settings: Mapping[str, Any]) -> str:

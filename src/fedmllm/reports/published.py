@@ -1,4 +1,4 @@
-"""Published numbers, to stand beside ours: `published.toml` holds them with their source."""
+"""Published numbers with their sources, from `published.toml`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records and summaries of many runs -> one book of results. Loads no torch."""
+"""Records and summaries of many runs, read for a report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedmllm.runs.record import Event, read
 from fedmllm.runs.suites.suite import SUITE
 
 SUMMARY, RECORD = "summary.json", "record.jsonl"
-NOTHING_ADDED = ("none", "plain", "-")  # labels of an axis beside `methods`
+NOTHING_ADDED = ("none", "plain", "-")  # labels of the axes other than `methods` that add nothing
 EXECUTION_ONLY = tuple(
     f"{key}." for key in Experiment.execution_only()
 )  # where and how fast a run was computed: keys, or tables with all their keys
@@ -47,7 +47,7 @@ class RunRecord:
 
     @property
     def headline(self) -> tuple[str, str]:
-        """(metric, test modalities) that the data set is judged by first."""
+        """(metric, test modalities) of the main result."""
         return self.rows[0]["metric"], self.rows[0]["visible"]
 
     def value(self, metric: str, visible: str) -> float | None:
@@ -56,25 +56,25 @@ class RunRecord:
 
 
 @dataclass(frozen=True)
-class Book:
+class ReportData:
     """All runs of a report, in the order of the tables."""
 
     title: str
     runs: tuple[RunRecord, ...]
     unfinished: tuple[str, ...]  # folders with a record and no summary
-    missing: int  # cells of the suites that have not begun
+    missing: int  # cells of the suites without a record
 
-    def of(self, data: str) -> Chapter:
+    def of(self, data: str) -> DatasetResults:
         """The runs on one data set."""
-        return Chapter(data, tuple(run for run in self.runs if run.data == data))
+        return DatasetResults(data, tuple(run for run in self.runs if run.data == data))
 
     @property
-    def chapters(self) -> list[Chapter]:
+    def datasets(self) -> list[DatasetResults]:
         return [self.of(data) for data in dict.fromkeys(run.data for run in self.runs)]
 
 
 @dataclass(frozen=True)
-class Chapter:
+class DatasetResults:
     """The runs on one data set."""
 
     data: str
@@ -88,7 +88,7 @@ class Chapter:
     def methods(self) -> list[str]:
         return list(dict.fromkeys(run.method for run in self.runs))
 
-    def plain(self) -> Chapter:
+    def plain(self) -> DatasetResults:
         """Without the methods that are another one with an addition; a figure cannot show every combination."""
         methods = self.methods
         return replace(self, runs=tuple(run for run in self.runs if base_of(run.method, methods) is None))
@@ -103,7 +103,7 @@ class Chapter:
 
     @property
     def visible(self) -> str:
-        """What the test rows of most runs show; a yardstick without a model shows itself nothing."""
+        """Visible modalities of the test rows in most runs; a baseline without a model reads none."""
         return Counter(run.headline[1] for run in self.runs).most_common(1)[0][0]
 
     @property
@@ -128,10 +128,10 @@ class Chapter:
         return dict(found)
 
 
-def read_book(folders: Sequence[Path]) -> Book:
+def read_results(folders: Sequence[Path]) -> ReportData:
     """Every run at or below the folders, once each by run id, as the suite's order has it.
 
-    Raises FedmllmError for a folder that is not there or holds no finished run, and for a record that cannot be read.
+    Raises FedmllmError for a folder that is missing or has no finished run, and for a record that cannot be read.
     """
     titles: dict[str, None] = {}
     labels: dict[str, dict[str, str]] = {}
@@ -152,13 +152,13 @@ def read_book(folders: Sequence[Path]) -> Book:
             runs.setdefault(run.run_id, run)
     if not runs:
         raise FedmllmError(f"{', '.join(map(str, folders))}: no finished run (a folder with {RECORD} and {SUMMARY})")
-    told = apart(in_order(label(runs.values(), labels), list(labels)))
-    begun = {
+    named = apart(in_order(label(runs.values(), labels), list(labels)))
+    started = {
         *runs,
         *(Path(folder).name for folder in unfinished),
     }  # a suite's cell lies in a folder named by its run id
-    lacking = sum(run_id not in begun for run_id in labels)
-    return Book(" + ".join(titles) or "Federated fine-tuning: results", tuple(told), tuple(unfinished), lacking)
+    lacking = sum(run_id not in started for run_id in labels)
+    return ReportData(" + ".join(titles) or "Federated fine-tuning: results", tuple(named), tuple(unfinished), lacking)
 
 
 def read_suite(path: Path) -> tuple[str, dict[str, dict[str, str]]]:
@@ -205,7 +205,7 @@ def label(runs: Iterable[RunRecord], labels: Mapping[str, Mapping[str, str]]) ->
     for of_run in labels.values():
         for axis, word in of_run.items():
             counts[axis].add(word)
-    told = []
+    named = []
     for run in runs:
         of_run = labels.get(run.run_id, {})
         column = [
@@ -215,8 +215,8 @@ def label(runs: Iterable[RunRecord], labels: Mapping[str, Mapping[str, str]]) ->
             or (a not in ("settings", "seeds") and len(counts[a]) > 1 and w.lower() not in NOTHING_ADDED)
         ]
         setting, method = of_run.get("settings", run.setting), ", ".join(column) or run.method
-        told.append(replace(run, setting=setting, method=method))
-    return told
+        named.append(replace(run, setting=setting, method=method))
+    return named
 
 
 def in_order(runs: list[RunRecord], suite: Sequence[str]) -> list[RunRecord]:
@@ -240,12 +240,12 @@ def apart(runs: list[RunRecord]) -> list[RunRecord]:
         for key in dict.fromkeys(key for one in several for key in one):
             if any(one.get(key) != several[0].get(key) for one in several):
                 odd[data, method][key] = None
-    told = []
+    named = []
     for run in runs:
         own, keys = asked(run.settings), odd[run.data, run.method]
         suffix = f" ({', '.join(f'{key}={own[key]}' for key in keys if key in own)})" if keys else ""
-        told.append(replace(run, method=run.method + suffix))
-    return told
+        named.append(replace(run, method=run.method + suffix))
+    return named
 
 
 def asked(settings: Mapping[str, Any]) -> dict[str, Any]:

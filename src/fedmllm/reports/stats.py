@@ -1,4 +1,7 @@
-"""Spread over seeds, and paired tests: a seed fixes rows, partition and masks, so methods are compared seed by seed."""
+"""Spread over seeds, and tests of methods paired by seed.
+
+A seed fixes rows, partition and masks, so methods are compared seed by seed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmllm.reports.reading import Chapter, Seeds
+from fedmllm.reports.reading import DatasetResults, Seeds
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Paired:
     def verdict(self) -> str:
         """What may be claimed at the 5 % level."""
         if self.p is None:
-            return "one seed: cannot be told from noise"
+            return "one seed: no test"
         if self.p >= 0.05:
             return "within noise"
         return "higher" if self.difference > 0 else "lower"
@@ -81,7 +84,7 @@ class Versus:
     a: str
     b: str
     paired: Paired  # of the means over settings, one pair a seed
-    p_holm: float | None  # corrected for all pairs of the chapter
+    p_holm: float | None  # corrected for all pairs of the dataset
     wins: int  # (setting, seed) cells in which a is strictly above b
     cells: int
     stable: tuple[str, ...]  # settings in which a is above b for every seed
@@ -95,14 +98,14 @@ def mean_over_settings(values: Mapping[tuple[str, str], Seeds], method: str, set
     return {seed: statistics.fmean(column[seed] for column in columns) for seed in sorted(shared)}
 
 
-def all_pairs(chapter: Chapter, metric: str = "", visible: str = "") -> list[Versus]:
+def all_pairs(dataset: DatasetResults, metric: str = "", visible: str = "") -> list[Versus]:
     """Every pair of methods, the better one first, the best method's pairs first."""
-    values = chapter.values(metric, visible)
-    methods = sorted(chapter.methods, key=lambda m: -_overall(values, m))
+    values = dataset.values(metric, visible)
+    methods = sorted(dataset.methods, key=lambda m: -_overall(values, m))
     found: list[Versus] = []
     for i, a in enumerate(methods):
         for b in methods[i + 1 :]:
-            shared = [s for s in chapter.settings if (s, a) in values and (s, b) in values]
+            shared = [s for s in dataset.settings if (s, a) in values and (s, b) in values]
             test = paired(mean_over_settings(values, a, shared), mean_over_settings(values, b, shared))
             if test is None:
                 continue

@@ -1,4 +1,4 @@
-"""A matplotlib figure as an inline SVG: text stays text, colours follow the page's theme, and it can be read aloud."""
+"""Matplotlib figures as inline SVG: themed, selectable, accessible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 TEXT, MUTED, GRID, SURFACE = "#010001", "#010002", "#010003", "#010004"
 NUM_SERIES = 10
 SERIES = [f"#0100{16 + i:02x}" for i in range(NUM_SERIES)]
-BASELINES = ["#010030", "#010031", "#010032"]  # zero-shot, local, others that nobody federates
+BASELINES = ["#010030", "#010031", "#010032"]  # zero-shot, local, other baselines
 SHOWS = {"both": "#010040", "image": "#010041", "text": "#010042", "none": "#010043"}
 _VARIABLES = {TEXT: "--text", MUTED: "--muted", GRID: "--grid", SURFACE: "--surface"}
 _VARIABLES |= {colour: f"--s{i}" for i, colour in enumerate(SERIES)}

@@ -1,4 +1,4 @@
-"""Tables of a chapter as values; `texts` writes them as Markdown and CSV, the page as HTML."""
+"""Tables of one data set's results, as values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmllm.reports.published import Published, published_for
-from fedmllm.reports.reading import Chapter, RunRecord, Seeds
+from fedmllm.reports.reading import DatasetResults, RunRecord, Seeds
 from fedmllm.reports.stats import Paired, Spread, holm, mean_over_settings, paired
 
 ALL = "mean over settings"
@@ -44,8 +44,8 @@ class ResultRow:
 
 
 @dataclass(frozen=True)
-class Results:
-    """The main table of a chapter."""
+class ResultTable:
+    """The main table of a dataset."""
 
     metric: str
     visible: str
@@ -55,19 +55,19 @@ class Results:
     published: Published | None
 
 
-def results(chapter: Chapter, metric: str = "", visible: str = "") -> Results:
-    """Mean, std and n over seeds of every setting and method; best and second; the published column beside."""
-    values = chapter.values(metric, visible)
-    metric, visible = metric or chapter.metric, visible or chapter.visible
-    published = published_for(chapter.data)
-    methods = tuple(m for m in chapter.methods if any((s, m) in values for s in chapter.settings))
+def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -> ResultTable:
+    """Mean, std and n over seeds of every setting and method; best and second; the published columns."""
+    values = dataset.values(metric, visible)
+    metric, visible = metric or dataset.metric, visible or dataset.visible
+    published = published_for(dataset.data)
+    methods = tuple(m for m in dataset.methods if any((s, m) in values for s in dataset.settings))
     rows = []
-    for scenario, settings in chapter.scenarios.items():
+    for scenario, settings in dataset.scenarios.items():
         for setting in settings:
             own = {m: values[setting, m] for m in methods if (setting, m) in values}
-            beside = {m: row[setting] for m, row in (published.values if published else {}).items() if setting in row}
+            theirs = {m: row[setting] for m, row in (published.values if published else {}).items() if setting in row}
             if own:
-                rows.append(_row(scenario, setting, own, beside))
+                rows.append(_row(scenario, setting, own, theirs))
     corrected = holm({row.setting: row.lead.p for row in rows if row.lead and row.lead.p is not None})
     rows = [ResultRow(**{**row.__dict__, "p_holm": corrected.get(row.setting)}) for row in rows]
     whole = {m: mean_over_settings(values, m, [row.setting for row in rows]) for m in methods}
@@ -77,16 +77,16 @@ def results(chapter: Chapter, metric: str = "", visible: str = "") -> Results:
         means = published.values if published else {}
         overall = _row("", ALL, whole, {m: statistics.fmean(row.values()) for m, row in means.items()})
         overall = ResultRow(**{**overall.__dict__, "p_holm": overall.lead.p if overall.lead else None})
-    return Results(metric, visible, methods, tuple(rows), overall, published)
+    return ResultTable(metric, visible, methods, tuple(rows), overall, published)
 
 
-def _row(scenario: str, setting: str, own: Mapping[str, Seeds], beside: Mapping[str, float]) -> ResultRow:
+def _row(scenario: str, setting: str, own: Mapping[str, Seeds], theirs: Mapping[str, float]) -> ResultRow:
     spreads = {method: Spread.of(list(seeds.values())) for method, seeds in own.items()}
     ranked = sorted(spreads, key=lambda method: -spreads[method].mean)
     marks = dict(zip(ranked, ("best", "second"), strict=False)) if len(ranked) > 1 else {}
     lead = paired(own[ranked[0]], own[ranked[1]]) if len(ranked) > 1 else None
     cells = {method: Cell(spread, marks.get(method, "")) for method, spread in spreads.items()}
-    return ResultRow(scenario, setting, cells, lead, None, beside)
+    return ResultRow(scenario, setting, cells, lead, None, theirs)
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class CostRow:
     total_wall_s: float
 
 
-def costs(chapter: Chapter) -> list[CostRow]:
+def costs(dataset: DatasetResults) -> list[CostRow]:
     """One row a method."""
-    return [_costs(method, chapter.pick(method=method)) for method in chapter.methods]
+    return [_costs(method, dataset.pick(method=method)) for method in dataset.methods]
 
 
 def _costs(method: str, runs: list[RunRecord]) -> CostRow:
@@ -146,16 +146,16 @@ class Matrix:
     rows: Mapping[str, Mapping[str, Spread]]
 
 
-def matrices(chapter: Chapter) -> list[Matrix]:
+def matrices(dataset: DatasetResults) -> list[Matrix]:
     """One a method; none where only one kind of test was made."""
-    columns = tuple(dict.fromkeys(row["visible"] for run in chapter.runs for row in run.rows))
+    columns = tuple(dict.fromkeys(row["visible"] for run in dataset.runs for row in run.rows))
     if len(columns) < 2:
         return []
-    by_visible = {visible: chapter.values(chapter.metric, visible) for visible in columns}
+    by_visible = {visible: dataset.values(dataset.metric, visible) for visible in columns}
     found = []
-    for method in chapter.methods:
+    for method in dataset.methods:
         rows = {}
-        for setting in chapter.settings:
+        for setting in dataset.settings:
             own = {v: by_visible[v].get((setting, method)) for v in columns}
             if all(own.values()):
                 rows[setting] = {v: Spread.of(list(seeds.values())) for v, seeds in own.items() if seeds}

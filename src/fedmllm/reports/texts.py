@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from fedmllm.core.text import bytes_text
 from fedmllm.reports.findings import p_text
-from fedmllm.reports.names import SHOWN, metric_label
-from fedmllm.reports.reading import Chapter
+from fedmllm.reports.names import VISIBLE, metric_label
+from fedmllm.reports.reading import DatasetResults
 from fedmllm.reports.stats import Spread, Versus, paired
-from fedmllm.reports.tables import CostRow, Matrix, ResultRow, Results
+from fedmllm.reports.tables import CostRow, Matrix, ResultRow, ResultTable
 
 NOTE = (
     "Percent, mean ± standard deviation over seeds. **Best**, _second_; ≈: the lead of the first place is within noise "
@@ -19,16 +19,16 @@ NOTE = (
 )
 
 
-def results_markdown(table: Results, num_seeds: int) -> str:
+def results_markdown(table: ResultTable, num_seeds: int) -> str:
     """The main table; published numbers in columns of their own."""
-    beside = list(table.published.values) if table.published else []
-    head = ["scenario", "setting", *table.methods, *(f"published: {m}" for m in beside)]
+    theirs = list(table.published.values) if table.published else []
+    head = ["scenario", "setting", *table.methods, *(f"published: {m}" for m in theirs)]
     lines = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))]
     for row in (*table.rows, *([table.overall] if table.overall else [])):
         values = [_cell(row, method) for method in table.methods]
-        published = [f"{row.published[m]:.1f}" if m in row.published else "" for m in beside]
+        published = [f"{row.published[m]:.1f}" if m in row.published else "" for m in theirs]
         lines.append(_line([row.scenario, row.setting, *values, *published]))
-    shows, seeds = SHOWN.get(table.visible, table.visible), "seed" if num_seeds == 1 else "seeds"
+    shows, seeds = VISIBLE.get(table.visible, table.visible), "seed" if num_seeds == 1 else "seeds"
     about = f"{metric_label(table.metric)}, test rows show {shows}; {num_seeds} {seeds}. {NOTE}"
     if table.published:
         p = table.published
@@ -84,7 +84,7 @@ def costs_markdown(rows: Sequence[CostRow]) -> str:
 def matrix_markdown(matrix: Matrix) -> str:
     """Train setting x test modalities of one method."""
     lines = [
-        _line(["trained on", *(SHOWN.get(c, c) for c in matrix.columns)]),
+        _line(["trained on", *(VISIBLE.get(c, c) for c in matrix.columns)]),
         _line(["---", *["---:"] * len(matrix.columns)]),
     ]
     lines += [
@@ -106,18 +106,18 @@ def pairs_markdown(pairs: Sequence[Versus]) -> str:
     )
 
 
-def results_csv(chapters: Sequence[Chapter]) -> str:
+def results_csv(datasets: Sequence[DatasetResults]) -> str:
     """One line a data set, setting, method, test modalities and metric."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
         ["data", "scenario", "setting", "method", "test_shows", "metric", "mean", "std", "n", "seeds", "p_vs_best"]
     )
-    for chapter in chapters:
-        kinds = dict.fromkeys((row["metric"], row["visible"]) for run in chapter.runs for row in run.rows)
-        scenario = {setting: name for name, settings in chapter.scenarios.items() for setting in settings}
+    for dataset in datasets:
+        kinds = dict.fromkeys((row["metric"], row["visible"]) for run in dataset.runs for row in run.rows)
+        scenario = {setting: name for name, settings in dataset.scenarios.items() for setting in settings}
         for metric, visible in kinds:
-            values = chapter.values(metric, visible)
+            values = dataset.values(metric, visible)
             best: dict[str, str] = {}
             for setting, method in values:
                 held = best.setdefault(setting, method)
@@ -128,22 +128,22 @@ def results_csv(chapters: Sequence[Chapter]) -> str:
                 test = paired(values[setting, best[setting]], seeds) if best[setting] != method else None
                 p = "" if test is None or test.p is None else f"{test.p:.4g}"
                 std = "" if s.std is None else f"{s.std:.6g}"
-                names = [chapter.data, scenario[setting], setting, method, visible, metric]
+                names = [dataset.data, scenario[setting], setting, method, visible, metric]
                 writer.writerow([*names, f"{s.mean:.6g}", std, s.n, " ".join(map(str, sorted(seeds))), p])
     return buffer.getvalue()
 
 
-def costs_csv(chapters: Sequence[Chapter], rows: Sequence[Sequence[CostRow]]) -> str:
+def costs_csv(datasets: Sequence[DatasetResults], rows: Sequence[Sequence[CostRow]]) -> str:
     """One line a data set and method, in plain numbers (bytes, seconds)."""
     buffer = io.StringIO()
     fields = list(CostRow.__dataclass_fields__)
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["data", *fields])
-    for chapter, of_chapter in zip(chapters, rows, strict=True):
-        for row in of_chapter:
+    for dataset, of_dataset in zip(datasets, rows, strict=True):
+        for row in of_dataset:
             values = [getattr(row, field) for field in fields]
             writer.writerow(
-                [chapter.data, *("" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in values)]
+                [dataset.data, *("" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in values)]
             )
     return buffer.getvalue()
 

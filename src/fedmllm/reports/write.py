@@ -1,4 +1,4 @@
-"""`fedmllm report`: one HTML page, the same tables as Markdown, and two CSV files."""
+"""`fedmllm report`: an HTML page, and its tables as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from fedmllm.core.storage import write_atomically
 from fedmllm.reports.findings import findings
 from fedmllm.reports.page import page
-from fedmllm.reports.reading import Book, read_book
+from fedmllm.reports.reading import ReportData, read_results
 from fedmllm.reports.stats import all_pairs
-from fedmllm.reports.tables import costs, matrices, results
+from fedmllm.reports.tables import costs, matrices, result_table
 from fedmllm.reports.texts import (
     costs_csv,
     costs_markdown,
@@ -26,13 +26,13 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
 
     Raises FedmllmError where there is no finished run.
     """
-    book = read_book(folders)
+    report = read_results(folders)
     stem = out.name.removesuffix(".html")  # "tiny-0.5" is a name, not a name and an ending
     texts = {
-        out.with_name(f"{stem}.html"): page(book),
-        out.with_name(f"{stem}.md"): markdown(book),
-        out.with_name(f"{stem}-results.csv"): results_csv(book.chapters),
-        out.with_name(f"{stem}-costs.csv"): costs_csv(book.chapters, [costs(c) for c in book.chapters]),
+        out.with_name(f"{stem}.html"): page(report),
+        out.with_name(f"{stem}.md"): markdown(report),
+        out.with_name(f"{stem}-results.csv"): results_csv(report.datasets),
+        out.with_name(f"{stem}-costs.csv"): costs_csv(report.datasets, [costs(c) for c in report.datasets]),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
@@ -40,19 +40,19 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     return list(texts)
 
 
-def markdown(book: Book) -> str:
+def markdown(report: ReportData) -> str:
     """The whole report as Markdown, without its figures."""
-    parts = [f"# {book.title}\n"]
-    for chapter in book.chapters:
-        table = results(chapter)
-        parts.append(f"## {chapter.data}\n")
-        parts.append("\n".join(f"- {f.text} {f.detail}".rstrip() for f in findings(chapter, table)) + "\n")
-        parts.append(results_markdown(table, len(chapter.seeds)))
+    parts = [f"# {report.title}\n"]
+    for dataset in report.datasets:
+        table = result_table(dataset)
+        parts.append(f"## {dataset.data}\n")
+        parts.append("\n".join(f"- {f.text} {f.detail}".rstrip() for f in findings(dataset, table)) + "\n")
+        parts.append(results_markdown(table, len(dataset.seeds)))
         parts.append("### Which orderings hold\n")
-        parts.append(pairs_markdown(all_pairs(chapter)))
-        for matrix in matrices(chapter):
+        parts.append(pairs_markdown(all_pairs(dataset)))
+        for matrix in matrices(dataset):
             parts.append(f"### What was missing in training x what test rows show: {matrix.method}\n")
             parts.append(matrix_markdown(matrix))
         parts.append("### Costs of a run\n")
-        parts.append(costs_markdown(costs(chapter)))
+        parts.append(costs_markdown(costs(dataset)))
     return "\n".join(parts)
