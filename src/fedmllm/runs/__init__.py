@@ -1,0 +1,1 @@
+"""One experiment from settings to summary, with checkpoints and resume."""

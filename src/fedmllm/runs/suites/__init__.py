@@ -1,0 +1,1 @@
+"""Many experiments: a matrix and its scheduler."""
