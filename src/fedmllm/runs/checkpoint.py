@@ -7,8 +7,6 @@ checkpoints/round-0007/adapter_model.safetensors   the global adapter: with adap
 
 from __future__ import annotations
 
-from fedmllm.core.storage import read_tensors
-
 import contextlib
 import hashlib
 import re
@@ -20,18 +18,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fedmllm.core.storage import make_folder, sync
-from fedmllm.core.tensors import is_finite
-from fedmllm.runs.totals import Totals
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.types import Params, State
 from fedmllm.core.spec import Spec
+from fedmllm.core.storage import make_folder, read_tensors, sync
+from fedmllm.core.types import Params, State
+from fedmllm.runs.totals import Totals
 
-ADAPTER, CONFIG, STATE, RUN_STATE = "adapter_model.safetensors", "adapter_config.json", "state.safetensors", "state.json"
+ADAPTER, CONFIG, STATE, RUN_STATE = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "state.safetensors",
+    "state.json",
+)
 FOLDER = re.compile(r"round-([0-9]{4}|[1-9][0-9]{4,8})")
 MAX_RUN_STATE_BYTES = 16 * 2**20  # bytes; a real one has some thousands
 
@@ -115,7 +116,9 @@ class Checkpoints:
                 named = {f"{key}/{name}": t for key, tree in state.items() for name, t in tree.items()}
                 files[STATE] = save(_copied(named))
             digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            files[RUN_STATE] = sealed(RunState.model_validate({**dict(run_state), "files": digests, "state_keys": tuple(state)}))
+            files[RUN_STATE] = sealed(
+                RunState.model_validate({**dict(run_state), "files": digests, "state_keys": tuple(state)})
+            )
             for name, content in files.items():
                 (partial / name).write_bytes(content)
             for name in files:  # after all are written: the first sync then carries most of the work
@@ -186,7 +189,9 @@ def read_run_state(folder: Path) -> RunState:
     path = folder / RUN_STATE
     try:
         if path.stat().st_size > MAX_RUN_STATE_BYTES:
-            raise FedmllmError(f"{path}: {path.stat().st_size} bytes; a checkpoint's is never over {MAX_RUN_STATE_BYTES}")
+            raise FedmllmError(
+                f"{path}: {path.stat().st_size} bytes; a checkpoint's is never over {MAX_RUN_STATE_BYTES}"
+            )
         content = path.read_bytes()
         run_state = RunState.model_validate_json(content, strict=True)
     except OSError as error:
@@ -204,7 +209,9 @@ def read_run_state(folder: Path) -> RunState:
     if hashlib.sha256(unsealed).hexdigest() != run_state.digest:
         raise FedmllmError(f"{path}: damaged: it is not what its own digest says{_advice(folder)}")
     if (found := FOLDER.fullmatch(folder.name)) and int(found[1]) != run_state.totals.num_rounds:
-        raise FedmllmError(f"{folder}: holds the checkpoint of round {run_state.totals.num_rounds}; rename or delete it")
+        raise FedmllmError(
+            f"{folder}: holds the checkpoint of round {run_state.totals.num_rounds}; rename or delete it"
+        )
     return run_state
 
 
@@ -219,7 +226,9 @@ def read(folder: Path, like: Params, init: State) -> Checkpoint:
     run_state = read_run_state(folder)
     params = _read_checked(folder, ADAPTER, run_state, like)
     if lost := init.keys() - run_state.state_keys:
-        raise FedmllmError(f"{folder / RUN_STATE}: state_keys: got {run_state.state_keys}; {sorted(lost)} must be among them")
+        raise FedmllmError(
+            f"{folder / RUN_STATE}: state_keys: got {run_state.state_keys}; {sorted(lost)} must be among them"
+        )
     state: State = {}
     if run_state.state_keys:
         layout = {f"{key}/{n}": t for key in run_state.state_keys for n, t in init.get(key, like).items()}
@@ -245,13 +254,9 @@ def _read_checked(folder: Path, name: str, run_state: RunState, like: Params) ->
     return read_tensors(path, like)
 
 
-
-
 def read_adapter(place: Path, like: Params) -> Params:
     """An adapter from a PEFT folder, or its safetensors file, for a backbone whose `lora()` is `like`."""
     return read_tensors(place / ADAPTER if place.is_dir() else place, like)
-
-
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,19 +13,17 @@ from typing import Any
 
 import torch
 
-from fedmllm.scenarios.availability import Always
 from fedmllm.backbones.base import Backbone
-from fedmllm.config.experiment import Experiment
-from fedmllm.core.types import visible_of
-from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.config.engine import Engine as EngineSettings
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.types import Example, Params, Shard, answer_label, visible_of
+from fedmllm.data.pictures import check_rows, check_shards
+from fedmllm.federation.client import Clients, RowStore
 from fedmllm.federation.rounds import Engine
 from fedmllm.runs.fingerprint import rows_digest
-from fedmllm.federation.client import Clients, RowStore
 from fedmllm.scenarios.assign import assign, digest
-from fedmllm.core.types import answer_label
-from fedmllm.core.errors import ConfigError, DataError
-from fedmllm.core.types import Example, Params, Shard
+from fedmllm.scenarios.availability import Always
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedmllm.config.experiment import Experiment
-from fedmllm.federation.evaluation import judge
-from fedmllm.federation.baselines import majority_predictions
-from fedmllm.runs.record import finite
 from fedmllm.core.types import Shard
+from fedmllm.federation.baselines import majority_predictions
+from fedmllm.federation.evaluation import judge
+from fedmllm.runs.record import finite
 
 if TYPE_CHECKING:
     from fedmllm.runs.session import Session
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def majority(session: Session) -> list[dict[str, Any]]:
     """No model: the most frequent training answer to each kind of question."""
     e = session.experiment
-    predictions = majority_predictions([session.inputs.train[i] for s in session.inputs.shards for i in s.rows], session.inputs.test)
+    predictions = majority_predictions(
+        [session.inputs.train[i] for s in session.inputs.shards for i in s.rows], session.inputs.test
+    )
     metrics = {k: finite(v) for k, v in judge(predictions, e.data.metrics()).items()}
     session.emit("eval", visible="none", metrics=metrics, num_rows=len(predictions), wall_s=0.0)
     return session.rows([{"none": metrics}])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fedmllm.core.storage import make_folder
-
 import contextlib
 import json
 import math
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedmllm.core.errors import FedmllmError
+from fedmllm.core.storage import make_folder
 
 Event: TypeAlias = dict[str, Any]
 Sink: TypeAlias = Callable[[Event], None]  # a record file, a progress bar, a tracker: all see the same events
@@ -87,10 +86,6 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-
-
-
-
 def finite(value: float | None) -> float | None:
     """JSON has no NaN: a metric that is not a number is recorded as null."""
     return value if value is None or math.isfinite(value) else None
@@ -112,5 +107,3 @@ def read(path: Path) -> Iterator[Event]:
         if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             raise FedmllmError(f"{path}:{number}: not an event: {line[:80]!r}")
         yield event
-
-

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.storage import write_atomically
 from fedmllm.runs import checkpoint
 from fedmllm.runs.checkpoint import Checkpoint
-from fedmllm.config.experiment import Experiment
 from fedmllm.runs.costs import reset_peaks
 from fedmllm.runs.fingerprint import differences
+from fedmllm.runs.inputs import Inputs, device, heading, versions
 from fedmllm.runs.methods import METHODS
 from fedmllm.runs.record import Record, Sink, read
-from fedmllm.core.storage import write_atomically
 from fedmllm.runs.session import CHECKPOINTS, Session
-from fedmllm.core.errors import ConfigError, FedmllmError
-from fedmllm.runs.inputs import Inputs, device, heading, versions
 
 SUMMARY = "summary.json"
 RECORD = "record.jsonl"
@@ -79,7 +79,9 @@ def attempt(experiment: Experiment, folder: Path, record: Record, sinks: Sequenc
         before = {"versions": at.run_state.versions, "device": at.run_state.device}
         now: dict[str, Any] = {"versions": versions(), "device": device(inputs.backbone)}
         changed = differences(before, now)  # where there is anything, the last bits of what follows may be others
-        session.emit("resumed", round=at.run_state.round, num_rounds_done=at.run_state.totals.num_rounds, **now, changed=changed)
+        session.emit(
+            "resumed", round=at.run_state.round, num_rounds_done=at.run_state.totals.num_rounds, **now, changed=changed
+        )
     elif empty := [shard.client for shard in inputs.shards if not shard.rows]:
         session.emit("empty_clients", clients=empty, note="these clients hold no row and are never asked")
     try:

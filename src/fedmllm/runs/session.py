@@ -14,21 +14,20 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fedmllm.runs import checkpoint
 from fedmllm.backbones.base import Backbone
-from fedmllm.runs.checkpoint import Best, RunState, Checkpoint, Checkpoints
 from fedmllm.config.experiment import Experiment
-from fedmllm.core.types import visible_of
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.storage import sync
+from fedmllm.core.types import Example, Params, Shard, visible_of
 from fedmllm.federation.client_state import Controls
-from fedmllm.runs.costs import peaks
 from fedmllm.federation.evaluation import judge, predict
 from fedmllm.federation.rounds import Progress, cohorts, federate
-from fedmllm.runs.record import Record, Sink, finite
-from fedmllm.core.storage import sync
-from fedmllm.runs.totals import Totals
-from fedmllm.core.errors import ConfigError, FedmllmError
-from fedmllm.core.types import Example, Params, Shard
+from fedmllm.runs import checkpoint
+from fedmllm.runs.checkpoint import Best, Checkpoint, Checkpoints, RunState
+from fedmllm.runs.costs import peaks
 from fedmllm.runs.inputs import Inputs, device, start_engine, versions
+from fedmllm.runs.record import Record, Sink, finite
+from fedmllm.runs.totals import Totals
 
 CHECKPOINTS = "checkpoints"
 Scores = dict[str, dict[str, float | None]]  # visibility -> metric -> value
@@ -42,7 +41,9 @@ class Session:
         self._sinks: tuple[Sink, ...] = (record, *sinks)
         self.experiment, self.backbone = inputs.experiment, inputs.backbone
         self.totals = at.run_state.totals if at else Totals()
-        self.results: list[Scores] = list(at.run_state.results) if at else []  # of method "local": the clients that are done
+        self.results: list[Scores] = (
+            list(at.run_state.results) if at else []
+        )  # of method "local": the clients that are done
         self._began = time.perf_counter() - (at.run_state.wall_s if at else 0.0)
         self._at = at
         self._identity = self.experiment.identity()

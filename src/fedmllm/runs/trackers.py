@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmllm.runs.record import Event
-from fedmllm.core.text import flat
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import nearest
+from fedmllm.core.text import flat
+from fedmllm.runs.record import Event
 
 
 class Tracker(ABC):

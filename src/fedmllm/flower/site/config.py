@@ -15,16 +15,16 @@ from typing import Any, Literal, cast, get_args
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
 
+from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.backbones.base import BackboneSpec, Lora, Precision, Tiny
 from fedmllm.config.experiment import FAMILIES, Experiment
 from fedmllm.config.train import Train
+from fedmllm.core.errors import ConfigError, DataError, FedmllmError
+from fedmllm.core.spec import Spec, nearest, validate
+from fedmllm.core.types import Example, Modality, Shard, Visible
 from fedmllm.data.base import Dataset
-from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.scenarios.partitions import value_of
-from fedmllm.core.errors import ConfigError, DataError, FedmllmError
-from fedmllm.core.types import Example, Modality, Shard, Visible
-from fedmllm.core.spec import Spec, nearest, validate
 
 Metric = Literal["loss", "num_steps", "num_tokens", "time_s"]  # what a client's training can report
 METRICS: tuple[Metric, ...] = get_args(Metric)

@@ -8,11 +8,11 @@ from pathlib import Path
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedmllm.config.experiment import Experiment
+from fedmllm.core.tensors import flatten, manifest, manifest_digest, norm
+from fedmllm.flower.site.config import Request, Site
 from fedmllm.flower.site.process import reply_content
 from fedmllm.flower.site.trainer import Trainer
 from fedmllm.flower.wire import ABOUT, ADAPTER, FLAT
-from fedmllm.flower.site.config import Request, Site
-from fedmllm.core.tensors import flatten, manifest, manifest_digest, norm
 
 
 def dry_run(site_file: Path, experiment_file: Path, out: Path | None, say: Callable[[str], None]) -> None:

@@ -38,13 +38,13 @@ from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_f
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
+from fedmllm.core.errors import FedmllmError
 from fedmllm.flower.keys import refuse_open_key
 from fedmllm.flower.processes import exclusive_lock, stop
+from fedmllm.flower.site.config import Site
 from fedmllm.flower.site.resident import ResidentTrainer
 from fedmllm.flower.site.supernode import SuperNode
 from fedmllm.flower.wire import ABOUT, ADAPTER, REFUSED, array_data, array_record, legible
-from fedmllm.flower.site.config import Site
-from fedmllm.core.errors import FedmllmError
 
 POLL_S = 0.2
 PULL_S, PULL_FIRST_S, PULL_CAP_S = 600.0, 0.05, 0.5  # for a message's objects: in all, between looks at first and later

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.flower.processes import stop
-from fedmllm.flower.wire import REFUSED
 from fedmllm.flower.site.config import Site, quiet_environment
+from fedmllm.flower.wire import REFUSED
 
 
 class ResidentTrainer:

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from fedmllm.backbones.base import Backbone, BackboneSpec
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.tensors import flatten, manifest_digest, unflatten
+from fedmllm.core.types import Example, Params, Shard
 from fedmllm.federation.client import Clients, RowStore, planned_steps
 from fedmllm.flower.site.config import Refused, Request, Site
-from fedmllm.core.tensors import flatten, manifest_digest, unflatten
-from fedmllm.core.errors import ConfigError
-from fedmllm.core.types import Example, Params, Shard
 
 
 class Trainer:

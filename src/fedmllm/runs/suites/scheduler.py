@@ -14,9 +14,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedmllm.core.errors import FedmllmError
 from fedmllm.runs.suites.suite import Cell, Suite
 from fedmllm.runs.suites.worker import work
-from fedmllm.core.errors import FedmllmError
 
 MAX_INITIAL_FAILURES = 5  # cells that fail before any succeeds
 SUMMARY = "summary.json"  # of a run; it is written last, so a cell is finished exactly if its folder holds one

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.config.experiment import Experiment, read_toml
-from fedmllm.core.storage import write_atomically
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import current_keys, nearest
+from fedmllm.core.storage import write_atomically
 
 SUITE = "suite.json"
 KEYS = ("title", "extends", "base", "matrix")
