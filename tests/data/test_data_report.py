@@ -129,7 +129,7 @@ def test_an_export_reads_back_in_with_the_same_clients_and_masks(tmp_path: Path,
             )
             assert example.fields == {
                 m: c if isinstance(c, str) else tuple(p.absolute() for p in c)
-                for m, c in original.shown(visible).items()
+                for m, c in original.visible_fields(visible).items()
             }
 
 

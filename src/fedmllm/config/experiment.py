@@ -89,8 +89,8 @@ class Experiment(Spec):
 
     @model_validator(mode="after")
     def _published_cohort_is_of_ten(self) -> Experiment:
-        num_clients = getattr(self.partition, "num_clients", None)
-        if self.cohort == "reference" and (self.cohort_size > 10 or num_clients not in (None, 0, 10)):
+        num_clients = self.partition.num_clients
+        if self.cohort == "reference" and (self.cohort_size > 10 or num_clients not in (0, 10)):
             raise ValueError(
                 'cohort: got "reference", the published draw over 10 clients, for cohort_size '
                 f"{self.cohort_size} of {num_clients} clients; allowed: seeded"
@@ -108,7 +108,7 @@ class Experiment(Spec):
 
     @model_validator(mode="after")
     def _clients_are_enough(self) -> Experiment:
-        num_clients = getattr(self.partition, "num_clients", 0)  # 0 = as many as the rows say
+        num_clients = self.partition.num_clients
         if self.method == "federated" and 0 < num_clients < self.cohort_size:
             raise ValueError(f"cohort_size: got {self.cohort_size}; at most partition.num_clients = {num_clients}")
         self.scenario.check(self.data.modalities(), num_clients)

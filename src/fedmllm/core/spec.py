@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedmllm.core.errors import ConfigError
 
-EXECUTION_ONLY = (
-    "how"  # Annotated[..., HOW] on a field of a Spec: where or how fast something is computed, never what comes out
-)
+# Markers of a field of a Spec: Annotated[int, EXECUTION_ONLY].
+EXECUTION_ONLY = "how"  # where or how fast something is computed, never what comes out
+ADDED_LATER = "added later"  # left out of the identity while it has its default, so that older run ids last
 
 
 class Spec(BaseModel):
@@ -24,11 +24,15 @@ class Spec(BaseModel):
     old_keys: ClassVar[Mapping[str, str]] = {}
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change results, as JSON: fields annotated with HOW are left out, at any depth."""
+        """The settings that change results, as JSON.
+
+        At any depth, fields marked EXECUTION_ONLY are left out, and fields marked ADDED_LATER while they have their default.
+        """
         table = self.model_dump(mode="json")
         for key, field_ in type(self).model_fields.items():
             value = getattr(self, key)
-            if EXECUTION_ONLY in field_.metadata:
+            is_default = ADDED_LATER in field_.metadata and value == field_.get_default(call_default_factory=True)
+            if EXECUTION_ONLY in field_.metadata or is_default:
                 del table[key]
             elif isinstance(value, Spec):
                 table[key] = value.identity()

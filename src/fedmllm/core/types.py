@@ -31,7 +31,7 @@ class Example:
     where: str  # file:line, or file and index: what an error message names
     columns: Mapping[str, str] = field(default_factory=dict)  # for natural splits and metrics: organ, answer_type
 
-    def shown(self, visible: Visible) -> dict[Modality, Content]:
+    def visible_fields(self, visible: Visible) -> dict[Modality, Content]:
         """The modalities that the row has and a mask leaves, in the row's own order."""
         return {m: content for m, content in self.fields.items() if m in visible}
 
@@ -43,6 +43,7 @@ class Shard:
     client: int
     rows: tuple[int, ...]  # indices into the training examples
     visible: tuple[Visible, ...]  # one per row
+    name: str = field(default="", compare=False)  # of the site, if the rows name their clients
 
     def missing_rate(self, modalities: tuple[Modality, ...]) -> float:
         """Share of (row, modality) slots that are hidden, 0..1; 0 for an empty shard."""

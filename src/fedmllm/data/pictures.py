@@ -43,7 +43,7 @@ def bad_rows(examples: Sequence[Example], shown: Iterable[tuple[int, Visible]], 
     fine: set[Path] = set()
     for row, visible in shown:
         example = examples[row]
-        for content in example.shown(visible).values():
+        for content in example.visible_fields(visible).values():
             for path in content if isinstance(content, tuple) else ():
                 try:
                     if path not in fine:

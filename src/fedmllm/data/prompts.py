@@ -48,7 +48,7 @@ class Plain(Prompt):
     name: Literal["plain"] = "plain"
 
     def render(self, example: Example, visible: Visible) -> Conversation:
-        shown = example.shown(visible)
+        shown = example.visible_fields(visible)
         basis = f" based on the {in_words(tuple(shown))}" if shown else ""
         return _conversation(example, shown, f"Select the best answer{basis}.", example.question)
 
@@ -62,7 +62,7 @@ class Agnostic(Prompt):
         aside = ", without considering the modality"
         asked = example.question.rstrip("?.! ")
         question = asked + aside + example.question[len(asked) :].strip()
-        return _conversation(example, example.shown(visible), f"Select the best answer{aside}.", question)
+        return _conversation(example, example.visible_fields(visible), f"Select the best answer{aside}.", question)
 
 
 def _conversation(example: Example, shown: dict[str, Content], instruction: str, question: str) -> Conversation:
@@ -138,7 +138,7 @@ class FromFile(Prompt):
         return self
 
     def render(self, example: Example, visible: Visible) -> Conversation:
-        shown = example.shown(visible)
+        shown = example.visible_fields(visible)
         known = wordings(self.wording, self.template or "prompt.wording")
         case = ("open",) if not example.choices else tuple(sorted(shown)) or ("nothing",)
         lines = known.get(case, known.get(("else",)) if example.choices else None)

@@ -188,7 +188,7 @@ def exported(
             content += "<image>\n"
         else:
             content += part.removeprefix("\n") if content.endswith("\n") else part
-    shown = example.shown(visible)
+    shown = example.visible_fields(visible)
     turns = [
         {"role": "user", "content": content},
         {"role": "assistant", "content": experiment.prompt.target(example)},

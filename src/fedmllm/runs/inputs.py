@@ -103,7 +103,13 @@ def about_client(shard: Shard, examples: Sequence[Example]) -> dict[str, Any]:
     """What a client holds: rows by label, and rows by what they show ("image+text", "none")."""
     labels = Counter(answer_label(examples[row]) for row in shard.rows)
     shows = Counter("+".join(sorted(visible)) or "none" for visible in shard.visible)
-    return {"client": shard.client, "labels": dict(sorted(labels.items())), "shows": dict(sorted(shows.items()))}
+    name = shard.name or str(shard.client)
+    return {
+        "client": shard.client,
+        "name": name,
+        "labels": dict(sorted(labels.items())),
+        "shows": dict(sorted(shows.items())),
+    }
 
 
 @cache

@@ -50,11 +50,12 @@ def assign(
     else:
         rows = partition.split(examples, seed)
         masks = scenario.hide(rows, modalities, seed)
+    names = partition.client_names(examples) or ("",) * len(rows)
     meet = lru_cache(maxsize=None)(lambda mask, has: mask & frozenset(has))  # few different ones, and rows share them
     has = [tuple(example.fields) for example in examples]
     return tuple(
-        Shard(client, tuple(own), tuple(meet(mask, has[row]) for row, mask in zip(own, shown, strict=True)))
-        for client, (own, shown) in enumerate(zip(rows, masks, strict=True))
+        Shard(client, tuple(own), tuple(meet(mask, has[row]) for row, mask in zip(own, kept, strict=True)), name)
+        for client, (own, kept, name) in enumerate(zip(rows, masks, names, strict=True))
     )
 
 

@@ -19,11 +19,36 @@ Split = list[list[int]]  # per client, the rows that it holds
 
 
 class Partition(Named):
-    """Gives every row to exactly one client."""
+    """A rule that gives every row to exactly one client."""
+
+    num_clients: NonNegativeInt = 0
+    """Number of clients; 0 = as many as the rows name."""
 
     @abstractmethod
     def split(self, examples: Sequence[Example], seed: int) -> Split:
-        """Per client its rows, as indices into `examples`. Pure: same rows and seed, same split."""
+        """Assign the rows to clients. Pure: the same rows and seed give the same split.
+
+        Args:
+            examples: The training rows, in file order.
+            seed: Seed of the experiment.
+
+        Returns:
+            Per client, in client order, the indices of its rows in `examples`.
+
+        Raises:
+            DataError: A row lacks the column that the partition reads.
+        """
+
+    def client_names(self, examples: Sequence[Example]) -> tuple[str, ...]:
+        """Names of the clients in client order, if the rows name them.
+
+        Args:
+            examples: The rows that `split` gets.
+
+        Returns:
+            One name per client, or () if clients are only numbered.
+        """
+        return ()
 
 
 class Dirichlet(Partition):
@@ -73,7 +98,11 @@ class ByColumn(Partition):
 
     name: Literal["by-column"] = "by-column"
     column: str = "client"
-    num_clients: NonNegativeInt = 0  # 0 = as many as there are values
+    """Column whose values name the clients."""
+
+    def client_names(self, examples: Sequence[Example]) -> tuple[str, ...]:
+        numbered = map(str, range(self.num_clients))
+        return tuple(sorted({*numbered, *(value_of(example, self.column) for example in examples)}, key=in_order))
 
     def split(self, examples: Sequence[Example], seed: int) -> Split:
         groups: dict[str, list[int]] = {str(client): [] for client in range(self.num_clients)}
