@@ -24,9 +24,10 @@ from fedmllm.algorithms.server_optimizers import FedAdam
 from fedmllm.cli.quickstart import SUITE
 from fedmllm.core.tensors import num_bytes
 from fedmllm.runs.checkpoint import Checkpoints, RunState
+from fedmllm.runs.checkpointer import Checkpointer
+from fedmllm.runs.costs import Totals
+from fedmllm.runs.events import Event, RoundEnd
 from fedmllm.runs.run import run
-from fedmllm.runs.session import Session
-from fedmllm.runs.totals import Totals
 
 BASE: dict[str, Any] = tomllib.loads(SUITE.read_text(encoding="utf-8"))["base"]
 REPEATS = 9
@@ -72,8 +73,8 @@ def rounds(folder: Path) -> list[tuple[float, float]]:
     """Of each round of the quickstart's federation, milliseconds from one event to the next: passed; of all threads' work."""
     times: list[tuple[float, float]] = []
 
-    def sink(event: dict[str, Any]) -> None:
-        if event["event"] == "round":
+    def sink(event: Event) -> None:
+        if isinstance(event, RoundEnd):
             times.append((1e3 * time.perf_counter(), 1e3 * time.process_time()))
 
     table = {**BASE, "aggregator": "fedadam", "checkpoint": {"every": 1}, "num_rounds": 8}
@@ -108,7 +109,7 @@ def main() -> None:
             print(payload(megabytes, Path(folder) / str(megabytes)), flush=True)
         waits: list[float] = []
         work: list[float] = []
-        timed(Session, "_save_checkpoint", time.perf_counter, waits)
+        timed(Checkpointer, "save", time.perf_counter, waits)
         timed(Checkpoints, "_write", time.thread_time, work)
         each = [times for number in range(num_runs) for times in rounds(Path(folder) / f"run-{number}")]
     passed, cpu, wait, writing = (statistics.median(v) for v in (*zip(*each, strict=True), waits, work))

@@ -17,7 +17,7 @@ from machine import describe
 
 from fedmllm import Experiment, run
 from fedmllm.cli.quickstart import SUITE
-from fedmllm.runs.run import SUMMARY
+from fedmllm.runs.folder import SUMMARY
 
 BASE: dict[str, Any] = tomllib.loads(SUITE.read_text())["base"]
 CELLS: dict[str, dict[str, Any]] = {

@@ -44,8 +44,9 @@ from fedmllm.data.hateful_memes import HatefulMemes
 from fedmllm.data.table import Columns, Table
 from fedmllm.federation.rounds import Progress, federate
 from fedmllm.runs import checkpoint, record
-from fedmllm.runs.run import finished, refuse_other_settings
-from fedmllm.runs.totals import Totals
+from fedmllm.runs.costs import Totals
+from fedmllm.runs.folder import RunFolder
+from fedmllm.runs.resume import Resume
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,12 @@ def check_record(content: bytes, folder: Path) -> None:
     (folder / "record.jsonl").write_bytes(content)
     with contextlib.suppress(FedmllmError):
         list(record.read(folder / "record.jsonl"))
-    refuse_other_settings(folder, Experiment.parse({"data": "synthetic-irony"}))
+    Resume.find(RunFolder(folder), Experiment.parse({"data": "synthetic-irony"}))
 
 
 def check_summary(content: bytes, folder: Path) -> None:
     (folder / "summary.json").write_bytes(content)
-    finished(folder)
+    RunFolder(folder).read_rows()
 
 
 def _write_checkpoint(folder: Path, changed: dict[str, bytes]) -> None:

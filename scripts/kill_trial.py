@@ -101,7 +101,18 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     places = ("adapter*/**/*.safetensors", "controls/**/*.safetensors")
     files = [*(path for place in places for path in folder.glob(place)), *last.glob("*.safetensors")]
     events = [e for e in read(folder / "record.jsonl") if e["event"] in ("round", "eval", "validation", "end")]
-    shown = ("event", "round", "cohort", "away", "visible", "metrics", "value", "best_round", "up_bytes", "alone")
+    shown = (
+        "event",
+        "round",
+        "cohort",
+        "dropped_out",
+        "visible",
+        "metrics",
+        "value",
+        "best_round",
+        "up_bytes",
+        "client",
+    )
     rows = json.loads((folder / "summary.json").read_text())["rows"]
     return {
         "bytes": {str(path.relative_to(folder)): path.read_bytes() for path in files},

@@ -22,7 +22,7 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import ClientUpdate, Params, State
 from fedmllm.runs import checkpoint
 from fedmllm.runs.checkpoint import Best, Checkpoints, RunState
-from fedmllm.runs.totals import Totals
+from fedmllm.runs.costs import Totals
 
 LIKE: Params = {"b": torch.zeros(3, 2), "a": torch.zeros(4)}  # not in alphabetical order, as safetensors would have it
 

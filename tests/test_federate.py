@@ -14,7 +14,7 @@ from fedmllm.config.train import UpdateFilter
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params
 from fedmllm.federation.rounds import Progress, cohorts, federate
-from fedmllm.runs.totals import Totals
+from fedmllm.runs.costs import Totals
 
 START: Params = {"a": torch.zeros(3)}
 DROP = UpdateFilter(on_bad_update="drop_client", max_norm=10)
@@ -106,7 +106,7 @@ def test_a_round_to_which_nobody_comes_goes_by() -> None:
         begin = Progress(0, START, aggregator.init(START))
         (after,) = federate(begin, never, aggregator, lambda _: [0, 1], 1, UpdateFilter(), lambda round_, client: True)
         assert torch.equal(after.params["a"], START["a"])
-        assert (after.log["away"], after.log["dropped"], after.log["up_bytes"]) == ([0, 1], [], 0)
+        assert (after.log["dropped_out"], after.log["dropped"], after.log["up_bytes"]) == ([0, 1], [], 0)
         assert after.log["down_bytes"] > 0  # they received what was lost on them
 
 

@@ -21,6 +21,7 @@ from fedmllm.cli.main import app
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.runs.checkpoint import newest, read_run_state, sealed
+from fedmllm.runs.events import Event
 from fedmllm.runs.record import Record, read
 from fedmllm.runs.run import run
 
@@ -57,8 +58,8 @@ class Stop:
     def __init__(self, kind: str, number: int) -> None:
         self.kind, self.left = kind, number
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        self.left -= event["event"] == self.kind
+    def __call__(self, event: Event) -> None:
+        self.left -= event.kind == self.kind
         if self.left == 0:
             self.left = -1
             raise KeyboardInterrupt(f"stopped at {self.kind}")
@@ -78,12 +79,14 @@ def adam(**changed: Any) -> Experiment:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_with_a_summary_that_says_what_the_record_says(method: str, tmp_path: Path) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[Event] = []
     settings = experiment(method=method, evaluate={"visible": ["all", "image"]})
     rows = run(settings, tmp_path / "run", [seen.append])
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"rows": rows}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"rows": list(rows)}
     written = events(tmp_path / "run")
-    assert [{k: v for k, v in event.items() if k != "time"} for event in written] == json.loads(json.dumps(seen))
+    assert [{k: v for k, v in event.items() if k != "time"} for event in written] == json.loads(
+        json.dumps([event.to_json() for event in seen])
+    )
     assert [written[0]["event"], written[-1]["event"]] == ["experiment", "end"]
     assert written[0]["run_id"] == settings.run_id()
     assert Experiment.parse(written[0]["settings"]) == settings
@@ -173,7 +176,7 @@ def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
 
 
 def test_a_folder_with_a_run_is_refused_with_the_way_on(whole: Path) -> None:
-    with pytest.raises(FedmllmError, match=r"record\.jsonl exists; --resume goes on with that run"):
+    with pytest.raises(FedmllmError, match=r"record\.jsonl exists; --resume continues that run"):
         run(adam(), whole)
 
 
@@ -266,7 +269,7 @@ def test_clients_that_drop_out_or_straggle(tmp_path: Path) -> None:
     rounds = events(tmp_path / "run", "round")
     steps = {c["num_steps"] for event in rounds for c in event["clients"]}
     assert steps == {2, 3}  # 12 rows, 4 a step; a straggler gets ceil(0.34 * 3) done
-    away = [event.get("away", []) for event in rounds]
+    away = [event.get("dropped_out", []) for event in rounds]
     assert 1 <= sum(map(len, away)) < 12
     for event, absent in zip(rounds, away, strict=True):
         assert sorted([*absent, *(c["client"] for c in event["clients"])]) == event["cohort"]

@@ -14,6 +14,7 @@ from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.types import ClientUpdate, Params
 from fedmllm.federation.client_state import Controls
 from fedmllm.runs.checkpoint import newest
+from fedmllm.runs.events import Event
 from fedmllm.runs.record import read
 from fedmllm.runs.run import run
 
@@ -131,8 +132,8 @@ class Stop:
     def __init__(self, number: int) -> None:
         self.left = number
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        self.left -= event["event"] == "round"
+    def __call__(self, event: Event) -> None:
+        self.left -= event.kind == "round"
         if self.left == 0:
             self.left = -1
             raise KeyboardInterrupt

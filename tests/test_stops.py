@@ -128,7 +128,7 @@ PARENT = """
         ours, theirs = context.Pipe()
         context.Process(target=work, args=(theirs, 1), daemon=True).start()
         ours.send(({{**TABLE, "train": {{"epochs": 10_000, "batch_size": 4}}}}, {folder!r}))  # a round of minutes
-        print(ours.recv()["event"], flush=True)
+        print(ours.recv().event.kind, flush=True)
         time.sleep(600)
 """
 

@@ -11,6 +11,7 @@ import pytest
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
+from fedmllm.runs.events import Event
 from fedmllm.runs.record import read
 from fedmllm.runs.trackers import TRACKERS, Tracker, tracker
 from made_up import write_run
@@ -28,7 +29,7 @@ def play(name: str, folder: Path) -> list[dict[str, object]]:
     events = list(read(folder / "record.jsonl"))
     sink = tracker(name, folder)
     for event in events:
-        sink(event)
+        sink(Event.from_json(event))
     return events
 
 
@@ -91,7 +92,7 @@ def test_a_tracker_of_ones_own_is_a_sink(run_folder: Path):
 
     told = Told(run_folder)
     for event in read(run_folder / "record.jsonl"):
-        told(event)
+        told(Event.from_json(event))
     assert told.told["alpha"] == 0.5
     assert {"1:both/auc", "3:both/auc", "2:round/norm"} <= told.told.keys()
     assert told.told["failed"] is False

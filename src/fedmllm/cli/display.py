@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedmllm.core.text import bytes_text
-from fedmllm.runs.record import Event
+from fedmllm.runs.events import Evaluated, Event, RoundEnd, Started
 
 
 class Bars:
@@ -33,15 +33,15 @@ class Bars:
 
     def __call__(self, event: Event) -> None:
         show = self._progress.update
-        if event["event"] == "experiment":
+        if isinstance(event, Started):
             show(self._task, description="first round")
-        elif event["event"] == "round":
-            losses = [c["loss"] for c in event["clients"]]
+        elif isinstance(event, RoundEnd):
+            losses = [c["loss"] for c in event.clients]
             note = f"loss {sum(losses) / len(losses):.3f}" if losses else "no update"
-            who = f"client {event['cohort'][0]} alone" if "alone" in event else "rounds"
-            show(self._task, description=who, completed=event["round"], total=event["num_rounds"], note=note)
-        elif event["event"] == "eval":
-            name, value = next(iter(event["metrics"].items()))
+            owner = "rounds" if event.client is None else f"client {event.client} alone"
+            show(self._task, description=owner, completed=event.round, total=event.num_rounds, note=note)
+        elif isinstance(event, Evaluated):
+            name, value = next(iter(event.metrics.items()))
             show(self._task, note="" if value is None else f"{name} {value:.3f}")
 
 

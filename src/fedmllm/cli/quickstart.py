@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 from fedmllm.cli.display import show_table
 from fedmllm.cli.suite_display import SuiteTable
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.storage import write_atomically
-from fedmllm.runs.suites.scheduler import SUMMARY, physical_bytes, run_suite
+from fedmllm.runs.folder import RunFolder
+from fedmllm.runs.suites.scheduler import physical_bytes, run_suite
 from fedmllm.runs.suites.suite import Suite
 
 SUITE = Path(__file__).with_name("quickstart.toml")
@@ -31,8 +30,8 @@ def quickstart(out: Path | None) -> list[dict[str, Any]]:
         raise FedmllmError("\n".join(f"{label}: {reason}" for label, reason in state.failed.items()))
     rows: list[dict[str, Any]] = []
     for cell in suite.cells:
-        rows += json.loads((folder / cell.run_id / SUMMARY).read_text(encoding="utf-8"))["rows"]
-    write_atomically(folder / SUMMARY, json.dumps({"rows": rows}, indent=1))
+        rows += RunFolder(folder / cell.run_id).read_rows()
+    RunFolder(folder).write_rows(rows)
     show_table(rows, headline_only=True)
     print(f"{len(suite.cells)} runs in {time.perf_counter() - began:.0f} s; records and adapters: {folder}")
     print(f"a page of it: fedmllm report {folder}")

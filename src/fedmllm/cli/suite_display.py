@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedmllm.runs.events import Evaluated, Event, RoundEnd
 from fedmllm.runs.suites.scheduler import State
 from fedmllm.runs.suites.suite import Cell
 
@@ -25,14 +26,14 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
-def progress_of(event: dict[str, Any]) -> tuple[str, str]:
-    """(how far, what was seen last) of a cell."""
-    if event.get("event") == "round":
-        losses = [client["loss"] for client in event["clients"]]
-        return f"{event['round']}/{event['num_rounds']}", f"loss {sum(losses) / len(losses):.3f}" if losses else ""
-    if event.get("event") == "eval":
-        name, value = next(iter(event["metrics"].items()))
-        return "judged", "" if value is None else f"{name} {value:.3f}"
+def progress_of(event: Event | None) -> tuple[str, str]:
+    """Return (position, latest number) of a cell by its latest event."""
+    if isinstance(event, RoundEnd):
+        losses = [client["loss"] for client in event.clients]
+        return f"{event.round}/{event.num_rounds}", f"loss {sum(losses) / len(losses):.3f}" if losses else ""
+    if isinstance(event, Evaluated):
+        name, value = next(iter(event.metrics.items()))
+        return "evaluated", "" if value is None else f"{name} {value:.3f}"
     return ("started", "") if event else ("loading", "")
 
 

@@ -30,7 +30,8 @@ def suite(
 ) -> None:
     """Run a matrix of experiments; started again, it goes on with what is not finished."""
     from fedmllm.cli.suite_display import SuiteTable, clock
-    from fedmllm.runs.suites.scheduler import SUMMARY, physical_bytes, run_suite
+    from fedmllm.runs.folder import SUMMARY, RunFolder
+    from fedmllm.runs.suites.scheduler import physical_bytes, run_suite
     from fedmllm.runs.suites.suite import Suite
 
     loaded = Suite.load(suite_file)
@@ -44,7 +45,7 @@ def suite(
         )
     if dry:
         for cell in loaded.cells:
-            mark = "finished" if (folder / cell.run_id / SUMMARY).exists() else "to run"
+            mark = "finished" if RunFolder(folder / cell.run_id).is_finished else "to run"
             typer.echo(f"{cell.run_id} {mark:8} {cell.label}")
         return
     num_threads = threads or max(1, (os.cpu_count() or 1) // jobs)

@@ -155,7 +155,7 @@ class UpdateValidator:
         sent = (self._params, self._broadcast)
         down = {"down_bytes": asked * sum(map(num_bytes, sent)), "down_lora_bytes": asked * sum(map(lora_bytes, sent))}
         note = {"note": self.note} if self.note else {}
-        dropped_out = {"away": list(self._dropped_out)} if self._dropped_out else {}
+        dropped_out = {"dropped_out": list(self._dropped_out)} if self._dropped_out else {}
         return {"clients": self._clients, "dropped": self._dropped, **dropped_out, **up, **down, **note}
 
 

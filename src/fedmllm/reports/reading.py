@@ -13,10 +13,10 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.text import flat
 from fedmllm.reports.names import base_of, method_label, order_of, setting_label
-from fedmllm.runs.record import Event, read
+from fedmllm.runs.folder import RECORD, SUMMARY
+from fedmllm.runs.record import Line, read
 from fedmllm.runs.suites.suite import SUITE
 
-SUMMARY, RECORD = "summary.json", "record.jsonl"
 NOTHING_ADDED = ("none", "plain", "-")  # labels of the axes other than `methods` that add nothing
 EXECUTION_ONLY = tuple(
     f"{key}." for key in Experiment.execution_only()
@@ -35,9 +35,9 @@ class RunRecord:
     method: str  # as in the table: "FedAdam", "FedAdam, agnostic"
     seed: int
     settings: Mapping[str, Any]
-    heading: Event
-    rounds: tuple[Event, ...]
-    evals: tuple[Event, ...]
+    heading: Line
+    rounds: tuple[Line, ...]
+    evals: tuple[Line, ...]
     rows: tuple[dict[str, Any], ...]
     wall_s: float
 

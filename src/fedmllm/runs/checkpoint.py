@@ -25,7 +25,7 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.spec import Spec
 from fedmllm.core.storage import make_folder, read_tensors, sync
 from fedmllm.core.types import Params, State
-from fedmllm.runs.totals import Totals
+from fedmllm.runs.costs import Totals
 
 ADAPTER, CONFIG, STATE, RUN_STATE = (
     "adapter_model.safetensors",

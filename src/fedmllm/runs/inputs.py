@@ -21,6 +21,7 @@ from fedmllm.core.types import Example, Params, Shard, answer_label, visible_of
 from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.federation.client import Clients, RowStore
 from fedmllm.federation.rounds import Engine
+from fedmllm.runs.events import Started
 from fedmllm.runs.fingerprint import rows_digest
 from fedmllm.scenarios.assign import assign, digest
 from fedmllm.scenarios.availability import Always
@@ -128,19 +129,19 @@ def device(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def heading(inputs: Inputs) -> dict[str, Any]:
-    """Line 1 of a record: all that a reader needs to know what ran, where and on what."""
+def heading(inputs: Inputs) -> Started:
+    """Return the first line of a record."""
     e = inputs.experiment
-    return {
-        "run_id": e.run_id(),
-        "settings": e.model_dump(mode="json"),
-        "versions": versions(),
-        "device": device(inputs.backbone),
-        "digests": inputs.digests,
-        "num_train": sum(len(shard.rows) for shard in inputs.shards),
-        "num_test": len(inputs.test),
-        "rows_per_client": [len(shard.rows) for shard in inputs.shards],
-        "clients": [about_client(shard, inputs.train) for shard in inputs.shards],
-        "num_skipped": len(inputs.skipped),
-        "skipped": list(inputs.skipped[:20]),
-    }
+    return Started(
+        run_id=e.run_id(),
+        settings=e.model_dump(mode="json"),
+        versions=versions(),
+        device=device(inputs.backbone),
+        digests=inputs.digests,
+        num_train=sum(len(shard.rows) for shard in inputs.shards),
+        num_test=len(inputs.test),
+        rows_per_client=[len(shard.rows) for shard in inputs.shards],
+        clients=[about_client(shard, inputs.train) for shard in inputs.shards],
+        num_skipped=len(inputs.skipped),
+        skipped=list(inputs.skipped[:20]),
+    )

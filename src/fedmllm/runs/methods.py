@@ -9,6 +9,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.types import Shard
 from fedmllm.federation.baselines import majority_predictions
 from fedmllm.federation.evaluation import judge
+from fedmllm.runs.events import Evaluated
 from fedmllm.runs.record import finite
 
 if TYPE_CHECKING:
@@ -22,13 +23,13 @@ def majority(session: Session) -> list[dict[str, Any]]:
         [session.inputs.train[i] for s in session.inputs.shards for i in s.rows], session.inputs.test
     )
     metrics = {k: finite(v) for k, v in judge(predictions, e.data.metrics()).items()}
-    session.emit("eval", visible="none", metrics=metrics, num_rows=len(predictions), wall_s=0.0)
+    session.emit(Evaluated("none", metrics, len(predictions), wall_s=0.0))
     return session.rows([{"none": metrics}])
 
 
 def zero_shot(session: Session) -> list[dict[str, Any]]:
     """The frozen model as it is."""
-    return session.rows([session.judge(session.inputs.start)])
+    return session.rows([session.evaluator.test(session.inputs.start)])
 
 
 def federated(session: Session) -> list[dict[str, Any]]:
@@ -36,8 +37,8 @@ def federated(session: Session) -> list[dict[str, Any]]:
     e = session.experiment
     members = [shard.client for shard in session.inputs.shards if shard.rows]
     params, round_ = session.federation(e.num_rounds, members)
-    session.save(params, "adapter")
-    return session.rows([session.judge(params, round=round_)])
+    session.save(params)
+    return session.rows([session.evaluator.test(params, round_)])
 
 
 def equivalent_rounds(experiment: Experiment, shards: Sequence[Shard]) -> int:
@@ -52,8 +53,8 @@ def local(session: Session) -> list[dict[str, Any]]:
     clients = [shard.client for shard in session.inputs.shards if shard.rows]
     for client in clients[len(session.results) :]:  # those before it were done when the run was stopped
         params, _ = session.federation(num_rounds, [client], client=client)
-        session.save(params, f"adapters/client-{client}")
-        session.results.append(session.judge(params, client=client))
+        session.save(params, client)
+        session.results.append(session.evaluator.test(params, client=client))
     return session.rows(session.results)
 
 
@@ -63,8 +64,8 @@ def centralised(session: Session) -> list[dict[str, Any]]:
     rows = tuple(row for shard in shards for row in shard.rows)
     visible = tuple(mask for shard in shards for mask in shard.visible)
     params, _ = session.federation(equivalent_rounds(session.experiment, shards), [0], [Shard(0, rows, visible)])
-    session.save(params, "adapter")
-    return session.rows([session.judge(params)])
+    session.save(params)
+    return session.rows([session.evaluator.test(params)])
 
 
 METHODS = {

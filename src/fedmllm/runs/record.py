@@ -1,4 +1,4 @@
-"""What happened, as JSON lines; tables are readings of it. Loads no torch."""
+"""Record of a run: its events as JSON lines. Loads no torch."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import make_folder
+from fedmllm.runs.events import Event, renamed
 
-Event: TypeAlias = dict[str, Any]
-Sink: TypeAlias = Callable[[Event], None]  # a record file, a progress bar, a tracker: all see the same events
+Line: TypeAlias = dict[str, Any]  # an event as it stands in a record, under the present names of its keys
 
 
 class Record:
-    """`record.jsonl` in a run's folder. A line is written whole and at once, so a stopped run leaves a readable file.
+    """`record.jsonl` in a run's folder. Each line is written at once, so a stopped run leaves a readable file.
 
-    Raises FedmllmError where it cannot be written, or where another process is writing it.
+    Raises:
+        FedmllmError: The file cannot be written, or another process is writing it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +37,7 @@ class Record:
             raise FedmllmError(f"{path}: another run is writing it; wait for that one, or choose another --out")
 
     def __call__(self, event: Event) -> None:
-        line = json.dumps({**event, "time": round(time.time(), 3)}, default=str, allow_nan=False)
+        line = json.dumps({**event.to_json(), "time": round(time.time(), 3)}, default=str, allow_nan=False)
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
@@ -44,11 +45,15 @@ class Record:
             raise FedmllmError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def num_bytes(self) -> int:
-        """Length of the file."""
+        """Return the length of the file."""
         return os.fstat(self._file.fileno()).st_size
 
     def truncate(self, num_bytes: int) -> None:
-        """Forget all lines behind the first `num_bytes`. One operation of the file system: done or not done."""
+        """Cut the file after the first `num_bytes` bytes: one operation of the file system, done or not done.
+
+        Raises:
+            FedmllmError: The file is not the one that had so many bytes.
+        """
         if num_bytes > self.num_bytes():
             raise FedmllmError(
                 f"{self.path}: has {self.num_bytes()} bytes, but had {num_bytes} when the checkpoint was written: "
@@ -63,19 +68,20 @@ class Record:
         self._file.truncate(num_bytes)
 
     def sync(self) -> None:
-        """Until it is on the disk."""
+        """Wait until the file is on the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk was reported by the write that met it
+        """Close the file."""
+        with contextlib.suppress(OSError):  # a full disk was reported by the write that failed
             self._file.close()
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether this process alone may write; the lock ends with the process, however that ends."""
+    """Lock the file for this process; the lock ends with the process. False if another process holds it."""
     try:
         import fcntl
-    except ImportError:  # Windows: two runs in one folder are then not noticed
+    except ImportError:  # Windows: two runs in one folder are not detected
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,12 +93,16 @@ def _lock(descriptor: int) -> bool:
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no NaN: a metric that is not a number is recorded as null."""
+    """Return the value, or None if it is NaN or infinite: JSON has neither."""
     return value if value is None or math.isfinite(value) else None
 
 
-def read(path: Path) -> Iterator[Event]:
-    """The events of a record. A half-written last line, left by a kill, is passed over; any other bad line is an error."""
+def read(path: Path) -> Iterator[Line]:
+    """Yield the lines of a record. A half-written last line, left by a kill, is skipped.
+
+    Raises:
+        FedmllmError: The file cannot be read, or another line is not an event.
+    """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -106,4 +116,4 @@ def read(path: Path) -> Iterator[Event]:
             raise FedmllmError(f"{path}:{number}: not a JSON line: {error}") from None
         if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             raise FedmllmError(f"{path}:{number}: not an event: {line[:80]!r}")
-        yield event
+        yield renamed(event)

@@ -1,7 +1,7 @@
-"""Trackers that people use, as sinks of a run's events: TensorBoard, Weights & Biases, MLflow, Trackio.
+"""Trackers as sinks of a run's events: TensorBoard, Weights & Biases, MLflow, Trackio.
 
-Each needs its own package (`pip install 'fedmllm[tensorboard]'`), works without a network, and gets the same numbers under
-the same names: "both/auc", "round/loss", "cost/up_bytes", by round. The record remains the truth.
+Each needs its own package (`pip install 'fedmllm[tensorboard]'`), works without a network, and receives the same numbers under
+the same names: "both/auc", "round/loss", "cost/up_bytes", by round. The record remains the reference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import nearest
 from fedmllm.core.text import flat
-from fedmllm.runs.record import Event
+from fedmllm.runs.events import Ended, Evaluated, Event, RoundEnd, Started, Stopped
 
 
 class Tracker(ABC):
@@ -37,21 +37,21 @@ class Tracker(ABC):
         self._round = 0
 
     def __call__(self, event: Event) -> None:
-        kind = event["event"]
-        if kind == "experiment":
-            self.begin(event["run_id"], flat(event["settings"]))
-        elif kind == "round":
-            self._round = event["round"]
-            self._sent += event["up_bytes"] + event["down_bytes"]
-            who = f"client-{event['alone']}/" if "alone" in event else ""
+        """Pass an event's numbers to the library."""
+        client = getattr(event, "client", None)
+        prefix = "" if client is None else f"client-{client}/"
+        if isinstance(event, Started):
+            self.begin(event.run_id, flat(event.settings))
+        elif isinstance(event, RoundEnd):
+            self._round = event.round
+            self._sent += event.up_bytes + event.down_bytes
             values = {**of_round(event), "cost/sent_bytes": float(self._sent)}
-            self.log(event["round"], {f"{who}{key}": value for key, value in values.items()})
-        elif kind == "eval":
-            who = f"client-{event['client']}/" if "client" in event else ""
-            values = {f"{who}{event['visible']}/{k}": v for k, v in event["metrics"].items() if v is not None}
-            self.log(event.get("round", self._round), values)
-        elif kind in ("end", "stopped"):
-            self.finish(failed=kind == "stopped")
+            self.log(event.round, {f"{prefix}{key}": value for key, value in values.items()})
+        elif isinstance(event, Evaluated):
+            values = {f"{prefix}{event.visible}/{k}": v for k, v in event.metrics.items() if v is not None}
+            self.log(self._round if event.round is None else event.round, values)
+        elif isinstance(event, Ended | Stopped):
+            self.finish(failed=isinstance(event, Stopped))
 
     @abstractmethod
     def begin(self, run_id: str, settings: Mapping[str, Any]) -> None:
@@ -66,15 +66,14 @@ class Tracker(ABC):
         """The run has ended; nothing follows."""
 
 
-def of_round(event: Event) -> dict[str, float]:
-    """A round's numbers: means over its clients, and its costs."""
-    clients = event["clients"]
-    values = {f"cost/{k}": float(event[k]) for k in ("up_bytes", "down_bytes", "server_s", "wall_s") if k in event}
-    values["round/lr"] = float(event["lr"])
-    values["round/num_dropped"] = float(len(event["dropped"]))
-    if clients:
+def of_round(event: RoundEnd) -> dict[str, float]:
+    """Return a round's numbers: means over its clients, and its costs."""
+    values = {f"cost/{key}": float(getattr(event, key)) for key in ("up_bytes", "down_bytes", "server_s", "wall_s")}
+    values["round/lr"] = float(event.lr)
+    values["round/num_dropped"] = float(len(event.dropped))
+    if event.clients:
         for key in ("loss", "norm"):
-            values[f"round/{key}"] = sum(float(c[key]) for c in clients) / len(clients)
+            values[f"round/{key}"] = sum(float(c[key]) for c in event.clients) / len(event.clients)
     return values
 
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fedmllm.core.errors import FedmllmError
+from fedmllm.runs.events import Ended, Evaluated, Event, RoundEnd
+from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.suites.suite import Cell, Suite
-from fedmllm.runs.suites.worker import work
+from fedmllm.runs.suites.worker import Message, work
 
 MAX_INITIAL_FAILURES = 5  # cells that fail before any succeeds
-SUMMARY = "summary.json"  # of a run; it is written last, so a cell is finished exactly if its folder holds one
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Job:
     cell: Cell | None = None
     began: float = 0.0
     host_bytes: int = 0  # peak of its process in this cell
-    event: dict[str, Any] = field(default_factory=dict)  # the latest
+    event: Event | None = None  # the latest
+    has_computed: bool = False  # a round or an evaluation, so that its memory is known
 
 
 @dataclass
@@ -82,7 +84,7 @@ def run_suite(
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder):
         suite.save(folder)
-        waiting = [cell for cell in suite.cells if not (folder / cell.run_id / SUMMARY).exists()]
+        waiting = [cell for cell in suite.cells if not RunFolder(folder / cell.run_id).is_finished]
         done = len(suite.cells) - len(waiting)
         state = State(waiting, finished=done, kept=done)
         try:
@@ -115,9 +117,8 @@ def start_workers(state: State, num_jobs: int, num_threads: int, budget_bytes: i
     """Start processes while cells wait, jobs are free and memory allows."""
     while len(state.jobs) < min(num_jobs, len(state.jobs) + len(state.waiting)):
         largest = max((job.host_bytes for job in state.jobs), default=0)
-        trained = any(job.event.get("event") in ("round", "eval", "end", "done") for job in state.jobs)
-        if state.jobs and not trained:
-            return  # how much a cell needs is not known yet
+        if state.jobs and not any(job.has_computed for job in state.jobs):
+            return  # the memory that a cell needs is not known yet
         if state.jobs and largest * (len(state.jobs) + 1) > budget_bytes:
             state.note = f"memory budget of {budget_bytes / 1e9:.1f} GB: {len(state.jobs)} of {num_jobs} jobs"
             return
@@ -137,7 +138,7 @@ def assign(job: Job, cell: Cell, folder: Path) -> bool:
         job.pipe.send((cell.experiment.model_dump(mode="json"), str(folder / cell.run_id)))
     except OSError:
         return False
-    job.cell, job.began, job.event = cell, time.perf_counter(), {}
+    job.cell, job.began, job.event = cell, time.perf_counter(), None
     return True
 
 
@@ -147,17 +148,17 @@ def poll(state: State, display: Display, timeout_s: float = 0.5) -> None:
     for pipe in wait(list(by_pipe), timeout_s):
         job = by_pipe[pipe]  # type: ignore[index]
         try:
-            message = job.pipe.recv()
+            message: Message = job.pipe.recv()
         except (EOFError, OSError):
             job.process.join()
-            message = {"event": "done", "error": f"its process died (exit code {job.process.exitcode}); out of memory?"}
+            error = f"its process died (exit code {job.process.exitcode}); out of memory?"
+            message = Message(job.host_bytes, error=error)
             state.jobs.remove(job)
-        job.host_bytes = message.pop("host_bytes", job.host_bytes)
-        if message["event"] != "done":
-            job.event = message
-        elif job.cell:
-            close_cell(state, job, job.cell, message["error"], display)
-            job.cell, job.event = None, message
+        job.host_bytes, job.event = message.host_bytes, message.event
+        job.has_computed |= message.error is not None or isinstance(message.event, RoundEnd | Evaluated | Ended)
+        if message.error is not None and job.cell:
+            close_cell(state, job, job.cell, message.error, display)
+            job.cell = None
 
 
 def close_cell(state: State, job: Job, cell: Cell, error: str, display: Display) -> None:

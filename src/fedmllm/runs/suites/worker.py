@@ -1,21 +1,33 @@
-"""A process that runs one cell of a suite after another; it talks with `suite_run` over a pipe."""
+"""Process that runs one cell of a suite after another, connected to the scheduler by a pipe."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import threading
+from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+
+from fedmllm.runs.events import Event
+from fedmllm.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a worker process sends."""
+
+    host_bytes: int  # peak of the process in this cell
+    event: Event | None = None
+    error: str | None = None  # set when the cell is done; "" = without an error
 
 
 def work(pipe: Connection, num_threads: int) -> None:
-    """Receive (settings, folder) until None; answer events as they come, then {"event": "done", "error": text or ""}.
+    """Run the cells whose (settings, folder) come through a pipe until None comes; send a `Message` per event.
 
-    A cell that was stopped goes on from its last checkpoint. An error of one cell is told and the next cell is taken;
-    Ctrl-C and a lost pipe end the process. What libraries write to stderr goes to `worker.log` beside the cells.
+    A stopped cell continues from its last checkpoint. The error of a cell is sent, and the next cell runs; Ctrl-C and a
+    lost pipe end the process. The output of libraries to stderr goes to `worker.log` beside the cells.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read by torch when it is loaded, below
@@ -23,22 +35,22 @@ def work(pipe: Connection, num_threads: int) -> None:
     from fedmllm.runs.costs import host_peak_bytes
     from fedmllm.runs.run import run
 
-    def tell(event: dict[str, Any]) -> None:
-        pipe.send({**event, "host_bytes": host_peak_bytes()})
+    def send(event: Event) -> None:
+        pipe.send(Message(host_peak_bytes(), event))
 
     try:
         while (order := pipe.recv()) is not None:
-            settings, folder = order[0], Path(order[1])
-            keep_stderr(folder.parent / "worker.log")
+            settings, folder = order[0], RunFolder(Path(order[1]))
+            keep_stderr(folder.path.parent / "worker.log")
             error = ""
             try:
-                run(Experiment.parse(settings), folder, [tell], resume=True)
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished cell needs none
+                run(Experiment.parse(settings), folder.path, [send], resume=True)
+                shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a finished cell needs none
             except (BrokenPipeError, EOFError):
                 return
             except Exception as failure:  # whatever breaks one cell must not take the others with it
                 error = f"{type(failure).__name__}: {failure}"
-            tell({"event": "done", "error": error})
+            pipe.send(Message(host_peak_bytes(), error=error))
     except (KeyboardInterrupt, BrokenPipeError, EOFError):
         return
 

@@ -1,0 +1,171 @@
+"""Events of a run: what a record, a progress bar and a tracker receive. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Self, TypeAlias
+
+from fedmllm.core.errors import FedmllmError
+
+RENAMED = {"alone": "client", "away": "dropped_out"}  # keys of round events in records of earlier releases
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened in a run. A field that equals its default is left out of the JSON."""
+
+    kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type[Event]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls.kinds[cls.kind] = cls
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the event as a JSON object; `event` is its kind."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {"event": self.kind, **values}
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> Event:
+        """Return the event of a record's line.
+
+        Args:
+            line: A JSON object as `to_json` makes it; other keys, such as `time`, are left out.
+
+        Raises:
+            FedmllmError: The kind is unknown, or a key is missing.
+        """
+        kind = cls.kinds.get(str(line.get("event")))
+        if kind is None:
+            raise FedmllmError(f"event: got {line.get('event')!r}; allowed: {', '.join(cls.kinds)}")
+        table = renamed(line)
+        if missing := [f.name for f in fields(kind) if f.name not in table and f.default is MISSING]:
+            raise FedmllmError(f"event {kind.kind}: missing: {', '.join(missing)}")
+        return kind(**{f.name: table[f.name] for f in fields(kind) if f.name in table})
+
+
+Sink: TypeAlias = Callable[[Event], None]  # a record file, a progress bar, a tracker: all receive the same events
+
+
+def renamed(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record's line with the present names of its keys."""
+    if line.get("event") != "round":
+        return dict(line)
+    return {RENAMED.get(key, key): value for key, value in line.items()}
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """The first line of a record: what runs, where, and on which rows."""
+
+    kind = "experiment"
+    run_id: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    device: Mapping[str, Any]
+    digests: Mapping[str, str]  # of rows, partition and base
+    num_train: int
+    num_test: int
+    rows_per_client: list[int]
+    clients: list[dict[str, Any]]
+    num_skipped: int
+    skipped: list[str]  # the first ones
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """A run continues from a checkpoint."""
+
+    kind = "resumed"
+    round: int
+    num_rounds_done: int  # over all of the run's federations
+    versions: Mapping[str, str]
+    device: Mapping[str, Any]
+    changed: list[str]  # versions and devices that differ: the last bits of what follows may differ, too
+
+
+@dataclass(frozen=True)
+class EmptyClients(Event):
+    """Clients without rows."""
+
+    kind = "empty_clients"
+    clients: list[int]
+    note: str
+
+
+@dataclass(frozen=True)
+class EngineNote(Event):
+    """How an engine computes the rounds."""
+
+    kind = "engine"
+    note: str
+
+
+@dataclass(frozen=True)
+class RoundEnd(Event):
+    """A round is finished. Bytes are those of the round, over all its clients."""
+
+    kind = "round"
+    round: int
+    cohort: list[int]
+    clients: list[dict[str, Any]]  # those averaged: client, num_examples, norm, loss, num_steps, num_tokens, time_s
+    dropped: list[dict[str, Any]]  # client, reason: their updates were left out
+    up_bytes: int
+    up_lora_bytes: int
+    down_bytes: int
+    down_lora_bytes: int
+    server_s: float
+    wall_s: float
+    lr: float
+    num_rounds: int  # of the federation
+    dropped_out: list[int] | None = None  # clients that received the adapter and did not answer
+    note: str = ""
+    client: int | None = None  # whose training alone it is, for method "local"
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """Metrics of an adapter on the test rows for one set of visible modalities."""
+
+    kind = "eval"
+    visible: str
+    metrics: Mapping[str, float | None]
+    num_rows: int
+    wall_s: float
+    round: int | None = None
+    client: int | None = None
+
+
+@dataclass(frozen=True)
+class Validated(Event):
+    """The selection metric of a round's adapter on the validation rows."""
+
+    kind = "validation"
+    round: int
+    metric: str
+    value: float | None
+    visible: str
+    best_round: int | None
+    client: int | None = None
+
+
+@dataclass(frozen=True)
+class Ended(Event):
+    """The run is finished; its summary follows."""
+
+    kind = "end"
+    num_rows: int  # of the summary
+
+
+@dataclass(frozen=True)
+class Stopped(Event):
+    """The run was stopped by an error or a signal."""
+
+    kind = "stopped"
+    reason: str
+
+    @classmethod
+    def by(cls, error: BaseException) -> Self:
+        """Return the event for an exception."""
+        return cls(f"{type(error).__name__}: {error}")

@@ -1,0 +1,48 @@
+"""Rows of a run's summary."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from fedmllm.config.experiment import Experiment
+from fedmllm.runs.costs import Totals, peaks
+from fedmllm.runs.evaluator import Scores
+
+
+def summary_rows(
+    experiment: Experiment, results: Sequence[Scores], totals: Totals, wall_s: float
+) -> list[dict[str, Any]]:
+    """Return one row per metric and set of visible modalities.
+
+    Args:
+        experiment: What was run.
+        results: One evaluation, or one per client; a row has their mean, and their spread if there are several.
+        totals: Costs of all rounds; bytes count for method "federated" alone.
+        wall_s: Seconds of the run.
+    """
+    e, t = experiment, totals
+    federated = e.method == "federated"
+    head = {"scenario": e.scenario.name, "setting": e.setting(), "method": e.method_name(), "prompt": e.prompt.name}
+    cost = {
+        "num_rounds": t.num_rounds if federated else 0,
+        "up_bytes": t.up_bytes if federated else 0,
+        "down_bytes": t.down_bytes if federated else 0,
+        "up_lora_bytes": t.up_lora_bytes if federated else 0,
+        "down_lora_bytes": t.down_lora_bytes if federated else 0,
+        "client_s": t.client_s,
+        "server_s": t.server_s,
+        "num_tokens": t.num_tokens,
+        "wall_s": wall_s,
+        **peaks(),
+    }
+    rows = []
+    for visible, metrics in results[0].items():
+        for name in metrics:
+            values = [v for result in results if (v := result[visible][name]) is not None]
+            spread = {"std": statistics.stdev(values) if len(values) > 1 else None, "n": len(values)}
+            value = statistics.fmean(values) if values else None
+            about = {"metric": name, "value": value, **spread, "visible": visible}
+            rows.append({**head, "seed": e.seed, **about, **cost, "run_id": e.run_id()})
+    return rows
