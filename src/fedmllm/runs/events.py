@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -46,6 +46,16 @@ class Event:
 
 
 Sink: TypeAlias = Callable[[Event], None]  # a record file, a progress bar, a tracker: all receive the same events
+
+
+def fan_out(sinks: Sequence[Sink]) -> Sink:
+    """Return a sink that passes each event to several others in their order."""
+
+    def emit(event: Event) -> None:
+        for sink in sinks:
+            sink(event)
+
+    return emit
 
 
 def renamed(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -201,18 +201,18 @@ def read_history(record: Path) -> History:
     """
     rounds: list[dict[str, Any]] = []
     clients: list[dict[str, Any]] = []
-    last: dict[tuple[int | None, int], dict[str, Any]] = {}
+    places: dict[tuple[int | None, int | None], dict[str, Any]] = {}  # (client, round); round None = the last one
     for line in read(record):
         try:
             owner = {"client": line["client"]} if line.get("client") is not None else {}
             if line["event"] == "round":
                 row = {"round": line["round"], **owner, **round_columns(line)}
-                last[line.get("client"), line["round"]] = row
+                places[line.get("client"), line["round"]] = places[line.get("client"), None] = row
                 rounds.append(row)
                 clients += [{"round": line["round"], **entry} for entry in line["clients"]]
-            elif line["event"] == "eval" and (place := (line.get("client"), line.get("round", -1))) in last:
+            elif line["event"] == "eval" and (place := (line.get("client"), line.get("round"))) in places:
                 values = line["metrics"].items()
-                last[place] |= {f"{name}/{line['visible']}": value for name, value in values}
+                places[place] |= {f"{name}/{line['visible']}": value for name, value in values}
         except (KeyError, TypeError, AttributeError) as error:
             raise FedmllmError(f"{record}: an event of kind {line['event']!r} lacks {error}") from None
     return History(tuple(rounds), tuple(clients))

@@ -18,7 +18,7 @@ from fedmllm.runs.checkpoint import Checkpoint
 from fedmllm.runs.checkpointer import Checkpointer, is_due
 from fedmllm.runs.costs import Totals
 from fedmllm.runs.evaluator import Evaluator, Scores
-from fedmllm.runs.events import EngineNote, Event, RoundEnd, Sink
+from fedmllm.runs.events import EngineNote, RoundEnd, Sink, fan_out
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.inputs import Inputs, start_engine
 from fedmllm.runs.record import Record
@@ -41,10 +41,10 @@ class Session:
         self, inputs: Inputs, folder: RunFolder, record: Record, sinks: Sequence[Sink], start: Checkpoint | None
     ) -> None:
         self.inputs, self.experiment, self.folder = inputs, inputs.experiment, folder
+        self.emit = fan_out((record, *sinks))
         self.evaluator = Evaluator(inputs, self.emit)
         # Of the clients that are finished, for method "local".
         self.results: list[Scores] = list(start.run_state.results) if start else []
-        self._sinks: tuple[Sink, ...] = (record, *sinks)
         self._checkpointer = Checkpointer(inputs, folder, record)
         self._start = start
         self._totals = start.run_state.totals if start else Totals()
@@ -54,11 +54,6 @@ class Session:
     def wall_s(self) -> float:
         """Seconds of the run so far, without the time in which it was stopped."""
         return time.perf_counter() - self._began
-
-    def emit(self, event: Event) -> None:
-        """Pass an event to the record and all sinks."""
-        for sink in self._sinks:
-            sink(event)
 
     def federation(
         self, num_rounds: int, members: Sequence[int], shards: Sequence[Shard] | None = None, client: int | None = None
