@@ -13,13 +13,14 @@ import typer.core
 from fedmllm.cli import data as data_cli
 from fedmllm.cli import federation as site_cli
 from fedmllm.cli.models import doctor, estimate, export
-from fedmllm.cli.options import ExperimentFile, Set
+from fedmllm.cli.options import ExperimentFile, Set, Verbs
 from fedmllm.cli.suites import compare, report, suite
 from fedmllm.core.errors import ConfigError, FedmllmError
 
 typer.core.HAS_RICH = False  # help is plain text; with rich installed typer 0.20 writes "\\[required]" into it
 app = typer.Typer(
     name="fedmllm",
+    cls=Verbs,
     help="Federated fine-tuning of multimodal LLMs when clients hold different modalities.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -1,13 +1,50 @@
-"""What several verbs take from the command line. Loads no torch."""
+"""Options that several verbs have."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import typer
+import typer.core
 
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file.", metavar="EXPERIMENT.toml")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: --set scenario.rate=0.5", metavar="A.B=V")
 ]
+
+
+class Verbs(typer.core.TyperGroup):
+    """Group of commands whose every command, also in groups within it, has the option `--import`."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        add_import(self)
+
+
+def add_import(group: click.Group) -> None:
+    """Add `--import PLUGIN` to the commands of a group. The plug-ins are loaded before the command starts."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            add_import(command)
+        else:
+            command.params.append(
+                typer.core.TyperOption(
+                    param_decls=["--import"],
+                    multiple=True,
+                    expose_value=False,
+                    is_eager=True,
+                    callback=load,
+                    metavar="PLUGIN",
+                    help="Load a plug-in first: a module, or the path of a .py file. May be repeated.",
+                )
+            )
+
+
+def load(context: click.Context, option: click.Parameter, names: tuple[str, ...]) -> None:
+    """Load the plug-ins named on the command line. Raises ConfigError if one cannot be loaded."""
+    if names and not context.resilient_parsing:
+        from fedmllm.core.plugins import load_plugins
+
+        load_plugins(names, "--import")

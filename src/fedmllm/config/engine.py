@@ -1,4 +1,4 @@
-"""Which engine maps the clients of a round, and its settings. The engines themselves live in `engines/`. Loads no torch."""
+"""Settings of the engines; the engines themselves are in `federation/engines/` and `flower/`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from fedmllm.core.spec import Named
 
 
 class Engine(Named):
-    """Settings of an engine. An engine changes where and how fast a round is computed, never its result."""
+    """How the clients of a round are computed. An engine changes place and speed, never the result."""
 
-    import_path: ClassVar[
-        str
-    ]  # "module:Class"; Class(settings, clients) is called as (params, round, cohort) -> updates
+    # "module:Class"; Class(settings, clients) is called as (params, round, cohort) -> updates. A plug-in's module may be its
+    # own: f"{__name__}:Class".
+    import_path: ClassVar[str]
 
 
 class InProcess(Engine):
-    """One client after another: the readable truth."""
+    """One client after another: the reference implementation."""
 
     name: Literal["in-process"] = "in-process"
     import_path = "fedmllm.federation.engines.in_process:InProcess"
@@ -29,9 +29,12 @@ class Stacked(Engine):
 
     name: Literal["stacked"] = "stacked"
     import_path = "fedmllm.federation.engines.stacked.engine:Stacked"
-    token_budget: NonNegativeInt = 0  # tokens of one pass, padding included; 0 = what suits the device
-    clients: PositiveInt = 16  # adapters in memory at once; a larger cohort comes in turns
-    deterministic: bool = False  # CUDA: the same bytes at every repetition, somewhat slower
+    token_budget: NonNegativeInt = 0
+    """Tokens of one pass, padding included; 0 = chosen for the device."""
+    clients: PositiveInt = 16
+    """Adapters in memory at once; a larger cohort is computed in several turns."""
+    deterministic: bool = False
+    """On CUDA: the same bytes at every repetition, somewhat slower."""
 
 
 class FlowerSimulation(Engine):
@@ -39,20 +42,30 @@ class FlowerSimulation(Engine):
 
     name: Literal["flower-simulation"] = "flower-simulation"
     import_path = "fedmllm.flower.simulation:FlowerSimulation"
-    num_actors: PositiveInt = 2  # on one machine; on a cluster (RAY_ADDRESS) as many as its CPUs allow
-    cpus_per_actor: PositiveInt = 1  # what Ray counts; `threads` is what an actor uses
+    num_actors: PositiveInt = 2
+    """Ray actors on one machine; on a cluster (RAY_ADDRESS) as many as its CPUs allow."""
+    cpus_per_actor: PositiveInt = 1
+    """CPUs that Ray reserves for an actor; `threads` is the number that it uses."""
     gpus_per_actor: NonNegativeFloat = 0.0
-    threads: NonNegativeInt = 0  # of torch in an actor; 0 = as many as here, which the equality of bytes needs
-    timeout_s: PositiveFloat = 3600.0  # a round at most; clients that have not answered are left out
+    """GPUs that Ray reserves for an actor."""
+    threads: NonNegativeInt = 0
+    """Threads of torch in an actor; 0 = as in this process, which equal bytes require."""
+    timeout_s: PositiveFloat = 3600.0
+    """Seconds of a round at most; clients that have not responded are left out."""
 
 
 class FlowerSites(Engine):
-    """Real sites, each with its own data and process, asked over Flower: `fedmllm server run`."""
+    """Real sites, each with its own data and process, reached over Flower: `fedmllm server run`."""
 
     name: Literal["flower-sites"] = "flower-sites"
     import_path = "fedmllm.flower.server.server_app:Sites"
-    min_sites: PositiveInt = 1  # usable answers that a round needs, if its cohort is that large
-    attempts: PositiveInt = 3  # at a round, before the run stops
-    round_timeout_s: PositiveFloat = 3600.0  # of an attempt; a later answer is dropped
-    connect_s: NonNegativeFloat = 120.0  # wait for the sites of a cohort that are not connected
-    retry_s: NonNegativeFloat = 30.0  # between two attempts
+    min_sites: PositiveInt = 1
+    """Usable responses that a round needs, if its cohort is that large."""
+    attempts: PositiveInt = 3
+    """Attempts at a round before the run stops."""
+    round_timeout_s: PositiveFloat = 3600.0
+    """Seconds of an attempt; a later response is dropped."""
+    connect_s: NonNegativeFloat = 120.0
+    """Seconds to wait for the sites of a cohort that are not connected."""
+    retry_s: NonNegativeFloat = 30.0
+    """Seconds between two attempts."""

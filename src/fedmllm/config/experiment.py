@@ -1,4 +1,4 @@
-"""An experiment as a value: TOML in, closed and frozen Specs out. Loads no torch."""
+"""An experiment as a frozen value, read from a TOML file or built from keywords."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    BeforeValidator,
     NonNegativeInt,
     PositiveInt,
     SerializeAsAny,
@@ -27,10 +28,11 @@ from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import BackboneSpec, Tiny
 from fedmllm.config.engine import Engine, Stacked
-from fedmllm.config.train import Checkpointing, Evaluate, Train, UpdateFilter
+from fedmllm.config.train import Checkpointing, Evaluate, Train, UpdateFilter, one_or_several
 from fedmllm.core.errors import ConfigError
-from fedmllm.core.metrics import METRICS
-from fedmllm.core.spec import EXECUTION_ONLY, Named, Spec, current_keys, nearest, validate
+from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
+from fedmllm.core.plugins import PluginSource, load_entry_points, load_plugins, source_of_import
+from fedmllm.core.spec import EXECUTION_ONLY, Named, Spec, checked, current_keys, nearest
 from fedmllm.core.types import visible_of
 from fedmllm.data.base import Dataset
 from fedmllm.data.prompts import Plain, Prompt
@@ -62,27 +64,69 @@ class Experiment(Spec):
     old_keys: ClassVar[Mapping[str, str]] = {"update_filter": "screen"}
 
     data: SerializeAsAny[Dataset]
+    """Rows, modalities and metrics."""
     partition: SerializeAsAny[Partition] = Dirichlet()
+    """Split of the training rows over the clients; by-column if the rows name their clients."""
     scenario: SerializeAsAny[Scenario] = Aligned()
+    """Modalities that are hidden from clients."""
     prompt: SerializeAsAny[Prompt] = Plain()
+    """Text that a row becomes."""
     backbone: SerializeAsAny[BackboneSpec] = Tiny()
+    """The frozen model and its LoRA."""
     objective: SerializeAsAny[Objective] = TaskLoss()
+    """Client half of the algorithm."""
     aggregator: SerializeAsAny[Aggregator] = FedAvg()
+    """Server half of the algorithm."""
     train: Train = Train()
+    """Local training."""
     evaluate: Evaluate = Evaluate()
+    """Evaluation."""
     update_filter: UpdateFilter = UpdateFilter()
+    """Check of the clients' updates."""
     availability: SerializeAsAny[Availability] = Always()
+    """Clients that drop out or straggle."""
     checkpoint: Annotated[Checkpointing, EXECUTION_ONLY] = Checkpointing()
+    """Checkpoints."""
     method: Literal["federated", "zero-shot", "majority", "local", "centralised"] = "federated"
+    """The federation, or a baseline."""
     engine: Annotated[SerializeAsAny[Engine], EXECUTION_ONLY] = Stacked()
+    """How a round is computed."""
     num_rounds: PositiveInt = 25
+    """Rounds of the federation."""
     cohort_size: PositiveInt = 2
+    """Clients that are sampled in a round."""
     cohort: Literal["seeded", "reference"] = "seeded"
+    """Draw of a round's clients: from the seed, or as the published code draws among 10 clients."""
     seed: NonNegativeInt = 0
+    """Seed of every random stream."""
+    imports: Annotated[tuple[str, ...], EXECUTION_ONLY, BeforeValidator(one_or_several)] = ()
+    """Plug-ins to load first: module names, or paths that end in .py and count from the file that names them."""
+
+    def __init__(self, /, **table: Any) -> None:
+        """Check settings as they stand in a TOML file: `Experiment(data="synthetic-irony", scenario="missing")`.
+
+        Args:
+            table: Keys of an experiment file. A family's value may be a name, a table with a name, or a member.
+
+        Raises:
+            ConfigError: A key or value is not allowed; the message lists all of them.
+        """
+        values, errors = _members(current_keys(type(self), table, ""))
+        try:
+            checked(type(self), values, "", lambda known: super(Experiment, self).__init__(**known))
+        except ConfigError as error:
+            broken = {line.split(".")[0].split(":")[0] for line in errors}
+            errors += [line for line in str(error).splitlines() if line.split(":")[0] not in broken]
+        if errors:
+            raise ConfigError("\n".join(errors))
+        # Another process that runs this experiment (of a suite, of Ray) has to load the plug-ins that it uses.
+        if used := [source.import_name for source in self.plugins() if source.import_name]:
+            self.__dict__["imports"] = tuple(dict.fromkeys([*self.imports, *used]))
+            self.__pydantic_fields_set__.add("imports")
 
     @model_validator(mode="after")
     def _metrics_exist(self) -> Experiment:
-        for name in self.data.metrics():
+        for name in self.metrics():
             if name not in METRICS:
                 raise ValueError(f"no metric {name!r}; allowed: {', '.join(sorted(METRICS))}{nearest(name, METRICS)}")
         return self
@@ -124,39 +168,53 @@ class Experiment(Spec):
         """What folds updates: the aggregator; plain FedAvg where nothing is federated, so that a yardstick stays one."""
         return self.aggregator if self.method == "federated" else FedAvg()
 
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that are computed: those of the data set, its headline first, and `evaluate.metrics`."""
+        return tuple(dict.fromkeys([*self.data.metrics(), *self.evaluate.metrics]))
+
+    def plugins(self) -> tuple[PluginSource, ...]:
+        """Return the origins of all that is not shipped with the package: `imports`, members and metrics."""
+        named = [spec for spec in self.specs() if isinstance(spec, Named)]
+        bases = [base for spec in named for base in type(spec).__mro__ if issubclass(base, Named) and base is not Named]
+        found = [source_of_import(name) for name in self.imports]
+        found += [base.plugin for base in bases] + [PLUGIN_METRICS.get(name) for name in self.metrics()]
+        return tuple(dict.fromkeys(source for source in found if source))
+
     @classmethod
     def parse(cls, table: Mapping[str, Any], place: str = "") -> Experiment:
-        """The experiment that a TOML table describes. Raises ConfigError listing every bad key."""
-        values, errors = dict(table), []
-        for key, family in FAMILIES.items():
-            if key in values:
-                try:
-                    values[key] = family.pick(values[key], key)
-                except ConfigError as error:
-                    errors.append(str(error))
-                    del values[key]
-        data = values.get("data")
-        if "partition" not in values and isinstance(data, Dataset) and data.client_column():
-            values["partition"] = ByColumn()  # the rows name their clients: the real federation, no simulation
+        """Return the experiment that a TOML table describes.
+
+        Args:
+            table: Keys and values as in an experiment file, or as `dump` gives them.
+            place: Beginning of each line of an error message, such as the file's name.
+
+        Raises:
+            ConfigError: A key or value is not allowed; the message lists all of them.
+        """
         try:
-            experiment = validate(cls, values, "")
+            return cls(**table)
         except ConfigError as error:
-            lines = str(error).splitlines()
-            broken = {line.split(".")[0].split(":")[0] for line in errors}
-            errors += [line for line in lines if line.split(":")[0] not in broken]
-        if errors:
             prefix = f"{place}: " if place else ""
-            raise ConfigError("\n".join(prefix + line for error in errors for line in error.splitlines()))
-        return cast("Experiment", experiment)
+            raise ConfigError("\n".join(prefix + line for line in str(error).splitlines())) from error.__cause__
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-        """Read a TOML file; `overrides` are "a.b=value" in TOML, where a bare word counts as a string."""
-        table = read_toml(Path(path))
+        """Read a TOML file.
+
+        Args:
+            path: The file. Plug-ins that it names by relative paths are searched in its folder.
+            overrides: Changes of single keys, "a.b=value" in TOML; a bare word counts as a string.
+
+        Raises:
+            ConfigError: The file cannot be read, is not TOML or is a suite, or a key or value is not allowed.
+        """
+        path = Path(path)
+        table = read_toml(path)
         if "matrix" in table:
             raise ConfigError(f"{path}: a suite of experiments, not one; `fedmllm suite {path}` runs it")
         warn_of_old_keys(table, str(path))
         table = current_keys(cls, table, str(path))
+        table |= imports_of(table, path)
         for override in overrides:
             set_key(table, override)
         return cls.parse(table, str(path))
@@ -166,11 +224,13 @@ class Experiment(Spec):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
 
     def method_name(self) -> str:
-        """What a table calls it: the aggregator, with the objective where there is one; or the unfederated method."""
+        """Name in tables: the aggregator or the baseline, and the objective and a plug-in engine if there are any."""
         if self.method in ("zero-shot", "majority"):
             return self.method
         head = self.aggregator.name if self.method == "federated" else self.method
-        return head if self.objective.name == "task" else f"{head}+{self.objective.name}"
+        objective = [] if self.objective.name == "task" else [self.objective.name]
+        engine = [self.engine.name] if self.engine.plugin else []  # it may change results
+        return "+".join([head, *objective, *engine])
 
     def setting(self) -> str:
         """What distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split."""
@@ -181,6 +241,43 @@ class Experiment(Spec):
             rates = self.availability.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
             words += [self.availability.name, *(f"{k}={v}" for k, v in rates.items())]
         return " ".join(words) or spec.name
+
+
+def _members(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the table with each family's member in place of its name or table, lines of errors); loads plug-ins first."""
+    values: dict[str, Any] = dict(table)
+    values |= imports_of(values, None)
+    errors: list[str] = []
+    for key, family in FAMILIES.items():
+        if key in values:
+            try:
+                values[key] = family.pick(values[key], key)
+            except ConfigError as error:
+                errors += str(error).splitlines()
+                del values[key]
+    data = values.get("data")
+    if "partition" not in values and isinstance(data, Dataset) and data.client_column():
+        values["partition"] = ByColumn()  # the rows name their clients: the real federation, without a simulated split
+    return values, errors
+
+
+def imports_of(table: Mapping[str, Any], file: Path | None) -> dict[str, tuple[str, ...]]:
+    """Load what the key `imports` names, and return it with absolute paths.
+
+    Args:
+        table: Settings that may have the key.
+        file: The file that they are from; relative paths count from its folder. None = from the current folder.
+
+    Raises:
+        ConfigError: The value is not a list of names, or a plug-in cannot be loaded.
+    """
+    if "imports" not in table:
+        return {}
+    names = one_or_several(table["imports"])
+    place = f"{file}: imports" if file else "imports"
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{place}: got {table['imports']!r}; give a list of module names and paths of .py files")
+    return {"imports": load_plugins(names, place, file.parent if file else None)}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -227,3 +324,6 @@ def set_key(table: dict[str, Any], override: str) -> None:
     if keys[-1] == "name" and here.get("name") != value:
         here.clear()  # another member of the family: the old one's keys are not its keys
     here[keys[-1]] = value
+
+
+load_entry_points()  # last: a plug-in may import all that is defined above

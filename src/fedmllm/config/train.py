@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -11,27 +11,40 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
 from fedmllm.algorithms.schedules import Schedule
-from fedmllm.core.spec import EXECUTION_ONLY, Spec
+from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
+from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Spec, nearest
 
 
 class Train(Spec):
-    """How a client trains. Defaults: the published protocol, with AdamW; `lr` is the one to set."""
+    """Local training of a client. Defaults: the published protocol, with AdamW; `lr` is the one to set."""
 
     lr: PositiveFloat = 2e-5
+    """Learning rate of AdamW."""
     epochs: PositiveInt = 1
-    max_steps: NonNegativeInt = 0  # optimiser steps a round at most; 0 = no limit
+    """Passes over a client's rows in a round."""
+    max_steps: NonNegativeInt = 0
+    """Optimizer steps in a round at most; 0 = no limit."""
     batch_size: PositiveInt = 1
-    accumulation: PositiveInt = 4  # micro-batches an optimiser step
+    """Rows of a micro-batch."""
+    accumulation: PositiveInt = 4
+    """Micro-batches of an optimizer step."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay rate of AdamW's first moment."""
     beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay rate of AdamW's second moment."""
     weight_decay: NonNegativeFloat = 0.1
-    clip_norm: NonNegativeFloat = 1.0  # of a client's gradient; 0 = off
+    """Decoupled weight decay of AdamW."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest norm of a client's gradient; a longer one is scaled down to it; 0 = no limit."""
     round_schedule: Schedule = "cosine"
+    """Learning rate over the rounds."""
     step_schedule: Schedule = "cosine"
+    """Learning rate over the steps of a round."""
 
 
 def one_or_several(value: object) -> object:
@@ -40,32 +53,59 @@ def one_or_several(value: object) -> object:
 
 
 class Evaluate(Spec):
-    """When, on what and how the global adapter is judged."""
+    """When, on which rows and how the global adapter is evaluated."""
 
-    every: NonNegativeInt = 0  # rounds; 0 = after the last one only
-    # "all" (or "both"), "none", or modalities joined by "+": "image", "image+text"; several give a row each
+    every: NonNegativeInt = 0
+    """Rounds between two evaluations; 0 = after the last round only."""
     visible: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(one_or_several)] = ("all",)
+    """Modalities of the test rows that the model sees: "all" (or "both"), "none", or names joined by "+", as in "image+text".
+    Several values give a result each."""
+    metrics: Annotated[tuple[str, ...], ADDED_LATER, BeforeValidator(one_or_several)] = ()
+    """Metrics in addition to those of the data set, by name."""
     batch_size: Annotated[PositiveInt, EXECUTION_ONLY] = 16
+    """Test rows that are evaluated at once."""
     max_new_tokens: PositiveInt = 16
-    limit: NonNegativeInt = 0  # test rows, the first ones; 0 = all
-    select: Literal["last", "validation"] = "last"  # which adapter is the result; "validation": the best one
+    """Tokens of a generated answer at most."""
+    limit: NonNegativeInt = 0
+    """Number of test rows, the first ones; 0 = all."""
+    select: Literal["last", "validation"] = "last"
+    """Adapter that is the result: that of the last round, or the best on the validation rows."""
 
     @model_validator(mode="after")
     def _has_something_to_select_from(self) -> Evaluate:
         if self.select == "validation" and not self.every:
-            raise ValueError('select = "validation" needs every >= 1: in which rounds the validation rows are judged')
+            raise ValueError(
+                'select = "validation" needs every >= 1: the rounds in which validation rows are evaluated'
+            )
         return self
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in METRICS:
+                raise ValueError(f"no metric {name!r}; allowed: {', '.join(sorted(METRICS))}{nearest(name, METRICS)}")
+        return names
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that change results; a metric that is not shipped is identified by its file's digest."""
+        sources = {PLUGIN_METRICS[m].module: PLUGIN_METRICS[m].digest for m in self.metrics if m in PLUGIN_METRICS}
+        return super().identity() | ({"plugin": sources} if sources else {})
 
 
 class UpdateFilter(Spec):
-    """Which updates are let into the sum."""
+    """Check of the clients' updates before they are aggregated."""
 
-    on_bad_update: Literal["fail", "drop_client"] = "fail"  # NaN, Inf, wrong names or shapes, over the norm limit
-    max_norm: NonNegativeFloat = 0.0  # of a delta; 0 = no limit
+    on_bad_update: Literal["fail", "drop_client"] = "fail"
+    """Reaction to an update with NaN, Inf, wrong names or shapes, or over the norm limit."""
+    max_norm: NonNegativeFloat = 0.0
+    """Largest norm of a delta; 0 = no limit."""
 
 
 class Checkpointing(Spec):
-    """How often a run's state is written, and how much of it is kept."""
+    """How often a run's state is saved, and how many checkpoints are kept."""
 
-    every: PositiveInt = 1  # rounds
-    keep: PositiveInt = 2  # the last ones; the best on validation stays besides
+    every: PositiveInt = 1
+    """Rounds between two checkpoints."""
+    keep: PositiveInt = 2
+    """Number of latest checkpoints to keep; the best on validation is always kept."""

@@ -1,4 +1,4 @@
-"""Metrics: functions of predictions, picked by name. None where a metric is not defined (no open question, one class)."""
+"""Metrics: functions of predictions, picked by name; None if not defined."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.plugins import PluginSource, source_of_object
 from fedmllm.core.types import Prediction
 
 Metric = Callable[[Sequence[Prediction]], float | None]
 METRICS: dict[str, Metric] = {}
+PLUGIN_METRICS: dict[str, PluginSource] = {}  # origin of the metrics that are not shipped with the package
 
 
 def metric(f: Metric) -> Metric:
-    """Add a function to the metrics, under its own name."""
-    METRICS[f.__name__] = f
+    """Add a function to the metrics, under its own name. Raises ConfigError if another one has that name."""
+    name, old = f.__name__, METRICS.get(f.__name__)
+    if old and (old.__module__, old.__qualname__) != (f.__module__, f.__qualname__):
+        raise ConfigError(f"metric {name!r} is defined twice: in {old.__module__} and in {f.__module__}; rename one")
+    METRICS[name] = f
+    if source := source_of_object(f):
+        PLUGIN_METRICS[name] = source
     return f
 
 

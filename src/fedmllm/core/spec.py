@@ -3,44 +3,69 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedmllm.core.errors import ConfigError
+from fedmllm.core.plugins import PluginSource, source_of_object
 
-# Markers of a field of a Spec: Annotated[int, EXECUTION_ONLY].
-EXECUTION_ONLY = "how"  # where or how fast something is computed, never what comes out
-ADDED_LATER = "added later"  # left out of the identity while it has its default, so that older run ids last
+T = TypeVar("T")
+
+# Annotated[..., EXECUTION_ONLY] on a field of a Spec: it changes how fast or on which device something is computed, never
+# the result, so it is not part of the identity.
+EXECUTION_ONLY = "execution-only"
+# Annotated[..., ADDED_LATER]: a setting that release 0.1 did not have. It is part of the identity only if it differs
+# from its default, so that the run ids of existing experiments last.
+ADDED_LATER = "added-later"
 
 
 class Spec(BaseModel):
     """A frozen value whose fields are exactly the keys of its TOML table."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     # Key -> its spelling in earlier releases: still accepted (`current_keys`), and kept in `identity`, so that run ids last.
     old_keys: ClassVar[Mapping[str, str]] = {}
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change results, as JSON.
+        """Return the settings that change results, as JSON.
 
-        At any depth, fields marked EXECUTION_ONLY are left out, and fields marked ADDED_LATER while they have their default.
+        Left out, at any depth, are fields annotated with ADDED_LATER that have their default, and fields annotated with
+        EXECUTION_ONLY unless their value is a plug-in: code that is not shipped with the package may change results. A
+        plug-in is identified by name and file digest.
         """
         table = self.model_dump(mode="json")
         for key, field_ in type(self).model_fields.items():
             value = getattr(self, key)
-            is_default = ADDED_LATER in field_.metadata and value == field_.get_default(call_default_factory=True)
-            if EXECUTION_ONLY in field_.metadata or is_default:
+            plugin = isinstance(value, Named) and value.plugin is not None
+            execution_only = EXECUTION_ONLY in field_.metadata and not plugin
+            later = ADDED_LATER in field_.metadata
+            if execution_only or (later and value == field_.get_default(call_default_factory=True)):
                 del table[key]
             elif isinstance(value, Spec):
                 table[key] = value.identity()
         return {self.old_keys.get(key, key): value for key, value in table.items()}
 
+    def dump(self) -> dict[str, Any]:
+        """Return the table, as JSON values, that parses to an equal value: the keys that were set, at any depth."""
+        table = self.model_dump(mode="json")
+        named = {"name"} if isinstance(self, Named) else set()
+        kept = [key for key in type(self).model_fields if key in self.model_fields_set | named]
+        values = {key: getattr(self, key) for key in kept}
+        return {key: value.dump() if isinstance(value, Spec) else table[key] for key, value in values.items()}
+
+    def specs(self) -> Iterator[Spec]:
+        """Yield this Spec and those of its fields, at any depth."""
+        yield self
+        for key in type(self).model_fields:
+            if isinstance(value := getattr(self, key), Spec):
+                yield from value.specs()
+
     @classmethod
     def execution_only(cls) -> tuple[str, ...]:
-        """What `identity` leaves out, as dotted keys."""
+        """Return the dotted keys of the fields that are annotated with EXECUTION_ONLY."""
         mine = [key for key, field_ in cls.model_fields.items() if EXECUTION_ONLY in field_.metadata]
         inner = {key: _inner(cls, (key,)) for key in cls.model_fields if key not in mine}
         tables = {key: spec for key, spec in inner.items() if issubclass(spec, Spec) and spec is not cls}
@@ -55,8 +80,10 @@ class Named(Spec):
     """
 
     name: str
+    """Name of the member, as in `TABLE = "NAME"` or `TABLE.name`."""
     members: ClassVar[dict[str, type[Named]]]
     family: ClassVar[str]
+    plugin: ClassVar[PluginSource | None] = None  # origin of a member that is not shipped with the package
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -65,11 +92,21 @@ class Named(Spec):
             cls.members = {}
             cls.family = cls.__name__.lower()
             return
+        cls.plugin = source_of_object(cls)
         name = cls.model_fields["name"].default
         if isinstance(name, str):
-            if name in cls.members and cls.members[name].__qualname__ != cls.__qualname__:
-                raise ConfigError(f"{cls.family} {name!r} is defined twice: {cls.members[name]} and {cls}")
+            old = cls.members.get(name)  # a cell of a notebook, or a file that has changed, may define its class again
+            if old and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ConfigError(
+                    f"{cls.family} {name!r} is defined twice: {_place(old)} and {_place(cls)}; rename one"
+                )
             cls.members[name] = cls
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that change results; those of a plug-in name the digests of the files that define it."""
+        bases = [base for base in type(self).__mro__ if issubclass(base, Named) and base is not Named]
+        sources = {source.module: source.digest for base in bases if (source := base.plugin)}
+        return super().identity() | ({"plugin": sources} if sources else {})
 
     @classmethod
     def pick(cls, table: object, place: str) -> Self:
@@ -85,6 +122,10 @@ class Named(Spec):
         if name not in cls.members:
             raise ConfigError(f"{place}.name: got {name!r}; allowed: {allowed}{nearest(name, cls.members)}")
         return cast("Self", validate(cls.members[name], table, place))
+
+
+def _place(cls: type[Named]) -> str:
+    return f"{cls.__qualname__} in {cls.plugin.file or cls.__module__ if cls.plugin else cls.__module__}"
 
 
 def nearest(word: str, allowed: Mapping[str, object] | list[str]) -> str:
@@ -103,17 +144,23 @@ def current_keys(model: type[BaseModel], table: Mapping[str, object], place: str
 
 
 def validate(model: type[BaseModel], table: Mapping[str, object], place: str) -> BaseModel:
-    """`model(**table)`; an error lists every bad key with its full place, its value and what is allowed."""
+    """Return `model(**table)`. Raises ConfigError that lists every bad key with its full place, value and what is allowed."""
+    return checked(model, table, place, model.model_validate)
+
+
+def checked(model: type[BaseModel], table: Mapping[str, object], place: str, make: Callable[[dict[str, Any]], T]) -> T:
+    """Return `make(table)`, which validates a `model`. Raises ConfigError as `validate` does."""
     table = current_keys(model, table, place)
     slips = {line.split(":")[0]: line for line in _no_numbers(model, table, place)}
+    made: T | None = None
     try:
-        made = model.model_validate(dict(table))
+        made = make(dict(table))
     except ValidationError as error:
         lines = [_line(model, place, dict(e)) for e in error.errors()]
         slips = {line: line for line in lines if line.split(":")[0] not in slips} | slips
     if slips:
         raise ConfigError("\n".join(slips.values()))
-    return made
+    return cast("T", made)
 
 
 def _no_numbers(model: type[BaseModel], table: Mapping[str, object], place: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from ray import cloudpickle
 
 from fedmllm.config.experiment import Experiment
+from fedmllm.core.plugins import load_plugins
 from fedmllm.core.types import Shard
 from fedmllm.federation.client import Clients
 from fedmllm.flower.messages import unpack, update_content
@@ -42,7 +43,9 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One client, one round. Whatever fails is Flower's error reply, and the others go on."""
-    job = cast("Job", cloudpickle.loads(message.content[ABOUT]["job"]))
+    imports, pickled = cloudpickle.loads(message.content[ABOUT]["job"])
+    load_plugins(imports, "imports")  # before their classes are unpickled
+    job = cast("Job", cloudpickle.loads(pickled))
     torch.set_num_threads(job.threads)
     clients = of_actor(job)
     update = clients.update(job.shard.client, job.round, unpack(message.content, clients.backbone.lora()))

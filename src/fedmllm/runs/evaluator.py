@@ -44,4 +44,4 @@ class Evaluator:
         e, backbone = self.inputs.experiment, self.inputs.backbone
         backbone.set_lora(params)
         predictions = predict(backbone, e.prompt, rows, visible_of(visible, e.data.modalities()), e.evaluate)
-        return {name: finite(value) for name, value in judge(predictions, e.data.metrics()).items()}
+        return {name: finite(value) for name, value in judge(predictions, e.metrics()).items()}

@@ -81,6 +81,7 @@ class Started(Event):
     clients: list[dict[str, Any]]
     num_skipped: int
     skipped: list[str]  # the first ones
+    plugins: list[dict[str, str]]  # module, file and digest of all that is not shipped with the package
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Inputs:
         shards, bad_train = check_shards(train.examples, shards, data.on_bad_row)
         test_rows, bad_test = check_rows(test.examples[:limit], judged, data.on_bad_row)
         validation, bad_validation = check_rows(validation[:limit], judged, data.on_bad_row)
-        if not test_rows and data.metrics():  # a server of real sites may have nothing to judge by
+        if not test_rows and experiment.metrics():  # a server of real sites may have nothing to judge by
             raise DataError(f"{data.name}: no usable test row")
         backbone = experiment.backbone.load(experiment.seed)
         return cls(
@@ -144,4 +144,5 @@ def heading(inputs: Inputs) -> Started:
         clients=[about_client(shard, inputs.train) for shard in inputs.shards],
         num_skipped=len(inputs.skipped),
         skipped=list(inputs.skipped[:20]),
+        plugins=[{"module": p.module, "file": p.file, "digest": p.digest} for p in e.plugins()],
     )

@@ -22,7 +22,7 @@ def majority(session: Session) -> list[dict[str, Any]]:
     predictions = majority_predictions(
         [session.inputs.train[i] for s in session.inputs.shards for i in s.rows], session.inputs.test
     )
-    metrics = {k: finite(v) for k, v in judge(predictions, e.data.metrics()).items()}
+    metrics = {k: finite(v) for k, v in judge(predictions, e.metrics()).items()}
     session.emit(Evaluated("none", metrics, len(predictions), wall_s=0.0))
     return session.rows([{"none": metrics}])
 

@@ -40,7 +40,7 @@ class Selection:
             number: Of the round's checkpoint, over all of the run's federations.
         """
         inputs = self._evaluator.inputs
-        name, visible = inputs.experiment.data.metrics()[0], inputs.experiment.evaluate.visible[0]
+        name, visible = inputs.experiment.metrics()[0], inputs.experiment.evaluate.visible[0]
         value = self._evaluator.metrics(progress.params, inputs.validation, visible)[name]
         if value is not None and (self.best is None or value > self.best.value):
             self.best, self.params = Best(number=number, round=progress.round, value=value), progress.params

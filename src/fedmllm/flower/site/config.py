@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveI
 
 from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.backbones.base import BackboneSpec, Lora, Precision, Tiny
-from fedmllm.config.experiment import FAMILIES, Experiment
+from fedmllm.config.experiment import FAMILIES, Experiment, imports_of
 from fedmllm.config.train import Train
 from fedmllm.core.errors import ConfigError, DataError, FedmllmError
 from fedmllm.core.spec import Spec, nearest, validate
@@ -161,7 +161,8 @@ class Site(Spec):
     backbone: SerializeAsAny[BackboneSpec] = Tiny()
     allow: Allow = Allow()
     threads: NonNegativeInt = 0  # of torch; 0 = its default
-    task_timeout_s: PositiveFloat = 6 * 3600.0  # of one round's training; then the trainer is started anew
+    task_timeout_s: PositiveFloat = 6 * 3600.0  # of one round's training; then the trainer is started again
+    imports: tuple[str, ...] = ()  # plug-ins of this site, by module name or path; a server cannot name any
 
     @field_validator("name")
     @classmethod
@@ -179,6 +180,7 @@ class Site(Spec):
             raise ConfigError(f"{path}: not a TOML file: {error}") from None
         here = path.absolute().parent
         try:
+            table |= imports_of(table, path.absolute())
             for key in ("data", "backbone"):
                 if key in table:
                     table[key] = FAMILIES[key].pick(table[key], key)

@@ -135,7 +135,7 @@ def start_workers(state: State, num_jobs: int, num_threads: int, budget_bytes: i
 def assign(job: Job, cell: Cell, folder: Path) -> bool:
     """Hand a cell to a process; False where it died between two cells, which `listen` will see."""
     try:
-        job.pipe.send((cell.experiment.model_dump(mode="json"), str(folder / cell.run_id)))
+        job.pipe.send((cell.experiment.dump(), str(folder / cell.run_id)))
     except OSError:
         return False
     job.cell, job.began, job.event = cell, time.perf_counter(), None

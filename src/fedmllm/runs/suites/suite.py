@@ -1,7 +1,8 @@
 """A suite: one base experiment and a matrix of small changes to it; each cell is an Experiment. Loads no torch.
 
     title = "..."
-    extends = "other.toml"              # optional: start from another suite file, beside this one
+    extends = "other.toml"              # optional: start from another suite file, in the same folder
+    imports = ["my_aggregator.py"]      # optional: plug-ins, relative to this file
     [base]                              # an experiment, as in a file for `fedmllm run`
     [matrix]
     seeds = [0, 1, 2]
@@ -26,13 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmllm.config.experiment import Experiment, read_toml
+from fedmllm.config.experiment import Experiment, imports_of, read_toml
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import current_keys, nearest
 from fedmllm.core.storage import write_atomically
 
 SUITE = "suite.json"
-KEYS = ("title", "extends", "base", "matrix")
+KEYS = ("title", "extends", "imports", "base", "matrix")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Suite:
         path = Path(path)
         table = read(path)
         base = current_keys(Experiment, of_tables(table.get("base", {}), f"{path}: base"), f"{path}: base")
+        if imports := (*table.get("imports", ()), *imports_of(base, path).get("imports", ())):
+            base = {**base, "imports": imports}
         axes, skips = matrix(table.get("matrix"), path)
         cells: dict[str, Cell] = {}
         errors: dict[str, None] = {}
@@ -99,6 +102,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself: {' -> '.join(p.name for p in (*seen, path))}")
     table = read_toml(path)
+    table |= imports_of(table, path)
     for key in table:
         if key not in KEYS:
             raise ConfigError(f"{path}: {key}: unknown key; allowed: {', '.join(KEYS)}{nearest(key, list(KEYS))}")
@@ -109,7 +113,12 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     below = read(path.parent / parent, (*seen, path.resolve()))
     own_axes = of_tables(table.pop("matrix", {}), f"{path}: matrix")
     merged: dict[str, Any] = merge(below, table)
-    return {**merged, "matrix": {**below.get("matrix", {}), **own_axes}}  # an axis is replaced as a whole
+    imports = (*below.get("imports", ()), *table.get("imports", ()))
+    return {
+        **merged,
+        "imports": imports,
+        "matrix": {**below.get("matrix", {}), **own_axes},
+    }  # an axis is replaced whole
 
 
 def of_tables(table: Any, place: str) -> Mapping[str, Any]:
