@@ -141,6 +141,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bytes(kind: str, number: int,
             assert (folder / "checkpoints" / place / name).read_bytes() == (
                 whole / "checkpoints" / place / name
             ).read_bytes()
+    assert (folder / "predictions.jsonl.gz").read_bytes() == (whole / "predictions.jsonl.gz").read_bytes()
     assert [event["round"] for event in events(folder, "round")] == [1, 2, 3]
     timeless = [[e["event"], e.get("round"), e.get("metrics"), e.get("value")] for e in events(folder)]
     assert [e for e in timeless if e[0] not in ("resumed", "stopped")] == [

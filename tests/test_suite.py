@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.runs.events import RoundEnd
 from fedmllm.runs.record import read
 from fedmllm.runs.suites.scheduler import Job, State, assign, poll, run_suite, start_workers
 from fedmllm.runs.suites.suite import Suite, merge
@@ -190,7 +191,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path):
 def test_a_process_that_dies_is_named_and_its_work_goes_on(tmp_path: Path):
     class Killer(Told):
         def update(self, state: State) -> None:
-            job = next((j for j in state.jobs if j.cell and j.event.get("event") == "round"), None)
+            job = next((j for j in state.jobs if j.cell and isinstance(j.event, RoundEnd)), None)
             if job and not self.most_jobs:
                 self.most_jobs = 1
                 os.kill(job.process.pid, signal.SIGKILL)
@@ -274,12 +275,12 @@ def test_runs_of_another_suite_in_the_folder_are_told(tmp_path: Path):
 
 
 def test_no_further_process_is_started_over_the_memory_budget():
-    working = Job(process=None, pipe=None, host_bytes=3 * 10**9, event={"event": "round"})
+    working = Job(process=None, pipe=None, host_bytes=3 * 10**9, has_computed=True)
     state = State(waiting=[None, None], jobs=[working])
     start_workers(state, num_jobs=4, num_threads=1, budget_bytes=5 * 10**9)
     assert len(state.jobs) == 1
     assert "1 of 4 jobs" in state.note
-    working.event = {}  # it has not shown yet what it needs
+    working.has_computed = False  # its memory is not known yet
     state.note = ""
     start_workers(state, num_jobs=4, num_threads=1, budget_bytes=10**12)
     assert (len(state.jobs), state.note) == (1, "")

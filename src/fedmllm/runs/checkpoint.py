@@ -56,6 +56,7 @@ class RunState(Spec):
     best: Best | None  # before this round was judged
     wall_s: NonNegativeFloat
     record_bytes: NonNegativeInt  # length of record.jsonl up to and with this round's line
+    prediction_bytes: NonNegativeInt = 0  # length of predictions.jsonl.gz
     settings: dict[str, Any]  # those that change results
     digests: dict[str, str]  # of rows, partition, base
     versions: dict[str, str]

@@ -12,14 +12,15 @@ from fedmllm.runs.costs import Totals
 from fedmllm.runs.evaluator import Scores
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.inputs import Inputs, device, versions
+from fedmllm.runs.predictions import PredictionFile
 from fedmllm.runs.record import Record
 
 
 class Checkpointer:
     """Writes the checkpoints of a run."""
 
-    def __init__(self, inputs: Inputs, folder: RunFolder, record: Record) -> None:
-        self._inputs, self._folder, self._record = inputs, folder, record
+    def __init__(self, inputs: Inputs, folder: RunFolder, record: Record, predictions: PredictionFile) -> None:
+        self._inputs, self._folder, self._record, self._predictions = inputs, folder, record, predictions
         self._identity = inputs.experiment.identity()
         self._checkpoints: Checkpoints | None = None
 
@@ -48,7 +49,7 @@ class Checkpointer:
         if not self._checkpoints:
             config = adapter_config(self._inputs.backbone)
             keep = self._inputs.experiment.checkpoint.keep
-            self._checkpoints = Checkpoints(self._folder.checkpoints, keep, config, self._record.sync)
+            self._checkpoints = Checkpoints(self._folder.checkpoints, keep, config, self._sync)
         run_state = RunState(
             round=progress.round,
             client=client,
@@ -57,12 +58,17 @@ class Checkpointer:
             best=best,
             wall_s=wall_s,
             record_bytes=self._record.num_bytes(),
+            prediction_bytes=self._predictions.num_bytes(),
             settings=self._identity,
             digests=self._inputs.digests,
             versions=versions(),
             device=device(self._inputs.backbone),
         )
         self._checkpoints.save(run_state, progress.params, progress.state)
+
+    def _sync(self) -> None:
+        self._predictions.sync()
+        self._record.sync()
 
     def wait(self) -> None:
         """Wait until every checkpoint is on the disk."""

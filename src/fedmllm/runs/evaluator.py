@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from fedmllm.core.types import Example, Params, visible_of
+from fedmllm.core.types import Example, Params, Prediction, visible_of
 from fedmllm.federation.evaluation import judge, predict
-from fedmllm.runs.events import Evaluated, Event
+from fedmllm.runs.events import Evaluated, Sink
 from fedmllm.runs.inputs import Inputs
+from fedmllm.runs.predictions import PredictionFile
 from fedmllm.runs.record import finite
 
 Scores = dict[str, dict[str, float | None]]  # visible modalities -> metric -> value
 
 
 class Evaluator:
-    """Evaluates adapters on the rows of a run and emits the results."""
+    """Evaluates adapters on the rows of a run, emits the metrics and keeps the predictions for the test rows."""
 
-    def __init__(self, inputs: Inputs, emit: Callable[[Event], None]) -> None:
-        self.inputs, self._emit = inputs, emit
+    def __init__(self, inputs: Inputs, emit: Sink, kept: PredictionFile) -> None:
+        self.inputs, self._emit, self._kept = inputs, emit, kept
 
     def test(self, params: Params, round_: int | None = None, client: int | None = None) -> Scores:
         """Evaluate an adapter on the test rows, once for each entry of `evaluate.visible`.
@@ -34,14 +35,27 @@ class Evaluator:
         found: Scores = {}
         for visible in self.inputs.experiment.evaluate.visible:
             began = time.perf_counter()
-            found[visible] = metrics = self.metrics(params, self.inputs.test, visible)
+            predictions = self.predict(params, self.inputs.test, visible)
+            found[visible] = metrics = self.metrics(predictions)
             wall_s = time.perf_counter() - began
+            self._kept.write(predictions, visible, round_, client)
             self._emit(Evaluated(visible, metrics, len(self.inputs.test), wall_s, round_, client))
         return found
 
-    def metrics(self, params: Params, rows: Sequence[Example], visible: str) -> dict[str, float | None]:
-        """Return metric -> value of an adapter on some rows."""
+    def predict(self, params: Params, rows: Sequence[Example], visible: str) -> list[Prediction]:
+        """Return the predictions of an adapter for some rows."""
         e, backbone = self.inputs.experiment, self.inputs.backbone
         backbone.set_lora(params)
-        predictions = predict(backbone, e.prompt, rows, visible_of(visible, e.data.modalities()), e.evaluate)
-        return {name: finite(value) for name, value in judge(predictions, e.metrics()).items()}
+        return predict(backbone, e.prompt, rows, visible_of(visible, e.data.modalities()), e.evaluate)
+
+    def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float | None]:
+        """Return metric -> value; None if the rows do not define it."""
+        names = self.inputs.experiment.metrics()
+        return {name: finite(value) for name, value in judge(predictions, names).items()}
+
+    def baseline(self, predictions: Sequence[Prediction]) -> Scores:
+        """Evaluate predictions made without a model, and without any modality."""
+        metrics = self.metrics(predictions)
+        self._kept.write(predictions, "none", one_hot=True)
+        self._emit(Evaluated("none", metrics, len(predictions), wall_s=0.0))
+        return {"none": metrics}

@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def predictions(self) -> Path:
+        """The predictions of every evaluation on the test rows (`fedmllm.runs.predictions`)."""
+        return self.path / "predictions.jsonl.gz"
+
+    @property
     def controls(self) -> Path:
         """State that clients keep from round to round."""
         return self.path / "controls"

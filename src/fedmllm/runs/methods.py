@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Any
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.types import Shard
 from fedmllm.federation.baselines import majority_predictions
-from fedmllm.federation.evaluation import judge
-from fedmllm.runs.events import Evaluated
-from fedmllm.runs.record import finite
 
 if TYPE_CHECKING:
     from fedmllm.runs.session import Session
@@ -18,13 +15,9 @@ if TYPE_CHECKING:
 
 def majority(session: Session) -> list[dict[str, Any]]:
     """No model: the most frequent training answer to each kind of question."""
-    e = session.experiment
-    predictions = majority_predictions(
-        [session.inputs.train[i] for s in session.inputs.shards for i in s.rows], session.inputs.test
-    )
-    metrics = {k: finite(v) for k, v in judge(predictions, e.metrics()).items()}
-    session.emit(Evaluated("none", metrics, len(predictions), wall_s=0.0))
-    return session.rows([{"none": metrics}])
+    inputs = session.inputs
+    train = [inputs.train[row] for shard in inputs.shards for row in shard.rows]
+    return session.rows([session.evaluator.baseline(majority_predictions(train, inputs.test))])
 
 
 def zero_shot(session: Session) -> list[dict[str, Any]]:

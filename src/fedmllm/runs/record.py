@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.storage import make_folder
+from fedmllm.runs.append import AppendFile
 from fedmllm.runs.events import Event, renamed
 
 Line: TypeAlias = dict[str, Any]  # an event as it stands in a record, under the present names of its keys
 
 
-class Record:
+class Record(AppendFile):
     """`record.jsonl` in a run's folder. Each line is written at once, so a stopped run leaves a readable file.
 
     Raises:
@@ -26,55 +24,29 @@ class Record:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            make_folder(path.parent)
-            self._file = path.open("ab")
-        except OSError as error:
-            raise FedmllmError(f"{path}: cannot be written: {error.strerror}") from error
-        if not _lock(self._file.fileno()):
-            self._file.close()
+        super().__init__(path)
+        if not _lock(self.fileno()):
+            self.close()
             raise FedmllmError(f"{path}: another run is writing it; wait for that one, or choose another --out")
 
     def __call__(self, event: Event) -> None:
+        """Append an event with the time."""
         line = json.dumps({**event.to_json(), "time": round(time.time(), 3)}, default=str, allow_nan=False)
-        try:
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise FedmllmError(f"{self.path}: cannot be written: {error.strerror}") from error
-
-    def num_bytes(self) -> int:
-        """Return the length of the file."""
-        return os.fstat(self._file.fileno()).st_size
+        self.append(line.encode() + b"\n")
 
     def truncate(self, num_bytes: int) -> None:
-        """Cut the file after the first `num_bytes` bytes: one operation of the file system, done or not done.
+        """Cut the file after the first `num_bytes` bytes, which must be whole lines.
 
         Raises:
-            FedmllmError: The file is not the one that had so many bytes.
+            FedmllmError: The file is shorter than that, or a line ends elsewhere.
         """
-        if num_bytes > self.num_bytes():
-            raise FedmllmError(
-                f"{self.path}: has {self.num_bytes()} bytes, but had {num_bytes} when the checkpoint was written: "
-                "it was cut or replaced since, so it cannot be continued"
-            )
         with self.path.open("rb") as file:
             file.seek(max(0, num_bytes - 1))
-            if num_bytes and file.read(1) != b"\n":
+            if 0 < num_bytes <= self.num_bytes() and file.read(1) != b"\n":
                 raise FedmllmError(
                     f"{self.path}: was replaced since the checkpoint was written, so it cannot be continued"
                 )
-        self._file.truncate(num_bytes)
-
-    def sync(self) -> None:
-        """Wait until the file is on the disk."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        with contextlib.suppress(OSError):  # a full disk was reported by the write that failed
-            self._file.close()
+        super().truncate(num_bytes)
 
 
 def _lock(descriptor: int) -> bool:

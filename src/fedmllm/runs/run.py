@@ -24,7 +24,7 @@ from fedmllm.runs.session import Session
 def run(
     experiment: Experiment, out: str | Path | None = None, sinks: Sequence[Sink] = (), resume: bool = False
 ) -> RunResult:
-    """Run one experiment; write `record.jsonl`, `checkpoints/`, `adapter/` and `summary.json` into a folder.
+    """Run one experiment; write record, predictions, checkpoints, adapter and summary into a folder.
 
     Args:
         experiment: What to run.
@@ -90,7 +90,8 @@ def execute(experiment: Experiment, begin: Resume, record: Record, sinks: Sequen
         session.emit(EmptyClients(empty, "these clients hold no row and are never asked"))
     try:
         rows = METHODS[experiment.method](session)
+        session.emit(Ended(len(rows)))
+        session.sync()
     finally:
         session.close()
-    session.emit(Ended(len(rows)))
     begin.folder.write_rows(rows)

@@ -41,7 +41,7 @@ class Selection:
         """
         inputs = self._evaluator.inputs
         name, visible = inputs.experiment.metrics()[0], inputs.experiment.evaluate.visible[0]
-        value = self._evaluator.metrics(progress.params, inputs.validation, visible)[name]
+        value = self._evaluator.metrics(self._evaluator.predict(progress.params, inputs.validation, visible))[name]
         if value is not None and (self.best is None or value > self.best.value):
             self.best, self.params = Best(number=number, round=progress.round, value=value), progress.params
         best_round = self.best.round if self.best else None

@@ -21,6 +21,7 @@ from fedmllm.runs.evaluator import Evaluator, Scores
 from fedmllm.runs.events import EngineNote, RoundEnd, Sink, fan_out
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.inputs import Inputs, start_engine
+from fedmllm.runs.predictions import PredictionFile
 from fedmllm.runs.record import Record
 from fedmllm.runs.selection import Selection
 from fedmllm.runs.summary import summary_rows
@@ -42,10 +43,13 @@ class Session:
     ) -> None:
         self.inputs, self.experiment, self.folder = inputs, inputs.experiment, folder
         self.emit = fan_out((record, *sinks))
-        self.evaluator = Evaluator(inputs, self.emit)
+        self._record = record
+        self._predictions = PredictionFile(folder.predictions)
+        self._predictions.truncate(start.run_state.prediction_bytes if start else 0)
+        self.evaluator = Evaluator(inputs, self.emit, self._predictions)
         # Of the clients that are finished, for method "local".
         self.results: list[Scores] = list(start.run_state.results) if start else []
-        self._checkpointer = Checkpointer(inputs, folder, record)
+        self._checkpointer = Checkpointer(inputs, folder, record, self._predictions)
         self._start = start
         self._totals = start.run_state.totals if start else Totals()
         self._began = time.perf_counter() - (start.run_state.wall_s if start else 0.0)
@@ -125,9 +129,15 @@ class Session:
         """Return the rows of the summary."""
         return summary_rows(self.experiment, results, self._totals, self.wall_s)
 
+    def sync(self) -> None:
+        """Wait until record and predictions are on the disk."""
+        self._record.sync()
+        self._predictions.sync()
+
     def close(self) -> None:
-        """End the checkpoint thread."""
+        """End the checkpoint thread and close the predictions."""
         self._checkpointer.close()
+        self._predictions.close()
 
 
 def refuse_controls_elsewhere(experiment: Experiment) -> None:
