@@ -111,8 +111,9 @@ def test_another_base_is_refused_and_another_place_is_not(base_of: Callable[[str
     run_of(tmp_path / "run", FromFolder(path=str(base)))
     weights = load_file(base / "model.safetensors")
     save_file({name: t + 0.001 for name, t in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FedmllmError, match=r"is not the model that .* was trained on"):
-        export(tmp_path / "run", tmp_path / "merged")
+    for named in (None, base):
+        with pytest.raises(FedmllmError, match=r"is not the model that .* was trained on"):
+            export(tmp_path / "run", tmp_path / "merged", base=named)
     shutil.rmtree(base)
     with pytest.raises(FedmllmError, match="is not a folder"):
         export(tmp_path / "run", tmp_path / "merged")

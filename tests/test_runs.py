@@ -20,8 +20,10 @@ from typer.testing import CliRunner
 from fedmllm.cli.main import app
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.types import Shard
 from fedmllm.runs.checkpoint import newest, read_run_state, sealed
 from fedmllm.runs.events import Event
+from fedmllm.runs.methods import equivalent_rounds
 from fedmllm.runs.record import Record, read
 from fedmllm.runs.run import run
 
@@ -46,6 +48,30 @@ def events(folder: Path, kind: str = "") -> list[dict[str, Any]]:
 
 def adapter(folder: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
     return load_file(folder / name / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("availability", "expected"),
+    [
+        ({"name": "always"}, 25 * 2 / 9),
+        ({"name": "unreliable", "drop_rate": 0.5}, 25 * 2 / 9 * 0.5),
+        ({"name": "unreliable", "straggle_rate": 1.0, "straggle_share": 0.25}, 25 * 2 / 9 * 0.25),
+    ],
+)
+def test_a_baseline_trains_as_much_as_a_client_that_is_asked_and_answers(availability: Any, expected: float) -> None:
+    shards = [Shard(client, (client,) * (client > 0), (frozenset(),) * (client > 0)) for client in range(10)]
+    settings = experiment(num_rounds=25, cohort_size=2, availability=availability)
+    assert equivalent_rounds(settings, shards) == pytest.approx(
+        expected, rel=0.15 if "drop_rate" in availability else 0
+    )
+
+
+def test_a_budget_of_half_a_round_is_half_of_its_steps(tmp_path: Path) -> None:
+    train = {**TABLE["train"], "max_steps": 0}
+    settings = experiment(method="local", num_rounds=5, cohort_size=1, train=train)  # 5 / 3 rounds of 3 steps
+    run(settings, tmp_path / "run")
+    steps = [[c["num_steps"] for c in e["clients"]] for e in events(tmp_path / "run", "round")]
+    assert steps == [[3], [2]] * 3
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:

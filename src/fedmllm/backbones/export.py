@@ -19,9 +19,10 @@ def export(run: Path, merged: Path, base: Path | None = None) -> Path:
     Args:
         run: A folder that `fedmllm run` wrote.
         merged: A folder that does not exist yet.
-        base: The base model, where it is not at the place that the run's settings name, or was held in four bits there.
+        base: The base model, if it is not in the folder that the run's settings name, or is held in four bits there.
 
-    Returns `merged`. Raises FedmllmError where the run has no adapter, or the base is not the one it was trained on.
+    Returns `merged`. Raises FedmllmError if the run has no adapter, or the base is not the one it was trained on. A `base`
+    for a run in four bits is not compared: its full weights have another digest.
     """
     head = heading(run)
     spec = BackboneSpec.pick(head["settings"]["backbone"], f"{run / 'record.jsonl'}: backbone")
@@ -29,9 +30,10 @@ def export(run: Path, merged: Path, base: Path | None = None) -> Path:
     folder = find(str(base)) if base else base_folder(spec)
     family_of(folder)
     trained_on = head.get("digests", {}).get("base")
-    if base is None and trained_on and digest(folder) != trained_on:
+    four_bits = base is not None and spec.precision.base == "nf4"
+    if trained_on and not four_bits and (found := digest(folder)) != trained_on:
         raise FedmllmError(
-            f"{folder} is not the model that {run} was trained on: its digest is {digest(folder)[:12]}..., the record says "
+            f"{folder} is not the model that {run} was trained on: its digest is {found[:12]}..., the record says "
             f"{trained_on[:12]}...; name the right folder with --base"
         )
     merge(folder, adapter, merged)

@@ -78,8 +78,14 @@ class Clients:
     num_rounds: int
     seed: int
     availability: Availability = ALWAYS
+    last_share: float = 1.0  # of the steps of the last round: a budget of 5.56 rounds has six, and 0.56 here
     controls: Controls | None = None  # SCAFFOLD's, where the aggregator is that
     experiment: Experiment | None = None  # where these come from: what other processes load the same from
+
+    @property
+    def budget(self) -> float:
+        """Rounds, the last one counted by its share."""
+        return self.num_rounds - 1 + self.last_share
 
     def round_lr(self, round_: int) -> float:
         return self.train.lr * round_factor(self.train.round_schedule, round_, self.num_rounds)
@@ -89,8 +95,10 @@ class Clients:
         return planned_steps(self.train, len(self.shards[client].rows))
 
     def num_steps(self, client: int, round_: int) -> int:
-        """Optimiser steps that the client gets done in the round: all that are planned, unless it straggles."""
-        return math.ceil(self.availability.share(self.seed, round_, client) * self.planned_steps(client))
+        """Optimiser steps of the client in the round: all planned ones, unless it straggles or the budget ends."""
+        share = self.availability.share(self.seed, round_, client)
+        share *= self.last_share if round_ == self.num_rounds else 1.0
+        return math.ceil(share * self.planned_steps(client))
 
     def steps(self, client: int, round_: int) -> Iterator[Step]:
         """The client's optimiser steps in a round: rows shuffled anew each epoch, by the client's own stream."""

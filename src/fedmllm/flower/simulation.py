@@ -171,5 +171,5 @@ class FlowerSimulation:
     def _job(self, client: int, round_: int) -> bytes:
         threads = self._settings.threads or torch.get_num_threads()
         shard = self._clients.shards[client]
-        job = cloudpickle.dumps(Job(self._experiment, self._clients.num_rounds, round_, shard, threads))
+        job = cloudpickle.dumps(Job(self._experiment, self._clients.budget, round_, shard, threads))
         return bytes(cloudpickle.dumps((self._experiment.imports, job)))

@@ -27,7 +27,7 @@ class Job:
     """What an actor is asked to do. It goes from one process of a user to another, so it may be pickled."""
 
     experiment: Experiment
-    num_rounds: int
+    num_rounds: float  # `Clients.budget`
     round: int
     shard: Shard
     threads: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -70,9 +71,9 @@ class Inputs:
             start=backbone.lora(),
         )
 
-    def clients(self, num_rounds: int, shards: Sequence[Shard] | None = None) -> Clients:
-        """The clients as local training sees them, for a run of so many rounds."""
-        e = self.experiment
+    def clients(self, num_rounds: float, shards: Sequence[Shard] | None = None) -> Clients:
+        """The clients as local training sees them, for a run of so many rounds; 5.56 rounds end within the sixth."""
+        e, whole = self.experiment, math.ceil(num_rounds)
         return Clients(
             backbone=self.backbone,
             objective=e.objective,
@@ -80,7 +81,8 @@ class Inputs:
             store=RowStore(self.backbone, e.prompt, self.train),
             shards=shards or self.shards,
             modalities=e.data.modalities(),
-            num_rounds=num_rounds,
+            num_rounds=whole,
+            last_share=num_rounds - whole + 1,
             seed=e.seed,
             availability=e.availability if e.method == "federated" else Always(),
             experiment=e,

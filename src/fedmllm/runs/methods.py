@@ -1,16 +1,20 @@
-"""What is trained where, and which adapter is judged: federated, and what it is compared with."""
+"""The federated method and its baselines."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Shard
 from fedmllm.federation.baselines import majority_predictions
 
 if TYPE_CHECKING:
     from fedmllm.runs.session import Session
+
+MAX_DRAWS = 10_000  # of availability, for its mean
 
 
 def majority(session: Session) -> list[dict[str, Any]]:
@@ -34,18 +38,38 @@ def federated(session: Session) -> list[dict[str, Any]]:
     return session.rows([session.evaluator.test(params, round_)])
 
 
-def equivalent_rounds(experiment: Experiment, shards: Sequence[Shard]) -> int:
-    """Rounds in which a client of the federation takes part, in expectation: the budget of what is not federated."""
+def equivalent_rounds(experiment: Experiment, shards: Sequence[Shard]) -> float:
+    """Training budget of a baseline: the rounds' worth of steps that a client of the federation trains, in expectation.
+
+    The expectation is over cohorts; who drops out or straggles when asked is drawn as in the federation.
+
+    Args:
+        experiment: Its rounds, cohort size, availability and seed.
+        shards: All clients; those without rows are never asked.
+
+    Returns:
+        Rounds, not rounded: 25 rounds of two of nine clients are 5.56.
+
+    Raises:
+        ConfigError: No asked client ever trains.
+    """
     num_asked = 10 if experiment.cohort == "reference" else sum(1 for shard in shards if shard.rows)
-    return max(1, round(experiment.num_rounds * experiment.cohort_size / num_asked))
+    asked = [(round_, s.client) for round_ in range(1, experiment.num_rounds + 1) for s in shards if s.rows]
+    asked = asked[:: max(1, len(asked) // MAX_DRAWS)]
+    share = statistics.fmean(experiment.availability.share(experiment.seed, *place) for place in asked)
+    if not share:
+        raise ConfigError(
+            f"availability: no client trains in any of the {experiment.num_rounds} rounds; lower its rates"
+        )
+    return share * (experiment.num_rounds * experiment.cohort_size / num_asked)
 
 
 def local(session: Session) -> list[dict[str, Any]]:
-    """Every client alone, for as many rounds as it would have been asked in: mean and spread over the clients."""
-    num_rounds = equivalent_rounds(session.experiment, session.inputs.shards)
+    """Every client alone, with the training budget of the federation: mean and spread over the clients."""
+    budget = equivalent_rounds(session.experiment, session.inputs.shards)
     clients = [shard.client for shard in session.inputs.shards if shard.rows]
     for client in clients[len(session.results) :]:  # those before it were done when the run was stopped
-        params, _ = session.federation(num_rounds, [client], client=client)
+        params, _ = session.federation(budget, [client], client=client)
         session.save(params, client)
         session.results.append(session.evaluator.test(params, client=client))
     return session.rows(session.results)

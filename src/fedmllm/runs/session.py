@@ -60,12 +60,12 @@ class Session:
         return time.perf_counter() - self._began
 
     def federation(
-        self, num_rounds: int, members: Sequence[int], shards: Sequence[Shard] | None = None, client: int | None = None
+        self, budget: float, members: Sequence[int], shards: Sequence[Shard] | None = None, client: int | None = None
     ) -> tuple[Params, int]:
         """Federate, or continue a federation, with evaluations and checkpoints.
 
         Args:
-            num_rounds: Of the federation, those before a stop included.
+            budget: Rounds of the federation, those before a stop included; 5.56 rounds end within the sixth.
             members: The clients; if the method is not "federated", all of them take part in every round.
             shards: The rows of the clients, if they are not those of `inputs`.
             client: Whose training alone it is, for method "local".
@@ -75,7 +75,8 @@ class Session:
         """
         e, inputs = self.experiment, self.inputs
         federated = e.method == "federated"
-        clients = inputs.clients(num_rounds, shards)
+        clients = inputs.clients(budget, shards)
+        num_rounds = clients.num_rounds
         draw = cohorts(e.cohort, members, e.cohort_size, e.seed) if federated else lambda _: list(members)
         begin = Progress(0, inputs.start, e.server().init(inputs.start))
         selection = Selection(self.evaluator, client)
