@@ -34,7 +34,7 @@ class Job:
 
 
 _worlds: dict[str, Inputs] = {}  # of this actor: one, the last
-_clients: dict[tuple[str, int], Clients] = {}
+_clients: dict[tuple[str, float], Clients] = {}
 _loads = 0  # of a base model, in this actor
 
 app = ClientApp()
