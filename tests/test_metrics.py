@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis.strategies import text
 
-from fedmllm.core.metrics import METRICS, chosen, normalised, parse_open, probabilities
+from fedmllm.core.answers import normalised, parse_open, same_answer, word_f1
+from fedmllm.core.metrics import METRICS, chosen, probabilities
 from fedmllm.core.types import Example, Prediction
 
 
@@ -59,7 +63,9 @@ def test_equal_scores_choose_the_first() -> None:
     ("raw", "parsed"),
     [
         ("The left lung.", "The left lung."),
-        (" a\n", None),
+        (" a\n", "a"),
+        ("+", "+"),
+        ("The", "The"),
         ("", None),
         ("\n\n", None),
         ("...", None),
@@ -93,3 +99,81 @@ def test_every_metric_survives_no_rows_and_rows_of_the_other_kind(name: str) -> 
     for rows in ([], [opened("a", "b")], [closed("yes", (0.0, 1.0))]):
         value = METRICS[name](rows)
         assert value is None or value >= 0
+
+
+@pytest.mark.parametrize(
+    ("gold", "said"),
+    [
+        ("A", "A"),
+        ("+", "+"),
+        ("The", "The"),
+        ("?", "?"),
+        ("l1\nl2", "l1\nl2"),
+        ("是", "是。"),
+        ("はい", "はい。"),
+        ("نعم", "نعم؟"),
+        ("café", "cafe\u0301"),
+        ("patient's", "patient\u2019s"),
+        ("５", "5"),
+        ("左肺", "左 肺"),
+        ("-5", "\u22125"),
+        ("1,000", "1000"),
+        ("1,5", "1.5"),
+        ("50 %", "50%"),
+        ("O+", "O +"),
+        ("left lung", "The left lung."),
+        ("left-lung", "Left lung!"),
+        ("vitamin A deficiency", "vitamin a deficiency"),
+        ("Straße", "STRASSE"),
+        ("a lesion", "lesion"),
+    ],
+)
+def test_answers_that_mean_the_same_are_right(gold: str, said: str) -> None:
+    rows = [Prediction(Example("1", {}, "q", (), gold, "w"), (), parse_open(said), said)]
+    assert METRICS["accuracy"](rows) == METRICS["token_f1"](rows) == 1.0
+    assert METRICS["unparsed"](rows) == 0
+
+
+@pytest.mark.parametrize(
+    ("gold", "said"),
+    [
+        ("hepatitis A", "hepatitis"),
+        ("vitamin A deficiency", "vitamin deficiency"),
+        ("type a", "type"),
+        ("O+", "O-"),
+        ("O-", "O"),
+        ("-5", "5"),
+        ("\u22125", "5"),
+        (">5", "<5"),
+        ("≤5", "≥5"),
+        ("±5", "5"),
+        ("1.5", "1 5"),
+        ("1.5", "15"),
+        ("3/4", "3 4"),
+        ("3-5", "35"),
+        ("5 %", "5"),
+        ("yes", ""),
+        ("yes", "..."),
+        ("A", "B"),
+        ("a", "the"),
+    ],
+)
+def test_answers_of_another_meaning_are_wrong_in_both_directions(gold: str, said: str) -> None:
+    for one, two in ((gold, said), (said, gold)):
+        rows = [Prediction(Example("1", {}, "q", (), one, "w"), (), parse_open(two), two)]
+        assert METRICS["accuracy"](rows) == 0.0
+
+
+def test_characters_of_scripts_without_blanks_are_words() -> None:
+    assert word_f1("左肺", "左侧肺") == pytest.approx(2 * 2 / (2 + 3))
+    assert word_f1("ปอดซ้าย", "ปอดขวา") > 0
+    assert word_f1("폐 왼쪽", "폐 오른쪽") == pytest.approx(0.5)  # Korean has blanks
+
+
+@given(text())
+def test_an_answer_equals_itself_and_its_composed_and_decomposed_forms(answer: str) -> None:
+    assert same_answer(answer, answer)
+    assert word_f1(answer, answer) == 1.0
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, answer)
+        assert same_answer(answer, other) or not normalised(answer)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
-import string
-from collections import Counter
 from collections.abc import Callable, Sequence
 
+from fedmllm.core.answers import same_answer, word_f1
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.plugins import PluginSource, source_of_object
 from fedmllm.core.types import Prediction
@@ -42,27 +40,21 @@ def chosen(prediction: Prediction) -> str | None:
     return prediction.text
 
 
-def normalised(answer: str) -> str:
-    """Lower case, no punctuation, no articles, single blanks."""
-    words = answer.lower().translate(str.maketrans(string.punctuation, " " * len(string.punctuation))).split()
-    return " ".join(word for word in words if word not in {"a", "an", "the"})
-
-
-def parse_open(raw: str) -> str | None:
-    """The answer in a generation: its only non-empty line. Anything else, or nothing, is a failure, never a guess."""
-    lines = [line.strip() for line in raw.splitlines() if line.strip()]
-    answer = re.sub(r"\s+", " ", lines[0]) if len(lines) == 1 else ""
-    return answer if normalised(answer) else None
-
-
 def is_right(prediction: Prediction) -> bool:
-    """Exact match: of the choice, or of the normalised open answer."""
-    answer = chosen(prediction)
-    if answer is None:
-        return False
+    """Whether the answer is right: the choice, or an open answer that `same_answer` accepts.
+
+    A generation that is identical to the answer is right even if it could not be parsed, such as one of two lines.
+    """
     if prediction.scores:
-        return answer == prediction.example.answer
-    return normalised(answer) == normalised(prediction.example.answer)
+        return chosen(prediction) == prediction.example.answer
+    return same_answer(open_text(prediction), prediction.example.answer)
+
+
+def open_text(prediction: Prediction) -> str:
+    """Return the parsed answer of an open question; the generation if it is identical to the right one; else ""."""
+    if prediction.text is None and prediction.raw.strip() == prediction.example.answer.strip():
+        return prediction.raw
+    return prediction.text or ""
 
 
 @metric
@@ -96,20 +88,13 @@ def accuracy_closed(predictions: Sequence[Prediction]) -> float | None:
 def token_f1(predictions: Sequence[Prediction]) -> float | None:
     """Mean over the open questions of the F1 of normalised words (SQuAD, arXiv:1606.05250); unparsed counts 0."""
     opened = [p for p in predictions if not p.example.choices]
-    return sum(map(_word_f1, opened)) / len(opened) if opened else None
-
-
-def _word_f1(prediction: Prediction) -> float:
-    said = normalised(prediction.text or "").split()
-    meant = normalised(prediction.example.answer).split()
-    common = sum((Counter(said) & Counter(meant)).values())
-    return 2 * common / (len(said) + len(meant)) if common else 0.0
+    return sum(word_f1(open_text(p), p.example.answer) for p in opened) / len(opened) if opened else None
 
 
 @metric
 def unparsed(predictions: Sequence[Prediction]) -> float | None:
     """Number of open answers that could not be parsed."""
-    return float(sum(1 for p in predictions if not p.scores and p.text is None))
+    return float(sum(1 for p in predictions if not p.scores and not open_text(p)))
 
 
 def _two_way(predictions: Sequence[Prediction]) -> tuple[list[bool], list[Prediction]] | None:

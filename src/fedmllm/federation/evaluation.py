@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from fedmllm.backbones.base import Backbone
 from fedmllm.config.train import Evaluate
+from fedmllm.core.answers import parse_open
 from fedmllm.core.errors import DataError, FedmllmError
-from fedmllm.core.metrics import METRICS, parse_open
+from fedmllm.core.metrics import METRICS
 from fedmllm.core.types import Conversation, Example, Prediction, Visible
 from fedmllm.data.prompts import Prompt
 
