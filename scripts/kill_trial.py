@@ -98,7 +98,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     """Everything about a finished run that must not depend on whether it was stopped."""
     last = newest(folder / "checkpoints")
     assert last is not None
-    places = ("adapter*/**/*.safetensors", "controls/**/*.safetensors")
+    places = ("adapter*/**/*.safetensors", "client_state/**/*.safetensors")
     files = [*(path for place in places for path in folder.glob(place)), *last.glob("*.safetensors")]
     events = [e for e in read(folder / "record.jsonl") if e["event"] in ("round", "eval", "validation", "end")]
     shown = (

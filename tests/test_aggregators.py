@@ -9,9 +9,10 @@ import torch
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.config.experiment import FAMILIES
 from fedmllm.core.errors import FedmllmError, NothingToAverage
-from fedmllm.core.types import ClientUpdate, Params
+from fedmllm.core.types import ClientUpdate, Params, Round
 
 ALL = sorted(FAMILIES["aggregator"].members)
+AT = Round(number=1, seed=0, num_rounds=5, cohort=tuple(range(5)), num_clients=10)
 
 
 def one(client: int, value: float, num_examples: int) -> ClientUpdate:
@@ -27,7 +28,7 @@ def apply(name: str, rounds: list[list[ClientUpdate]]) -> tuple[Params, dict]:
     params = ones()
     state = aggregator.init(params)
     for updates in rounds:
-        params, state = aggregator.apply(params, state, updates)
+        params, state = aggregator.apply(params, state, AT, updates)
     return params, state
 
 
@@ -103,8 +104,8 @@ class TestEveryAggregator:
         params = ones()
         state = aggregator.init(params)
         kept = {k: {n: t.clone() for n, t in tree.items()} for k, tree in state.items()}
-        first, after = aggregator.apply(params, state, updates)
-        again, _ = aggregator.apply(params, state, updates)
+        first, after = aggregator.apply(params, state, AT, updates)
+        again, _ = aggregator.apply(params, state, AT, updates)
         assert all(torch.equal(first[n], again[n]) for n in params)
         assert all(torch.equal(params[n], ones()[n]) for n in params)
         assert all(torch.equal(state[k][n], kept[k][n]) for k in kept for n in kept[k])
@@ -113,29 +114,29 @@ class TestEveryAggregator:
 
     def test_takes_a_stream_and_gives_the_same_bytes(self, name: str, updates: list[ClientUpdate]) -> None:
         aggregator = Aggregator.pick(name, "aggregator")
-        listed, _ = aggregator.apply(ones(), aggregator.init(ones()), updates)
-        streamed, _ = aggregator.apply(ones(), aggregator.init(ones()), iter(updates))
+        listed, _ = aggregator.apply(ones(), aggregator.init(ones()), AT, updates)
+        streamed, _ = aggregator.apply(ones(), aggregator.init(ones()), AT, iter(updates))
         assert all(torch.equal(listed[n], streamed[n]) for n in listed)
 
     def test_refuses_an_order_that_would_change_the_bytes(self, name: str, updates: list[ClientUpdate]) -> None:
         aggregator = Aggregator.pick(name, "aggregator")
         with pytest.raises(FedmllmError, match="ascending client order"):
-            aggregator.apply(ones(), aggregator.init(ones()), reversed(updates))
+            aggregator.apply(ones(), aggregator.init(ones()), AT, reversed(updates))
 
     def test_a_client_without_rows_changes_nothing(self, name: str, updates: list[ClientUpdate]) -> None:
         aggregator = Aggregator.pick(name, "aggregator")
         empty = ClientUpdate(9, {n: torch.full((2, 2), 7.0) for n in ("a", "b")}, 0, {"loss": 0.0})
-        without, _ = aggregator.apply(ones(), aggregator.init(ones()), updates)
-        with_it, _ = aggregator.apply(ones(), aggregator.init(ones()), [*updates, empty])
+        without, _ = aggregator.apply(ones(), aggregator.init(ones()), AT, updates)
+        with_it, _ = aggregator.apply(ones(), aggregator.init(ones()), AT, [*updates, empty])
         assert all(torch.equal(without[n], with_it[n]) for n in without)
 
     def test_nothing_to_average_is_said(self, name: str) -> None:
         aggregator = Aggregator.pick(name, "aggregator")
         with pytest.raises(NothingToAverage):
-            aggregator.apply(ones(), aggregator.init(ones()), [])
+            aggregator.apply(ones(), aggregator.init(ones()), AT, [])
 
     def test_other_names_or_shapes_are_refused(self, name: str) -> None:
         aggregator = Aggregator.pick(name, "aggregator")
         odd = [ClientUpdate(0, {"a": torch.ones(2, 2), "c": torch.ones(2, 2)}, 1, {"loss": 0.0})]
         with pytest.raises((FedmllmError, KeyError)):
-            aggregator.apply(ones(), aggregator.init(ones()), odd)
+            aggregator.apply(ones(), aggregator.init(ones()), AT, odd)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from fedmllm.algorithms.scaffold import Scaffold
 from fedmllm.algorithms.server_optimizers import FedAdam, FedAvg
 from fedmllm.config.train import UpdateFilter
 from fedmllm.core.errors import ConfigError, FedmllmError
-from fedmllm.core.types import ClientFailure, ClientUpdate, Params
+from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent
 from fedmllm.federation.rounds import Progress, cohorts, federate
 from fedmllm.runs.costs import Totals
 
@@ -20,13 +20,25 @@ START: Params = {"a": torch.zeros(3)}
 DROP = UpdateFilter(on_bad_update="drop_client", max_norm=10)
 
 
+class Echo(FedAvg):
+    """FedAvg whose clients return one extra tensor, shaped as the adapter."""
+
+    name: str
+
+    def returned_extra(self, sent: Sent) -> Params:
+        return sent.start
+
+
+ECHO = Echo(name="echo")
+
+
 def update(client: int, value: float, num_examples: int = 1, loss: float = 0.5) -> ClientUpdate:
     return ClientUpdate(client, {"a": torch.full((3,), value)}, num_examples, {"loss": loss})
 
 
-def steady(params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
-    for client in cohort:
-        yield update(client, 0.01 * (client + round_))
+def steady(at: Round, sents: Mapping[int, Sent]) -> Iterator[ClientUpdate]:
+    for client in sents:
+        yield update(client, 0.01 * (client + at.number))
 
 
 def rounds(
@@ -55,7 +67,12 @@ def test_goes_on_from_any_round_to_the_same_bytes() -> None:
         (ClientUpdate(1, {"a": torch.zeros(4)}, 1, {"loss": 0.0}), "names or shapes differ"),
         (ClientFailure(1, "the site is on fire"), "on fire"),
         (ClientUpdate(1, {"a": torch.zeros(3).double()}, 1, {}), "the type of a is torch.float64"),
-        (ClientUpdate(1, {"a": torch.zeros(3)}, 1, {}, control={"a": torch.full((3,), float("nan"))}), "its control"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 1, {}, extra={"a": torch.full((3,), float("nan"))}), "its extra"),
+        (ClientUpdate(1, {"a": torch.zeros(3)}, 1, {}, extra={"b": torch.zeros(3)}), "extra tensor parameter names"),
+        (
+            ClientUpdate(1, {"a": torch.zeros(3)}, 1, {}, extra={"a": torch.zeros(3).half()}),
+            "the type of extra tensor a",
+        ),
         (ClientUpdate(1, {"a": torch.zeros(3)}, -1, {}), "its number of rows is -1"),
         (ClientUpdate(1, {"a": torch.zeros(3)}, 2**53, {}), "its number of rows is 9007199254740992"),
         (ClientUpdate(1, {"a": torch.zeros(3)}, 0.5, {}), "its number of rows is 0.5"),  # type: ignore[arg-type]
@@ -68,16 +85,16 @@ def test_goes_on_from_any_round_to_the_same_bytes() -> None:
     ],
 )
 def test_a_bad_update_is_named_and_never_averaged(bad: ClientUpdate, reason: str) -> None:
-    def engine(params: Params, round_: int, cohort: Sequence[int]) -> list:
+    def engine(at: Round, sents: Mapping[int, Sent]) -> list:
         return [update(0, 2.0), bad]
 
-    (after,) = rounds(engine)
+    (after,) = rounds(engine, aggregator=ECHO)
     assert after.params["a"].tolist() == [2.0] * 3
     assert after.log["dropped"][0]["client"] == 1
     assert reason.replace("\\", "") in after.log["dropped"][0]["reason"]
     assert Totals().plus(after.log).num_rounds == 1  # the books can be kept
     with pytest.raises(FedmllmError, match=f"round 1, client 1: .*{reason}.*drop_client"):
-        rounds(engine, UpdateFilter(max_norm=10))
+        rounds(engine, UpdateFilter(max_norm=10), aggregator=ECHO)
 
 
 def test_a_round_without_any_update_leaves_the_adapter_and_says_so() -> None:
@@ -87,8 +104,8 @@ def test_a_round_without_any_update_leaves_the_adapter_and_says_so() -> None:
 
 
 def test_krum_with_too_few_left_after_drops_leaves_the_adapter() -> None:
-    def engine(params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
-        for client in cohort:
+    def engine(at: Round, sents: Mapping[int, Sent]) -> Iterator[ClientUpdate]:
+        for client in sents:
             yield update(client, float("nan") if client == 4 else 1.0)
 
     begin = Progress(0, START, {})
@@ -99,7 +116,7 @@ def test_krum_with_too_few_left_after_drops_leaves_the_adapter() -> None:
 
 
 def test_a_round_to_which_nobody_comes_goes_by() -> None:
-    def never(params: Params, round_: int, cohort: Sequence[int]) -> list[ClientUpdate]:
+    def never(at: Round, sents: Mapping[int, Sent]) -> list[ClientUpdate]:
         raise AssertionError("nobody is there to be asked")
 
     for aggregator in (FedAvg(), FedAdam(), Krum(), Scaffold()):

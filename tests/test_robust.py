@@ -12,8 +12,9 @@ from fedmllm.algorithms.robust import Krum, Median, MultiKrum, Robust, TrimmedMe
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import NothingToAverage
-from fedmllm.core.types import ClientUpdate, Params
+from fedmllm.core.types import ClientUpdate, Params, Round
 
+AT = Round(number=1, seed=0, num_rounds=1, cohort=(), num_clients=10)
 ALL = [Median(), TrimmedMean(), Krum(), MultiKrum()]
 
 
@@ -26,7 +27,7 @@ def updates(values: list[list[float]]) -> list[ClientUpdate]:
 
 def centre(aggregator: Robust, values: list[list[float]]) -> list[float]:
     zero: Params = {"a": torch.zeros(1), "b": torch.zeros(len(values[0]) - 1)}
-    after, _ = aggregator.apply(zero, {}, updates(values))
+    after, _ = aggregator.apply(zero, {}, AT, updates(values))
     return [*after["a"].tolist(), *after["b"].tolist()]
 
 
@@ -83,7 +84,7 @@ def test_one_client_that_sends_noise_moves_nothing_far(aggregator: Robust, liar:
     sent[liar] = size * rng.normal(size=50)
     moved = np.abs(np.array(centre(aggregator, sent.tolist())) - 1).max()
     assert moved < 0.4  # inside the spread of the honest ones
-    plain, _ = FedAvg().apply({"a": torch.zeros(1), "b": torch.zeros(49)}, {}, updates(sent.tolist()))
+    plain, _ = FedAvg().apply({"a": torch.zeros(1), "b": torch.zeros(49)}, {}, AT, updates(sent.tolist()))
     assert (plain["b"] - 1).abs().max() > 1
 
 
@@ -91,7 +92,7 @@ def test_one_client_that_sends_noise_moves_nothing_far(aggregator: Robust, liar:
 def test_too_few_updates_for_the_formula_are_not_averaged(aggregator: Robust) -> None:
     few = updates([[1.0, 2.0]] * (aggregator.least_updates() - 1))
     with pytest.raises(NothingToAverage, match=f"{aggregator.name} needs {aggregator.least_updates()} updates"):
-        aggregator.apply({"a": torch.zeros(1), "b": torch.zeros(1)}, {}, few)
+        aggregator.apply({"a": torch.zeros(1), "b": torch.zeros(1)}, {}, AT, few)
 
 
 def test_multi_krum_never_keeps_so_many_that_a_bad_one_is_among_them() -> None:

@@ -12,7 +12,7 @@ from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.backbones.hf import TransformersBackbone
 from fedmllm.config import engine as engines
 from fedmllm.config.train import Train
-from fedmllm.core.types import ClientUpdate, Example, Params, Shard
+from fedmllm.core.types import ClientUpdate, Example, Params, Round, Sent, Shard
 from fedmllm.data.prompts import Plain
 from fedmllm.federation.client import Clients, RowStore
 from fedmllm.federation.engines.in_process import InProcess
@@ -60,16 +60,27 @@ def flat(params: Params) -> torch.Tensor:
     return torch.cat([params[name].double().flatten() for name in sorted(params)])
 
 
-def one_after_another(clients: Clients, start: Params, cohort=COHORT, round_: int = 2) -> list[ClientUpdate]:
-    return list(InProcess(engines.InProcess(), clients)(start, round_, cohort))
+def at(round_: int = 2) -> Round:
+    return Round(round_, 0, 4, tuple(COHORT), len(SIZES))
+
+
+def one_after_another(
+    clients: Clients, start: Params | dict[int, Sent], cohort=COHORT, round_: int = 2
+) -> list[ClientUpdate]:
+    return list(InProcess(engines.InProcess(), clients)(at(round_), sents(start, cohort)))
 
 
 def together(
-    federation_: Clients, start: Params, cohort=COHORT, round_: int = 2, **settings: Any
+    federation_: Clients, start: Params | dict[int, Sent], cohort=COHORT, round_: int = 2, **settings: Any
 ) -> list[ClientUpdate]:
     engine = Stacked(engines.Stacked(**settings), federation_)
     assert engine.note == ""
-    return list(engine(start, round_, cohort))
+    return list(engine(at(round_), sents(start, cohort)))
+
+
+def sents(start: Params | dict[int, Sent], cohort) -> dict[int, Sent]:
+    """The same adapter for all, unless `start` says what each client receives."""
+    return start if 0 in start else {client: Sent(start) for client in cohort}
 
 
 def assert_same(expected: list[ClientUpdate], updates: list[ClientUpdate], largest: float = 1e-12) -> None:
@@ -91,7 +102,7 @@ def gradients_off(clients: Clients, token_budget: int = 1024) -> list[float]:
     members = [client for client in COHORT if SIZES[client]]
     steps = [next(clients.steps(client, 1)) for client in members]
     engine = Stacked(engines.Stacked(token_budget=token_budget), clients)
-    stack = Stack(engine._targets, clients.backbone.trainable(), start, len(members))
+    stack = Stack(engine._targets, clients.backbone.trainable(), [start] * len(members))
     engine._gradients(stack, steps, torch.zeros(len(members), dtype=torch.float64))
     clients.backbone.set_lora(start)
     off, weights = [], clients.backbone.trainable()
@@ -100,5 +111,5 @@ def gradients_off(clients: Clients, token_budget: int = 1024) -> list[float]:
             weight.grad = None
         clients.backward(step)
         expected = flat({name: weight.grad for name, weight in weights.items() if weight.grad is not None})
-        off.append(float((stack.grads_KP[slot].double() - expected).norm() / expected.norm()))
+        off.append(float((stack.grads_KT[slot].double() - expected).norm() / expected.norm()))
     return off

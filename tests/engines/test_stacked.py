@@ -209,11 +209,11 @@ def test_memory_too_short_for_all_adapters_means_fewer_at_once(
     expected, seen = together(clients, start), []
 
     class Small(stacked.Stack):
-        def __init__(self, targets, live, start, num_clients):
-            if num_clients > 2:
+        def __init__(self, targets, live, starts, trained, frozens):
+            if len(starts) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            seen.append(num_clients)
-            super().__init__(targets, live, start, num_clients)
+            seen.append(len(starts))
+            super().__init__(targets, live, starts, trained, frozens)
 
     monkeypatch.setattr(stacked, "Stack", Small)
     assert_same(expected, together(clients, start))

@@ -1,4 +1,4 @@
-"""Stacked clients where something is special: SCAFFOLD, other precisions, what cannot be stacked, determinism."""
+"""Stacked clients in special cases: client halves, resting tensors, unequal ranks, precisions, determinism."""
 
 from __future__ import annotations
 
@@ -9,16 +9,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_federation import COHORT, assert_same, federation, flat, gradients_off, one_after_another, stirred, together
+from small_federation import (
+    COHORT,
+    assert_same,
+    at,
+    federation,
+    flat,
+    gradients_off,
+    one_after_another,
+    stirred,
+    together,
+)
+from small_federation import sents as sents_of
 
+from fedmllm.algorithms.base import Aggregator
+from fedmllm.algorithms.feddyn import FedDyn
+from fedmllm.algorithms.fednova import FedNova
 from fedmllm.algorithms.objectives import FedProx
 from fedmllm.algorithms.scaffold import Scaffold
 from fedmllm.backbones.base import Lora
 from fedmllm.backbones.hf import TransformersBackbone
 from fedmllm.config import engine as engines
-from fedmllm.core.tensors import subtract
-from fedmllm.core.types import ClientUpdate, Example, Params
-from fedmllm.federation.client_state import Controls
+from fedmllm.core.types import ClientUpdate, Example, Params, Sent, State
+from fedmllm.federation.client_state import ClientStateStore
 from fedmllm.federation.engines.stacked.engine import Stacked
 from fedmllm.federation.engines.stacked.stack import find_targets
 
@@ -29,32 +42,83 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
-def test_scaffold(load: Load, examples: list[Example], tmp_path: Path) -> None:
-    """Two rounds, so that the control variates are not zero any more; with a proximal pull and clients of unequal size."""
+@pytest.mark.parametrize("aggregator", [Scaffold(), FedDyn(alpha=0.1), FedNova()], ids=lambda a: a.name)
+def test_client_halves(load: Load, examples: list[Example], aggregator: Aggregator, tmp_path: Path) -> None:
+    """Two rounds, so that client state is no longer zero; with a proximal term and clients of unequal size."""
     plain = federation(load("tiny"), examples, FedProx(mu=0.1))
     start = stirred(plain.backbone)
 
-    def rounds(engine: Engine, folder: Path) -> tuple[list[ClientUpdate], Params]:
-        aggregator, params = Scaffold(), start
-        state = aggregator.init(start)
-        controls = Controls(folder, len(COHORT), aggregator.broadcast(state), begun=0)
-        clients = replace(plain, controls=controls)
+    def rounds(engine: Engine, folder: Path) -> tuple[list[ClientUpdate], State]:
+        params, state = start, aggregator.init(start)
+        clients = replace(plain, aggregator=aggregator, state=ClientStateStore(folder))
         for round_ in (1, 2):
-            updates = engine(clients, params, round_=round_)
-            params, state = aggregator.apply(params, state, iter(updates))
-            controls.server = aggregator.broadcast(state)
-        return updates, controls.server
+            sents = {client: aggregator.sends(params, state, at(round_), client) for client in COHORT}
+            updates = engine(clients, sents, round_=round_)
+            params, state = aggregator.apply(params, state, at(round_), iter(updates))
+        return updates, state
 
     (expected, server), (updates, other) = rounds(one_after_another, tmp_path / "a"), rounds(together, tmp_path / "b")
     assert_same(expected, updates, largest=1e-10)  # as in test_stacked.py
-    assert float((flat(server) - flat(other)).abs().max()) <= 1e-12
-    assert [u.control is None for u in updates] == [u.control is None for u in expected]
+    for key, tree in server.items():
+        assert float((flat(tree) - flat(other[key])).abs().max()) <= 1e-12
     for a, b in zip(expected, updates, strict=True):
-        assert not a.control or float((flat(a.control) - flat(b.control)).abs().max()) <= 1e-12
+        assert a.extra.keys() == b.extra.keys()
+        assert not a.extra or float((flat(a.extra) - flat(b.extra)).abs().max()) <= 1e-12
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.safetensors"))
     assert files == sorted(path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*.safetensors"))
-    without = together(plain, start)
-    assert float(flat(subtract(without[1].delta, updates[1].delta)).norm()) > 0
+    assert bool(files) == ("client-state" in aggregator.needs)
+
+
+@pytest.mark.parametrize("resting", ["lora_A", "lora_B"])
+def test_a_resting_factor(load: Load, examples: list[Example], resting: str) -> None:
+    """It has no place in the gradient's norm and no weight decay reaches it."""
+    clients = federation(load("tiny"), examples, FedProx(mu=0.1), clip_norm=0.05, weight_decay=0.5)
+    start = stirred(clients.backbone)
+    trains = frozenset(name for name in start if f".{resting}." not in name)
+    sents = {client: Sent(start, trains=trains) for client in COHORT}
+    expected = one_after_another(clients, sents)
+    assert_same(expected, together(clients, sents), largest=1e-10)
+    assert set(expected[1].delta) == trains
+    assert bool(flat(expected[1].delta).any())
+    left = clients.backbone.lora()
+    assert all(torch.equal(left[name], start[name]) for name in set(start) - trains)
+    assert all(parameter.requires_grad for parameter in clients.backbone.trainable().values())
+
+
+def test_clients_of_different_trained_tensors_and_ranks(load: Load, examples: list[Example]) -> None:
+    clients = federation(load("tiny"), examples)
+    start = stirred(clients.backbone)
+    trains = [None, frozenset(n for n in start if ".lora_B." in n), frozenset(n for n in start if ".lora_A." in n)]
+
+    def of_rank(rank: int) -> Params:
+        return {n: (t[:rank] if ".lora_A." in n else t[:, :rank]).clone() for n, t in start.items()}
+
+    sents = {client: Sent(of_rank((8, 1, 3)[client % 3]), trains[client % 3]) for client in COHORT}
+    expected = one_after_another(clients, sents)
+    assert_same(expected, together(clients, sents), largest=1e-10)
+    assert_same(expected[2:3], together(clients, sents, cohort=[2])[2:3], largest=1e-10)
+    for client, update in enumerate(expected):
+        assert {n: t.shape for n, t in update.delta.items()} == {
+            n: t.shape for n, t in sents[client].returned().items()
+        }
+
+
+def test_a_kept_factor_stays_with_the_client(load: Load, examples: list[Example], tmp_path: Path) -> None:
+    clients = replace(federation(load("tiny"), examples), state=ClientStateStore(tmp_path))
+    start = stirred(clients.backbone)
+    keeps = frozenset(name for name in start if ".lora_B." in name)
+    sents = {client: Sent(start, keeps=keeps) for client in COHORT}
+    first = one_after_another(clients, sents, round_=1)
+    assert set(first[1].delta) == set(start) - keeps
+    kept = clients.state.read(1, 2)
+    assert set(kept) == keeps
+    assert not torch.equal(flat(kept), flat({n: start[n] for n in keeps}))
+    second = one_after_another(clients, sents, round_=2)
+    again = {n: kept.get(n, t) for n, t in start.items()}
+    (alone,) = one_after_another(replace(clients, state=None), {0: Sent(start), 1: Sent(again, keeps=keeps)}, round_=2)[
+        1:
+    ]
+    assert torch.equal(flat(second[1].delta), flat(alone.delta))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +161,7 @@ def test_what_cannot_be_stacked_runs_one_after_another(
     assert extra in engine.note
     assert "one after another" in engine.note
     expected = one_after_another(clients, start)
-    assert_same(expected, list(engine(start, 2, COHORT)), largest=0.0)
+    assert_same(expected, list(engine(at(2), sents_of(start, COHORT))), largest=0.0)
     moved = [name for name, delta in expected[1].delta.items() if extra in name and bool(delta.any())]
     assert moved
 
@@ -110,7 +174,7 @@ def test_a_layer_that_is_no_plain_lora_is_named(load: Load, monkeypatch: pytest.
     layer = targets[3].layer
     name = next(name for name, module in backbone.model.named_modules() if module is layer)
     monkeypatch.setattr(layer, "lora_variant", {"default": "DoRA"})
-    assert find_targets(backbone) == ([], f"{name} is no plain LoRA on a linear layer")
+    assert find_targets(backbone) == ([], f"{name} is not plain LoRA on a linear layer")
 
 
 def test_deterministic_on_request(load: Load, examples: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:

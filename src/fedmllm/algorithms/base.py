@@ -1,36 +1,192 @@
-"""The server half of a federated algorithm."""
+"""The interface of a federated algorithm: a server half and a client half."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, field_validator
 
-from fedmllm.core.spec import Named
-from fedmllm.core.types import ClientUpdate, Params, State
+from fedmllm.algorithms.objectives import ClientView
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.spec import ADDED_LATER, Named
+from fedmllm.core.tensors import same_names
+from fedmllm.core.types import ClientUpdate, LocalRule, Outcome, Params, Round, Sent, State
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Aggregator(Named):
-    """params and state before the round, the clients' updates -> params and state after it."""
+    """A federated algorithm. Every default is that of FedAvg, so a member defines what differs, usually `apply` alone.
+
+    The server calls `sends`, then `apply`, then `result`; a client calls `begin` before its first step and `finish` after
+    its last one. All are pure functions of their arguments. The conformance tests hold every member to that.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Capabilities that an engine must have (`config.engine.Capability`); checked when an experiment is parsed."""
+    optimizes: ClassVar[bool] = False
+    """True if `apply` depends on the mean of the deltas alone, tensor by tensor: it can be another member's `server`."""
+
+    mixed_ranks: ClassVar[bool] = False
+    """True if clients may have unequal ranks (`lora.ranks`)."""
+    global_model: ClassVar[bool] = True
+    """False if only the clients' own models (`personal`) are evaluated."""
 
     def least_updates(self) -> int:
-        """How many updates a round must have for the formula to mean something."""
+        """Least number of updates for which the formula is defined."""
         return 1
 
+    def label(self) -> str:
+        """The name in tables."""
+        return self.name
+
     def init(self, params: Params) -> State:
+        """The server's state before the first round.
+
+        Args:
+            params: The adapter before any training.
+        """
         return {}
 
-    def broadcast(self, state: State) -> Params:
-        """What an asked client receives besides the adapter; {} = nothing."""
+    def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
+        """What `client` receives in this round.
+
+        Args:
+            params: The global adapter before the round.
+            state: The server's state before the round.
+            at: The round.
+            client: One of `at.cohort`.
+        """
+        return Sent(params)
+
+    def returned_extra(self, sent: Sent) -> Params:
+        """Names and shapes of the tensors that `finish` returns to the server; {} = none."""
         return {}
 
     @abstractmethod
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
-        """One round. `updates` come in ascending client order and may be a stream: they are read once.
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+        """Aggregate one round.
 
-        Raises FedmllmError when there is nothing to average.
+        Args:
+            params: The global adapter before the round.
+            state: The server's state before the round.
+            at: The round.
+            updates: In ascending client order, possibly a stream: it is read once.
+
+        Returns:
+            The global adapter and the server's state after the round.
+
+        Raises:
+            NothingToAverage: no update has a row; the adapter then stays as it is.
+            FedmllmError: the order, the names or the shapes are wrong.
         """
+
+    def result(self, params: Params, state: State) -> Params:
+        """The global model as one adapter, of any rank: evaluated, saved and exported."""
+        return params
+
+    def personal(self, params: Params, state: State, client: int, kept: Params) -> Params | None:
+        """A client's own model as one adapter; None if the algorithm has a global model only.
+
+        Args:
+            params: The global adapter.
+            state: The server's state.
+            client: Whose model.
+            kept: The client's own state, {} if it has none.
+        """
+        return None
+
+    def begin(self, at: Round, view: ClientView, sent: Sent, kept: Params) -> LocalRule:
+        """The client half, before the first local step.
+
+        Args:
+            at: The round.
+            view: The client and the model.
+            sent: As `sends` made it.
+            kept: What the client kept in its last round that counted; {} if there is none.
+        """
+        return LocalRule()
+
+    def finish(self, at: Round, view: ClientView, outcome: Outcome, kept: Params) -> tuple[Params, Params]:
+        """The client half, after the last local step.
+
+        Args:
+            at: The round.
+            view: The client and the model.
+            outcome: What training came to.
+            kept: As in `begin`.
+
+        Returns:
+            Tensors that travel to the server in addition to the delta (`ClientUpdate.extra`), and tensors that the client
+            keeps until its next round. {} of the latter leaves what it kept before.
+        """
+        return {}, {}
+
+
+class WithServer(Aggregator):
+    """An aggregator whose combined delta a server optimizer applies: `server = { name = "fedadam", lr = 1e-2 }`."""
+
+    server: Annotated[SerializeAsAny[Aggregator] | None, ADDED_LATER] = None
+    """Optimizer that applies the combined delta; without it the delta is added. One of the server optimizers."""
+
+    @field_validator("server", mode="before")
+    @classmethod
+    def _pick(cls, table: Any) -> Any:
+        if table is None:
+            return None
+        server = Aggregator.pick(table, "aggregator.server")
+        if not server.optimizes:
+            members = ((name, cast("type[Aggregator]", member)) for name, member in Aggregator.members.items())
+            allowed = ", ".join(sorted(name for name, member in members if member.optimizes))
+            raise ConfigError(
+                f"aggregator.server.name: got {server.name!r}, which needs more than one combined delta; allowed: {allowed}"
+            )
+        return server
+
+    def label(self) -> str:
+        return f"{self.name}+{self.server.name}" if self.server else self.name
+
+    def init(self, params: Params) -> State:
+        inner = self.server.init(params) if self.server else {}
+        return {f"server.{key}": tree for key, tree in inner.items()}
+
+    def step(self, params: Params, state: State, at: Round, delta: Params, lr: float = 1.0) -> tuple[Params, State]:
+        """Move the tensors named in `delta`; the others keep their value and their optimizer state.
+
+        Args:
+            params: The global adapter.
+            state: Of this aggregator; the optimizer's part has keys that begin with "server.".
+            at: The round.
+            delta: The combined delta, of some or all tensors of `params`.
+            lr: Factor of the delta if there is no `server`.
+
+        Raises:
+            FedmllmError: `delta` has a name or a shape that `params` does not have.
+        """
+        if self.server is None:
+            return added(params, delta, lr), state
+        mine = {k.removeprefix("server."): tree for k, tree in state.items() if k.startswith("server.")}
+        moving = _moving(params, delta)
+        inner = {k: {n: tree[n] for n in moving} for k, tree in mine.items()}
+        whole = ClientUpdate(0, {n: delta[n] for n in moving}, 1, {})
+        moved, after = self.server.apply(moving, inner, at, [whole])
+        merged = {f"server.{k}": {**mine.get(k, {}), **tree} for k, tree in after.items()}
+        return {n: moved.get(n, w) for n, w in params.items()}, {**state, **merged}
+
+
+def added(params: Params, delta: Params, lr: float = 1.0) -> Params:
+    """`params` + lr * `delta` for the tensors named in `delta`.
+
+    Raises:
+        FedmllmError: `delta` has a name or a shape that `params` does not have.
+    """
+    moving = _moving(params, delta)
+    return {n: w + lr * delta[n] if n in moving else w for n, w in params.items()}
+
+
+def _moving(params: Params, delta: Params) -> Params:
+    moving = {n: w for n, w in params.items() if n in delta}
+    same_names(moving, delta)
+    return moving

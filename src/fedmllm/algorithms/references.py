@@ -1,4 +1,4 @@
-"""The server optimizers as the published FedMLLM code computes them, faults included."""
+"""Server optimizers as the published FedMLLM code computes them, faults included."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Literal
 from fedmllm.algorithms.base import Aggregator, Beta
 from fedmllm.algorithms.server_optimizers import Adaptive, FedAdagrad
 from fedmllm.core.tensors import mean_delta, plain_mean_delta, tree_map
-from fedmllm.core.types import ClientUpdate, Params, State
+from fedmllm.core.types import ClientUpdate, Params, Round, State
 
 
 class FedAvgReference(Aggregator):
     """The published code's FedAvg, fault included: the first tensor is averaged, to all others the mean is ADDED.
 
     w = mean(local) for the first tensor in the adapter's own order, w = w + mean(local) = 2 w + Delta for the rest; it
-    diverges. Here to show that, not to be used.
+    diverges. It is here to demonstrate that.
     """
 
     name: Literal["fedavg-reference"] = "fedavg-reference"
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         local = tree_map(lambda w, d: w + d, params, mean_delta(updates))
         first = next(iter(params))
         return {name: local[name] if name == first else params[name] + local[name] for name in params}, state
@@ -31,8 +31,9 @@ class FedAvgMReference(Aggregator):
 
     name: Literal["fedavgm-reference"] = "fedavgm-reference"
     beta1: Beta = 0.9
+    """Share of the momentum that stays."""
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         delta = mean_delta(updates)
         v = tree_map(lambda v, d: self.beta1 * v + (1 - self.beta1) * d, state["v"], delta) if state else delta
         return tree_map(lambda w, v: w + v, params, v), {"v": v}
@@ -48,10 +49,12 @@ class FedAdagradReference(FedAdagrad):
 
 
 class MomentReference(Adaptive):
-    """What the published FedAdam and FedYogi share: unweighted Delta, m = Delta in the first round, v built from m^2."""
+    """Common part of the published FedAdam and FedYogi: unweighted Delta, m = Delta in the first round, v from m^2."""
 
     beta1: Beta = 0.9
+    """Share of the first moment that stays."""
     beta2: Beta = 0.99
+    """Share of the second moment that stays."""
 
     def init(self, params: Params) -> State:
         return {"v": super().init(params)["v"]}
@@ -68,7 +71,7 @@ class FedAdamReference(MomentReference):
 
     name: Literal["fedadam-reference"] = "fedadam-reference"
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         m = self.moment(state, updates)
         v = tree_map(lambda v, m: self.beta2 * v + (1 - self.beta2) * m * m, state["v"], m)
         return self.step(params, m, v), {"m": m, "v": v}
@@ -79,7 +82,7 @@ class FedYogiReference(MomentReference):
 
     name: Literal["fedyogi-reference"] = "fedyogi-reference"
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         m = self.moment(state, updates)
         v = tree_map(lambda v, m: v - (1 - self.beta2) * m * m * (v - m * m).sign(), state["v"], m)
         return self.step(params, m, v), {"m": m, "v": v}

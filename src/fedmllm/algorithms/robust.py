@@ -1,8 +1,7 @@
-"""Aggregators that a few bad clients cannot carry away. All updates of a round are in memory at once.
+"""Byzantine-robust aggregators, which hold all updates of a round in memory.
 
-None weighs by num_examples: a client that lies about its rows would weigh what it likes. Clients without rows are left out.
-Loads no torch before it is used.
-K updates, f = `num_bad` of which may hold anything finite (NaN and Inf never come this far, see `Screen`).
+None weighs by num_examples: otherwise a malicious client could choose its own weight. Clients without rows are left out.
+K updates, f = `num_bad` of which may hold any finite values (NaN and Inf are refused before, see `UpdateValidator`).
 """
 
 from __future__ import annotations
@@ -11,27 +10,38 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fedmllm.algorithms.base import Aggregator
+from fedmllm.algorithms.base import WithServer
 from fedmllm.core.errors import FedmllmError, NothingToAverage
 from fedmllm.core.tensors import same_names, tree_map
-from fedmllm.core.types import ClientUpdate, Params, State
+from fedmllm.core.types import ClientUpdate, Params, Round, State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Robust(Aggregator):
-    """w += lr * centre(deltas)."""
+class Robust(WithServer):
+    """w += lr * centre(deltas), or `server` applies centre(deltas)."""
 
     lr: PositiveFloat = 1.0
+    """Factor of the combined delta; with `server` that has a rate of its own."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Robust:
+        if self.server is not None and self.lr != 1.0:
+            raise ValueError(f"lr = {self.lr:g} has no effect with server; set server.lr")
+        return self
 
     @abstractmethod
     def centre(self, deltas: Sequence[Params]) -> Params:
-        """One delta for all: of `deltas`, in ascending client order, at least `least_updates()`."""
+        """One delta for all.
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+        Args:
+            deltas: In ascending client order, at least `least_updates()`.
+        """
+
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         listed = list(updates)
         clients = [update.client for update in listed]
         if clients != sorted(set(clients)):
@@ -40,7 +50,7 @@ class Robust(Aggregator):
         if len(deltas) < self.least_updates():
             raise NothingToAverage(f"{self.name} needs {self.least_updates()} updates with rows; {len(deltas)} came")
         same_names(params, *deltas)
-        return tree_map(lambda w, d: w + self.lr * d, params, self.centre(deltas)), state
+        return self.step(params, state, at, self.centre(deltas), self.lr)
 
 
 class Median(Robust):
@@ -60,6 +70,7 @@ class TrimmedMean(Robust):
 
     name: Literal["trimmed-mean"] = "trimmed-mean"
     num_bad: PositiveInt = 1
+    """f: clients that may be malicious."""
 
     def least_updates(self) -> int:
         return 2 * self.num_bad + 1
@@ -73,6 +84,7 @@ class Krum(Robust):
 
     name: Literal["krum"] = "krum"
     num_bad: PositiveInt = 1
+    """f: clients that may be malicious."""
 
     def least_updates(self) -> int:
         return 2 * self.num_bad + 3
@@ -82,11 +94,13 @@ class Krum(Robust):
 
 
 class MultiKrum(Robust):
-    """The mean of the `num_kept` deltas that Krum likes best (the same paper, section 4)."""
+    """The mean of the `num_kept` deltas with the lowest Krum scores (the same paper, section 4)."""
 
     name: Literal["multi-krum"] = "multi-krum"
     num_bad: PositiveInt = 1
-    num_kept: NonNegativeInt = 0  # 0 = as many as the paper's proof allows: K - 2 f - 3, at least one
+    """f: clients that may be malicious."""
+    num_kept: NonNegativeInt = 0
+    """Deltas in the mean; 0 = as many as the paper's proof allows: K - 2 f - 3, at least one."""
 
     def least_updates(self) -> int:
         return max(2 * self.num_bad + 3, self.num_kept + self.num_bad)  # with fewer, a bad one would be kept
@@ -100,7 +114,7 @@ class MultiKrum(Robust):
 
 
 def _between(deltas: Sequence[Params], cut: int) -> Params:
-    """Coordinate by coordinate the mean of what lies between the `cut` smallest and the `cut` largest values."""
+    """Coordinate by coordinate the mean without the `cut` smallest and the `cut` largest values."""
     import torch
 
     def middle(*tensors: Tensor) -> Tensor:

@@ -1,57 +1,68 @@
-"""Server half of an algorithm: fold the clients' deltas into the global adapter. Pure functions of their arguments.
+"""FedAvg and the server optimizers.
 
 Delta is the mean of (client - global) weighted by num_examples. Formulas: Reddi et al., arXiv:2003.00295, Alg. 2, which
-has no bias correction. Names ending in "-reference" give what the published FedMLLM code does instead.
+has no bias correction. `references.py` holds them as the published FedMLLM code computes them.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import PositiveFloat
 
 from fedmllm.algorithms.base import Aggregator, Beta
 from fedmllm.core.tensors import mean_delta, tree_map, zeros
-from fedmllm.core.types import ClientUpdate, Params, State
+from fedmllm.core.types import ClientUpdate, Params, Round, State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FedAvg(Aggregator):
+class ServerOptimizer(Aggregator):
+    """A step along the mean delta, tensor by tensor."""
+
+    optimizes: ClassVar[bool] = True
+
+
+class FedAvg(ServerOptimizer):
     """w += lr * Delta (McMahan et al., arXiv:1602.05629; lr = 1 there)."""
 
     name: Literal["fedavg"] = "fedavg"
     lr: PositiveFloat = 1.0
+    """Factor of the mean delta."""
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         delta = mean_delta(updates)
         return tree_map(lambda w, d: w + self.lr * d, params, delta), state
 
 
-class FedAvgM(Aggregator):
+class FedAvgM(ServerOptimizer):
     """v = beta v + Delta; w += lr v (Hsu et al., arXiv:1909.06335)."""
 
     name: Literal["fedavgm"] = "fedavgm"
     lr: PositiveFloat = 1.0
+    """Factor of the momentum."""
     beta: Beta = 0.9
+    """Share of the momentum that stays."""
 
     def init(self, params: Params) -> State:
         return {"v": zeros(params)}
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         delta = mean_delta(updates)
         v = tree_map(lambda v, d: self.beta * v + d, state["v"], delta)
         return tree_map(lambda w, v: w + self.lr * v, params, v), {"v": v}
 
 
-class Adaptive(Aggregator):
-    """What the adaptive server optimisers share: v starts at tau^2, w += lr m / (sqrt v + tau)."""
+class Adaptive(ServerOptimizer):
+    """The part that the adaptive server optimizers share: v starts at tau^2, w += lr m / (sqrt v + tau)."""
 
     lr: PositiveFloat = 1e-3
+    """Largest step of a weight, about."""
     tau: PositiveFloat = 1e-3
+    """Added to the denominator; v starts at its square."""
 
     def init(self, params: Params) -> State:
         return {"m": zeros(params), "v": tree_map(lambda w: w.new_full(w.shape, self.tau**2), params)}
@@ -71,7 +82,7 @@ class FedAdagrad(Adaptive):
     def mean(self, updates: Iterable[ClientUpdate]) -> Params:
         return mean_delta(updates)
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         delta = self.mean(updates)
         v = tree_map(lambda v, d: v + d * d, state["v"], delta)
         return self.step(params, delta, v), {"v": v}
@@ -81,13 +92,15 @@ class Moments(Adaptive):
     """m = b1 m + (1-b1) Delta; v from v and Delta^2 by `second_moment`; w += lr m / (sqrt v + tau)."""
 
     beta1: Beta = 0.9
+    """Share of the first moment that stays."""
     beta2: Beta = 0.99
+    """Share of the second moment that stays."""
 
     @abstractmethod
     def second_moment(self, v: Tensor, delta: Tensor) -> Tensor:
         """The new v of one tensor."""
 
-    def apply(self, params: Params, state: State, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         delta = mean_delta(updates)
         m = tree_map(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, state["m"], delta)
         v = tree_map(lambda v, d: self.second_moment(v, d), state["v"], delta)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedmllm.core.spec import Named
 
+Capability = Literal["client-state", "extra", "partial", "frozen-adapter", "mixed-ranks"]
+"""What an algorithm may need of an engine.
+
+client-state: what a client keeps reaches its next round. extra: other tensors than the adapter travel both ways.
+partial: some tensors of the adapter neither train nor travel. frozen-adapter: an additive adapter of any rank that does
+not train. mixed-ranks: clients of unequal LoRA rank.
+"""
+ALL: frozenset[str] = frozenset(get_args(Capability))
+
 
 class Engine(Named):
     """How the clients of a round are computed. An engine changes place and speed, never the result."""
 
-    # "module:Class"; Class(settings, clients) is called as (params, round, cohort) -> updates. A plug-in's module may be its
-    # own: f"{__name__}:Class".
     import_path: ClassVar[str]
+    """ "module:Class"; Class(settings, clients) is called as (round, {client: what it receives}) -> updates. A plug-in's module
+    may be its own: f"{__name__}:Class"."""
+    supports: ClassVar[frozenset[str]] = frozenset()
+    """What it can do for `Aggregator.needs`."""
 
 
 class InProcess(Engine):
@@ -22,6 +33,7 @@ class InProcess(Engine):
 
     name: Literal["in-process"] = "in-process"
     import_path = "fedmllm.federation.engines.in_process:InProcess"
+    supports = ALL
 
 
 class Stacked(Engine):
@@ -29,6 +41,7 @@ class Stacked(Engine):
 
     name: Literal["stacked"] = "stacked"
     import_path = "fedmllm.federation.engines.stacked.engine:Stacked"
+    supports = ALL
     token_budget: NonNegativeInt = 0
     """Tokens of one pass, padding included; 0 = chosen for the device."""
     clients: PositiveInt = 16
@@ -42,6 +55,7 @@ class FlowerSimulation(Engine):
 
     name: Literal["flower-simulation"] = "flower-simulation"
     import_path = "fedmllm.flower.simulation:FlowerSimulation"
+    supports = ALL
     num_actors: PositiveInt = 2
     """Ray actors on one machine; on a cluster (RAY_ADDRESS) as many as its CPUs allow."""
     cpus_per_actor: PositiveInt = 1

@@ -10,7 +10,7 @@ import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     BeforeValidator,
@@ -151,6 +151,11 @@ class Experiment(Spec):
         return self
 
     @model_validator(mode="after")
+    def _engine_can_carry_the_aggregator(self) -> Experiment:
+        check_engine(self.server(), self.engine)
+        return self
+
+    @model_validator(mode="after")
     def _clients_are_enough(self) -> Experiment:
         num_clients = self.partition.num_clients
         if self.method == "federated" and 0 < num_clients < self.cohort_size:
@@ -227,7 +232,7 @@ class Experiment(Spec):
         """Name in tables: the aggregator or the baseline, and the objective and a plug-in engine if there are any."""
         if self.method in ("zero-shot", "majority"):
             return self.method
-        head = self.aggregator.name if self.method == "federated" else self.method
+        head = self.aggregator.label() if self.method == "federated" else self.method
         objective = [] if self.objective.name == "task" else [self.objective.name]
         engine = [self.engine.name] if self.engine.plugin else []  # it may change results
         return "+".join([head, *objective, *engine])
@@ -278,6 +283,18 @@ def imports_of(table: Mapping[str, Any], file: Path | None) -> dict[str, tuple[s
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"{place}: got {table['imports']!r}; give a list of module names and paths of .py files")
     return {"imports": load_plugins(names, place, file.parent if file else None)}
+
+
+def check_engine(aggregator: Aggregator, engine: Engine) -> None:
+    """Raise ConfigError if the engine lacks something that the aggregator needs, naming the engines that have it."""
+    if missing := sorted(aggregator.needs - engine.supports):
+        able = sorted(
+            n for n, member in Engine.members.items() if aggregator.needs <= cast("type[Engine]", member).supports
+        )
+        raise ConfigError(
+            f"engine.name: got {engine.name!r}; {aggregator.name} needs {' and '.join(missing)}, "
+            f"which it does not support; allowed: {', '.join(able)}"
+        )
 
 
 def read_toml(path: Path) -> dict[str, Any]:

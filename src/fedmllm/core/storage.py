@@ -57,15 +57,16 @@ DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF1
 def read_tensors(path: Path, like: Mapping[str, Tensor], advice: str = "") -> Params:
     """A safetensors file from anywhere, in the order of `like`.
 
-    The header is compared before a byte of data is read. Raises FedmllmError for a file that is not safetensors, is cut
-    short, whose names, shapes or types are not those of `like`, or that holds NaN or Inf.
+    The header is compared before a byte of data is read. A size of 0 in `like` stands for any size. Raises FedmllmError for
+    a file that is not safetensors, is cut short, whose names, shapes or types are not those of `like`, or that holds NaN or
+    Inf.
     """
     try:
         with safe_open(path, framework="pt") as file:
             there = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in there.items()}
             wanted = {name: (tuple(t.shape), DTYPES[str(t.dtype).removeprefix("torch.")]) for name, t in like.items()}
-            if found != wanted:
+            if not _same_layout(found, wanted):
                 raise FedmllmError(f"{path}: {_mismatch(found, wanted)}")
             tensors = {name: file.get_tensor(name) for name in like}
     except (SafetensorError, OSError) as error:
@@ -76,10 +77,19 @@ def read_tensors(path: Path, like: Mapping[str, Tensor], advice: str = "") -> Pa
     return tensors
 
 
+def _same_layout(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    return found.keys() == wanted.keys() and all(_same(found[name], wanted[name]) for name in wanted)
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    (shape, dtype), (like, type_) = found, wanted
+    return (dtype, len(shape)) == (type_, len(like)) and all(m in (0, n) for n, m in zip(shape, like, strict=True))
+
+
 def _mismatch(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     kinds = {"unknown": found.keys() - wanted.keys(), "missing": wanted.keys() - found.keys()}
     said = [f"{len(names)} {kind} tensors, such as {min(names)[:200]!r}" for kind, names in kinds.items() if names]
-    odd = sorted(name for name in found.keys() & wanted.keys() if found[name] != wanted[name])
+    odd = sorted(name for name in found.keys() & wanted.keys() if not _same(found[name], wanted[name]))
     if odd:
         is_, should = (f"{list(shape)} {dtype}" for shape, dtype in (found[odd[0]], wanted[odd[0]]))
         said.append(f"{odd[0]} is {is_}, should be {should} ({len(odd)} such)")

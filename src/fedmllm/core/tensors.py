@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedmllm.core.errors import FedmllmError, NothingToAverage
@@ -32,6 +32,45 @@ def tree_map(f: Callable[..., Tensor], *trees: Params) -> Params:
 def zeros(params: Params) -> Params:
     """Zeros in the shapes of `params`."""
     return tree_map(lambda t: t.new_zeros(t.shape), params)
+
+
+def rank_dim(name: str) -> int | None:
+    """The dimension of a LoRA tensor that is its rank: 0 of A [r, C], 1 of B [D, r]; None for any other tensor."""
+    return 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
+
+
+def fits(name: str, shape: Sequence[int], like: Sequence[int]) -> bool:
+    """True if a tensor has the shape `like`, or a smaller rank than that."""
+    dim = rank_dim(name)
+    return len(shape) == len(like) and all(
+        have == want or (i == dim and 0 <= have < want) for i, (have, want) in enumerate(zip(shape, like, strict=True))
+    )
+
+
+def padded(params: Params, like: Mapping[str, Tensor]) -> Params:
+    """`params` with zero rows of A and zero columns of B appended, up to the ranks of `like`; names of `params` only.
+
+    Zeros in both factors have zero gradients, so an adapter padded to a larger rank trains to the same values.
+
+    Raises:
+        FedmllmError: `like` lacks a name, or a shape differs in more than a smaller rank.
+    """
+    out = {}
+    for name, t in params.items():
+        shape = tuple(like[name].shape) if name in like else ()
+        if not fits(name, t.shape, shape):
+            raise FedmllmError(f"parameter names or shapes differ: {name} {list(t.shape)} does not fit {list(shape)}")
+        if shape != tuple(t.shape):
+            wide = t.new_zeros(shape)
+            wide[tuple(slice(n) for n in t.shape)] = t
+            t = wide
+        out[name] = t
+    return out
+
+
+def cut(params: Params, like: Mapping[str, Tensor]) -> Params:
+    """Inverse of `padded`: the leading part of each tensor, in the shapes of `like`."""
+    return {name: t[tuple(slice(n) for n in like[name].shape)].contiguous() for name, t in params.items()}
 
 
 def subtract(a: Params, b: Params) -> Params:

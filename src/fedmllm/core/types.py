@@ -75,14 +75,94 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class Round:
+    """One round, as both halves of an algorithm see it."""
+
+    number: int  # from 1
+    seed: int
+    num_rounds: int
+    cohort: tuple[int, ...]  # the clients that are asked, ascending
+    num_clients: int  # that can be asked: N in the papers
+    ranks: tuple[int, ...] = ()  # `lora.ranks`; () = every client has the full rank
+
+    def rank(self, client: int) -> int:
+        """The LoRA rank of a client; 0 = the full rank. Ranks are assigned in turn: client k has ranks[k mod len]."""
+        return self.ranks[client % len(self.ranks)] if self.ranks else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """What one client works with in one round.
+
+    The client's rank is that of `start`. Names that neither train nor are kept stay as they are in `start`.
+    """
+
+    start: Params
+    """The adapter that training starts from, of the client's own rank."""
+    trains: frozenset[str] | None = None
+    """Names that train; None = all of `start`."""
+    keeps: frozenset[str] = frozenset()
+    """Names whose value is the client's own once it has one. They are neither sent nor returned."""
+    known: frozenset[str] = frozenset()
+    """Names that hold their seeded initial value, which every client makes itself. They are not sent."""
+    frozen: Params = field(default_factory=dict)
+    """An additive adapter of any rank that does not train; {} = none."""
+    extra: Params = field(default_factory=dict)
+    """Other tensors that travel to the client, such as SCAFFOLD's c."""
+
+    def trained(self) -> frozenset[str]:
+        """Names of the tensors that train."""
+        return frozenset(self.start) if self.trains is None else self.trains
+
+    def returned(self) -> Params:
+        """The tensors of `start` whose change travels back, in the order of `start`."""
+        trained = self.trained() - self.keeps
+        return {name: t for name, t in self.start.items() if name in trained}
+
+    def travelling(self) -> Params:
+        """The tensors that travel to the client, under their names; those of `frozen` and `extra` with a prefix."""
+        own = self.keeps | self.known
+        return {
+            **{name: t for name, t in self.start.items() if name not in own},
+            **{f"frozen/{name}": t for name, t in self.frozen.items()},
+            **{f"extra/{name}": t for name, t in self.extra.items()},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class LocalRule:
+    """Changes to a client's gradients, which the algorithm's client half asks for."""
+
+    mu: Mapping[str, float] = field(default_factory=dict)
+    """Proximal weight of a tensor: mu (w - w_start) is added to its gradient. It adds to the objective's."""
+    shift: Params = field(default_factory=dict)
+    """Added to every gradient."""
+    mean_gradient: bool = False
+    """True if `Outcome.mean_gradient` is needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A client's training in one round, as the algorithm's client half sees it."""
+
+    sent: Sent
+    delta: Params
+    """Trained value - start of every tensor that trained, kept ones included."""
+    mean_gradient: Params
+    """Mean over the steps of the task loss's gradient; {} unless `LocalRule.mean_gradient`, or without a step."""
+    num_steps: int
+    num_examples: int
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
-    """What one client sends back after a round."""
+    """A client's response to a round."""
 
     client: int
-    delta: Params  # local - global, float32, CPU
+    delta: Params  # local - start for each of `Sent.returned()`, float32, CPU
     num_examples: int
     metrics: Mapping[str, float]  # loss, num_steps, num_tokens, time_s
-    control: Params | None = None  # for SCAFFOLD: the client's part of the change of c
+    extra: Params = field(default_factory=dict)  # other tensors, shaped as `Aggregator.returned_extra` says
 
 
 @dataclass(frozen=True)

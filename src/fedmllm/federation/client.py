@@ -1,43 +1,58 @@
-"""Train one client: the global adapter in, its update out. The readable truth that every faster engine must equal."""
+"""Local training of one client: the reference implementation that faster engines must match."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
+from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import ClientView, Objective
 from fedmllm.algorithms.schedules import round_factor, step_factor
+from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import Backbone, Row
 from fedmllm.backbones.cache.bounded import RowCache
+from fedmllm.backbones.frozen import frozen_adapter
 from fedmllm.config.experiment import Experiment
 from fedmllm.config.train import Train
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.rng import stream, stream_seed
-from fedmllm.core.tensors import subtract
-from fedmllm.core.types import ClientUpdate, Example, Modality, Params, Shard, Visible
+from fedmllm.core.tensors import cut, padded, subtract
+from fedmllm.core.types import (
+    ClientUpdate,
+    Example,
+    LocalRule,
+    Modality,
+    Outcome,
+    Params,
+    Round,
+    Sent,
+    Shard,
+    Visible,
+)
 from fedmllm.data.prompts import Prompt
+from fedmllm.federation.client_state import ClientStateStore
 from fedmllm.scenarios.availability import Always, Availability
 
-if TYPE_CHECKING:
-    from fedmllm.federation.client_state import Controls
-
 ALWAYS = Always()
+FEDAVG = FedAvg()
 ROWS_KEPT_BYTES = 512 * 2**20
 
 
 class RowStore:
-    """Encoded rows, made once and kept while memory allows: preprocessing costs as much as a small model's step."""
+    """Encoded rows, cached while memory allows: preprocessing costs as much as a small model's step."""
 
     def __init__(self, backbone: Backbone, prompt: Prompt, examples: Sequence[Example]) -> None:
         self._backbone, self._prompt, self._examples = backbone, prompt, examples
         self._cache = RowCache(ROWS_KEPT_BYTES)
 
     def row(self, index: int, visible: Visible) -> Row:
+        """The encoded row of one example with these modalities visible. An error names the example's place."""
         key = (index, visible)
         row = self._cache.get(key)
         if row is None:
@@ -52,7 +67,7 @@ class RowStore:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step of one client: its rows, and the dropout seed of each."""
+    """One optimizer step of one client: its rows, and the dropout seed of each."""
 
     rows: tuple[Row, ...]
     dropout_seeds: tuple[int, ...]
@@ -60,14 +75,14 @@ class Step:
 
 
 def planned_steps(train: Train, num_rows: int) -> int:
-    """Optimiser steps of a round that is finished, of a client with so many rows."""
+    """Optimizer steps that a client with `num_rows` rows has in a round that it finishes."""
     steps = train.epochs * -(-num_rows // (train.batch_size * train.accumulation))
     return min(steps, train.max_steps) if train.max_steps else steps
 
 
 @dataclass(frozen=True)
 class Clients:
-    """All that local training needs besides the global adapter: one frozen model, every client's rows and settings."""
+    """The fixed inputs of local training: one frozen model, every client's rows, the settings and the algorithm."""
 
     backbone: Backbone
     objective: Objective
@@ -79,8 +94,9 @@ class Clients:
     seed: int
     availability: Availability = ALWAYS
     last_share: float = 1.0  # of the steps of the last round: a budget of 5.56 rounds has six, and 0.56 here
-    controls: Controls | None = None  # SCAFFOLD's, where the aggregator is that
-    experiment: Experiment | None = None  # where these come from: what other processes load the same from
+    aggregator: Aggregator = FEDAVG
+    state: ClientStateStore | None = None  # if the aggregator keeps client state
+    experiment: Experiment | None = None  # for engines whose processes load everything again
 
     @property
     def budget(self) -> float:
@@ -88,20 +104,21 @@ class Clients:
         return self.num_rounds - 1 + self.last_share
 
     def round_lr(self, round_: int) -> float:
+        """The learning rate of a round, before the schedule over its steps."""
         return self.train.lr * round_factor(self.train.round_schedule, round_, self.num_rounds)
 
     def planned_steps(self, client: int) -> int:
-        """Optimiser steps of the client in a round that it finishes."""
+        """Optimizer steps of the client in a round that it finishes."""
         return planned_steps(self.train, len(self.shards[client].rows))
 
     def num_steps(self, client: int, round_: int) -> int:
-        """Optimiser steps of the client in the round: all planned ones, unless it straggles or the budget ends."""
+        """Optimizer steps of the client in the round: all planned ones, unless it straggles or the budget ends."""
         share = self.availability.share(self.seed, round_, client)
         share *= self.last_share if round_ == self.num_rounds else 1.0
         return math.ceil(share * self.planned_steps(client))
 
     def steps(self, client: int, round_: int) -> Iterator[Step]:
-        """The client's optimiser steps in a round: rows shuffled anew each epoch, by the client's own stream."""
+        """The client's optimizer steps in a round; each epoch has its own order, from the client's own stream."""
         shard, size = self.shards[client], self.train.batch_size * self.train.accumulation
         planned, num_steps = self.planned_steps(client), self.num_steps(client, round_)
         base, done = self.round_lr(round_), 0
@@ -118,63 +135,108 @@ class Clients:
                 )
                 done += 1
 
-    def prox_mus(self, client: int, names: Sequence[str]) -> dict[str, float]:
-        """The objective's mu of each LoRA tensor for this client, without the zeros."""
-        view = ClientView(
+    def view(self, client: int) -> ClientView:
+        """What objectives and aggregators may know about a client."""
+        return ClientView(
             missing_rate=self.shards[client].missing_rate(self.modalities),
             num_layers=self.backbone.num_layers,
             layer_of=self.backbone.layer_of,
         )
-        return {name: mu for name in names if (mu := self.objective.prox_mu(name, view))}
 
-    def optimizer(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.AdamW:
+    def kept(self, client: int, at: Round) -> Params:
+        """The client's stored state at the start of a round; {} if there is none."""
+        return self.state.read(client, at.number) if self.state else {}
+
+    def keep(self, client: int, at: Round, state: Params) -> None:
+        """Store the state that a client keeps from a round."""
+        if self.state:
+            self.state.write(client, at.number, state)
+
+    def rule(self, client: int, at: Round, sent: Sent, kept: Params) -> LocalRule:
+        """The aggregator's rule and the objective's proximal weights together, for the tensors that train."""
+        view = self.view(client)
+        rule = self.aggregator.begin(at, view, sent, kept)
+        trained = sent.trained()
+        mus = {n: self.objective.prox_mu(n, view) + rule.mu.get(n, 0.0) for n in sent.start if n in trained}
+        shift = {n: t for n, t in rule.shift.items() if n in trained}
+        return LocalRule({n: mu for n, mu in mus.items() if mu}, shift, rule.mean_gradient)
+
+    def finished(
+        self, client: int, at: Round, outcome: Outcome, kept: Params, own: Params, metrics: Mapping[str, float]
+    ) -> tuple[ClientUpdate, Params]:
+        """The client's update and the state that it keeps.
+
+        Args:
+            client: Who trained.
+            at: In which round.
+            outcome: What training came to, in the shapes of `outcome.sent.start`.
+            kept: The state before the round.
+            own: Trained values of `outcome.sent.keeps`.
+            metrics: loss, num_steps, num_tokens, time_s.
+        """
+        extra, state = self.aggregator.finish(at, self.view(client), outcome, kept)
+        delta = {name: outcome.delta[name] for name in outcome.sent.returned()}
+        return ClientUpdate(client, delta, outcome.num_examples, metrics, extra), {**state, **own}
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
         """A new AdamW for every client and round, as published: moments do not outlive a round."""
         t = self.train
         return torch.optim.AdamW(parameters, lr=t.lr, betas=(t.beta1, t.beta2), weight_decay=t.weight_decay)
 
-    def update(self, client: int, round_: int, start: Params) -> ClientUpdate:
-        """Train the client from `start` for one round."""
+    def update(self, client: int, at: Round, sent: Sent) -> ClientUpdate:
+        """Train the client for one round; reads and writes its stored state."""
+        update, state = self.train_one(client, at, sent, self.kept(client, at))
+        self.keep(client, at, state)
+        return update
+
+    def train_one(self, client: int, at: Round, sent: Sent, kept: Params) -> tuple[ClientUpdate, Params]:
+        """Train the client for one round -> (its update, the state that it keeps)."""
         began = time.perf_counter()
-        backbone = self.backbone
-        backbone.set_lora(start)
-        weights = backbone.trainable()
+        live, start = self.backbone.trainable(), own_start(sent, kept)
+        self.backbone.set_lora(padded(start, live))
+        rule, trained = self.rule(client, at, sent, kept), sent.trained()
+        weights = {name: w for name, w in live.items() if name in trained}
+        with training_only(live, weights), frozen_adapter(self.backbone, sent.frozen):
+            losses, gradients, num_tokens = self._train(client, at, weights, rule)
+        num_steps = len(losses)
+        end = cut(self.backbone.lora(), start)
+        mean = {name: g / num_steps for name, g in cut(gradients, start).items()} if num_steps else {}
+        delta = subtract({n: end[n] for n in weights}, {n: start[n] for n in weights})
+        metrics = {
+            "loss": sum(losses) / num_steps if losses else 0.0,
+            "num_steps": num_steps,
+            "num_tokens": num_tokens,
+            "time_s": time.perf_counter() - began,
+        }
+        outcome = Outcome(sent, delta, mean, num_steps, len(self.shards[client].rows))
+        return self.finished(client, at, outcome, kept, {n: end[n] for n in sent.keeps}, metrics)
+
+    def _train(
+        self, client: int, at: Round, weights: Mapping[str, nn.Parameter], rule: LocalRule
+    ) -> tuple[list[float], Params, int]:
+        """The client's steps -> (loss of each, sum of the gradients if the rule needs their mean, tokens)."""
         anchor = {name: w.detach().clone() for name, w in weights.items()}
-        prox_mus = self.prox_mus(client, list(weights))
+        shift = padded({n: t.to(anchor[n].device) for n, t in rule.shift.items()}, anchor)
+        gradients = {n: torch.zeros_like(w, device="cpu") for n, w in anchor.items()} if rule.mean_gradient else {}
         optimizer = self.optimizer(list(weights.values()))
         losses, num_tokens = [], 0
-        offset = self.controls.offset(client, round_) if self.controls else {}
-        gradients = {name: torch.zeros_like(c) for name, c in offset.items()}
-        for step in self.steps(client, round_):
+        for step in self.steps(client, at.number):
             optimizer.zero_grad(set_to_none=True)
             losses.append(self.backward(step))
             with torch.no_grad():
-                for name, c in offset.items():
-                    grad = weights[name].grad
-                    gradients[name] += grad.cpu()  # type: ignore[union-attr]
-                    grad.add_(c.to(grad.device))  # type: ignore[union-attr]
-                for name, mu in prox_mus.items():  # d/dw of mu/2 ||w - anchor||^2
-                    weights[name].grad.add_(weights[name] - anchor[name], alpha=mu)  # type: ignore[union-attr]
+                for name in gradients:
+                    gradients[name] += _grad(weights[name]).cpu()
+                for name, value in shift.items():
+                    _grad(weights[name]).add_(value)
+                for name, mu in rule.mu.items():  # d/dw of mu/2 ||w - anchor||^2
+                    _grad(weights[name]).add_(weights[name] - anchor[name], alpha=mu)
                 if self.train.clip_norm:
                     torch.nn.utils.clip_grad_norm_(list(weights.values()), self.train.clip_norm)
             for group in optimizer.param_groups:
                 group["lr"] = step.lr
             optimizer.step()
             num_tokens += sum(row.num_tokens for row in step.rows)
-        control = None
-        if self.controls and losses:
-            control = self.controls.learned(client, round_, {n: g / len(losses) for n, g in gradients.items()})
-        return ClientUpdate(
-            client=client,
-            delta=subtract(backbone.lora(), start),
-            num_examples=len(self.shards[client].rows),
-            metrics={
-                "loss": sum(losses) / len(losses) if losses else 0.0,
-                "num_steps": len(losses),
-                "num_tokens": num_tokens,
-                "time_s": time.perf_counter() - began,
-            },
-            control=control,
-        )
+        return losses, gradients, num_tokens
 
     def backward(self, step: Step) -> float:
         """Gradients of the mean over the step's rows of each row's mean loss, one micro-batch at a time -> that loss."""
@@ -186,3 +248,28 @@ class Clients:
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
+
+
+def _grad(weight: nn.Parameter) -> Tensor:
+    """The gradient; zeros for a weight that the step's rows do not reach."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
+def own_start(sent: Sent, kept: Params) -> Params:
+    """`sent.start` with the client's own values where it has them."""
+    return {n: kept[n] if n in sent.keeps and n in kept else t for n, t in sent.start.items()} if kept else sent.start
+
+
+@contextmanager
+def training_only(live: Mapping[str, nn.Parameter], weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """While open, only `weights` require gradients: neither the optimizer nor weight decay reaches the others."""
+    resting = [parameter for name, parameter in live.items() if name not in weights]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)

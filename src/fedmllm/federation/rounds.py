@@ -1,11 +1,11 @@
-"""The round loop: cohort -> engine -> screen -> aggregator. What is done with a finished round is the caller's."""
+"""The round loop: cohort, engine, update validation, aggregator."""
 
 from __future__ import annotations
 
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
@@ -15,17 +15,17 @@ from fedmllm.config.train import UpdateFilter
 from fedmllm.core.errors import ConfigError, FedmllmError, NothingToAverage
 from fedmllm.core.rng import stream
 from fedmllm.core.tensors import is_finite, lora_bytes, norm, num_bytes, same_names
-from fedmllm.core.types import ClientFailure, ClientUpdate, Params, State
+from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent, State
 
-Engine: TypeAlias = Callable[[Params, int, Sequence[int]], Iterable[ClientUpdate | ClientFailure]]
+Engine: TypeAlias = Callable[[Round, Mapping[int, Sent]], Iterable[ClientUpdate | ClientFailure]]
 
-LARGEST = 2**53  # of a number that a client tells of itself
-SUMMED = ("num_steps", "num_tokens", "time_s")  # sums, which cannot become less
+LARGEST = 2**53  # of a number that a client reports
+SUMMED = ("num_steps", "num_tokens", "time_s")  # summed over clients and rounds, so never negative
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a federation stands after a round: all that the next round depends on, besides the experiment."""
+    """The state of a federation after a round: with the experiment, all that the next round depends on."""
 
     round: int  # finished rounds
     params: Params
@@ -33,27 +33,62 @@ class Progress:
     log: dict[str, Any] = field(default_factory=dict)  # of the round just finished, for the record
 
 
+class Sends(Mapping[int, Sent]):
+    """What each client asked receives. Made when it is read, so that a large cohort's need not be in memory at once."""
+
+    def __init__(self, aggregator: Aggregator, params: Params, state: State, at: Round, asked: Sequence[int]) -> None:
+        self._aggregator, self._params, self._state, self._at, self._asked = aggregator, params, state, at, asked
+
+    def __getitem__(self, client: int) -> Sent:
+        if client not in self._asked:
+            raise KeyError(client)
+        return self._aggregator.sends(self._params, self._state, self._at, client)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._asked)
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+
 def federate(
-    progress: Progress, engine: Engine, aggregator: Aggregator, cohorts: Callable[[int], list[int]], num_rounds: int,
-    update_filter: UpdateFilter, drops_out: Callable[[int, int], bool] | None = None,
-) -> Iterator[Progress]:  # fmt: skip
+    progress: Progress,
+    engine: Engine,
+    aggregator: Aggregator,
+    cohorts: Callable[[int], list[int]],
+    num_rounds: int,
+    update_filter: UpdateFilter,
+    drops_out: Callable[[int, int], bool] | None = None,
+    seed: int = 0,
+    num_clients: int = 0,
+) -> Iterator[Progress]:
     """Yield the state after each round from `progress.round + 1` to `num_rounds`.
 
-    `drops_out` (round, client) says who of a cohort receives the adapter and then gives no answer.
+    Args:
+        progress: Where to start from; `round` is 0 for a new federation.
+        engine: Trains the clients of a round.
+        aggregator: The algorithm.
+        cohorts: Round -> the clients that are asked, ascending.
+        num_rounds: In all, those of `progress` included.
+        update_filter: Which updates may be aggregated.
+        drops_out: (round, client) -> True if the client receives the adapter and then does not respond.
+        seed: Of the experiment.
+        num_clients: That can be asked; 0 = as many as the cohort.
 
-    Raises FedmllmError for an update that may not be averaged, where update_filter.on_bad_update = "fail", and for a global
-    adapter that would no longer be finite: no round that is yielded holds NaN or Inf.
+    Raises:
+        FedmllmError: an update may not be aggregated and `update_filter.on_bad_update` is "fail"; or the global adapter
+            would no longer be finite. No round that is yielded holds NaN or Inf.
     """
     params, state = progress.params, progress.state
     for round_ in range(progress.round + 1, num_rounds + 1):
         began, cohort = time.perf_counter(), cohorts(round_)
+        at = Round(round_, seed, num_rounds, tuple(cohort), num_clients or len(cohort))
         dropped_out = [client for client in cohort if drops_out(round_, client)] if drops_out else []
-        validator = UpdateValidator(update_filter, params, aggregator.broadcast(state), round_, cohort, dropped_out)
+        sends = Sends(aggregator, params, state, at, cohort)
+        validator = UpdateValidator(update_filter, aggregator, sends, at, dropped_out)
         try:
-            updates = validator.timed(
-                engine, params, round_, [client for client in cohort if client not in dropped_out]
-            )
-            params, state = aggregator.apply(params, state, validator.checked(updates))
+            asked = Sends(aggregator, params, state, at, [k for k in cohort if k not in dropped_out])
+            params, state = aggregator.apply(params, state, at, validator.checked(validator.timed(engine, asked)))
         except NothingToAverage as error:
             validator.note = f"the global adapter stays as it was: {error}"
         if not (is_finite(params) and all(map(is_finite, state.values()))):
@@ -67,55 +102,61 @@ def federate(
 
 
 class UpdateValidator:
-    """The updates of one round on their way to the aggregator: checked, counted and named, one at a time."""
+    """The updates of one round on their way to the aggregator: checked, counted and named, one at a time.
+
+    Args:
+        update_filter: Which updates may be aggregated.
+        aggregator: Gives the tensors that a client returns in addition to its delta.
+        sends: What each client of the cohort received.
+        at: The round.
+        dropped_out: Clients that received the adapter and are not awaited.
+    """
 
     def __init__(
         self,
         update_filter: UpdateFilter,
-        params: Params,
-        broadcast: Params,
-        round_: int,
-        cohort: Sequence[int],
+        aggregator: Aggregator,
+        sends: Mapping[int, Sent],
+        at: Round,
         dropped_out: Sequence[int] = (),
     ) -> None:
-        self._update_filter, self._params, self._broadcast, self._round = update_filter, params, broadcast, round_
-        self._cohort, self._dropped_out, self._awaited = cohort, dropped_out, set(cohort).difference(dropped_out)
+        self._update_filter, self._aggregator, self._sends, self._at = update_filter, aggregator, sends, at
+        self._dropped_out, self._awaited = dropped_out, set(at.cohort).difference(dropped_out)
         self._clients: list[dict[str, Any]] = []
         self._dropped: list[dict[str, Any]] = []
         self._up_bytes = self._up_lora_bytes = 0
         self.engine_s = 0.0  # spent in the engine; the rest of a round is the server's own
         self.note = ""
 
-    def timed(
-        self, engine: Engine, params: Params, round_: int, cohort: Sequence[int]
-    ) -> Iterator[ClientUpdate | ClientFailure]:
-        """The engine's updates as they come, whether it computes them at once or one by one."""
+    def timed(self, engine: Engine, asked: Mapping[int, Sent]) -> Iterator[ClientUpdate | ClientFailure]:
+        """The engine's updates as they come, with its time counted, whether it computes them at once or one by one."""
         began = time.perf_counter()
-        for update in engine(params, round_, cohort) if cohort else ():
+        for update in engine(self._at, asked) if asked else ():
             self.engine_s += time.perf_counter() - began
             yield update
             began = time.perf_counter()
         self.engine_s += time.perf_counter() - began
 
     def checked(self, updates: Iterable[ClientUpdate | ClientFailure]) -> Iterator[ClientUpdate]:
+        """The updates that may be aggregated. Raises FedmllmError for any other if `on_bad_update` is "fail"."""
         for update in updates:
             if isinstance(update, ClientUpdate):
-                self._up_bytes += num_bytes(update.delta) + num_bytes(update.control or {})
-                self._up_lora_bytes += lora_bytes(update.delta) + lora_bytes(update.control or {})
+                self._up_bytes += num_bytes(update.delta) + num_bytes(update.extra)
+                self._up_lora_bytes += lora_bytes(update.delta) + lora_bytes(update.extra)
             size = norm(update.delta) if isinstance(update, ClientUpdate) else 0.0
             if reason := self._fault(update, size):
                 self._leave_out(update.client, reason)
             elif isinstance(update, ClientUpdate):
                 entry = {"client": update.client, "num_examples": update.num_examples, "norm": size}
-                self._clients.append({**entry, **update.metrics, **entry})  # its own words do not rename it
+                self._clients.append({**entry, **update.metrics, **entry})  # a client's metrics cannot override these
                 yield update
         for client in sorted(self._awaited):
-            self._leave_out(client, "it gave no answer")
+            self._leave_out(client, "no response")
 
     def _leave_out(self, client: int, reason: str) -> None:
         if self._update_filter.on_bad_update == "fail":
             raise FedmllmError(
-                f"round {self._round}, client {client}: {reason}; nothing was averaged. "
+                f"round {self._at.number}, client {client}: {reason}; nothing was averaged. "
                 'update_filter.on_bad_update = "drop_client" leaves such clients out'
             )
         self._dropped.append({"client": client, "reason": reason})
@@ -123,57 +164,78 @@ class UpdateValidator:
     def _fault(self, update: ClientUpdate | ClientFailure, size: float) -> str:
         """Why an update may not be averaged; "" = it may. Everything here may come from another machine."""
         if update.client not in self._awaited:
-            asked = update.client in self._cohort
-            return "it answered twice" if asked else f"it was not asked; the cohort is {list(self._cohort)}"
+            asked = update.client in self._at.cohort
+            return "duplicate response" if asked else f"not asked; the cohort is {list(self._at.cohort)}"
         self._awaited.remove(update.client)
         if isinstance(update, ClientFailure):
             return update.reason
-        try:
-            same_names(self._params, update.delta, *([update.control] if update.control else []))
-        except FedmllmError as error:
-            return str(error)
-        if odd := [n for n, d in update.delta.items() if d.dtype != self._params[n].dtype]:
-            return f"the type of {odd[0]} is {update.delta[odd[0]].dtype}, not {self._params[odd[0]].dtype}"
+        sent = self._sends[update.client]
+        if reason := _mismatch("", sent.returned(), update.delta):
+            return reason
+        if update.extra and (reason := _mismatch("extra tensor ", self._aggregator.returned_extra(sent), update.extra)):
+            return reason
         if not math.isfinite(size):
             return "its delta holds NaN or Inf"
-        if not is_finite(update.control or {}):
-            return "its control variate holds NaN or Inf"
+        if not is_finite(update.extra):
+            return "its extra tensors hold NaN or Inf"
         if odd := [k for k, v in update.metrics.items() if not _is_amount(v, least=0 if k in SUMMED else -LARGEST)]:
-            return f"its {odd[0][:50]} is {_shown(update.metrics[odd[0]])}"
+            return f"its {odd[0][:50]} is {_printed(update.metrics[odd[0]])}"
         if not (isinstance(update.num_examples, Integral) and _is_amount(update.num_examples, 0)):
-            return f"its number of rows is {_shown(update.num_examples)}"
+            return f"its number of rows is {_printed(update.num_examples)}"
         limit = self._update_filter.max_norm
-        return (
-            f"the norm of its delta is {size:.4g}, over update_filter.max_norm = {limit:.4g}"
-            if 0 < limit < size
-            else ""
-        )
+        if 0 < limit < size:
+            return f"the norm of its delta is {size:.4g}, over update_filter.max_norm = {limit:.4g}"
+        return ""
 
     def log(self) -> dict[str, Any]:
-        asked = len(self._cohort)
-        up = {"up_bytes": self._up_bytes, "up_lora_bytes": self._up_lora_bytes}
-        sent = (self._params, self._broadcast)
-        down = {"down_bytes": asked * sum(map(num_bytes, sent)), "down_lora_bytes": asked * sum(map(lora_bytes, sent))}
+        """The round's part of the record."""
+        travelled = [self._sends[client].travelling() for client in self._at.cohort]
         note = {"note": self.note} if self.note else {}
         dropped_out = {"dropped_out": list(self._dropped_out)} if self._dropped_out else {}
-        return {"clients": self._clients, "dropped": self._dropped, **dropped_out, **up, **down, **note}
+        return {
+            "clients": self._clients,
+            "dropped": self._dropped,
+            **dropped_out,
+            "up_bytes": self._up_bytes,
+            "up_lora_bytes": self._up_lora_bytes,
+            "down_bytes": sum(map(num_bytes, travelled)),
+            "down_lora_bytes": sum(map(lora_bytes, travelled)),
+            **note,
+        }
+
+
+def _mismatch(kind: str, like: Params, got: Params) -> str:
+    """How names, shapes or types differ from what a client returns; "" if they do not."""
+    try:
+        same_names(like, got)
+    except FedmllmError as error:
+        return f"{kind}{error}"
+    odd = next((name for name, t in got.items() if t.dtype != like[name].dtype), None)
+    return f"the type of {kind}{odd} is {got[odd].dtype}, not {like[odd].dtype}" if odd is not None else ""
 
 
 def _is_amount(value: object, least: float) -> bool:
-    """Whether sums over clients and rounds of such values stay exact enough to be said; False for NaN."""
+    """True if the value is a finite number that can be summed without losing precision."""
     return isinstance(value, int | float | Integral) and bool(least <= value < LARGEST)  # type: ignore[operator]
 
 
-def _shown(value: object) -> str:
+def _printed(value: object) -> str:
     return repr(value)[:50] if not isinstance(value, int) or abs(value) < 10**50 else "a number of over 50 digits"
 
 
 def cohorts(
     rule: Literal["seeded", "reference"], clients: Sequence[int], size: int, seed: int
 ) -> Callable[[int], list[int]]:
-    """Round (from 1) -> the clients asked, ascending. "reference" is the published draw, the same for every seed.
+    """Round (from 1) -> the clients asked, ascending.
 
-    `clients` are those that hold rows; the published draw is made over all of 0..9 and leaves out those that hold none.
+    Args:
+        rule: "reference" is the published draw, the same for every seed: over all of 0..9, without those that hold no rows.
+        clients: Those that hold rows.
+        size: Clients a round.
+        seed: Of the draw "seeded".
+
+    Raises:
+        ConfigError: the draw is not possible with these clients.
     """
     if rule == "reference" and max(clients, default=0) > 9:
         raise ConfigError(

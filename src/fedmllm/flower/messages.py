@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest_digest, unflatten
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params
+from fedmllm.federation.exchange import split_uplink, uplink
 from fedmllm.flower.site.config import METRICS
 from fedmllm.flower.wire import ABOUT, ADAPTER, REFUSED, array_data, array_record, legible
 
@@ -47,9 +48,9 @@ def unpack(content: RecordDict, like: Params) -> Params:
 
 
 def update_content(update: ClientUpdate) -> RecordDict:
-    """A client's answer: its delta, its row count and its metrics."""
+    """A client's answer: its delta with its extra tensors, its row count and its metrics."""
     metrics = json.dumps(dict(update.metrics))
-    return Packed(update.delta).content({"num_examples": update.num_examples, "metrics": metrics})
+    return Packed(uplink(update.delta, update.extra)).content({"num_examples": update.num_examples, "metrics": metrics})
 
 
 def refusal(reason: str) -> RecordDict:
@@ -57,8 +58,17 @@ def refusal(reason: str) -> RecordDict:
     return RecordDict({ABOUT: ConfigRecord({REFUSED: reason})})
 
 
-def read_update(client: int, reply: Message | str, like: Params) -> ClientUpdate | ClientFailure:
-    """A reply as an update, or as the reason why it is none. Nothing in a reply can raise."""
+def read_update(
+    client: int, reply: Message | str, like: Params, extra: Params | None = None
+) -> ClientUpdate | ClientFailure:
+    """A reply as an update, or as the reason why it is none. Nothing in a reply can raise.
+
+    Args:
+        client: Who replied.
+        reply: The reply, or the reason why there is none.
+        like: The tensors that it returns, `Sent.returned()`.
+        extra: Those in addition, `Aggregator.returned_extra()`; a client that did not train may leave them out.
+    """
     if isinstance(reply, str):
         return ClientFailure(client, reply)
     try:
@@ -70,7 +80,11 @@ def read_update(client: int, reply: Message | str, like: Params) -> ClientUpdate
         num_examples = about["num_examples"]
         if not isinstance(num_examples, int) or num_examples < 0:
             return ClientFailure(client, f"num_examples: got {num_examples!r:.100}; a count of rows is required")
-        return ClientUpdate(client, unpack(reply.content, like), num_examples, read_metrics(str(about["metrics"])))
+        whole = uplink(like, extra or {})
+        if extra and about.get("manifest") == manifest_digest(like):
+            whole = like
+        delta, more = split_uplink(unpack(reply.content, whole))
+        return ClientUpdate(client, delta, num_examples, read_metrics(str(about["metrics"])), more)
     except Exception as error:  # whatever another machine thinks of: too deep, too large, of the wrong kind
         return ClientFailure(client, legible(f"its answer cannot be used: {type(error).__name__}: {error}"))
 

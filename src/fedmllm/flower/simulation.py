@@ -11,9 +11,10 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import safetensors.torch
 import torch
 
 for _name, _value in {
@@ -41,11 +42,13 @@ from ray._private import ray_constants  # noqa: E402
 from fedmllm.config.engine import Engine as EngineSettings  # noqa: E402
 from fedmllm.config.engine import FlowerSimulation as Settings  # noqa: E402
 from fedmllm.core.errors import FedmllmError  # noqa: E402
-from fedmllm.core.types import ClientFailure, ClientUpdate, Params  # noqa: E402
+from fedmllm.core.types import ClientFailure, ClientUpdate, Round, Sent  # noqa: E402
 from fedmllm.federation.client import Clients  # noqa: E402
+from fedmllm.federation.exchange import Header, distinct  # noqa: E402
 from fedmllm.flower.messages import Packed, ask, read_update  # noqa: E402
-from fedmllm.flower.simulation_client import Job  # noqa: E402
+from fedmllm.flower.simulation_client import KEPT, Job  # noqa: E402
 from fedmllm.flower.simulation_client import app as client_app  # noqa: E402
+from fedmllm.flower.wire import ABOUT  # noqa: E402
 
 if os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0":
     ray_constants.ENABLE_RAY_CLUSTER = False  # as if the variable had been there, where somebody imported ray before us
@@ -137,7 +140,7 @@ threading._register_atexit(stop)  # type: ignore[attr-defined]
 
 
 class FlowerSimulation:
-    """Engine: (params, round, cohort) -> the cohort's updates, in ascending client order."""
+    """Engine: (round, what each client receives) -> their updates, in ascending client order."""
 
     def __init__(self, settings: EngineSettings, clients: Clients) -> None:
         if not isinstance(settings, Settings) or clients.experiment is None:
@@ -146,30 +149,42 @@ class FlowerSimulation:
             )
         self._settings, self._clients, self._experiment = settings, clients, clients.experiment
 
-    def __call__(self, params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate | ClientFailure]:
-        answers = self._ask(params, round_, sorted(cohort))
+    def __call__(self, at: Round, sents: Mapping[int, Sent]) -> Iterator[ClientUpdate | ClientFailure]:
+        answers = self._ask(at, {client: sents[client] for client in sorted(sents)})
         if dead := [a.client for a in answers if isinstance(a, ClientFailure) and DEAD_ACTOR.search(a.reason)]:
             stop()  # Flower puts a dead actor back among the idle ones, where it would fail every message it gets
-            again = {answer.client: answer for answer in self._ask(params, round_, dead)}
+            again = {answer.client: answer for answer in self._ask(at, {client: sents[client] for client in dead})}
             answers = [again.get(answer.client, answer) for answer in answers]
         yield from answers
 
-    def _ask(self, params: Params, round_: int, cohort: Sequence[int]) -> list[ClientUpdate | ClientFailure]:
+    def _ask(self, at: Round, sents: Mapping[int, Sent]) -> list[ClientUpdate | ClientFailure]:
         simulation = running(self._settings)
         grid = simulation.grid
         if grid is None:
             raise FedmllmError(simulation.ended())
         nodes = sorted(grid.get_node_ids())  # alike: a message says which client it is about
-        packed = Packed(params)
+        packed: dict[int, Packed] = {}
+        for tree, clients in distinct({client: sent.travelling() for client, sent in sents.items()}):
+            packed |= dict.fromkeys(clients, Packed(tree))
         messages = {
-            client: Message(packed.content({"job": self._job(client, round_)}), nodes[i % len(nodes)], "train")
-            for i, client in enumerate(cohort)
+            client: Message(
+                packed[client].content({"job": self._job(client, at, sent)}), nodes[i % len(nodes)], "train"
+            )
+            for i, (client, sent) in enumerate(sents.items())
         }
         replies = dict(ask(grid, messages, self._settings.timeout_s, POLL_S, simulation.check))
-        return [read_update(client, replies[client], params) for client in cohort]
+        return [self._read(client, at, sent, replies[client]) for client, sent in sents.items()]
 
-    def _job(self, client: int, round_: int) -> bytes:
+    def _read(self, client: int, at: Round, sent: Sent, reply: Message | str) -> ClientUpdate | ClientFailure:
+        extra = self._clients.aggregator.returned_extra(sent)
+        update = read_update(client, reply, sent.returned(), extra)
+        if isinstance(update, ClientUpdate) and isinstance(reply, Message) and KEPT in reply.content[ABOUT]:
+            self._clients.keep(client, at, safetensors.torch.load(reply.content[ABOUT][KEPT]))
+        return update
+
+    def _job(self, client: int, at: Round, sent: Sent) -> bytes:
         threads = self._settings.threads or torch.get_num_threads()
-        shard = self._clients.shards[client]
-        job = cloudpickle.dumps(Job(self._experiment, self._clients.budget, round_, shard, threads))
+        kept = self._clients.kept(client, at)
+        shard, state = self._clients.shards[client], safetensors.torch.save(kept) if kept else b""
+        job = cloudpickle.dumps(Job(self._experiment, self._clients.budget, at, Header.of(sent), shard, threads, state))
         return bytes(cloudpickle.dumps((self._experiment.imports, job)))

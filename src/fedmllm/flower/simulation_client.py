@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import cast
 
+import safetensors.torch
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -15,8 +16,9 @@ from ray import cloudpickle
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.plugins import load_plugins
-from fedmllm.core.types import Shard
+from fedmllm.core.types import Params, Round, Shard
 from fedmllm.federation.client import Clients
+from fedmllm.federation.exchange import Header
 from fedmllm.flower.messages import unpack, update_content
 from fedmllm.flower.wire import ABOUT
 from fedmllm.runs.inputs import Inputs
@@ -27,11 +29,15 @@ class Job:
     """What an actor is asked to do. It goes from one process of a user to another, so it may be pickled."""
 
     experiment: Experiment
-    num_rounds: float  # `Clients.budget`
-    round: int
+    budget: float  # `Clients.budget`
+    at: Round
+    header: Header
     shard: Shard
     threads: int
+    kept: bytes  # the client's state as safetensors; b"" = none
 
+
+KEPT = "kept"  # key of a reply: the state that the client keeps, as safetensors
 
 _worlds: dict[str, Inputs] = {}  # of this actor: one, the last
 _clients: dict[tuple[str, float], Clients] = {}
@@ -47,20 +53,24 @@ def train(message: Message, context: Context) -> Message:
     load_plugins(imports, "imports")  # before their classes are unpickled
     job = cast("Job", cloudpickle.loads(pickled))
     torch.set_num_threads(job.threads)
-    clients = of_actor(job)
-    update = clients.update(job.shard.client, job.round, unpack(message.content, clients.backbone.lora()))
-    update = replace(update, metrics={**update.metrics, "base_loads": _loads})
-    return Message(update_content(update), reply_to=message)
+    clients, initial = of_actor(job)
+    sent = job.header.sent(unpack(message.content, job.header.like()), initial)
+    kept = safetensors.torch.load(job.kept) if job.kept else {}
+    update, state = clients.train_one(job.shard.client, job.at, sent, kept)
+    content = update_content(replace(update, metrics={**update.metrics, "base_loads": _loads}))
+    if state:
+        content[ABOUT][KEPT] = safetensors.torch.save(state)
+    return Message(content, reply_to=message)
 
 
-def of_actor(job: Job) -> Clients:
-    """The clients as this actor sees them: only the job's own holds rows."""
-    inputs, key = world_of(job.experiment), (job.experiment.run_id(), job.num_rounds)
+def of_actor(job: Job) -> tuple[Clients, Params]:
+    """The clients as this actor sees them, only the job's own with rows; and the adapter before any training."""
+    inputs, key = world_of(job.experiment), (job.experiment.run_id(), job.budget)
     if key not in _clients:
         _clients.clear()
-        _clients[key] = inputs.clients(job.num_rounds)
+        _clients[key] = inputs.clients(job.budget)
     shards = [Shard(client, (), ()) for client in range(job.shard.client)] + [job.shard]
-    return replace(_clients[key], shards=shards)
+    return replace(_clients[key], shards=shards), inputs.start
 
 
 def world_of(experiment: Experiment) -> Inputs:

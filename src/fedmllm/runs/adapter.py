@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fedmllm.backbones.base import Backbone
+from fedmllm.backbones.frozen import installed, save_as
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import sync
 from fedmllm.core.types import Params
@@ -23,11 +24,11 @@ def save_adapter(backbone: Backbone, params: Params, final: Path) -> None:
     Raises:
         FedmllmError: The folder cannot be written.
     """
-    backbone.set_lora(params)
     partial = final.with_name(f".{final.name}.partial")
     with writing(final):
         shutil.rmtree(partial, ignore_errors=True)
-        backbone.save(partial)
+        with installed(backbone, params):
+            save_as(backbone, params, partial)
         for file in partial.iterdir():
             sync(file)
         sync(partial)

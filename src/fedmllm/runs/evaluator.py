@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from fedmllm.backbones.frozen import installed
 from fedmllm.core.types import Example, Params, Prediction, visible_of
 from fedmllm.federation.evaluation import judge, predict
 from fedmllm.runs.events import Evaluated, Sink
@@ -45,8 +46,8 @@ class Evaluator:
     def predict(self, params: Params, rows: Sequence[Example], visible: str) -> list[Prediction]:
         """Return the predictions of an adapter for some rows."""
         e, backbone = self.inputs.experiment, self.inputs.backbone
-        backbone.set_lora(params)
-        return predict(backbone, e.prompt, rows, visible_of(visible, e.data.modalities()), e.evaluate)
+        with installed(backbone, params):
+            return predict(backbone, e.prompt, rows, visible_of(visible, e.data.modalities()), e.evaluate)
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float | None]:
         """Return metric -> value; None if the rows do not define it."""

@@ -42,9 +42,9 @@ class RunFolder:
         return self.path / "predictions.jsonl.gz"
 
     @property
-    def controls(self) -> Path:
+    def client_state(self) -> Path:
         """State that clients keep from round to round."""
-        return self.path / "controls"
+        return self.path / "client_state"
 
     def adapter(self, client: int | None = None) -> Path:
         """The PEFT folder of the result, or of one client's result for method "local"."""

@@ -85,6 +85,7 @@ class Inputs:
             last_share=num_rounds - whole + 1,
             seed=e.seed,
             availability=e.availability if e.method == "federated" else Always(),
+            aggregator=e.server(),
             experiment=e,
         )
 

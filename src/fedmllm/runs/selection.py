@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Params
 from fedmllm.federation.rounds import Progress
-from fedmllm.runs.checkpoint import Best, Checkpoint, read_params
+from fedmllm.runs.checkpoint import Best, Checkpoint, read
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.events import Validated
 
@@ -28,7 +28,9 @@ class Selection:
         if self.best:
             folder = at.folder.with_name(f"round-{self.best.number:04d}")
             try:
-                self.params = read_params(folder, self._evaluator.inputs.start)
+                start, aggregator = self._evaluator.inputs.start, self._evaluator.inputs.experiment.server()
+                best = read(folder, start, aggregator.init(start))
+                self.params = aggregator.result(best.params, best.state)
             except FedmllmError as error:
                 raise FedmllmError(f"{error}; {at.folder} names it as the best so far. Choose another --out") from None
 
@@ -41,8 +43,9 @@ class Selection:
         """
         inputs = self._evaluator.inputs
         name, visible = inputs.experiment.metrics()[0], inputs.experiment.evaluate.visible[0]
-        value = self._evaluator.metrics(self._evaluator.predict(progress.params, inputs.validation, visible))[name]
+        result = inputs.experiment.server().result(progress.params, progress.state)
+        value = self._evaluator.metrics(self._evaluator.predict(result, inputs.validation, visible))[name]
         if value is not None and (self.best is None or value > self.best.value):
-            self.best, self.params = Best(number=number, round=progress.round, value=value), progress.params
+            self.best, self.params = Best(number=number, round=progress.round, value=value), result
         best_round = self.best.round if self.best else None
         return Validated(progress.round, name, value, visible, best_round, self._client)

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedmllm.config.experiment import Experiment
-from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Params, Shard
-from fedmllm.federation.client_state import Controls
+from fedmllm.federation.client_state import ClientStateStore
 from fedmllm.federation.rounds import Progress, cohorts, federate
 from fedmllm.runs import checkpoint
 from fedmllm.runs.adapter import save_adapter
@@ -84,9 +82,8 @@ class Session:
             begin = Progress(at.run_state.round, at.params, at.state)
             selection.restore(at)
             self._evaluate(begin, num_rounds, selection)  # whatever the record held after the checkpoint is cut off
-        if control := e.server().broadcast(begin.state):
-            refuse_controls_elsewhere(e)
-            clients = replace(clients, controls=Controls(self.folder.controls, len(members), control, begin.round))
+        if "client-state" in e.server().needs:
+            clients = replace(clients, state=ClientStateStore(self.folder.client_state, begin.round))
         engine = start_engine(e.engine, clients)
         if note := getattr(engine, "note", ""):
             self.emit(EngineNote(note))
@@ -95,14 +92,15 @@ class Session:
             None if availability.name == "always" else lambda round_, k: availability.share(e.seed, round_, k) == 0
         )
         progress = begin
-        for progress in federate(begin, engine, e.server(), draw, num_rounds, e.update_filter, drops_out):
+        for progress in federate(
+            begin, engine, e.server(), draw, num_rounds, e.update_filter, drops_out, e.seed, len(members)
+        ):
             self._totals = self._totals.plus(progress.log)
             lr = clients.round_lr(progress.round)
             self.emit(RoundEnd(**progress.log, lr=lr, num_rounds=num_rounds, client=client))
-            if clients.controls:
-                clients.controls.server = e.server().broadcast(progress.state)
-                clients.controls.forget(progress.round, [entry["client"] for entry in progress.log["dropped"]])
-                clients.controls.prune(checkpoint.numbers(self.folder.checkpoints))
+            if clients.state:
+                clients.state.discard(progress.round, [entry["client"] for entry in progress.log["dropped"]])
+                clients.state.prune(checkpoint.numbers(self.folder.checkpoints))
             if is_due(e, progress.round, num_rounds):
                 best, totals = selection.best, self._totals
                 self._checkpointer.save(progress, client, best, totals, self.results, self.wall_s)
@@ -110,7 +108,7 @@ class Session:
         self._checkpointer.wait()
         if selection.params is not None and selection.best:
             return selection.params, selection.best.round
-        return progress.params, progress.round
+        return e.server().result(progress.params, progress.state), progress.round
 
     def _evaluate(self, progress: Progress, num_rounds: int, selection: Selection) -> None:
         """Evaluate after a round, if one is due. The final adapter is tested by the method."""
@@ -120,7 +118,7 @@ class Session:
         if evaluate.select == "validation":
             self.emit(selection.evaluate(progress, self._totals.num_rounds))
         if not last:
-            self.evaluator.test(progress.params, progress.round)
+            self.evaluator.test(self.experiment.server().result(progress.params, progress.state), progress.round)
 
     def save(self, params: Params, client: int | None = None) -> None:
         """Write the resulting adapter, or that of one client, into the folder."""
@@ -139,11 +137,3 @@ class Session:
         """End the checkpoint thread and close the predictions."""
         self._checkpointer.close()
         self._predictions.close()
-
-
-def refuse_controls_elsewhere(experiment: Experiment) -> None:
-    """Raise ConfigError if clients are trained in processes that the control variates of SCAFFOLD do not reach."""
-    if experiment.engine.name not in ("in-process", "stacked"):
-        raise ConfigError(
-            f"engine.name: got {experiment.engine.name!r}; {experiment.aggregator.name} needs: in-process, stacked"
-        )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator
 
 from fedmllm.config.engine import FlowerSites
-from fedmllm.config.experiment import Experiment
+from fedmllm.config.experiment import Experiment, check_engine
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Split
@@ -62,6 +62,7 @@ def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Expe
         )
     data = AtSites(sites=tuple(sites), own=experiment.data, test=test)
     engine = experiment.engine if isinstance(experiment.engine, FlowerSites) else FlowerSites()
+    check_engine(experiment.aggregator, engine)
     changes: dict[str, Any] = {"data": data, "partition": ByColumn(column="site"), "engine": engine}
     if "on_bad_update" not in experiment.update_filter.model_fields_set:
         changes["update_filter"] = experiment.update_filter.model_copy(update={"on_bad_update": "drop_client"})

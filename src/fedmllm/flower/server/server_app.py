@@ -23,7 +23,7 @@ from fedmllm.config.engine import FlowerSites as Settings
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import is_finite
-from fedmllm.core.types import ClientFailure, ClientUpdate, Params
+from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent
 from fedmllm.federation.client import Clients
 from fedmllm.flower.messages import Packed, ask, read_update
 from fedmllm.flower.patient import be_patient
@@ -91,7 +91,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 class Sites:
-    """Engine: (params, round, cohort) -> what the sites of the cohort answered, in ascending client order."""
+    """Engine: (round, what each client receives) -> what the sites responded, in ascending client order."""
 
     def __init__(self, settings: EngineSettings, clients: Clients) -> None:
         if not isinstance(settings, Settings) or not clients.experiment:
@@ -104,8 +104,10 @@ class Sites:
             raise FedmllmError(f"engine flower-sites: data is {self._experiment.data.name}, not at-sites")
         self._names = self._experiment.data.sites
 
-    def __call__(self, params: Params, round_: int, cohort: Sequence[int]) -> Iterable[ClientUpdate | ClientFailure]:
+    def __call__(self, at: Round, sents: Mapping[int, Sent]) -> Iterable[ClientUpdate | ClientFailure]:
         s, answers = self._settings, Answers()
+        round_, cohort = at.number, list(sents)
+        params = sents[cohort[0]].start  # the same for all: the engine's `supports` is empty
         for attempt in range(1, s.attempts + 1):
             missing = [k for k in sorted(cohort) if not usable(answers.get(k))]
             answers |= self._attempt(params, round_, missing)

@@ -21,7 +21,7 @@ import torch
 from fedmllm.backbones.base import Backbone, BackboneSpec
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.tensors import flatten, manifest_digest, unflatten
-from fedmllm.core.types import Example, Params, Shard
+from fedmllm.core.types import Example, Params, Round, Sent, Shard
 from fedmllm.federation.client import Clients, RowStore, planned_steps
 from fedmllm.flower.site.config import Refused, Request, Site
 
@@ -55,7 +55,8 @@ class Trainer:
             raise Refused(
                 f"refused by site {self.site.name}: manifest {manifest[:12]} of the adapter is not the one here, {ours[:12]}"
             )
-        update = clients.update(request.client, request.round, unflatten(torch.from_numpy(flat), start))
+        at = Round(request.round, request.seed, request.num_rounds, (request.client,), 1)
+        update = clients.update(request.client, at, Sent(unflatten(torch.from_numpy(flat), start)))
         metrics = {k: v for k, v in update.metrics.items() if k in self.site.allow.metrics}
         return update.delta, {"num_examples": update.num_examples, "metrics": metrics}
 

@@ -1,37 +1,34 @@
-"""Many clients in one pass: the rows of all clients of an optimiser step share the frozen base.
+"""Many clients in one pass: the rows of all clients of an optimizer step share the frozen base.
 
 Equal to `engines/in_process.py` up to the order of summation, whatever shares a pass (tests/engines/test_stacked.py).
 
-Shapes: K clients, P weights of one adapter, B rows.
+Shapes: K clients, P weights of one adapter, T of them trained, B rows.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fedmllm.config import engine as settings
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.types import ClientUpdate, Params
-from fedmllm.federation.client import Clients, Step
+from fedmllm.core.types import ClientUpdate, LocalRule, Outcome, Round, Sent
+from fedmllm.federation.client import Clients, Step, own_start
 from fedmllm.federation.engines.in_process import InProcess
 from fedmllm.federation.engines.stacked.memory import is_out_of_memory, release, token_budget
 from fedmllm.federation.engines.stacked.packing import PASS_TOKENS, in_step, items, passes
 from fedmllm.federation.engines.stacked.row_adamw import RowAdamW, clip, prox_matrix
 from fedmllm.federation.engines.stacked.stack import Stack, find_targets
 
-if TYPE_CHECKING:
-    from fedmllm.federation.client_state import Controls
-
 
 class Stacked:
-    """Engine: (params, round, cohort) -> the cohort's updates, in ascending client order.
+    """Engine: (round, what each client receives) -> their updates, in ascending client order.
 
     At most `settings.clients` adapters are in memory at once, so memory grows neither with the cohort nor the federation.
     """
@@ -43,48 +40,50 @@ class Stacked:
         self._budget = self._settings.token_budget
         self.note = f"{reason}; so clients are trained one after another (in-process)" if reason else ""
 
-    def __call__(self, params: Params, round_: int, cohort: Sequence[int]) -> Iterator[ClientUpdate]:
+    def __call__(self, at: Round, sents: Mapping[int, Sent]) -> Iterator[ClientUpdate]:
         if self.note:
-            yield from InProcess(self._settings, self._clients)(params, round_, cohort)
+            yield from InProcess(self._settings, self._clients)(at, sents)
             return
-        members, size = sorted(cohort), self._settings.clients
+        members, size = sorted(sents), self._settings.clients
         with _deterministic(self._settings.deterministic):
             for start in range(0, len(members), size):
-                yield from self._together(params, round_, members[start : start + size])
+                chunk = [Member(client, sents[client], self._clients, at) for client in members[start : start + size]]
+                groups: dict[object, list[Member]] = {}
+                for member in chunk:
+                    groups.setdefault((member.sent.trained(), not member.sent.frozen), []).append(member)
+                updates = [update for group in groups.values() for update in self._together(at, group)]
+                yield from sorted(updates, key=lambda update: update.client)
 
-    def _together(self, params: Params, round_: int, members: Sequence[int]) -> Iterator[ClientUpdate]:
-        """The members' updates; in halves where memory is too short for the adapters of all."""
+    def _together(self, at: Round, members: Sequence[Member]) -> list[ClientUpdate]:
+        """The members' updates; in halves if memory is too short for the adapters of all."""
         try:
-            updates = self._train(params, round_, members)
+            return self._train(at, members)
         except RuntimeError as error:
             if len(members) == 1 or not is_out_of_memory(error):
                 raise
-            updates = []
-        if updates:
-            yield from updates
-        else:
-            release(self._backbone.device)
-            half = len(members) // 2
-            yield from self._together(params, round_, members[:half])
-            yield from self._together(params, round_, members[half:])
+        release(self._backbone.device)
+        half = len(members) // 2
+        return [*self._together(at, members[:half]), *self._together(at, members[half:])]
 
-    def _train(self, params: Params, round_: int, members: Sequence[int]) -> list[ClientUpdate]:
+    def _train(self, at: Round, members: Sequence[Member]) -> list[ClientUpdate]:
+        """One round of clients that train the same tensors, all of them with a frozen adapter or none."""
         began, clients = time.perf_counter(), self._clients
-        ordered = sorted(members, key=lambda client: (-clients.num_steps(client, round_), client))
-        stack = Stack(self._targets, self._backbone.trainable(), params, len(ordered))
-        mu = prox_matrix([clients.prox_mus(client, list(params)) for client in ordered], stack.sizes, stack.weights_KP)
-        optimizer = RowAdamW(clients.train, stack.weights_KP)
-        controls = _Controls(clients.controls, stack, ordered, round_) if clients.controls else None
+        ordered = sorted(members, key=lambda m: (-clients.num_steps(m.client, at.number), m.client))
+        trained = ordered[0].sent.trained()
+        frozens = [m.sent.frozen for m in ordered] if ordered[0].sent.frozen else []
+        if frozens and all(frozen is frozens[0] for frozen in frozens):
+            frozens = frozens[:1]
+        stack = Stack(self._targets, self._backbone.trainable(), [m.start for m in ordered], trained, frozens)
+        rules = Rules([m.rule for m in ordered], trained, stack)
+        trains_KT, anchor_KT = (matrix[:, : stack.num_trained] for matrix in (stack.weights_KP, stack.anchor_KP))
+        optimizer = RowAdamW(clients.train, trains_KT)
         losses_K = stack.weights_KP.new_zeros(len(ordered), dtype=torch.float64)
         num_steps, num_tokens = [0] * len(ordered), [0] * len(ordered)
-        for steps in in_step(clients, ordered, round_):
+        for steps in in_step(clients, [m.client for m in ordered], at.number):
             self._gradients(stack, steps, losses_K)
             k = len(steps)
-            weights, grads = stack.weights_KP[:k], stack.grads_KP[:k]
-            if controls:
-                controls.correct(grads)
-            if mu is not None:
-                grads.add_((weights - stack.anchor_P).mul_(mu[:k]))
+            weights, grads = trains_KT[:k], stack.grads_KT[:k]
+            rules.apply(grads, weights, anchor_KT[:k])
             if clients.train.clip_norm:
                 clip(grads, clients.train.clip_norm)
             optimizer.step(weights, grads, [step.lr for step in steps])
@@ -92,27 +91,32 @@ class Stacked:
                 num_steps[slot] += 1
                 num_tokens[slot] += sum(row.num_tokens for row in step.rows)
         losses, total = losses_K.tolist(), max(1, sum(num_tokens))
-        wall_s = time.perf_counter() - began
-        learned = controls.learned(num_steps) if controls else {}
-        updates = [
-            ClientUpdate(
-                client=client,
-                delta=stack.params(stack.weights_KP[slot] - stack.anchor_P),
-                num_examples=len(clients.shards[client].rows),
-                metrics={
-                    "loss": losses[slot] / max(1, num_steps[slot]),
-                    "num_steps": num_steps[slot],
-                    "num_tokens": num_tokens[slot],
-                    "time_s": wall_s * num_tokens[slot] / total,  # its share of the passes
-                },
-                control=learned.get(client),
-            )
-            for slot, client in enumerate(ordered)
-        ]
-        return sorted(updates, key=lambda update: update.client)
+        wall_s, updates = time.perf_counter() - began, []
+        for slot, member in enumerate(ordered):
+            metrics = {
+                "loss": losses[slot] / max(1, num_steps[slot]),
+                "num_steps": num_steps[slot],
+                "num_tokens": num_tokens[slot],
+                "time_s": wall_s * num_tokens[slot] / total,  # its share of the passes
+            }
+            updates.append(self._finished(member, at, stack, slot, rules.mean_gradient(slot, num_steps[slot]), metrics))
+        return updates
+
+    def _finished(
+        self, m: Member, at: Round, stack: Stack, slot: int, mean_T: Tensor | None, metrics: Mapping[str, float]
+    ) -> ClientUpdate:
+        anchor_P = stack.anchor_KP[slot if len(stack.anchor_KP) > 1 else 0]
+        moved_T = (stack.weights_KP[slot] - anchor_P)[: stack.num_trained]
+        mean = {} if mean_T is None else stack.params(mean_T, m.start)
+        num_rows = len(self._clients.shards[m.client].rows)
+        outcome = Outcome(m.sent, stack.params(moved_T, m.start), mean, int(metrics["num_steps"]), num_rows)
+        own = stack.params(stack.weights_KP[slot], {n: m.start[n] for n in m.sent.keeps}) if m.sent.keeps else {}
+        update, state = self._clients.finished(m.client, at, outcome, m.kept, own, metrics)
+        self._clients.keep(m.client, at, state)
+        return update
 
     def _gradients(self, stack: Stack, steps: Sequence[Step], losses_K: Tensor) -> None:
-        """Fill the stack's gradients and add each client's mean loss; short of memory, again with half the budget."""
+        """Fill the stack's gradients and add each client's mean loss; if memory is short, again with half the budget."""
         rows = items(steps)
         if not self._budget:
             self._budget = token_budget(self._backbone, rows)
@@ -135,7 +139,7 @@ class Stacked:
     def _passes(self, stack: Stack, steps: Sequence[Step], like_K: Tensor) -> Tensor:
         """Gradients of each client's mean over its rows of the row's mean loss -> these losses [K]."""
         losses_K, device = torch.zeros_like(like_K), self._backbone.device
-        stack.grads_KP.zero_()
+        stack.grads_KT.zero_()
         with stack.installed() as use:
             for part in passes(items(steps), self._budget, PASS_TOKENS[device.type]):
                 clients_B = torch.tensor([item.slot for item in part], device=device)
@@ -149,26 +153,42 @@ class Stacked:
         return losses_K
 
 
-class _Controls:
-    """SCAFFOLD's part of a round, as `Clients.update` has it, for all clients at once."""
+class Member:
+    """A client of the round: what it receives, what it kept, and where it starts."""
 
-    def __init__(self, controls: Controls, stack: Stack, ordered: Sequence[int], round_: int) -> None:
-        self._controls, self._stack, self._ordered, self._round = controls, stack, ordered, round_
-        self._offset_KP = stack.matrix([controls.offset(client, round_) for client in ordered])
-        self._sum_KP = torch.zeros_like(self._offset_KP)
+    def __init__(self, client: int, sent: Sent, clients: Clients, at: Round) -> None:
+        self.client, self.sent = client, sent
+        self.kept = clients.kept(client, at)
+        self.start = own_start(sent, self.kept)
+        self.rule = clients.rule(client, at, sent, self.kept)
 
-    def correct(self, grads_KP: Tensor) -> None:
-        """Add c - c_k to the gradients of the clients that still train, and remember what they were."""
-        self._sum_KP[: len(grads_KP)] += grads_KP
-        grads_KP += self._offset_KP[: len(grads_KP)]
 
-    def learned(self, num_steps: Sequence[int]) -> dict[int, Params]:
-        """Client -> its part of the change of c, for those that trained."""
-        return {
-            client: self._controls.learned(client, self._round, self._stack.params(sum_P / steps))
-            for client, sum_P, steps in zip(self._ordered, self._sum_KP, num_steps, strict=True)
-            if steps
-        }
+class Rules:
+    """`LocalRule` of all clients at once, as `Clients.train_one` applies one of them."""
+
+    def __init__(self, rules: Sequence[LocalRule], trained: frozenset[str], stack: Stack) -> None:
+        sizes = {name: size for name, size in stack.sizes.items() if name in trained}
+        self._mu = prox_matrix([rule.mu for rule in rules], sizes, stack.weights_KP)
+        self._shift_KT = self._sum_KT = None
+        if any(rule.shift for rule in rules):
+            zero = {name: t.new_zeros(()).expand(t.shape) for name, t in stack.trained().items()}
+            self._shift_KT = stack.matrix([{**zero, **rule.shift} for rule in rules])
+        if any(rule.mean_gradient for rule in rules):
+            self._sum_KT = torch.zeros_like(stack.grads_KT)
+
+    def apply(self, grads_KT: Tensor, weights_KT: Tensor, anchor_KT: Tensor) -> None:
+        """Change the gradients of the first k clients, which still train; sum up what they were."""
+        k = len(grads_KT)
+        if self._sum_KT is not None:
+            self._sum_KT[:k] += grads_KT
+        if self._shift_KT is not None:
+            grads_KT += self._shift_KT[:k]
+        if self._mu is not None:
+            grads_KT.add_((weights_KT - anchor_KT).mul_(self._mu[:k]))
+
+    def mean_gradient(self, slot: int, num_steps: int) -> Tensor | None:
+        """Mean of a client's gradients over its steps; None without steps, or if no rule needs it."""
+        return self._sum_KT[slot] / num_steps if self._sum_KT is not None and num_steps else None
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""The adapters of many clients on one frozen base: each row of a batch goes through its own client's LoRA.
+"""The adapters of many clients on one frozen base: each row of a batch passes through its own client's LoRA.
 
-Sequential training in another order of summation: the base never changes, so rows of different clients may share a pass.
+Equal to training one client after another up to the order of summation: the base never changes, so rows of different
+clients may share a pass.
 
-Shapes: K clients, P weights of one adapter, B rows, L tokens, C channels in, D channels out, r rank.
+Shapes: K clients, P weights of one adapter, T of them trained, B rows, L tokens, C channels in, D channels out, r rank.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from fedmllm.backbones.base import Backbone
 from fedmllm.backbones.dropout import RowDropout
-from fedmllm.core.tensors import same_names
+from fedmllm.core.tensors import cut, padded, same_names
 from fedmllm.core.types import Params
 
-ADAPTER = "default"  # PEFT's name of the only adapter that we make
+ADAPTER = "default"  # PEFT's name of the one adapter
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Target:
 
 
 def find_targets(backbone: Backbone) -> tuple[list[Target], str]:
-    """(the adapted layers, "") where LoRA on linear layers is all that is trained; else ([], what else there is)."""
+    """(the adapted layers, "") if LoRA on linear layers is all that is trained; else ([], what else there is)."""
     names = {id(parameter): name for name, parameter in backbone.trainable().items()}
     targets = []
     for name, layer in backbone.model.named_modules():
@@ -42,47 +43,78 @@ def find_targets(backbone: Backbone) -> tuple[list[Target], str]:
             a, b = (getattr(layer, part)[ADAPTER] for part in ("lora_A", "lora_B"))
             linear = all(isinstance(module, nn.Linear) for module in (layer.get_base_layer(), a, b))
             if not linear or layer.lora_variant or b.bias is not None:
-                return [], f"{name} is no plain LoRA on a linear layer"
+                return [], f"{name} is not plain LoRA on a linear layer"
             targets.append(Target(layer, names.pop(id(a.weight)), names.pop(id(b.weight))))
     if names:
-        return [], f"{len(names)} tensors are trained besides LoRA on linear layers, such as {min(names.values())}"
+        return (
+            [],
+            f"{len(names)} tensors are trained in addition to LoRA on linear layers, such as {min(names.values())}",
+        )
     return targets, "" if targets else "the backbone has no LoRA layer of PEFT"
 
 
 class Stack:
-    """K adapters as the rows of one matrix [K, P], their gradients as the rows of another.
+    """K adapters as the rows of one matrix [K, P], the gradients of what trains as the rows of another.
 
-    A's and B's are views of the matrices and a backward pass adds to `grads_KP`, so an optimiser, clipping or a proximal
-    pull is one operation over all clients. NaN of one client stays in its row: nothing here adds two rows.
+    A's and B's are views of the matrices and a backward pass adds to `grads_KT`, so an optimizer, clipping or a proximal
+    term is one operation over all clients. NaN of one client stays in its row: nothing here adds two rows.
+
+    The first T of the P columns train, the rest stay. Adapters of unequal rank are padded to the largest with zeros, which
+    have zero gradients.
 
     Args:
         targets: The adapted layers (`find_targets`).
         live: The backbone's trainable parameters: their device and type become the stack's.
-        start: Where every adapter begins.
-        num_clients: K.
+        starts: The adapter that each client starts from. One object for all is stored once.
+        trained: Names that train; None = all.
+        frozens: The frozen adapter of each client (`Sent.frozen`), or one for all; () = none.
     """
 
-    def __init__(self, targets: list[Target], live: dict[str, nn.Parameter], start: Params, num_clients: int) -> None:
-        same_names(dict[str, Tensor](live), start)
-        like = next(iter(live.values()))
-        self._start = start
-        self.sizes = {name: t.numel() for name, t in start.items()}
-        self._like = like
-        self.anchor_P = self.matrix([start])[0]
-        self.weights_KP = self.anchor_P.repeat(num_clients, 1)
-        self.grads_KP = torch.zeros_like(self.weights_KP)
-        weights, grads = self._views(self.weights_KP), self._views(self.grads_KP)
-        self._layers = [_Layer(t.layer, weights[t.a], weights[t.b], grads[t.a], grads[t.b]) for t in targets]
+    def __init__(
+        self,
+        targets: list[Target],
+        live: dict[str, nn.Parameter],
+        starts: Sequence[Params],
+        trained: frozenset[str] | None = None,
+        frozens: Sequence[Params] = (),
+    ) -> None:
+        shared = all(start is starts[0] for start in starts)
+        largest = starts[0] if shared else largest_of(starts)
+        same_names(dict[str, Tensor](live), padded(largest, live))  # raises unless every adapter fits the model
+        self._like = next(iter(live.values()))
+        rests = {name: trained is not None and name not in trained for name in largest}
+        self._shapes = {name: largest[name] for name in sorted(largest, key=lambda name: rests[name])}
+        self.sizes = {name: t.numel() for name, t in self._shapes.items()}
+        self.num_trained = sum(size for name, size in self.sizes.items() if not rests[name])
+        self.anchor_KP = self.matrix(starts[:1] if shared else starts)
+        self.weights_KP = self.anchor_KP.repeat(len(starts), 1) if shared else self.anchor_KP.clone()
+        self.grads_KT = torch.zeros_like(self.weights_KP[:, : self.num_trained])
+        weights, grads = self._views(self.weights_KP), self._views(self.grads_KT)
+        self._layers = [_Layer(t.layer, weights[t.a], weights[t.b], grads.get(t.a), grads.get(t.b)) for t in targets]
+        if frozens:
+            largest = largest_of(frozens)
+            for target, layer in zip(targets, self._layers, strict=True):
+                if target.a in largest and len(largest[target.a]):
+                    a, b = (
+                        torch.stack([padded({n: f[n]}, largest)[n] for f in frozens]).to(self._like)
+                        for n in (target.a, target.b)
+                    )
+                    layer.frozen = (a, b)
 
     def _views(self, matrix_KP: Tensor) -> dict[str, Tensor]:
-        """Name -> [K, *shape], a view."""
-        pieces = torch.split(matrix_KP, list(self.sizes.values()), dim=1)
-        shapes = {name: (len(matrix_KP), *t.shape) for name, t in self._start.items()}
-        return {name: piece.view(shapes[name]) for name, piece in zip(self.sizes, pieces, strict=True)}
+        """Name -> [K, *shape], a view; of the names whose columns the matrix has."""
+        views, begin = {}, 0
+        for name, size in self.sizes.items():
+            if begin == matrix_KP.shape[1]:
+                break
+            shape = (len(matrix_KP), *self._shapes[name].shape)
+            views[name] = matrix_KP[:, begin : begin + size].view(shape)
+            begin += size
+        return views
 
     @contextmanager
     def installed(self) -> Iterator[Callable[[Tensor], None]]:
-        """While open, the model runs with these adapters. Yields what takes the client (0..K-1) of each row, int64 [B]."""
+        """While open, the model runs with these adapters. Yields a setter of each row's client (0..K-1), int64 [B]."""
         for layer in self._layers:
             layer.install()
         try:
@@ -95,38 +127,67 @@ class Stack:
         for layer in self._layers:
             layer.clients_B = clients_B
 
+    def trained(self) -> Params:
+        """Tensors of the names that train, in the stack's shapes; their values mean nothing."""
+        return {name: self._shapes[name] for name in self._views(self.grads_KT)}
+
     def matrix(self, trees: Sequence[Params]) -> Tensor:
-        """One row a tree, in the layout, device and type of the weights."""
-        rows = [torch.cat([tree[name].reshape(-1) for name in self.sizes]) for tree in trees]
+        """One row a tree, in the layout, device and type of the weights; of those names alone that the first tree has."""
+        names = [name for name in self.sizes if name in trees[0]]
+        rows = [torch.cat([padded(tree, self._shapes)[name].reshape(-1) for name in names]) for tree in trees]
         return torch.stack(rows).to(self._like.device, self._like.dtype)
 
-    def params(self, row_P: Tensor) -> Params:
-        """A row as tensors by name: copies on the CPU, float32 (float64 where the start is)."""
-        pieces = torch.split(row_P.cpu(), list(self.sizes.values()))
-        return {name: piece.view(t.shape).clone() for (name, t), piece in zip(self._start.items(), pieces, strict=True)}
+    def params(self, row_P: Tensor, like: Params) -> Params:
+        """A row's tensors in the shapes and the order of `like`: copies on the CPU, float32 (float64 where the start is).
+
+        A row of T columns holds the names that train.
+        """
+        views = self._views(row_P.cpu()[None])
+        return {name: cut({name: views[name][0]}, like)[name].clone() for name in like if name in views}
+
+
+_NOTHING = torch.zeros(0)
+
+
+def largest_of(trees: Sequence[Params]) -> Params:
+    """Zeros in the largest shape that each tensor has in any of the trees."""
+    same_names(*(dict.fromkeys(tree, _NOTHING) for tree in trees))
+    shapes = {name: [max(sizes) for sizes in zip(*(t[name].shape for t in trees), strict=True)] for name in trees[0]}
+    return {name: trees[0][name].new_zeros(shape) for name, shape in shapes.items()}
 
 
 class _Layer:
-    """Stands in for one PEFT layer's forward pass."""
+    """Replacement of one PEFT layer's forward pass. A factor without a gradient tensor does not train."""
 
-    def __init__(self, layer: Any, a_KrC: Tensor, b_KDr: Tensor, da_KrC: Tensor, db_KDr: Tensor) -> None:
+    def __init__(self, layer: Any, a_KrC: Tensor, b_KDr: Tensor, da_KrC: Tensor | None, db_KDr: Tensor | None) -> None:
         self.a_KrC, self.b_KDr, self.da_KrC, self.db_KDr = a_KrC, b_KDr, da_KrC, db_KDr
         self._layer, self._base = layer, layer.base_layer
         self._dropout: RowDropout = layer.lora_dropout[ADAPTER]
         self.scaling = float(layer.scaling[ADAPTER])
         self.clients_B = torch.zeros(0, dtype=torch.int64)
+        self.frozen: tuple[Tensor, Tensor] | None = None  # A [1 or K, q, C] and B [1 or K, D, q]
         self._switch = a_KrC.new_zeros(()).requires_grad_()  # so that autograd calls our backward pass
 
     def install(self) -> None:
-        self._layer.forward = self._forward  # an attribute of the instance goes before the method of its class
+        self._layer.forward = self._forward  # an instance attribute hides the method of the class
 
     def remove(self) -> None:
         del self._layer.forward
 
     def _forward(self, x_BLC: Tensor) -> Tensor:
         keep_BLC, gain = self._dropout.mask(x_BLC)
-        out: Tensor = _RowLora.apply(x_BLC, self._base(x_BLC), self._switch, keep_BLC, gain, self)  # type: ignore[no-untyped-call]
+        base_BLD = self._base(x_BLC)
+        if self.frozen:
+            base_BLD = self._with_frozen(x_BLC, base_BLD)
+        out: Tensor = _RowLora.apply(x_BLC, base_BLD, self._switch, keep_BLC, gain, self)  # type: ignore[no-untyped-call]
         return out
+
+    def _with_frozen(self, x_BLC: Tensor, base_BLD: Tensor) -> Tensor:
+        """base + scaling * B A x with the frozen adapter of each row's client, without dropout."""
+        assert self.frozen
+        a, b = (t if len(t) == 1 else t.index_select(0, self.clients_B) for t in self.frozen)
+        more_BLD = (x_BLC.to(a.dtype) @ a.mT) @ b.mT
+        return (base_BLD.to(more_BLD.dtype) + self.scaling * more_BLD).to(base_BLD.dtype)
 
 
 class _RowLora(torch.autograd.Function):
@@ -153,11 +214,13 @@ class _RowLora(torch.autograd.Function):
         x_BLC, keep_BLC, low_BLr, a_BrC, b_BDr, clients_B = ctx.saved_tensors
         layer: _Layer = ctx.layer
         wide_BLD = grad_BLD.to(low_BLr.dtype)
-        layer.db_KDr.index_add_(0, clients_B, torch.bmm(wide_BLD.mT, low_BLr * ctx.scaling))
+        if layer.db_KDr is not None:
+            layer.db_KDr.index_add_(0, clients_B, torch.bmm(wide_BLD.mT, low_BLr * ctx.scaling))
         dlow_BLr = torch.bmm(wide_BLD, b_BDr * ctx.scaling)
         if keep_BLC is not None:
             keep_BLC = keep_BLC.to(a_BrC.dtype)  # kept in a quarter of the bytes; two products follow
-        layer.da_KrC.index_add_(0, clients_B, torch.bmm(dlow_BLr.mT, _dropped(x_BLC, keep_BLC, a_BrC.dtype)))
+        if layer.da_KrC is not None:
+            layer.da_KrC.index_add_(0, clients_B, torch.bmm(dlow_BLr.mT, _dropped(x_BLC, keep_BLC, a_BrC.dtype)))
         dx_BLC = None
         if ctx.needs_input_grad[0]:
             dx_BLC = torch.bmm(dlow_BLr, a_BrC)
