@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from flower_federation import NAMES, addresses, dropped, expect, federation
 
-from fedmllm.flower.server.superlink import Server
+from fedmllm.flower.server.folder import Server
 
 PATHS = (
     "/v1/fleet/pull-messages",
@@ -201,7 +201,7 @@ def refusals(backbone: str) -> str:
         expect(last["event"] == "stopped", last)
         for part in (
             "refused by site north",
-            "30 optimiser steps; this site allows 20",
+            "30 optimiser steps; this site allows at most 20",
             "train.lr = 0.003",
             "'agnostic'",
         ):

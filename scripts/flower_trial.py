@@ -86,9 +86,9 @@ def trainer_killed(backbone: str) -> str:
         f.start()
         thread = f.background_run()
         f.until(lambda: f.rounds(), 200)
-        f.harm("north", "flower_trainer", signal.SIGSTOP)  # so that it is killed in the middle of a round
+        f.harm("north", "site.trainer", signal.SIGSTOP)  # so that it is killed in the middle of a round
         f.until(lambda: len(f.events()) and time.sleep(6) is None, 10)
-        f.harm("north", "flower_trainer")
+        f.harm("north", "site.trainer")
         thread.join(CASE_S)
         said = dropped(f.rounds())
         expect(len(f.rounds()) == 3 and len(said) == 1 and "trainer died" in said[0], said)
@@ -101,10 +101,10 @@ def supernode_killed(backbone: str) -> str:
         f.start()
         thread = f.background_run()
         f.until(lambda: f.rounds(), 200)
-        f.harm("north", "flower_trainer", signal.SIGSTOP)
+        f.harm("north", "site.trainer", signal.SIGSTOP)
         time.sleep(6)
         f.harm("north", "flower-supernode")
-        f.harm("north", "flower_trainer", signal.SIGCONT)
+        f.harm("north", "site.trainer", signal.SIGCONT)
         thread.join(CASE_S)
         rounds = f.rounds()
         said = dropped(rounds)
@@ -121,9 +121,9 @@ def straggler(backbone: str) -> str:
         f.start()
         thread = f.background_run()
         f.until(lambda: f.rounds(), 200)
-        f.harm("north", "flower_trainer", signal.SIGSTOP)
+        f.harm("north", "site.trainer", signal.SIGSTOP)
         f.until(lambda: len(f.rounds()) > 1, 90)
-        f.harm("north", "flower_trainer", signal.SIGCONT)
+        f.harm("north", "site.trainer", signal.SIGCONT)
         thread.join(CASE_S)
         said = dropped(f.rounds())
         expect(len(f.rounds()) == 3 and len(said) == 1 and "no answer within 25 s" in said[0], said)
@@ -163,7 +163,7 @@ def bad_updates(backbone: str) -> str:
     """NaN, wrong shapes, a norm beyond the limit: left out of the sum and named in the record; the others go on."""
     with federation(backbone, rounds=1) as f:
         toml = f.folder / "experiment.toml"
-        toml.write_text(toml.read_text() + "\n[screen]\nmax_norm = 100\n")
+        toml.write_text(toml.read_text() + "\n[update_filter]\nmax_norm = 100\n")
         f.start(bad={"east": "nan", "north": "shapes", "west": "norm"})
         f.run()
         said = dropped(f.rounds())

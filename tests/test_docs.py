@@ -28,18 +28,6 @@ def test_there_is_a_page_for_each_way_to_extend():
     assert {page.stem for page in PAGES} == KINDS
 
 
-@pytest.mark.parametrize("verb", ["", "run", "suite", "report", "doctor", "data where"])
-def test_help_is_plain_text_and_not_cut(verb: str):
-    from typer.testing import CliRunner
-
-    from fedmllm.cli.main import app
-
-    text = CliRunner().invoke(app, [*verb.split(), "--help"], terminal_width=80).output
-    assert "Usage: " in text
-    assert "\\[" not in text
-    assert "..." not in text.replace("COMMAND [ARGS]...", "").replace("DIR...", "")
-
-
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_the_first_experiment_of_a_page_needs_nothing_but_the_package(page: str):
     first = Experiment.parse(tomllib.loads(blocks(ROOT / page, "toml")[0]))

@@ -1,4 +1,4 @@
-"""What travels over Flower: whatever the other side sends, there is an update or a reason. No server is started here."""
+"""Messages over Flower: any reply gives an update or a reason. No server is started here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_adapter_is_one_float32_array_in_manifest_order_and_comes_back_as_it_
 
 
 def test_other_names_or_shapes_are_refused_by_the_manifest():
-    with pytest.raises(FedmllmError, match=r"manifest .* names or shapes differ"):
+    with pytest.raises(FedmllmError, match=r"manifest: got .* names or shapes differ"):
         unpack(Packed({**PARAMS, "c": torch.zeros(1)}).content({}), PARAMS)
 
 
@@ -93,7 +93,7 @@ def test_a_metric_cannot_pose_as_what_the_record_says_itself():
     ["[" * 10**5, '{"loss": 1' + "0" * 400 + "}", '{"loss": "x"}', '{"loss": ' + " " * LONGEST_METRICS + "1}", "[1]"],
 )
 def test_metrics_that_cannot_be_read_are_a_failure_of_that_client(metrics):
-    assert "its answer cannot be used" in answer(metrics).reason
+    assert "its reply cannot be read" in answer(metrics).reason
 
 
 def test_reasons_of_others_are_one_printable_line():
@@ -115,7 +115,7 @@ def test_nothing_in_a_reply_can_raise(about, data):
 
 
 class Silent:
-    """A grid on which nobody answers."""
+    """A grid without any reply."""
 
     def push_messages(self, messages):
         return [f"m{i}" for i in range(len(messages))]
@@ -127,10 +127,10 @@ class Silent:
 def test_asking_ends_when_time_is_up_and_when_a_site_is_lost():
     messages = {4: object(), 7: object()}
     answers = dict(ask(Silent(), messages, 0.2, 0.01, lambda: {7: "gone"}))
-    assert answers == {4: "no answer within 0.2 s", 7: "gone"}
+    assert answers == {4: "no reply within 0.2 s", 7: "gone"}
 
 
-def test_nobody_to_ask_is_no_answer():
+def test_an_empty_cohort_gives_an_empty_reply():
     assert list(ask(Silent(), {}, 1.0, 0.01, dict)) == []
 
 

@@ -11,8 +11,9 @@ import pytest
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Shard
+from fedmllm.flower.request import Request
 from fedmllm.flower.server.experiment import AtSites, over_sites
-from fedmllm.flower.site.config import Range, Refused, Request, Site
+from fedmllm.flower.site.config import Range, Refused, Site
 from fedmllm.flower.site.trainer import Trainer
 
 EXPERIMENT = Experiment.parse({"data": "synthetic-irony", "cohort_size": 1, "train": {"lr": 1e-3, "max_steps": 3}})
@@ -56,9 +57,9 @@ def site(tmp_path: Path, extra: str = "", data: str = "") -> Site:
     return Site.load(tmp_path / "site.toml")
 
 
-def refused(here: Site, num_steps: int = 3, **changes: object) -> str:
+def refused(here: Site, num_steps: int = 3, num_rows: int = 20, **changes: object) -> str:
     request = Request.of(EXPERIMENT, "base", "north", 0, 1).model_copy(update=changes)
-    return here.refuse(request, num_steps) or here.refuse_base(request, "base")
+    return here.refuse(request, num_steps, num_rows) or here.refuse_base(request, "base")
 
 
 def test_a_request_within_the_limits_is_not_refused(tmp_path):
@@ -71,7 +72,7 @@ def test_a_request_within_the_limits_is_not_refused(tmp_path):
         ("", {"site": "south"}, "this is north, not south"),
         ("", {"base": "other"}, "base model other is not the one here, base"),
         ('base = "pinned"', {}, "the site has pinned pinned"),
-        ("max_steps = 2", {}, "3 optimiser steps; this site allows 2"),
+        ("max_steps = 2", {}, "3 optimiser steps; this site allows at most 2"),
         ("max_rounds = 10", {}, "round 1 of 25; this site allows 10"),
         ("", {"round": 26}, "round 26 of 25"),
         ('settings = { "train.lr" = { max = 1e-4 } }', {}, "train.lr = 0.001; this site allows at most 0.0001"),

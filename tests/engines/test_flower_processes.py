@@ -25,15 +25,15 @@ pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
-from fedmllm.flower import processes as flower_processes
+from fedmllm.flower import patches
 from fedmllm.flower.keys import make_authority, make_site_key, refuse_open_key
-from fedmllm.flower.patient import beats
-from fedmllm.flower.processes import alone
+from fedmllm.flower.processes import exclusive_lock
+from fedmllm.flower.request import Request
 from fedmllm.flower.server import watch as flower_watch
-from fedmllm.flower.server.superlink import Server
+from fedmllm.flower.server.folder import Server
 from fedmllm.flower.server.watch import Watch, is_written
 from fedmllm.flower.site import trainer as flower_trainer
-from fedmllm.flower.site.config import Request, Site
+from fedmllm.flower.site.config import Site
 from fedmllm.flower.site.process import run_site
 from fedmllm.flower.site.resident import ResidentTrainer
 from fedmllm.flower.site.supernode import reason
@@ -84,12 +84,12 @@ def test_a_private_key_that_others_can_read_is_refused_with_the_command_that_men
 # ---- a site's process
 
 
-def test_a_site_or_a_servers_folder_is_served_by_one_process_alone(tmp_path):
-    first = alone(tmp_path)
+def test_a_site_or_a_servers_folder_is_served_by_one_process_exclusive_lock(tmp_path):
+    first = exclusive_lock(tmp_path)
     with pytest.raises(FedmllmError, match="another process serves it already"):
-        alone(tmp_path)
+        exclusive_lock(tmp_path)
     first.close()
-    alone(tmp_path).close()
+    exclusive_lock(tmp_path).close()
 
 
 def test_a_site_without_its_files_or_with_an_open_key_starts_nothing(tmp_path):
@@ -114,7 +114,7 @@ def test_a_trainer_that_hangs_before_it_has_read_its_message_is_replaced_in_time
         began = time.monotonic()
         said, delta = trainer.ask({"request": "", "manifest": ""}, bytes(4 * 10**6))  # more than a socket holds
         assert time.monotonic() - began < 20
-        assert said["refused"] == "site north: the trainer took longer than 0.5 s; it was started anew"
+        assert said["refused"] == "site north: the trainer took longer than 0.5 s; it was restarted"
         assert delta == b""
         assert hung.returncode == -signal.SIGKILL
         assert trainer.process.pid != hung.pid
@@ -130,7 +130,7 @@ def test_a_trainer_that_is_killed_is_named_with_its_exit_status_and_replaced(tmp
         os.kill(killed.pid, signal.SIGSTOP)
         threading.Timer(0.2, killed.kill).start()
         said, _ = trainer.ask({"request": "", "manifest": ""}, bytes(4))
-        assert said["refused"] == "site north: the trainer died (exit status -9); it was started anew"
+        assert said["refused"] == "site north: the trainer died (exit status -9); it was restarted"
         assert trainer.process.poll() is None
         assert trainer.process.pid != killed.pid
     finally:
@@ -160,10 +160,10 @@ def test_a_heartbeat_that_a_busy_server_fails_is_sent_again_and_does_not_end_the
         httpx.Response(status, request=httpx.Request("POST", "https://here")).raise_for_status()
         return True
 
-    assert beats(lambda: answers(200))()
-    assert not beats(lambda: answers(500))()
+    assert patches.retried_heartbeat(lambda: answers(200))()
+    assert not patches.retried_heartbeat(lambda: answers(500))()
     with pytest.raises(httpx.HTTPStatusError):
-        beats(lambda: answers(401))()
+        patches.retried_heartbeat(lambda: answers(401))()
 
 
 def test_of_a_supernodes_log_the_last_error_is_told():
@@ -176,9 +176,8 @@ For more information, visit: <https://...>
 INFO:     Finished server process [10206]
 """
     assert reason(log).startswith("Exit Code: 305 Failed to initialize the connection to the SuperLink. [code: 2004]")
-    assert reason(log).endswith(
-        "Its key is connected already: by another process, or by one that was killed within the last minute."
-    )
+    assert "The key is not registered at the server" in reason(log)
+    assert "or another process is connected with it" in reason(log)
     assert reason("INFO: all is well") == ""
 
 
@@ -214,7 +213,7 @@ def test_a_run_of_which_nothing_is_heard_is_lost_and_one_that_never_begins_is_an
     now[0], said["status"] = 0.0, ("pending", "")
     watch = Watch(lambda run: said["status"], "7", record)
     now[0] = flower_watch.PENDING_S + 1
-    with pytest.raises(FedmllmError, match="has not begun run 7 for 300 s"):
+    with pytest.raises(FedmllmError, match="has not started run 7 within 300 s"):
         watch.ended()
 
 
@@ -222,9 +221,9 @@ def test_a_run_of_which_nothing_is_heard_is_lost_and_one_that_never_begins_is_an
 
 
 def test_an_engine_whose_packages_are_missing_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(flower_processes.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FedmllmError, match=r"flwr and ray not installed, .* pip install 'fedmllm\[flower\]'"):
-        flower_processes.need("flwr", "ray")
+    monkeypatch.setattr(patches.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FedmllmError, match=r"flwr and ray not installed; .* pip install 'fedmllm\[flower\]'"):
+        patches.check_installed("flwr", "ray")
 
 
 # ---- the trainer

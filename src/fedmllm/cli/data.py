@@ -39,7 +39,7 @@ class Format(StrEnum):
     CONVERSATIONS = "conversations"
 
 
-@app.command()
+@app.command(short_help="Source, licence and files of a data set.")
 def where(name: Annotated[str, typer.Argument(help="Name of a data set, as in data.name.", metavar="SET")]) -> None:
     """Where to get a data set, its licence, and the files that are expected. Nothing is downloaded."""
     from fedmllm.reports.data import where as described
@@ -47,7 +47,7 @@ def where(name: Annotated[str, typer.Argument(help="Name of a data set, as in da
     typer.echo(described(name))
 
 
-@app.command()
+@app.command(short_help="Rows and modalities of each client.")
 def show(
     experiment: ExperimentFile,
     set_: Set = None,
@@ -80,7 +80,7 @@ def show(
         typer.echo(f"drawn: {plot_file}", err=True)
 
 
-@app.command()
+@app.command(short_help="One file per client, for other code bases.")
 def export(
     experiment: ExperimentFile,
     folder: Annotated[Path, typer.Argument(help="Folder to write into; created if needed.", metavar="DIR")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ import typer.core
 from fedmllm.cli import data as data_cli
 from fedmllm.cli import federation as site_cli
 from fedmllm.cli.models import doctor, estimate, export
-from fedmllm.cli.options import ExperimentFile, Set, Verbs
+from fedmllm.cli.options import ExperimentFile, Set, Verbs, keep_argument_help
 from fedmllm.cli.suites import compare, report, suite
 from fedmllm.core.errors import ConfigError, FedmllmError
 
+keep_argument_help()
 typer.core.HAS_RICH = False  # help is plain text; with rich installed typer 0.20 writes "\\[required]" into it
 app = typer.Typer(
     name="fedmllm",
@@ -95,6 +97,9 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 def main() -> None:
     """Entry point: an error of ours is a message and a code (2 = settings, 1 = anything else), never a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets its code, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _interrupt)  # so that a stopped job's record ends like one stopped by Ctrl-C
     try:
         app()

@@ -1,4 +1,4 @@
-"""Options that several verbs have."""
+"""Arguments and options of several verbs."""
 
 from __future__ import annotations
 
@@ -48,3 +48,14 @@ def load(context: click.Context, option: click.Parameter, names: tuple[str, ...]
         from fedmllm.core.plugins import load_plugins
 
         load_plugins(names, "--import")
+
+
+def keep_argument_help() -> None:
+    """Undo that click 8.5 clears the help of arguments, which typer 0.20 sets before it calls click."""
+    initialise = typer.core.TyperArgument.__init__
+
+    def with_help(self: typer.core.TyperArgument, **settings: Any) -> None:
+        initialise(self, **settings)
+        self.help = settings.get("help")
+
+    typer.core.TyperArgument.__init__ = with_help  # type: ignore[method-assign]

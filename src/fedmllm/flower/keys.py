@@ -1,6 +1,6 @@
-"""Certificates and keys of a federation: an authority and a server certificate for TLS, a P-384 key for each site.
+"""Certificates for TLS and the sites' P-384 keys.
 
-For a trial, or for a consortium without an authority of its own. Private files are readable by their owner only.
+For a trial, or for a consortium without a certificate authority. Private files are readable by their owner only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ CA, CA_KEY, SERVER, SERVER_KEY = "ca.crt", "ca.key", "server.crt", "server.key"
 
 
 def make_authority(folder: Path, hosts: Sequence[str]) -> None:
-    """`ca.crt`, `ca.key`, `server.crt`, `server.key` in `folder`, for these host names and addresses."""
+    """Write `ca.crt`, `ca.key`, `server.crt` and `server.key`.
+
+    Args:
+        folder: Created, for its owner only, if it does not exist.
+        hosts: Names and addresses by which sites reach the server; the first one is the certificate's common name.
+
+    Raises:
+        FedmllmError: One of the files exists.
+    """
     ca_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
     ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedmllm federation")])
     usage = x509.KeyUsage(
@@ -54,7 +62,17 @@ def make_authority(folder: Path, hosts: Sequence[str]) -> None:
 
 
 def make_site_key(path: Path) -> Path:
-    """A site's private key at `path` and its public one beside it -> the public one, which goes to the server."""
+    """Write a site's private key.
+
+    Args:
+        path: Of the private key; the public one gets the suffix `.pub`.
+
+    Returns:
+        The path of the public key, which the server operator registers.
+
+    Raises:
+        FedmllmError: One of the files exists.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
     _write(path, _private(key, serialization.PrivateFormat.OpenSSH), 0o600)
     public = path.with_name(f"{path.name}.pub")
@@ -63,11 +81,37 @@ def make_site_key(path: Path) -> Path:
     return public
 
 
+def replace_site_key(path: Path) -> Path:
+    """Replace a site's key, whose files are kept with the suffix `.old`.
+
+    Args:
+        path: Of the private key.
+
+    Returns:
+        The path of the new public key.
+
+    Raises:
+        FedmllmError: An older key has the suffix already, or the folder cannot be written.
+    """
+    pair = [path, path.with_name(f"{path.name}.pub")]
+    for old in (file.with_name(f"{file.name}.old") for file in pair):
+        if old.exists():
+            raise FedmllmError(f"{old} exists; move it away first")
+    for file in pair:
+        if file.exists():
+            file.rename(file.with_name(f"{file.name}.old"))
+    return make_site_key(path)
+
+
 def refuse_open_key(path: Path) -> None:
-    """Raise FedmllmError where others than its owner may read or write a private key, as after a careless copy."""
+    """Check the mode of a private key.
+
+    Raises:
+        FedmllmError: Others than its owner may read or write it.
+    """
     mode = stat.S_IMODE(path.stat().st_mode)
     if os.name != "nt" and mode & 0o077:
-        raise FedmllmError(f"{path}: has mode {mode:04o}; a private key is its owner's alone: chmod 600 {path}")
+        raise FedmllmError(f"{path}: has mode {mode:04o}; only its owner may read a private key: chmod 600 {path}")
 
 
 def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
@@ -95,11 +139,13 @@ def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat)
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Never over an existing file: a key that is in use would be lost. A folder made for it is its owner's alone."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Write a new file; an existing one is not replaced, because a key in use would be lost."""
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
     except FileExistsError:
-        raise FedmllmError(f"{path} exists; delete it first if it is really to be replaced") from None
+        raise FedmllmError(f"{path} exists; a key in use would be lost; delete it first to replace it") from None
+    except OSError as error:
+        raise FedmllmError(f"{path}: cannot be written: {error.strerror}") from None
     with open(descriptor, "wb") as file:  # noqa: PTH123
         file.write(content)

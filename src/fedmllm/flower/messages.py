@@ -1,4 +1,4 @@
-"""What travels over Flower, and how a round is asked for: the same for the simulation and for real sites."""
+"""Payloads of a round and their exchange, for the simulation and for real sites."""
 
 from __future__ import annotations
 
@@ -15,59 +15,76 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest_digest, unflatten
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params
 from fedmllm.federation.exchange import split_uplink, uplink
-from fedmllm.flower.site.config import METRICS
+from fedmllm.flower.request import METRICS
 from fedmllm.flower.wire import ABOUT, ADAPTER, REFUSED, array_data, array_record, legible
 
-CHECK_S = 2.0  # between two looks at whether an answer can still come
-NAMES = frozenset(
-    {*METRICS, "base_loads"}
-)  # of metrics that are taken from an answer; others could pose as the record's own
+CHECK_S = 2.0  # between checks whether a reply can still come
+# Metrics that are read from a reply; a client cannot override the record's own keys.
+NAMES = frozenset({*METRICS, "base_loads"})
 LONGEST_METRICS = 2000  # characters
 
 
 class Packed:
-    """An adapter made ready for the wire once, for all the messages of a round."""
+    """An adapter that is serialised once for all messages of a round."""
 
     def __init__(self, params: Params) -> None:
         self._adapter: ArrayRecord = array_record(flatten(params).numpy().tobytes())
         self._manifest = manifest_digest(params)
 
     def content(self, about: Mapping[str, str | int | float | bytes]) -> RecordDict:
-        """A message's content: the adapter as one array [P], and what is said about it."""
+        """The content of a message.
+
+        Args:
+            about: Further entries of its record `ABOUT`.
+
+        Returns:
+            The adapter as one array [P], its manifest's digest, and `about`.
+        """
         return RecordDict({ADAPTER: self._adapter, ABOUT: ConfigRecord({"manifest": self._manifest, **about})})
 
 
 def unpack(content: RecordDict, like: Params) -> Params:
-    """The adapter of a message, shaped as `like`. Raises FedmllmError naming what differs."""
+    """The adapter of a message.
+
+    Args:
+        content: As `Packed.content` made it.
+        like: Names and shapes that the adapter must have.
+
+    Raises:
+        FedmllmError: The manifest, the type or the length differs.
+    """
     theirs, ours = content[ABOUT].get("manifest"), manifest_digest(like)
     if theirs != ours:
         raise FedmllmError(
-            f"manifest {str(theirs)[:12]} of the other side is not ours, {ours[:12]}: names or shapes differ"
+            f"manifest: got {str(theirs)[:12]} from the other side, expected {ours[:12]}: names or shapes differ"
         )
     return unflatten(torch.frombuffer(bytearray(array_data(content)), dtype=torch.float32), like)
 
 
 def update_content(update: ClientUpdate) -> RecordDict:
-    """A client's answer: its delta with its extra tensors, its row count and its metrics."""
+    """A client's reply: its delta with its extra tensors, row count and metrics."""
     metrics = json.dumps(dict(update.metrics))
     return Packed(uplink(update.delta, update.extra)).content({"num_examples": update.num_examples, "metrics": metrics})
 
 
 def refusal(reason: str) -> RecordDict:
-    """An answer that says why there is no update."""
+    """A reply with a reason instead of an update."""
     return RecordDict({ABOUT: ConfigRecord({REFUSED: reason})})
 
 
 def read_update(
     client: int, reply: Message | str, like: Params, extra: Params | None = None
 ) -> ClientUpdate | ClientFailure:
-    """A reply as an update, or as the reason why it is none. Nothing in a reply can raise.
+    """Read a client's reply. Nothing in it can raise.
 
     Args:
-        client: Who replied.
+        client: Its number.
         reply: The reply, or the reason why there is none.
-        like: The tensors that it returns, `Sent.returned()`.
-        extra: Those in addition, `Aggregator.returned_extra()`; a client that did not train may leave them out.
+        like: Names and shapes that the delta must have, `Sent.returned()`.
+        extra: Those of further tensors, `Aggregator.returned_extra()`; a client that did not train may leave them out.
+
+    Returns:
+        The update, or a failure with one printable line of reason.
     """
     if isinstance(reply, str):
         return ClientFailure(client, reply)
@@ -85,14 +102,24 @@ def read_update(
             whole = like
         delta, more = split_uplink(unpack(reply.content, whole))
         return ClientUpdate(client, delta, num_examples, read_metrics(str(about["metrics"])), more)
-    except Exception as error:  # whatever another machine thinks of: too deep, too large, of the wrong kind
-        return ClientFailure(client, legible(f"its answer cannot be used: {type(error).__name__}: {error}"))
+    except Exception as error:  # arbitrary malformed input from the network
+        return ClientFailure(client, legible(f"its reply cannot be read: {type(error).__name__}: {error}"))
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """The metrics of an answer: known names alone, finite but for the loss, which the screen judges."""
+    """The metrics of a reply.
+
+    Args:
+        text: A JSON table.
+
+    Returns:
+        Known names with finite values; only the loss may be NaN or Inf, because the update filter checks it.
+
+    Raises:
+        FedmllmError: The text is too long.
+    """
     if len(text) > LONGEST_METRICS:
-        raise FedmllmError(f"metrics of {len(text)} characters; at most {LONGEST_METRICS} are read")
+        raise FedmllmError(f"metrics of {len(text)} characters; at most {LONGEST_METRICS} are allowed")
     metrics = {k: float(v) for k, v in json.loads(text).items() if k in NAMES}
     return {k: v for k, v in metrics.items() if k == "loss" or math.isfinite(v)}
 
@@ -104,15 +131,24 @@ def ask(
     poll_s: float,
     lost: Callable[[], Mapping[int, str]],
 ) -> Iterator[tuple[int, Message | str]]:
-    """Send one message a client -> (client, its reply, or why there is none) as they come.
+    """Send one message to each client and yield the replies as they come.
 
-    What `Grid.send_and_receive` does, without its fixed sleeps of 3 s, and with a way out: `lost`, looked at every
-    CHECK_S, says of which clients no reply can come any more. It may raise.
+    Replaces `Grid.send_and_receive`, which sleeps for 3 s between checks and waits for clients that were lost.
+
+    Args:
+        grid: Of a ServerApp.
+        messages: By client.
+        timeout_s: For all of them together.
+        poll_s: Pause between checks for replies.
+        lost: Called every `CHECK_S` seconds; returns the clients from which no reply can come, with the reason. May raise.
+
+    Yields:
+        Each client once, with its reply or the reason why there is none.
     """
     clients = list(messages)
     sent = list(grid.push_messages([messages[client] for client in clients])) if clients else []
     waiting = {message_id: client for message_id, client in zip(sent, clients, strict=False) if message_id}
-    yield from ((client, "Flower did not take the message") for client in set(clients) - set(waiting.values()))
+    yield from ((client, "Flower did not accept the message") for client in set(clients) - set(waiting.values()))
     until, check = time.monotonic() + timeout_s, 0.0
     while waiting and time.monotonic() < until:
         for reply in grid.pull_messages(list(waiting)):
@@ -126,4 +162,4 @@ def ask(
                     yield client, reasons[client]
         if waiting:
             time.sleep(poll_s)
-    yield from ((client, f"no answer within {timeout_s:g} s") for client in waiting.values())
+    yield from ((client, f"no reply within {timeout_s:g} s") for client in waiting.values())

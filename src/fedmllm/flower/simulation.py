@@ -1,7 +1,7 @@
-"""Flower's Ray simulation as an engine: the round loop runs over the grid of a ServerApp, clients in Ray actors.
+"""Engine `flower-simulation`: clients in the Ray actors of Flower's simulation.
 
-The simulation is started at a process's first round and serves all its runs; Ray needs 7 to 9 s to start. It ends with the
-process, or with `stop`.
+The round loop stays in this process and uses the grid of a ServerApp. The simulation starts at a process's first round,
+because Ray needs 7 to 9 s for it, and serves all runs of the process. It ends with the process, or with `stop`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,27 +16,18 @@ from typing import Any
 import safetensors.torch
 import torch
 
-for _name, _value in {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Without a cluster of the user's: loopback, where Ray otherwise listens on all interfaces, whatever address it is given.
-    **({} if os.environ.get("RAY_ADDRESS") else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}),
-}.items():  # before flwr and ray are imported: nothing phones home unless the user asked for it
-    os.environ.setdefault(_name, _value)
+from fedmllm.flower import patches
+from fedmllm.flower.processes import QUIET
 
-from fedmllm.flower.processes import need  # noqa: E402
-
-need("flwr", "ray")
+patches.check_installed("flwr", "ray")
+patches.prepare_ray()
+for _name in ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
+    os.environ.setdefault(_name, QUIET[_name])  # before flwr is imported
 
 from flwr.app import Context, Message  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
 from ray import cloudpickle  # noqa: E402
-from ray._private import ray_constants  # noqa: E402
 
 from fedmllm.config.engine import Engine as EngineSettings  # noqa: E402
 from fedmllm.config.engine import FlowerSimulation as Settings  # noqa: E402
@@ -50,16 +40,22 @@ from fedmllm.flower.simulation_client import KEPT, Job  # noqa: E402
 from fedmllm.flower.simulation_client import app as client_app  # noqa: E402
 from fedmllm.flower.wire import ABOUT  # noqa: E402
 
-if os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0":
-    ray_constants.ENABLE_RAY_CLUSTER = False  # as if the variable had been there, where somebody imported ray before us
+patches.keep_ray_on_loopback()
 
-START_S = 180.0  # Ray's own start-up, at most
+START_S = 180.0  # limit of the start, of which Ray takes most
 POLL_S = 0.02
 DEAD_ACTOR = re.compile(r"RayActorError|ActorDiedError|ActorUnavailableError|WorkerCrashedError")
 
 
 class Simulation:
-    """A running Flower simulation: a ServerApp that lends its grid, and actors behind it."""
+    """A running Flower simulation: a ServerApp whose grid this process uses, and Ray actors.
+
+    Args:
+        settings: Number and resources of the actors.
+
+    Raises:
+        FedmllmError: It did not start within `START_S`.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -70,8 +66,7 @@ class Simulation:
         if not self._ready.wait(START_S) or self.grid is None:
             self.stop()
             raise FedmllmError(f"Flower's simulation did not start: {self._error or f'nothing within {START_S:.0f} s'}")
-        if threading.current_thread() is threading.main_thread():  # Ray has put a handler of its own in our place
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        patches.restore_sigterm()
 
     def _simulate(self) -> None:
         logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -79,7 +74,8 @@ class Simulation:
 
         @server_app.main()
         def lend(grid: Grid, context: Context) -> None:
-            while len(list(grid.get_node_ids())) < self.settings.num_actors:  # they register beside us
+            # Actors register in threads of their own, and Ray, which replaces the handler of SIGTERM, connects in another one.
+            while len(list(grid.get_node_ids())) < self.settings.num_actors or not patches.ray_is_connected():
                 if self._close.wait(0.05):
                     return
             self.grid = grid
@@ -88,7 +84,7 @@ class Simulation:
 
         try:
             run_simulation(server_app, client_app, self.settings.num_actors, backend_config=self._backend())
-        except BaseException as error:  # flwr leaves by SystemExit where an extra is missing
+        except BaseException as error:  # flwr raises SystemExit if an extra is missing
             self._error = f"{type(error).__name__}: {error}"
         finally:
             self.grid = None
@@ -104,16 +100,17 @@ class Simulation:
         return {"init_args": {**here, **quiet}, "client_resources": resources}
 
     def ended(self) -> str:
-        """Why it no longer runs; "" while it does."""
+        """The reason why it has ended; "" while it runs."""
         return "" if self._thread.is_alive() and self.grid else f"Flower's simulation ended: {self._error or 'stopped'}"
 
     def check(self) -> dict[int, str]:
-        """Nobody is lost while it runs. Raises FedmllmError where it has ended."""
+        """No client is lost while the simulation runs. Raises FedmllmError if it has ended."""
         if reason := self.ended():
             raise FedmllmError(reason)
         return {}
 
     def stop(self) -> None:
+        """End the ServerApp, and with it the actors."""
         self._close.set()
         self._thread.join(timeout=30)
 
@@ -122,7 +119,7 @@ _running: dict[Settings, Simulation] = {}
 
 
 def running(settings: Settings) -> Simulation:
-    """The simulation of this process: started if there is none, started anew for other settings."""
+    """The simulation of this process; started if none runs with these settings."""
     if settings not in _running or _running[settings].ended():
         stop()
         _running[settings] = Simulation(settings)
@@ -135,12 +132,19 @@ def stop() -> None:
         _running.popitem()[1].stop()
 
 
-# Flower's worker threads are waited for when the interpreter ends, before `atexit` runs, and only end when told to.
-threading._register_atexit(stop)  # type: ignore[attr-defined]
+patches.call_before_threads_are_joined(stop)  # Flower's worker threads end only after it
 
 
 class FlowerSimulation:
-    """Engine: (round, what each client receives) -> their updates, in ascending client order."""
+    """Maps (round, what each client receives) to their updates, in ascending client order.
+
+    Args:
+        settings: Of this engine.
+        clients: Their experiment is what the actors load.
+
+    Raises:
+        FedmllmError: Other settings, or clients that do not come from an experiment.
+    """
 
     def __init__(self, settings: EngineSettings, clients: Clients) -> None:
         if not isinstance(settings, Settings) or clients.experiment is None:
@@ -152,7 +156,7 @@ class FlowerSimulation:
     def __call__(self, at: Round, sents: Mapping[int, Sent]) -> Iterator[ClientUpdate | ClientFailure]:
         answers = self._ask(at, {client: sents[client] for client in sorted(sents)})
         if dead := [a.client for a in answers if isinstance(a, ClientFailure) and DEAD_ACTOR.search(a.reason)]:
-            stop()  # Flower puts a dead actor back among the idle ones, where it would fail every message it gets
+            stop()  # Flower puts a dead actor back among the idle ones, where every message to it would fail
             again = {answer.client: answer for answer in self._ask(at, {client: sents[client] for client in dead})}
             answers = [again.get(answer.client, answer) for answer in answers]
         yield from answers
@@ -162,7 +166,7 @@ class FlowerSimulation:
         grid = simulation.grid
         if grid is None:
             raise FedmllmError(simulation.ended())
-        nodes = sorted(grid.get_node_ids())  # alike: a message says which client it is about
+        nodes = sorted(grid.get_node_ids())  # all alike: the message names its client
         packed: dict[int, Packed] = {}
         for tree, clients in distinct({client: sent.travelling() for client, sent in sents.items()}):
             packed |= dict.fromkeys(clients, Packed(tree))

@@ -1,6 +1,7 @@
-"""The ClientApp: trains a client in a Ray actor, which keeps the frozen base and the encoded rows between messages.
+"""The ClientApp of the simulation: trains one client in a Ray actor.
 
-A real site runs no ClientApp that came over the network: its own process serves the messages (`flower_site`).
+An actor keeps the frozen base and the encoded rows between messages. A real site runs no ClientApp that came over the
+network: its own process serves the messages (`flower.site.process`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fedmllm.runs.inputs import Inputs
 
 @dataclass(frozen=True)
 class Job:
-    """What an actor is asked to do. It goes from one process of a user to another, so it may be pickled."""
+    """One client's part of a round. It stays between processes of one user, so it may be pickled."""
 
     experiment: Experiment
     budget: float  # `Clients.budget`
@@ -39,16 +40,16 @@ class Job:
 
 KEPT = "kept"  # key of a reply: the state that the client keeps, as safetensors
 
-_worlds: dict[str, Inputs] = {}  # of this actor: one, the last
+_inputs: dict[str, Inputs] = {}  # of this actor: only of the last experiment
 _clients: dict[tuple[str, float], Clients] = {}
-_loads = 0  # of a base model, in this actor
+_loads = 0  # base models that this actor has loaded
 
 app = ClientApp()
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One client, one round. Whatever fails is Flower's error reply, and the others go on."""
+    """Train one client for one round. An exception becomes Flower's error reply; other clients are not affected."""
     imports, pickled = cloudpickle.loads(message.content[ABOUT]["job"])
     load_plugins(imports, "imports")  # before their classes are unpickled
     job = cast("Job", cloudpickle.loads(pickled))
@@ -64,8 +65,8 @@ def train(message: Message, context: Context) -> Message:
 
 
 def of_actor(job: Job) -> tuple[Clients, Params]:
-    """The clients as this actor sees them, only the job's own with rows; and the adapter before any training."""
-    inputs, key = world_of(job.experiment), (job.experiment.run_id(), job.budget)
+    """The clients of the job's experiment, of which only the job's own has rows; and the adapter before any training."""
+    inputs, key = inputs_of(job.experiment), (job.experiment.run_id(), job.budget)
     if key not in _clients:
         _clients.clear()
         _clients[key] = inputs.clients(job.budget)
@@ -73,13 +74,13 @@ def of_actor(job: Job) -> tuple[Clients, Params]:
     return replace(_clients[key], shards=shards), inputs.start
 
 
-def world_of(experiment: Experiment) -> Inputs:
-    """Loaded once an actor and experiment."""
+def inputs_of(experiment: Experiment) -> Inputs:
+    """The inputs of an experiment, loaded once in this actor."""
     global _loads
     key = experiment.run_id()
-    if key not in _worlds:
-        _worlds.clear()
+    if key not in _inputs:
+        _inputs.clear()
         _clients.clear()
-        _worlds[key] = Inputs.load(experiment)
+        _inputs[key] = Inputs.load(experiment)
         _loads += 1
-    return _worlds[key]
+    return _inputs[key]

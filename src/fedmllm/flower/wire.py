@@ -1,8 +1,8 @@
-"""What both ends of the wire share: names, the one array, and words that somebody else wrote. Loads no torch.
+"""Names and the array format of a message, and text from other machines.
 
 An adapter is ONE array of raw float32: Flower stores and fetches every array of a message as an object of its own, and 200
-tensors cost five times what one costs. The array's data are the numbers and nothing else, so there is no header whose
-claims could be believed, and nothing to unpickle.
+tensors cost five times what one costs. The array's data are the numbers and nothing else: there is no header to trust, and
+nothing to unpickle.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fedmllm.core.errors import FedmllmError
 
 ADAPTER, ABOUT = "adapter", "about"  # the two records of a message
 FLAT = "flat"  # the one array of the adapter record
-REFUSED = "refused"  # key of a reply that holds a reason instead of an update
+REFUSED = "refused"  # key of a reply with a reason instead of an update
 FLOAT32, RAW = "float32", "raw-little-endian"
 LONGEST_WORDS = 2000  # characters of another machine's reason that are kept
 
@@ -24,7 +24,12 @@ def array_record(data: bytes) -> ArrayRecord:
 
 
 def array_data(content: RecordDict) -> bytes:
-    """The raw float32 of a message. Raises FedmllmError where it is anything else; KeyError where there is none."""
+    """The raw float32 of a message.
+
+    Raises:
+        FedmllmError: The array has another type, format or length.
+        KeyError: The message has no adapter.
+    """
     array = content[ADAPTER][FLAT]
     if (array.dtype, array.stype) != (FLOAT32, RAW):
         raise FedmllmError(f"the adapter came as {array.dtype}, {array.stype}; only {FLOAT32}, {RAW} travels"[:200])
@@ -34,7 +39,7 @@ def array_data(content: RecordDict) -> bytes:
 
 
 def legible(words: object) -> str:
-    """What another machine wrote, fit for a terminal and a log: one line, nothing that is not printed, not too long."""
+    """Text from another machine as one printable line of at most `LONGEST_WORDS` characters, for terminals and logs."""
     text = str(words)[: LONGEST_WORDS + 1]
     line = "".join(c if c.isprintable() else " " for c in text)
     return line if len(line) <= LONGEST_WORDS else f"{line[:LONGEST_WORDS]} ..."

@@ -1,4 +1,4 @@
-"""An experiment as the server of real sites runs it: of the training rows it knows the sites' names alone. Loads no torch."""
+"""An experiment as the server of real sites runs it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from fedmllm.scenarios.partitions import ByColumn
 
 
 class AtSites(Dataset):
-    """The server's view of a federation: of the training rows it knows the site's name alone; the test rows are its own."""
+    """The server's view of a federation: one training row per site, with the site's name only, and the server's test rows."""
 
     name: Literal["at-sites"] = "at-sites"
     sites: tuple[str, ...] = Field(min_length=1)
-    own: SerializeAsAny[Dataset]  # of the server: its test rows, modalities and metrics
-    test: bool = True  # whether the server has test rows
+    """Names of the sites; their order numbers the clients."""
+    own: SerializeAsAny[Dataset]
+    """Data set of the server: test rows, modalities and metrics."""
+    test: bool = True
+    """Whether the server has test rows."""
 
     @field_validator("own", mode="before")
     @classmethod
@@ -48,9 +51,15 @@ class AtSites(Dataset):
 
 
 def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Experiment:
-    """The experiment as the server runs it over real sites: site names in order are clients 0, 1, ...
+    """The experiment as the server runs it over real sites.
 
-    Raises ConfigError where it asks for what only a simulation can do.
+    Args:
+        experiment: As loaded from TOML.
+        sites: Names of the sites: clients 0, 1, ...
+        test: Whether the server has test rows.
+
+    Raises:
+        ConfigError: The experiment needs a simulation, or more sites than there are.
     """
     if experiment.method != "federated":
         raise ConfigError(f"method: got {experiment.method!r}; over real sites only 'federated' is possible")

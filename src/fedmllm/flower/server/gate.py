@@ -1,7 +1,7 @@
-"""The one door of a server: passes the sites' path on to SuperLink and answers 404 to everything else.
+"""Reverse proxy of a server: forwards only the sites' path to SuperLink.
 
-SuperLink serves sites (`/v1/fleet/`), whoever starts runs (`/v1/control/`) and its own processes (`/v1/runtime/`) on one
-port, and without single sign-on only the first asks who is calling. So it listens on loopback, and this listens outside.
+SuperLink serves sites (`/v1/fleet/`), control (`/v1/control/`) and its own processes (`/v1/runtime/`) on one port, and
+without single sign-on only the first authenticates the caller. So SuperLink listens on loopback and the gate on the network.
 `python -m fedmllm.flower.server.gate FOLDER HOST PORT SUPERLINK_PORT`.
 """
 
@@ -26,7 +26,7 @@ TIMEOUT_S = 300.0
 
 
 class Call(StringConvertor):
-    """A call's name: no dot, slash or percent sign, so that no spelling of a path leads out of the sites' own."""
+    """Name of a call, without dot, slash and percent sign: no spelling of a path leads outside `/v1/fleet/`."""
 
     regex = "[a-z][a-z-]{0,63}"
 
@@ -35,7 +35,15 @@ register_url_convertor("call", Call())
 
 
 def gate(superlink: str, ca: Path) -> Starlette:
-    """The app. `superlink` is "https://127.0.0.1:PORT", whose certificate `ca` has signed."""
+    """The ASGI app of the gate.
+
+    Args:
+        superlink: "https://127.0.0.1:PORT".
+        ca: Certificate of the authority that signed SuperLink's.
+
+    Returns:
+        An app that forwards `POST /v1/fleet/NAME` and answers 404 or 405 to anything else.
+    """
     client = httpx.AsyncClient(verify=ssl.create_default_context(cafile=str(ca)), timeout=TIMEOUT_S)
 
     async def forward(request: Request) -> Response:

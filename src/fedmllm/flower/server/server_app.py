@@ -1,7 +1,7 @@
-"""The ServerApp of a real federation: our round loop over the sites' answers, with checkpoints, on the server's machine.
+"""The ServerApp of a real federation: the round loop over the sites' replies.
 
-A round asks each site of the cohort once. Too few answers: those that are missing are asked again; still too few: the run
-stops with a reason, and `--resume` goes on from its last finished round. Nothing waits without an end.
+A round asks each site of the cohort once. After too few replies the missing sites are asked again; after too few attempts
+the run stops with a reason, and `--resume` continues from its last finished round. Every wait has a limit.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
-from flwr.superlink.grid import http_grid
 
 from fedmllm.config.engine import Engine as EngineSettings
 from fedmllm.config.engine import FlowerSites as Settings
@@ -25,29 +23,28 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import is_finite
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent
 from fedmllm.federation.client import Clients
+from fedmllm.flower import patches
 from fedmllm.flower.messages import Packed, ask, read_update
-from fedmllm.flower.patient import be_patient
+from fedmllm.flower.request import Request
 from fedmllm.flower.server.experiment import AtSites
-from fedmllm.flower.site.config import Request
 from fedmllm.runs.run import run
 
 POLL_S = 0.2
-LATE_S = 5.0  # that a message outlives its round: the reason is then ours, "no answer within ...", not Flower's "unavailable"
-PATIENCE_S = 60.0  # with a SuperLink that does not answer; started anew it would not know this run
-PULL_S, PULL_FIRST_S, PULL_CAP_S = 600.0, 0.05, 0.5  # for an answer's parts: in all, between looks at first and later
-RESTARTED = "its SuperNode was started anew and has forgotten the request"
+LATE_S = 5.0  # a message lives longer than its round, so that the reason is "no reply within ...", not Flower's "unavailable"
+PATIENCE_S = 60.0  # with a SuperLink that does not respond; a restarted one does not know this run
+RESTARTED = "its SuperNode was restarted and lost the request"
 Answers = dict[int, ClientUpdate | ClientFailure]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What `fedmllm server run` hands over, as a JSON file on the server's machine."""
+    """Arguments of a run, as `fedmllm server run` writes them into a JSON file on the server's machine."""
 
     experiment: Experiment  # as `over_sites` made it
-    nodes: Mapping[str, int]  # site -> Flower's node id, bound to the site's key; client 0 first
+    nodes: Mapping[str, int]  # site -> Flower's id of its node, which is bound to the site's key; client 0 first
     out: Path
     resume: bool
-    folder: Path  # from where the paths of the experiment count
+    folder: Path  # base of the experiment's relative paths
 
     @classmethod
     def read(cls, path: Path) -> Job:
@@ -58,20 +55,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Link:
-    """The sites that a ServerApp can reach: lent to the engine while the app runs."""
+    """Connection of the running ServerApp to the sites, for the engine."""
 
     grid: Grid
     nodes: Sequence[int]  # of client 0, 1, ...
 
-
-# An answer is announced before its parts are there. Flower looks for them again after 1, 2, 4 s, and up to two hours long.
-http_grid.pull_objects = partial(
-    http_grid.pull_objects,
-    max_time=PULL_S,
-    max_tries_per_object=None,
-    initial_backoff=PULL_FIRST_S,
-    backoff_cap=PULL_CAP_S,
-)
 
 _link: list[Link] = []
 app = ServerApp()
@@ -79,25 +67,32 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the job whose file the run's configuration names. Ends with an error where the run stopped."""
+    """Run the job that the run's configuration names. Raises if the run stopped before its end."""
     job = Job.read(Path(str(context.run_config["job"])))
     os.chdir(job.folder)
-    be_patient()
-    grid._retry_invoker.max_time = (
-        PATIENCE_S  # Flower's own has no end: its threads would outlive a SuperLink that is gone
-    )
+    patches.retry_server_errors()
+    patches.pull_replies_often()
+    patches.limit_retries(grid, PATIENCE_S)
     _link[:] = [Link(grid, tuple(job.nodes.values()))]
     run(job.experiment, job.out, resume=job.resume)
 
 
 class Sites:
-    """Engine: (round, what each client receives) -> what the sites responded, in ascending client order."""
+    """Engine `flower-sites`: maps (round, what each client receives) to the replies, in ascending client order.
+
+    Args:
+        settings: Of this engine.
+        clients: The server's view of them: `AtSites`.
+
+    Raises:
+        FedmllmError: Other settings or data, or no running ServerApp.
+    """
 
     def __init__(self, settings: EngineSettings, clients: Clients) -> None:
         if not isinstance(settings, Settings) or not clients.experiment:
             raise FedmllmError("engine flower-sites needs its own settings")
         if not _link:
-            raise FedmllmError("engine flower-sites: run it with `fedmllm server run`, which reaches the sites")
+            raise FedmllmError("engine flower-sites: run it with `fedmllm server run`, which connects to the sites")
         self._settings, self._clients, self._link = settings, clients, _link[0]
         self._experiment = clients.experiment
         if not isinstance(self._experiment.data, AtSites):
@@ -122,8 +117,8 @@ class Sites:
             if not usable(a)
         )
         raise FedmllmError(
-            f"round {round_}: {num_usable} of {len(cohort)} sites answered, engine.min_sites is {s.min_sites}, "
-            f"after {s.attempts} attempts ({said}). --resume goes on from round {round_ - 1}"
+            f"round {round_}: {num_usable} of {len(cohort)} sites replied, engine.min_sites is {s.min_sites}, "
+            f"after {s.attempts} attempts ({said}). --resume continues from round {round_ - 1}"
         )
 
     def _attempt(self, params: Params, round_: int, cohort: Sequence[int]) -> Answers:
@@ -134,7 +129,7 @@ class Sites:
         messages = {k: self._message(packed, round_, k) for k in since}
         answers: Answers = {k: ClientFailure(k, "not connected") for k in cohort}
 
-        def lost() -> dict[int, str]:  # a SuperNode that was killed forgets what it had fetched, and Flower waits on
+        def lost() -> dict[int, str]:  # a SuperNode that was killed loses what it had fetched; Flower does not notice
             now = activations(grid)
             return {k: RESTARTED for k in since if now.get(self._link.nodes[k], since[k]) != since[k]}
 
@@ -143,7 +138,7 @@ class Sites:
         return answers
 
     def _connected(self, cohort: Sequence[int]) -> dict[int, str]:
-        """Client -> since when, of those that are connected, once all are or `connect_s` is over."""
+        """The connected clients with the time since when, once all are connected or `connect_s` is over."""
         until = time.monotonic() + self._settings.connect_s
         while True:
             known = activations(self._link.grid)
@@ -156,15 +151,15 @@ class Sites:
         base = self._clients.backbone.digest
         request = Request.of(self._experiment, base, self._names[client], client, round_)
         content = packed.content({"request": request.model_dump_json()})
-        ttl = self._settings.round_timeout_s + LATE_S  # a site that was away does not work off what is over
+        ttl = self._settings.round_timeout_s + LATE_S  # a site that reconnects does not train for a round that is over
         return Message(content, self._link.nodes[client], "train", ttl=ttl, group_id=str(round_))
 
 
 def activations(grid: Grid) -> dict[int, str]:
-    """Node id -> when it connected last, of the nodes that are connected."""
+    """The connected nodes with the time of their last connection."""
     return {node.node_id: node.last_activated_at for node in grid.get_nodes()}
 
 
 def usable(answer: ClientUpdate | ClientFailure | None) -> bool:
-    """Whether it can count towards `min_sites`; limits of the screen are checked later, by the loop."""
+    """Whether a reply counts towards `min_sites`. The round loop applies the update filter later."""
     return isinstance(answer, ClientUpdate) and is_finite(answer.delta)

@@ -1,4 +1,4 @@
-"""Whether a run of a real federation goes on: what SuperLink says of it, and where it says nothing, the run's record."""
+"""Liveness of a run: the lock of its record, and SuperLink's status."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from pathlib import Path
 
 from fedmllm.core.errors import FedmllmError
 
-STATUS_S = 5.0  # between two questions to SuperLink how a run is
-SILENT_S = 120.0  # without an answer of SuperLink or a sign of the run, until the run counts as lost
-PENDING_S = 300.0  # for SuperLink to begin a run
+STATUS_S = 5.0  # between two queries of SuperLink
+SILENT_S = 120.0  # without a response from SuperLink and a record: then the run counts as lost
+PENDING_S = 300.0  # for SuperLink to start a run
 
 
 class Watch:
-    """Whether a run has ended. It lives while it holds its record; only where it does not is SuperLink asked, which is dear."""
+    """Whether a run has ended.
+
+    A run is alive while it holds its record's lock; SuperLink is queried only otherwise, because the query is slow.
+
+    Args:
+        ask: Maps a run's id to its status and details, as `Server.status`.
+        run_id: Flower's id of the run.
+        record: The run's `record.jsonl`, which may not exist yet.
+    """
 
     def __init__(self, ask: Callable[[str], tuple[str, str]], run_id: str, record: Path) -> None:
         self._ask, self._run_id, self._record = ask, run_id, record
@@ -24,7 +32,11 @@ class Watch:
         self._check, self._wrote = self._began + STATUS_S, False
 
     def ended(self) -> bool:
-        """Raises FedmllmError where SuperLink never begins the run."""
+        """Whether the run has ended; `status` and `details` are then its last ones.
+
+        Raises:
+            FedmllmError: SuperLink has not started the run within `PENDING_S`.
+        """
         now = time.monotonic()
         if self._record.exists() and is_written(self._record):
             self._heard, self._wrote = now, True
@@ -32,20 +44,18 @@ class Watch:
         if now > self._check:
             self.status, self.details = self._ask(self._run_id)
             self._check = time.monotonic() + STATUS_S
-        if (
-            self.status == "unreachable"
-        ):  # it may just be busy; but a run that held its record and does so no more is gone
+        if self.status == "unreachable":  # SuperLink may be busy; a run that released its lock has ended
             return self._wrote or now - self._heard > SILENT_S
         self._heard = now
         if self.status in ("pending", "starting") and now - self._began > PENDING_S:
             raise FedmllmError(
-                f"SuperLink has not begun run {self._run_id} for {PENDING_S:.0f} s; start `fedmllm server start` anew"
+                f"SuperLink has not started run {self._run_id} within {PENDING_S:.0f} s; restart `fedmllm server start`"
             )
         return self.status.startswith("finished")
 
 
 def is_written(record: Path) -> bool:
-    """Whether a run holds the lock of this record, which ends with its process."""
+    """Whether a running process has the lock of this record."""
     with record.open("ab") as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

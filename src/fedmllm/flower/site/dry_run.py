@@ -1,4 +1,4 @@
-"""What a site would send for an experiment: trained for real, printed to the byte, and sent to nobody."""
+"""Dry run of a site: train one round and print the reply without sending it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from pathlib import Path
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest, manifest_digest, norm
-from fedmllm.flower.site.config import Request, Site
+from fedmllm.flower.request import Request
+from fedmllm.flower.site.config import Site
 from fedmllm.flower.site.process import reply_content
 from fedmllm.flower.site.trainer import Trainer
 from fedmllm.flower.wire import ABOUT, ADAPTER, FLAT
 
 
 def dry_run(site_file: Path, experiment_file: Path, out: Path | None, say: Callable[[str], None]) -> None:
-    """Train round 1 of the experiment on this site's rows and say what would leave.
+    """Train round 1 of the experiment on this site's rows and print what would leave.
 
     Args:
         site_file: SITE.toml.
-        experiment_file: An experiment, of which a server could ask; its own data and paths are not looked at.
-        out: Where to write the array as it would be sent (float32, little-endian, nothing else), if anywhere.
-        say: Takes one line.
+        experiment_file: An experiment that a server could run; its own data and paths are not read.
+        out: File for the array as it would be sent (float32, little-endian), or None.
+        say: Called with each line.
+
+    Raises:
+        Refused: The site does not allow the request.
     """
     site, experiment = Site.load(site_file), Experiment.load(experiment_file)
     trainer = Trainer(site)
@@ -34,14 +39,17 @@ def dry_run(site_file: Path, experiment_file: Path, out: Path | None, say: Calla
     delta, about = trainer.train(request, flatten(start).numpy(), manifest_digest(start))
     content = reply_content(about, flatten(delta).numpy().tobytes(), manifest_digest(start))
     array = content[ADAPTER][FLAT]
-    say("this site would answer:")
+    say("this site would reply:")
     say(f"  delta         {len(manifest(delta))} LoRA tensors as one {array.dtype} array of shape {list(array.shape)}, "
         f"{len(array.data)} bytes, norm {norm(delta):.6g}")  # fmt: skip
     for key, value in content[ABOUT].items():
         say(f"  {key:<13} {value!r}, {len(str(value).encode())} bytes")
     total = sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
-    say(f"  in all        {total} bytes as Flower packs them, and Flower's own head of a message (ids, times, sizes)")
+    say(f"  in total      {total} bytes as Flower packs them, and Flower's message header (ids, times, sizes)")
     if out:
-        out.write_bytes(array.data)
+        try:
+            out.write_bytes(array.data)
+        except OSError as error:
+            raise FedmllmError(f"--adapter: {out}: cannot be written: {error.strerror}") from None
         say(f"the array as it would be sent: {out}")
     say("nothing was sent")

@@ -1,8 +1,8 @@
-"""A site's process: Flower's SuperNode beside it, a resident trainer below it, and in between only what the site allows.
+"""A site's process, between Flower's SuperNode and the resident trainer.
 
 The SuperNode runs with `--isolation process`: it fetches messages and starts nothing. This process takes the messages from
-it as Flower's own executor would, but never looks at the app that came with them: no code of the server runs at a site, no
-process starts for a message, and the base model is loaded once.
+it as Flower's executor would, but never opens the app that came with them: no code of the server runs at a site, no process
+is started for a message, and the base model is loaded once.
 """
 
 from __future__ import annotations
@@ -40,25 +40,36 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fedmllm.core.errors import FedmllmError
 from fedmllm.flower.keys import refuse_open_key
+from fedmllm.flower.patches import PULL_CAP_S, PULL_FIRST_S, PULL_S, set_message_id
 from fedmllm.flower.processes import exclusive_lock, stop
 from fedmllm.flower.site.config import Site
+from fedmllm.flower.site.probe import report_reachability
 from fedmllm.flower.site.resident import ResidentTrainer
 from fedmllm.flower.site.supernode import SuperNode
 from fedmllm.flower.wire import ABOUT, ADAPTER, REFUSED, array_data, array_record, legible
 
 POLL_S = 0.2
-PULL_S, PULL_FIRST_S, PULL_CAP_S = 600.0, 0.05, 0.5  # for a message's objects: in all, between looks at first and later
 
 
 def run_site(path: Path) -> None:
-    """Serve the site of SITE.toml until SIGINT or SIGTERM. Children end with it, however it ends."""
+    """Serve a site until SIGINT or SIGTERM. Child processes end with this one, however it ends.
+
+    Args:
+        path: Of SITE.toml.
+
+    Raises:
+        FedmllmError: A file is missing, the key has an unsafe mode, or another process serves this site.
+    """
     site = Site.load(path)
     for key, file in {"ca": site.ca, "key": site.key}.items():
         if not file.is_file():
             raise FedmllmError(f"{path}: {key}: {file}: no such file")
     refuse_open_key(site.key)
     state = path.absolute().parent / f"{path.stem}-state"
-    state.mkdir(mode=0o700, exist_ok=True)
+    try:
+        state.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise FedmllmError(f"{state}: cannot be made: {error.strerror}") from None
     signal.signal(signal.SIGTERM, _interrupt)
 
     def tell(line: str) -> None:
@@ -67,19 +78,23 @@ def run_site(path: Path) -> None:
     with contextlib.closing(exclusive_lock(state)), contextlib.closing(ResidentTrainer(site, path)) as trainer:
         node = SuperNode(site, state, tell)
         tell(f"serving {site.server}; log of the SuperNode: {state / 'supernode.log'}")
+        ended = threading.Event()
+        about_server = (site.server, site.ca, tell, ended)
+        threading.Thread(target=report_reachability, args=about_server, daemon=True).start()
         try:
             for token in tasks(node):
-                # A message of a run that died with its SuperLink has lost its content, which is looked for until PULL_S: every
-                # message has a thread of its own, so that the next one does not wait. The trainer takes one at a time.
+                # The content of a message is lost if its run died with SuperLink, and is waited for until PULL_S. Each message
+                # has a thread of its own, so that the next one does not wait. The trainer serves one at a time.
                 threading.Thread(target=serve_task, args=(node, token, trainer, tell), daemon=True).start()
         except KeyboardInterrupt:
             tell("stopped")
         finally:
+            ended.set()
             stop(node.process)
 
 
 def tasks(node: SuperNode) -> Iterator[str]:
-    """The tokens of the tasks that the SuperNode holds for us, as they come; never ends by itself."""
+    """The tokens of the SuperNode's tasks, as they come. Never ends by itself."""
     client = node.client()
     request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
     while True:
@@ -95,7 +110,14 @@ def tasks(node: SuperNode) -> Iterator[str]:
 
 
 def serve_task(node: SuperNode, token: str, trainer: ResidentTrainer, tell: Callable[[str], None]) -> None:
-    """One message: from the SuperNode, through the trainer, back to the SuperNode, which gets a reply in any case."""
+    """Serve one message; the SuperNode gets a reply in any case.
+
+    Args:
+        node: That has the task.
+        token: Of the task.
+        trainer: Of this site.
+        tell: Called with each line for the operator.
+    """
     process, client = node.process, node.client(token)
     heartbeat = HeartbeatSender(beat(client))
     heartbeat.start()
@@ -106,13 +128,13 @@ def serve_task(node: SuperNode, token: str, trainer: ResidentTrainer, tell: Call
         push_message(client, Message(content, reply_to=message), context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
         tell(legible(said))
-    except Exception as error:  # the next message must find this process alive
+    except Exception as error:  # this process must survive for the next message
         tell(legible(f"a message was lost: {type(error).__name__}: {error}"))
         if message and context:
             try:
                 reason = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"the site lost it: {type(error).__name__}")
                 push_message(client, Message(reason, reply_to=message), context)
-            except Exception:  # without a reply a SuperNode waits for one, for ever, and fetches nothing more
+            except Exception:  # a SuperNode without a reply waits for ever and fetches no other message
                 stop(process)
         push_task_output(client, None, SubStatus.FAILED, type(error).__name__)
     finally:
@@ -122,13 +144,13 @@ def serve_task(node: SuperNode, token: str, trainer: ResidentTrainer, tell: Call
 
 
 def beat(client: RuntimeHttpClient) -> Callable[[], bool]:
-    """A task's heartbeat. Unlike Flower's own it does not end this process where the SuperNode has given the task up."""
+    """A task's heartbeat. Unlike Flower's own it does not end this process if the SuperNode has dropped the task."""
 
     def send() -> bool:
         try:
             client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
         except httpx.HTTPStatusError:
-            return True  # it is no longer ours; the push of the reply will say so
+            return True  # the task was dropped; the push of the reply will fail
         except httpx.HTTPError:
             return False
         return True
@@ -137,7 +159,17 @@ def beat(client: RuntimeHttpClient) -> Callable[[], bool]:
 
 
 def pull(client: RuntimeHttpClient) -> tuple[Message, Context]:
-    """The task's message. What Flower's executor does, but it asks more often, gives up, and leaves the app where it is."""
+    """Fetch a task's message, as Flower's executor does, but more often, with a time limit, and without the app.
+
+    Args:
+        client: For the task.
+
+    Returns:
+        The message and its context.
+
+    Raises:
+        FedmllmError: The task has no message.
+    """
     context = context_from_proto(client.PullTaskInput(PullTaskInputRequest()).context)
     found = client.PullMessages(PullAppMessagesRequest())
     if not found.messages_list:
@@ -153,12 +185,20 @@ def pull(client: RuntimeHttpClient) -> tuple[Message, Context]:
         initial_backoff=PULL_FIRST_S,
         backoff_cap=PULL_CAP_S,
     )
-    message.metadata.__dict__["_message_id"] = tree.object_id  # a message does not hold its own id
+    set_message_id(message, tree.object_id)
     return message, context
 
 
 def answer(message: Message, trainer: ResidentTrainer) -> tuple[RecordDict, str]:
-    """-> (the reply's content, a line for the site's own eyes)."""
+    """Train as a message asks.
+
+    Args:
+        message: From the server.
+        trainer: Of this site.
+
+    Returns:
+        The reply's content, and a line for the site's operator.
+    """
     try:
         about = message.content[ABOUT]
         head = {"request": str(about["request"]), "manifest": str(about["manifest"])}
@@ -173,7 +213,7 @@ def answer(message: Message, trainer: ResidentTrainer) -> tuple[RecordDict, str]
 
 
 def reply_content(said: dict[str, Any], delta: bytes, manifest: str) -> RecordDict:
-    """All that leaves a site after a round: the delta, the row count, the metrics that the site allows."""
+    """Everything that leaves a site after a round: the delta, the row count, the metrics that the site allows."""
     words = {"manifest": manifest, "num_examples": said["num_examples"], "metrics": json.dumps(said["metrics"])}
     return RecordDict({ADAPTER: array_record(delta), ABOUT: ConfigRecord(words)})
 
@@ -184,7 +224,7 @@ def _refusal(reason: str) -> tuple[RecordDict, str]:
 
 
 def say(line: str) -> None:
-    """A line for the site's own people, with the time."""
+    """Print a line for the site's operator, with the time."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 

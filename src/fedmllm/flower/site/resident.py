@@ -1,4 +1,4 @@
-"""The site's end of its trainer: started by itself, started anew when it died or hangs, ended with the site."""
+"""Parent's end of the resident trainer: start, requests, restart after a crash or a timeout."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from fedmllm.flower.processes import stop
-from fedmllm.flower.site.config import Site, quiet_environment
+from fedmllm.flower.processes import quiet_environment, stop
+from fedmllm.flower.site.config import Site
 from fedmllm.flower.wire import REFUSED
 
 
 class ResidentTrainer:
-    """The trainer's process, and an anonymous socket pair to it that nobody else can open."""
+    """The trainer's process, connected by an anonymous socket pair.
+
+    Args:
+        site: Its own file.
+        path: Of that file, which the trainer reads.
+    """
 
     def __init__(self, site: Site, path: Path) -> None:
         self._site, self._path = site, path
@@ -34,12 +39,20 @@ class ResidentTrainer:
         self._link = Connection(ours.detach())
 
     def ask(self, head: dict[str, str], adapter: bytes) -> tuple[dict[str, Any], bytes]:
-        """-> (what is said, the delta). A trainer that dies or hangs is a reason, and is replaced."""
+        """Send a request and wait for the reply. A trainer that dies or exceeds its time limit is restarted.
+
+        Args:
+            head: "request" and "manifest", as text.
+            adapter: Raw float32.
+
+        Returns:
+            The reply's head, with `REFUSED` if there is no update, and the delta's raw float32.
+        """
         with self._lock:
             if self.process.poll() is not None:
                 self._restart()
             began, limit = time.monotonic(), self._site.task_timeout_s
-            # It may hang while it reads or writes, too, where no time limit can be set: so it is killed, which ends both.
+            # Reads and writes of the socket have no time limit; killing the trainer ends them.
             watch = threading.Timer(limit, self.process.kill)
             watch.start()
             try:
@@ -50,7 +63,7 @@ class ResidentTrainer:
                 slow = time.monotonic() - began >= limit
                 what = f"took longer than {limit:g} s" if slow else f"died (exit status {self._exit_status()})"
                 self._restart()
-                return {REFUSED: f"site {self._site.name}: the trainer {what}; it was started anew"}, b""
+                return {REFUSED: f"site {self._site.name}: the trainer {what}; it was restarted"}, b""
             finally:
                 watch.cancel()
 
@@ -64,5 +77,6 @@ class ResidentTrainer:
         self._start()
 
     def close(self) -> None:
+        """End the trainer."""
         self._link.close()
         stop(self.process)

@@ -1,7 +1,8 @@
-"""A site's resident trainer: holds the frozen base for as long as the site runs, and trains when the site's process asks.
+"""Resident trainer of a site, in a process of its own.
 
-It is a child of that process and talks with it over an anonymous socket pair, which nobody else can open. A message is a
-JSON head and the adapter's raw float32; it needs no Flower. `python -m fedmllm.flower.site.trainer FD SITE.toml`.
+It loads the frozen base once and trains at each request of the site's process, its parent. The two are connected by an
+anonymous socket pair, which no other process can open. A message is a JSON head and the adapter's raw float32.
+`python -m fedmllm.flower.site.trainer FD SITE.toml`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,17 @@ from fedmllm.core.errors import ConfigError
 from fedmllm.core.tensors import flatten, manifest_digest, unflatten
 from fedmllm.core.types import Example, Params, Round, Sent, Shard
 from fedmllm.federation.client import Clients, RowStore, planned_steps
-from fedmllm.flower.site.config import Refused, Request, Site
+from fedmllm.flower.request import Request
+from fedmllm.flower.site.config import Refused, Site
+from fedmllm.flower.site.plausibility import implausible_adapter, scales, suppressed_updates
 
 
 class Trainer:
-    """One site's base model, loaded once, and its encoded rows, kept while the settings that shape them stay."""
+    """One site's base model and encoded rows, kept while the settings that they depend on stay the same.
+
+    Args:
+        site: Its own file.
+    """
 
     def __init__(self, site: Site) -> None:
         self.site, self.num_loads = site, 0
@@ -38,35 +45,53 @@ class Trainer:
         self._loaded: tuple[BackboneSpec, int] | None = None
         self._backbone: Backbone | None = None
         self._store: tuple[Any, RowStore] | None = None
+        self._scales: dict[str, float] = {}  # of the adapter before any training
 
     def train(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> tuple[Params, dict[str, Any]]:
-        """-> the delta, and what is said about it. Raises Refused where the site does not allow it.
+        """Train for one round. Settings are checked before anything is built from them.
 
-        Settings are judged before anything is built from them: what is refused costs no memory.
+        Args:
+            request: From the server.
+            flat: The adapter to start from, in the order of its manifest.
+            manifest: Digest of its names and shapes.
+
+        Returns:
+            The delta, and the row count with the metrics that may leave.
+
+        Raises:
+            Refused: The site does not allow the request, the adapter, or the delta that came of it.
         """
         shard = self._rows(request.client)
-        if reason := self.site.refuse(request, planned_steps(request.train, len(shard.rows))):
+        num_steps = planned_steps(request.train, len(shard.rows))
+        if reason := self.site.refuse(request, num_steps, len(shard.rows)):
             raise Refused(reason)
         backbone = self.backbone(request)
         if reason := self.site.refuse_base(request, backbone.digest):
             raise Refused(reason)
-        clients, start = self._clients(request, backbone, shard), backbone.lora()
-        if manifest != (ours := manifest_digest(start)):
-            raise Refused(
-                f"refused by site {self.site.name}: manifest {manifest[:12]} of the adapter is not the one here, {ours[:12]}"
-            )
+        clients, own = self._clients(request, backbone, shard), backbone.lora()
+        if manifest != (ours := manifest_digest(own)):
+            reason = f"manifest {manifest[:12]} of the adapter is not the one here, {ours[:12]}"
+            raise Refused(self.site.refusal([reason]))
+        start, allow = unflatten(torch.from_numpy(flat), own), self.site.allow
+        if reason := self.site.refusal(implausible_adapter(start, self._scales, allow)):
+            raise Refused(reason)
         at = Round(request.round, request.seed, request.num_rounds, (request.client,), 1)
-        update = clients.update(request.client, at, Sent(unflatten(torch.from_numpy(flat), start)))
+        update = clients.update(request.client, at, Sent(start))
+        rate = clients.round_lr(request.round)
+        moved = suppressed_updates(update.delta, start, request.train, rate, num_steps, allow.min_movement)
+        if reason := self.site.refusal(moved):
+            raise Refused(reason)
         metrics = {k: v for k, v in update.metrics.items() if k in self.site.allow.metrics}
         return update.delta, {"num_examples": update.num_examples, "metrics": metrics}
 
     def backbone(self, request: Request) -> Backbone:
-        """The base with the LoRA that the request describes: loaded at the first request, kept while that stays."""
+        """The base model with the LoRA of a request, kept until a request has another one."""
         same = {"lora": request.lora, "precision": request.precision, "max_tokens": request.max_tokens}
         spec = self.site.backbone.model_copy(update=same)
         if self._backbone is None or self._loaded != (spec, request.seed):
             self._backbone = self._store = None  # the old one leaves memory before the new one comes
             self._backbone = spec.load(request.seed)
+            self._scales = scales(self._backbone.lora())
             self._loaded = (spec, request.seed)
             self.num_loads += 1
         return self._backbone
@@ -92,7 +117,12 @@ class Trainer:
 
 
 def serve(site: Site, link: Connection) -> None:
-    """Answer until the other side is gone. An error of ours is an answer; so is any other, and the trainer goes on."""
+    """Serve requests until the parent closes the connection. Errors are returned as replies; the trainer keeps running.
+
+    Args:
+        site: Its own file.
+        link: To the site's process.
+    """
     trainer = Trainer(site)
     while True:
         try:
@@ -116,18 +146,18 @@ def serve(site: Site, link: Connection) -> None:
 def _request(text: str) -> Request:
     try:
         return Request.read(text)
-    except ConfigError as error:  # it speaks of the request alone
+    except ConfigError as error:  # about the request only, so it may leave the site
         raise Refused(str(error)) from None
 
 
 def _floats(body: bytes) -> np.ndarray[Any, Any]:
     if len(body) % 4:
-        raise Refused(f"the adapter has {len(body)} bytes, no whole number of float32")
+        raise Refused(f"the adapter has {len(body)} bytes, which is not a whole number of float32")
     return np.frombuffer(bytearray(body), dtype=np.float32)
 
 
 def _end_with(parent: int) -> None:
-    """Where the site's process dies in the middle of a round, nobody reads the answer."""
+    """End this process when the site's process has died: the reply has no reader."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,0 +1,142 @@
+"""Request of a server to a site: settings of one round, without any path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, cast, get_args
+
+from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny
+
+from fedmllm.algorithms.objectives import Objective, TaskLoss
+from fedmllm.backbones.base import Lora, Precision
+from fedmllm.config.experiment import FAMILIES, Experiment
+from fedmllm.config.train import Train
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.spec import Spec, validate
+from fedmllm.data.prompts import Plain, Prompt
+
+Metric = Literal["loss", "num_steps", "num_tokens", "time_s"]  # what a client's training can report
+METRICS: tuple[Metric, ...] = get_args(Metric)
+LARGEST_REQUEST = 2**20  # characters of settings
+NOT_SETTINGS = frozenset({"version", "run_id", "site", "client", "round", "base"})
+
+
+def check_name(name: str) -> str:
+    """Check a site's name, which goes into commands, logs and terminals.
+
+    Args:
+        name: From a site's file or the command line.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: It is empty, too long, or has characters that are not printable.
+    """
+    if not 1 <= len(name) <= 100 or not name.isprintable() or name != name.strip() or name.startswith("-"):
+        raise ValueError("a name has 1 to 100 printable characters, no space at its ends and no dash at its beginning")
+    return name
+
+
+class Request(Spec):
+    """Settings of one round at one site; the adapter to start from travels with it."""
+
+    version: Literal[1] = 1
+    run_id: str
+    """Of the experiment as the server runs it."""
+    site: str
+    """Name of the site."""
+    client: int = Field(ge=0, lt=100_000)
+    """Number of the site, which names its random streams."""
+    round: PositiveInt
+    """Counts from 1."""
+    num_rounds: PositiveInt
+    """Of the run, for schedules."""
+    seed: NonNegativeInt
+    """Of the run."""
+    base: str
+    """Digest of the server's base model."""
+    prompt: SerializeAsAny[Prompt] = Plain()
+    """How rows are rendered; a template's wording, never its path."""
+    objective: SerializeAsAny[Objective] = TaskLoss()
+    """Local objective."""
+    train: Train = Train()
+    """Local training."""
+    lora: Lora = Lora()
+    """Adapter of the base model."""
+    precision: Precision = Precision()
+    """Number formats of the base model."""
+    max_tokens: PositiveInt = 1200
+    """Longest row in tokens."""
+
+    @classmethod
+    def of(cls, experiment: Experiment, base: str, site: str, client: int, round_: int) -> Request:
+        """One site's part of an experiment.
+
+        Args:
+            experiment: As the server runs it.
+            base: Digest of the server's base model.
+            site: Name of the site.
+            client: Its number.
+            round_: Counts from 1.
+
+        Returns:
+            A request without any of the server's paths.
+        """
+        e, prompt = experiment, experiment.prompt.model_dump(mode="json")
+        if "template" in prompt:
+            prompt["template"] = ""  # the wording itself travels
+        return cls(
+            run_id=e.run_id(),
+            site=site,
+            client=client,
+            round=round_,
+            num_rounds=e.num_rounds,
+            seed=e.seed,
+            base=base,
+            prompt=Prompt.pick(prompt, "prompt"),
+            objective=e.objective,
+            train=e.train,
+            lora=e.backbone.lora,
+            precision=e.backbone.precision,
+            max_tokens=e.backbone.max_tokens,
+        )
+
+    @classmethod
+    def read(cls, text: str) -> Request:
+        """Read a request from the network. Reads no file.
+
+        Args:
+            text: JSON.
+
+        Raises:
+            ConfigError: With every bad key, or because the text is too long or not a table.
+        """
+        if len(text) > LARGEST_REQUEST:
+            raise ConfigError(f"request: {len(text)} characters; at most {LARGEST_REQUEST} are allowed")
+        try:
+            table = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"request: not JSON: {error}") from None
+        if not isinstance(table, dict):
+            raise ConfigError(f"request: got {type(table).__name__}; a table is required")
+        prompt = table.get("prompt")
+        if isinstance(prompt, dict) and prompt.get("template"):
+            raise ConfigError("request.prompt.template: names a file; a server may send a wording, never a path")
+        for key in ("prompt", "objective"):
+            if key in table:
+                table[key] = FAMILIES[key].pick(table[key], f"request.{key}")
+        return cast("Request", validate(cls, table, "request"))
+
+    def settings(self) -> dict[str, Any]:
+        """All settings that a site may allow or refuse, by dotted path."""
+        return dict(_leaves(self.model_dump(mode="json", exclude=set(NOT_SETTINGS))))
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
