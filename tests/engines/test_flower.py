@@ -16,10 +16,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.types import ClientFailure, ClientUpdate
+from fedmllm.core.types import ClientFailure, ClientUpdate, Round
 from fedmllm.flower.messages import LONGEST_METRICS, Packed, ask, read_update, refusal, unpack, update_content
 from fedmllm.flower.wire import ABOUT, ADAPTER, FLAT, LONGEST_WORDS, RAW, legible
 
+AT = Round(1, 0, 1, (0, 1, 2), 3)
 PARAMS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1.5])}
 
 
@@ -137,7 +138,7 @@ def test_an_empty_cohort_gives_an_empty_reply():
 def test_aggregation_does_not_depend_on_who_answers_first():
     updates = [ClientUpdate(k, {"a": torch.tensor([0.1 * k + 0.3])}, k + 1, {}) for k in range(3)]
     start = {"a": torch.zeros(1)}
-    params, _ = FedAvg().apply(start, {}, updates)
+    params, _ = FedAvg().apply(start, {}, AT, updates)
     with pytest.raises(FedmllmError, match="ascending client order"):
-        FedAvg().apply(start, {}, updates[::-1])
+        FedAvg().apply(start, {}, AT, updates[::-1])
     assert float(params["a"]) == pytest.approx((0.3 * 1 + 0.4 * 2 + 0.5 * 3) / 6)
