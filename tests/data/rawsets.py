@@ -78,6 +78,19 @@ def vqa_rad(root: Path, rows: int = 40) -> None:
     ])  # fmt: skip
 
 
+EASY_ROWS = [
+    ["what color is the rectangle?", "blue", 0], ["is there not a red shape?", "yes", 0],
+    ["what is the red shape?", "circle", 1], ["does the image contain a triangle?", "no", 1],
+    ["is no triangle present?", "no", 2], ["is a teal shape present?", "yes", 2], ["is no red shape present?", "yes", 3],
+    ["is there not a gray shape in the image?", "no", 4],
+]  # fmt: skip
+
+
+def easy_vqa(root: Path) -> None:
+    write_json(root / "train" / "questions.json", EASY_ROWS)
+    write_json(root / "test" / "questions.json", EASY_ROWS[:4])
+
+
 def flashcards(root: Path, rows: int = 60) -> None:
     cards = [
         {"instruction": "Answer truthfully", "input": f"What is {i}?", "output": f"It is {i}."} for i in range(rows)

@@ -209,6 +209,16 @@ def test_an_export_into_folders_of_any_name_reads_back_in(tmp_path: Path, name: 
     assert {e.fields["image"] for e in back.examples} == {e.fields["image"] for e in there.examples}
 
 
+def test_show_prints_the_ceilings_of_a_set_whose_law_is_known(tmp_path: Path) -> None:
+    toml = tmp_path / "verdict.toml"
+    toml.write_text('data = { name = "synthetic-verdict", num_train = 20, num_validation = 2, num_test = 2 }')
+    lines = invoke("show", toml).stdout
+    for visible, value in (("all", "0.926"), ("image", "0.788"), ("text", "0.782")):
+        assert f"best expected on rows with {visible}: auc {value}" in " ".join(lines.split())
+    rawsets.hateful_memes(tmp_path)
+    assert "best expected" not in invoke("show", experiment(tmp_path)).stdout
+
+
 def test_export_overwrites_nothing(tmp_path: Path) -> None:
     rawsets.hateful_memes(tmp_path)
     toml = experiment(tmp_path)

@@ -49,6 +49,7 @@ SETS = {
     "crisismmd": (rawsets.crisismmd, {}),
     "vqa-rad": (rawsets.vqa_rad, {}),
     "slake": (rawsets.slake, {}),
+    "easy-vqa": (rawsets.easy_vqa, {"choices": True}),
     "flashcards": (rawsets.flashcards, {}),
     "medical": (rawsets.medical, {}),
     "drivelm": (drive, {"test_rate": 1e-9}),

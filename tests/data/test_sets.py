@@ -172,7 +172,7 @@ def test_a_folder_that_is_not_there_or_has_other_files_says_what_is_expected(tmp
 
 
 def test_every_set_is_known_by_name_and_says_where_it_comes_from() -> None:
-    names = {"hateful-memes", "crisismmd", "vqa-rad", "slake", "flashcards", "medical", "drivelm", "table"}
+    names = {"hateful-memes", "crisismmd", "vqa-rad", "slake", "flashcards", "medical", "drivelm", "easy-vqa", "table"}
     assert names <= Dataset.members.keys()
     for name in names:
         source = Dataset.members[name].source

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from fedmllm.core.spec import Named
-from fedmllm.core.types import Example, Modality
+from fedmllm.core.types import Example, Modality, Visible
 
 Split = Literal["train", "validation", "test"]
 
@@ -54,6 +54,13 @@ class Dataset(Named):
     @abstractmethod
     def metrics(self) -> Sequence[str]:
         """Names of the metrics that the set is judged by; the first is the headline."""
+
+    def ceilings(self, visible: Visible) -> Mapping[str, float]:
+        """Metric -> the best expected value that any model can reach on rows of which it sees `visible`.
+
+        Empty if the law of the labels is not known, as for every real set.
+        """
+        return {}
 
     def client_column(self) -> str:
         """The column that names each row's client, where the rows come from a real federation; else ""."""

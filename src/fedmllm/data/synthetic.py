@@ -1,7 +1,7 @@
-"""Two embedded data sets, drawn from a seed at first use, so that everything runs without a download.
+"""Embedded data sets, drawn from a seed at first use.
 
 Their files have the forms of Hateful Memes and CrisisMMD; their content is harmless: cartoons with a face, and
-captions. A label is a joint function of picture and text; either alone only makes it more or less likely.
+captions. The law of the labels is known, so the best score that any model can reach is known too (`ceilings`).
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import shutil
 import sys
 import tempfile
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
 from fedmllm.core.rng import stream
-from fedmllm.core.types import Example, Modality
+from fedmllm.core.types import Example, Modality, Visible
 from fedmllm.data import crisismmd, hateful_memes
 from fedmllm.data.base import Dataset, Rows, Split
 from fedmllm.data.captions import caption, tweet
+from fedmllm.data.ceilings import Cell, many_way, two_way
 from fedmllm.data.crisismmd import CrisisMMD
 from fedmllm.data.hateful_memes import HatefulMemes
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, draw, pick
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 VERSION = 3  # part of the folder's name: raise it with any change of what is drawn
-
-IRONY_QUESTION = "Is the content ironic?"
-IRONY_CHOICES = ("sincere", "ironic")
 
 # (face, tone) -> share of the rows. The caption is ironic where its tone contradicts the face (40 % of the rows).
 # Ironic rows are a little more often a frown under good words than the reverse, and never calm or plain: a weak
@@ -55,7 +54,9 @@ _NIGHT_RATE = {True: 0.60, False: 0.25}  # by irony: a second weak signal in the
 _SURE_RATE = {True: 0.42, False: 0.12}  # and in the text ("sure , what a lovely day")
 
 _KIND = {"person": "figure", "tent": "shelter", "house": "shelter", "car": "vehicle", "boat": "vehicle"}  # else goods
-# (kind of thing, theme of the tweet) -> index of the class. Only "play" says the class by itself.
+_KINDS = {"figure": 0.34, "shelter": 0.26, "vehicle": 0.2, "goods": 0.2}  # share of the rows
+_THEMES = {"trouble": 0.3, "search": 0.25, "need": 0.25, "play": 0.2}
+# (kind of thing, theme of the tweet) -> index of the class. Only "play" determines the class by itself.
 _CRISIS: Mapping[tuple[str, str], int] = {
     ("figure", "trouble"): 2,
     ("shelter", "trouble"): 1,
@@ -87,8 +88,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmllm"
 
 
-class _Synthetic(Dataset):
-    """Drawn once into the cache. The first rows of a split do not depend on how many are asked for."""
+class Synthetic(Dataset):
+    """A set that is drawn once into the cache. The first rows of a split do not depend on how many are asked for."""
 
     seed: NonNegativeInt = 0
     num_train: PositiveInt = 800
@@ -101,7 +102,7 @@ class _Synthetic(Dataset):
     def folder(self) -> Path:
         """Where the files are; drawn now if they are not there yet."""
         sizes = f"{self.num_train}-{self.num_validation}-{self.num_test}"
-        folder = cache_folder() / self.name / f"v{VERSION}-seed{self.seed}-{sizes}"
+        folder = cache_folder() / self.name / f"v{VERSION}-seed{self.seed}-{sizes}{self._variant()}"
         if folder.is_dir():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +118,10 @@ class _Synthetic(Dataset):
             shutil.rmtree(draft, ignore_errors=True)
         return folder
 
+    def _variant(self) -> str:
+        """Part of the folder's name for settings of the law, if the set has any."""
+        return ""
+
     def _sizes(self) -> Mapping[Split, int]:
         return {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
 
@@ -127,10 +132,16 @@ class _Synthetic(Dataset):
     def _write(self, folder: Path) -> None: ...
 
 
-class SyntheticIrony(_Synthetic):
-    """Is the caption ironic? 2-way, in the files of Hateful Memes: *.jsonl with id, img, label, text, and img/*.png."""
+class SyntheticMemes(Synthetic):
+    """A 2-way set in the files of Hateful Memes: *.jsonl with id, img, label, text, and img/*.png."""
 
-    name: Literal["synthetic-irony"] = "synthetic-irony"
+    question: ClassVar[str]
+    choices: ClassVar[tuple[str, str]]  # in the order of the prompt
+    labels: ClassVar[tuple[str, str]]  # the answer of label 0, of label 1
+
+    @abstractmethod
+    def row(self, rng: np.random.Generator) -> tuple[Scene, str, bool]:
+        """One row: its picture, its text and its label."""
 
     def metrics(self) -> Sequence[str]:
         return ("auc", "auc_hard", "accuracy")
@@ -140,10 +151,10 @@ class SyntheticIrony(_Synthetic):
         return Rows(tuple(self._example(example) for example in rows.examples), rows.skipped)
 
     def _example(self, row: Example) -> Example:
-        """The same row, asked about irony."""
-        answer = IRONY_CHOICES[hateful_memes.CHOICES.index(row.answer)]
+        """The same row under this set's question."""
+        answer = self.labels[hateful_memes.CHOICES.index(row.answer)]
         columns = {**row.columns, "set": self.name}
-        return replace(row, question=IRONY_QUESTION, choices=IRONY_CHOICES, answer=answer, columns=columns)
+        return replace(row, question=self.question, choices=self.choices, answer=answer, columns=columns)
 
     def _write(self, folder: Path) -> None:
         (folder / "img").mkdir()
@@ -153,20 +164,38 @@ class SyntheticIrony(_Synthetic):
                 for index in range(size):
                     number += 1
                     rng = self._rng(split, index)
-                    scene, text, label = irony_row(rng)
+                    scene, text, label = self.row(rng)
                     name = f"img/{number:05d}.png"
                     draw(scene, rng).save(folder / name, compress_level=1)
                     row = {"id": number, "img": name, "label": int(label), "text": text}
                     file.write(json.dumps(row) + "\n")
 
 
-class SyntheticCrisis(_Synthetic):
+class SyntheticIrony(SyntheticMemes):
+    """Is the caption ironic? 2-way; the label is almost an interaction of picture and text alone."""
+
+    question = "Is the content ironic?"
+    choices = labels = ("sincere", "ironic")
+
+    name: Literal["synthetic-irony"] = "synthetic-irony"
+
+    def row(self, rng: np.random.Generator) -> tuple[Scene, str, bool]:
+        return irony_row(rng)
+
+    def ceilings(self, visible: Visible) -> Mapping[str, float]:
+        return two_way(irony_cells(), visible)
+
+
+class SyntheticCrisis(Synthetic):
     """Which of CrisisMMD's eight classes, in a toy town after a windy day; the files of CrisisMMD v2.0."""
 
     name: Literal["synthetic-crisis"] = "synthetic-crisis"
 
     def metrics(self) -> Sequence[str]:
         return ("macro_f1", "accuracy")
+
+    def ceilings(self, visible: Visible) -> Mapping[str, float]:
+        return many_way(crisis_cells(), visible)
 
     def load(self, split: Split) -> Rows:
         rows = CrisisMMD(root=self.folder(), on_bad_row=self.on_bad_row).load(split)
@@ -207,13 +236,31 @@ def irony_row(rng: np.random.Generator) -> tuple[Scene, str, bool]:
     return Scene(sky, pick(THINGS, rng), pick(COLOURS, rng), face), caption(tone, rng, opening), ironic
 
 
+def irony_cells() -> Iterator[Cell]:
+    """The law of `irony_row`: faces and skies by tones and openings."""
+    for (face, tone), share in _IRONY.items():
+        ironic = (face, tone) in _CONTRADICTIONS
+        for night, sure in product((False, True), repeat=2):
+            of_night = _NIGHT_RATE[ironic] if night else 1 - _NIGHT_RATE[ironic]
+            of_sure = _SURE_RATE[ironic] if sure else 1 - _SURE_RATE[ironic]
+            looks = {"image": (face, night), "text": (tone, sure)}
+            yield Cell(looks, share * of_night * of_sure, (0.0, 1.0) if ironic else (1.0, 0.0))
+
+
 def crisis_row(rng: np.random.Generator) -> tuple[Scene, str, int]:
     """One row of the 8-way set: its picture, its tweet, and the index of its class."""
-    kind = ("figure", "shelter", "vehicle", "goods")[int(rng.choice(4, p=[0.34, 0.26, 0.2, 0.2]))]
-    theme = ("trouble", "search", "need", "play")[int(rng.choice(4, p=[0.3, 0.25, 0.25, 0.2]))]
+    kind = list(_KINDS)[int(rng.choice(4, p=list(_KINDS.values())))]
+    theme = list(_THEMES)[int(rng.choice(4, p=list(_THEMES.values())))]
     things = [thing for thing in THINGS if _KIND.get(thing, "goods") == kind]
     scene = Scene(pick(SKIES, rng), pick(things, rng), pick(COLOURS, rng), pick(FACES, rng))
     return scene, tweet(theme, rng), _CRISIS[kind, theme]
+
+
+def crisis_cells() -> Iterator[Cell]:
+    """The law of `crisis_row`: kinds of things by themes."""
+    for (kind, theme), label in _CRISIS.items():
+        labels = tuple(float(k == label) for k in range(len(crisismmd.CHOICES)))
+        yield Cell({"image": kind, "text": theme}, _KINDS[kind] * _THEMES[theme], labels)
 
 
 _CRISISMMD_COLUMNS = (

@@ -84,7 +84,18 @@ class Federation:
 
     def _caption(self) -> str:
         skipped = f", {len(self.skipped)} bad rows left out" if self.skipped else ""
-        return f"{len(self.examples)} rows{skipped}; digest {self.digest}"
+        lines = [f"{len(self.examples)} rows{skipped}; digest {self.digest}"]
+        for visible, metrics in self.ceilings().items():
+            best = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            lines.append(f"best expected on rows with {visible}: {best}")
+        return "\n".join(lines)
+
+    def ceilings(self) -> dict[str, dict[str, float]]:
+        """Visible modalities ("all", each alone) -> metric -> the best expected value; {} if the label law is unknown."""
+        data = self.experiment.data
+        modalities = data.modalities()
+        wanted = {"all": frozenset(modalities), **{m: frozenset({m}) for m in modalities if len(modalities) > 1}}
+        return {name: dict(found) for name, visible in wanted.items() if (found := data.ceilings(visible))}
 
 
 def plot(federation: Federation, path: Path) -> None:
