@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from fedmllm.algorithms.objectives import ClientView
 from fedmllm.algorithms.scaffold import Scaffold
-from fedmllm.config.experiment import Experiment
+from fedmllm.config.experiment import Experiment, check_engine
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.types import ClientUpdate, Outcome, Params, Round
 from fedmllm.federation.client_state import ClientStateStore
@@ -187,10 +188,11 @@ def test_a_resumed_run_ends_with_the_same_bytes(number: int, tmp_path: Path) -> 
         assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "whole")).read_bytes()
 
 
-def test_engines_that_cannot_carry_it_are_refused_when_parsed() -> None:
+def test_an_engine_that_cannot_carry_it_is_refused() -> None:
+    bare = SimpleNamespace(name="bare", supports=frozenset())
     with pytest.raises(
         ConfigError,
-        match=r"engine\.name: got 'flower-sites'; scaffold needs client-state and extra, .*"
-        "allowed: flower-simulation, in-process, stacked",
+        match=r"engine\.name: got 'bare'; scaffold needs client-state and extra, .*"
+        "allowed: flower-simulation, flower-sites, in-process, stacked",
     ):
-        Experiment.parse({**TABLE, "aggregator": "scaffold", "engine": "flower-sites"})
+        check_engine(Experiment.parse({**TABLE, "aggregator": "scaffold"}).aggregator, bare)

@@ -32,7 +32,7 @@ def rows(tmp_path_factory) -> Trainer:
 def trainer(folder: Path, allow: str) -> Trainer:
     head = 'name = "north"\nserver = "localhost:1"\nca = "ca.crt"\nkey = "site.key"\nmodalities = ["text"]\n'
     (folder / "site.toml").write_text(f"{head}[data]\nname = 'synthetic-irony'\n[allow]\n{allow}\n")
-    return Trainer(Site.load(folder / "site.toml"))
+    return Trainer(Site.load(folder / "site.toml"), folder)
 
 
 def request_of(there: Trainer, train: dict, **changes) -> Request:

@@ -234,7 +234,7 @@ class Broken:
 
     num_loads = 1
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, folder: Path) -> None:
         self.calls = 0
 
     def train(self, request: Request, flat: np.ndarray, manifest: str) -> tuple:

@@ -39,6 +39,19 @@ def test_three_sites_give_the_bytes_of_one_process_and_load_the_base_once(sites)
         assert said.count("base loaded 1 time(s)") == 2, said
 
 
+def test_scaffold_over_sites_gives_the_bytes_of_one_process(sites):
+    change = ("--set", 'aggregator="scaffold"')
+    assert sites.run("scaffold", *change)[-1]["event"] == "end", (sites.folder / "run-scaffold.out").read_text()
+    assert sites.digest("scaffold") == sites.in_process(*change)
+    for name in NAMES:
+        assert list((sites.folder / name / "site-state" / "clients").rglob("round-0002.safetensors"))
+
+
+def test_a_finished_run_is_not_resumed_with_other_settings(sites):
+    sites.run("out", "--resume", "--set", "seed=7")
+    assert "cannot be resumed with other settings: seed was 0, is 7" in (sites.folder / "run-out.out").read_text()
+
+
 def test_nothing_listens_on_or_reaches_another_address_than_loopback(sites):
     pids = {pid for name in sites.processes for pid in (sites.processes[name].pid, *sites.children(name, ""))}
     assert len(pids) >= 12  # server, SuperLink, executor, gate; and at each site the SuperNode and the trainer
@@ -64,3 +77,8 @@ def test_a_site_that_is_removed_is_disconnected_and_its_key_stays_revoked(sites)
     sites.until(lambda: "the SuperNode ended" in (sites.folder / "west.out").read_text(), 60)
     with pytest.raises(RuntimeError, match="site 'west' is not registered; registered: east, north"):
         sites.call("server", "remove", "server", "west")
+    sites.until(lambda: "The key is not registered at the server" in (sites.folder / "west.out").read_text(), 60)
+    with pytest.raises(RuntimeError, match=r"Make a new one at the site with `fedmllm site key SITE\.toml`"):
+        sites.call("server", "add", "server", "west", "west/site.key.pub")
+    sites.call("site", "key", "west/site.toml")
+    assert "site west: node " in sites.call("server", "add", "server", "west", "west/site.key.pub")

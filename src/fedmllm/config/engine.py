@@ -73,6 +73,7 @@ class FlowerSites(Engine):
 
     name: Literal["flower-sites"] = "flower-sites"
     import_path = "fedmllm.flower.server.server_app:Sites"
+    supports = ALL
     min_sites: PositiveInt = 1
     """Usable responses that a round needs, if its cohort is that large."""
     attempts: PositiveInt = 3

@@ -51,7 +51,7 @@ class ClientStateStore:
         Raises:
             FedmllmError: the file is damaged.
         """
-        rounds = [n for n in self._rounds(client) if n < round_]
+        rounds = [n for n in self.rounds(client) if n < round_]
         return self._read(self._path(client, max(rounds))) if rounds else {}
 
     def write(self, client: int, round_: int, state: Params) -> None:
@@ -70,7 +70,7 @@ class ClientStateStore:
         """Remove files that no resume needs, neither from a checkpoint of these rounds nor from a later one."""
         for folder in self._folder.glob("client-*"):
             client = int(folder.name.removeprefix("client-"))
-            rounds = self._rounds(client)
+            rounds = self.rounds(client)
             needed = {max((n for n in rounds if n <= number), default=0) for number in checkpoints}
             for number in rounds:
                 if number <= max(checkpoints, default=0) and number not in needed:
@@ -79,7 +79,8 @@ class ClientStateStore:
     def _path(self, client: int, round_: int) -> Path:
         return self._folder / f"client-{client}" / f"round-{round_:04d}.safetensors"
 
-    def _rounds(self, client: int) -> list[int]:
+    def rounds(self, client: int) -> list[int]:
+        """Rounds from which the client's state is stored."""
         names = (path.name for path in (self._folder / f"client-{client}").glob("*"))
         return [int(found[1]) for name in names if (found := FILE.fullmatch(name))]
 

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny
 
+from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import Objective, TaskLoss
+from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import Lora, Precision
 from fedmllm.config.experiment import FAMILIES, Experiment
 from fedmllm.config.train import Train
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import Spec, validate
+from fedmllm.core.types import Round
 from fedmllm.data.prompts import Plain, Prompt
+from fedmllm.federation.exchange import Header
 
 Metric = Literal["loss", "num_steps", "num_tokens", "time_s"]  # what a client's training can report
 METRICS: tuple[Metric, ...] = get_args(Metric)
 LARGEST_REQUEST = 2**20  # characters of settings
-NOT_SETTINGS = frozenset({"version", "run_id", "site", "client", "round", "base"})
+KEPT = "kept"  # key of a reply: the state that a client keeps; at a site only its digest
+DIGEST = "[0-9a-f]{64}"  # sha256
+NOT_SETTINGS = frozenset(
+    {"version", "run_id", "site", "client", "round", "cohort", "num_clients", "base", "header", "kept"}
+)
 
 
 def check_name(name: str) -> str:
@@ -42,8 +50,8 @@ def check_name(name: str) -> str:
 class Request(Spec):
     """Settings of one round at one site; the adapter to start from travels with it."""
 
-    version: Literal[1] = 1
-    run_id: str
+    version: Literal[2] = 2
+    run_id: str = Field(pattern=r"^[0-9a-f]{12}$")
     """Of the experiment as the server runs it."""
     site: str
     """Name of the site."""
@@ -57,6 +65,18 @@ class Request(Spec):
     """Of the run."""
     base: str
     """Digest of the server's base model."""
+    cohort: tuple[NonNegativeInt, ...] = Field((), max_length=100_000)
+    """The clients of the round."""
+    num_clients: PositiveInt = 1
+    """Clients that can be sampled."""
+    ranks: tuple[PositiveInt, ...] = Field((), max_length=1000)
+    """LoRA ranks, assigned to the clients in turn; () = all have `lora.r`."""
+    header: Header | None = None
+    """Description of the tensors that travel with the request; None = the adapter, and all of it trains."""
+    kept: dict[int, Annotated[str, Field(pattern=f"^{DIGEST}$")]] = Field({}, max_length=100_000)
+    """Rounds of which the site's own state counts, with its digest."""
+    aggregator: SerializeAsAny[Aggregator] = FedAvg()
+    """The algorithm, for its client half."""
     prompt: SerializeAsAny[Prompt] = Plain()
     """How rows are rendered; a template's wording, never its path."""
     objective: SerializeAsAny[Objective] = TaskLoss()
@@ -71,7 +91,16 @@ class Request(Spec):
     """Longest row in tokens."""
 
     @classmethod
-    def of(cls, experiment: Experiment, base: str, site: str, client: int, round_: int) -> Request:
+    def of(
+        cls,
+        experiment: Experiment,
+        base: str,
+        site: str,
+        client: int,
+        at: int | Round,
+        header: Header | None = None,
+        kept: Mapping[int, str] | None = None,
+    ) -> Request:
         """One site's part of an experiment.
 
         Args:
@@ -79,19 +108,29 @@ class Request(Spec):
             base: Digest of the server's base model.
             site: Name of the site.
             client: Its number.
-            round_: Counts from 1.
+            at: The round, or its number for a round of this client alone.
+            header: Of what travels with the request; None = the adapter.
+            kept: Rounds of which the site's own state counts, with its digest.
 
         Returns:
             A request without any of the server's paths.
         """
         e, prompt = experiment, experiment.prompt.model_dump(mode="json")
+        if isinstance(at, int):
+            at = Round(at, e.seed, e.num_rounds, (client,), client + 1)
         if "template" in prompt:
             prompt["template"] = ""  # the wording itself travels
         return cls(
             run_id=e.run_id(),
             site=site,
             client=client,
-            round=round_,
+            round=at.number,
+            cohort=at.cohort,
+            num_clients=at.num_clients,
+            ranks=at.ranks,
+            header=header,
+            kept=dict(kept or {}),
+            aggregator=e.server(),
             num_rounds=e.num_rounds,
             seed=e.seed,
             base=base,
@@ -124,10 +163,14 @@ class Request(Spec):
         prompt = table.get("prompt")
         if isinstance(prompt, dict) and prompt.get("template"):
             raise ConfigError("request.prompt.template: names a file; a server may send a wording, never a path")
-        for key in ("prompt", "objective"):
+        for key in ("prompt", "objective", "aggregator"):
             if key in table:
                 table[key] = FAMILIES[key].pick(table[key], f"request.{key}")
         return cast("Request", validate(cls, table, "request"))
+
+    def at(self) -> Round:
+        """The round as the algorithm sees it."""
+        return Round(self.round, self.seed, self.num_rounds, self.cohort, self.num_clients, self.ranks)
 
     def settings(self) -> dict[str, Any]:
         """All settings that a site may allow or refuse, by dotted path."""

@@ -36,7 +36,8 @@ from fedmllm.core.types import ClientFailure, ClientUpdate, Round, Sent  # noqa:
 from fedmllm.federation.client import Clients  # noqa: E402
 from fedmllm.federation.exchange import Header, distinct  # noqa: E402
 from fedmllm.flower.messages import Packed, ask, read_update  # noqa: E402
-from fedmllm.flower.simulation_client import KEPT, Job  # noqa: E402
+from fedmllm.flower.request import KEPT  # noqa: E402
+from fedmllm.flower.simulation_client import Job  # noqa: E402
 from fedmllm.flower.simulation_client import app as client_app  # noqa: E402
 from fedmllm.flower.wire import ABOUT  # noqa: E402
 

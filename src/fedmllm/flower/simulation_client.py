@@ -21,6 +21,7 @@ from fedmllm.core.types import Params, Round, Shard
 from fedmllm.federation.client import Clients
 from fedmllm.federation.exchange import Header
 from fedmllm.flower.messages import unpack, update_content
+from fedmllm.flower.request import KEPT
 from fedmllm.flower.wire import ABOUT
 from fedmllm.runs.inputs import Inputs
 
@@ -37,8 +38,6 @@ class Job:
     threads: int
     kept: bytes  # the client's state as safetensors; b"" = none
 
-
-KEPT = "kept"  # key of a reply: the state that the client keeps, as safetensors
 
 _inputs: dict[str, Inputs] = {}  # of this actor: only of the last experiment
 _clients: dict[tuple[str, float], Clients] = {}

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
@@ -23,10 +25,12 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import is_finite
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent
 from fedmllm.federation.client import Clients
+from fedmllm.federation.exchange import Header, distinct
 from fedmllm.flower import patches
 from fedmllm.flower.messages import Packed, ask, read_update
-from fedmllm.flower.request import Request
+from fedmllm.flower.request import DIGEST, KEPT, Request
 from fedmllm.flower.server.experiment import AtSites
+from fedmllm.flower.wire import ABOUT
 from fedmllm.runs.run import run
 
 POLL_S = 0.2
@@ -101,14 +105,13 @@ class Sites:
 
     def __call__(self, at: Round, sents: Mapping[int, Sent]) -> Iterable[ClientUpdate | ClientFailure]:
         s, answers = self._settings, Answers()
-        round_, cohort = at.number, list(sents)
-        params = sents[cohort[0]].start  # the same for all: the engine's `supports` is empty
+        round_, cohort = at.number, sorted(sents)
         for attempt in range(1, s.attempts + 1):
-            missing = [k for k in sorted(cohort) if not usable(answers.get(k))]
-            answers |= self._attempt(params, round_, missing)
+            missing = [k for k in cohort if not usable(answers.get(k))]
+            answers |= self._attempt(at, {k: sents[k] for k in missing})
             num_usable = sum(map(usable, answers.values()))
             if num_usable >= min(s.min_sites, len(cohort)):
-                return [answers[client] for client in sorted(cohort)]
+                return [answers[client] for client in cohort]
             if attempt < s.attempts:
                 time.sleep(s.retry_s)
         said = "; ".join(
@@ -121,21 +124,39 @@ class Sites:
             f"after {s.attempts} attempts ({said}). --resume continues from round {round_ - 1}"
         )
 
-    def _attempt(self, params: Params, round_: int, cohort: Sequence[int]) -> Answers:
+    def _attempt(self, at: Round, sents: Mapping[int, Sent]) -> Answers:
         """Ask each of these sites that is connected, or becomes so within `connect_s`."""
         grid, s = self._link.grid, self._settings
-        since = self._connected(cohort)
-        packed = Packed(params)
-        messages = {k: self._message(packed, round_, k) for k in since}
-        answers: Answers = {k: ClientFailure(k, "not connected") for k in cohort}
+        since = self._connected(list(sents))
+        packed: dict[int, Packed] = {}
+        for tree, clients in distinct({k: sents[k].travelling() for k in since}):
+            packed |= dict.fromkeys(clients, Packed(tree))
+        messages = {k: self._message(packed[k], at, k, sents[k]) for k in since}
+        answers: Answers = {k: ClientFailure(k, "not connected") for k in sents}
 
         def lost() -> dict[int, str]:  # a SuperNode that was killed loses what it had fetched; Flower does not notice
             now = activations(grid)
             return {k: RESTARTED for k in since if now.get(self._link.nodes[k], since[k]) != since[k]}
 
         for client, reply in ask(grid, messages, s.round_timeout_s, POLL_S, lost):
-            answers[client] = read_update(client, reply, params)
+            answers[client] = self._read(client, at, sents[client], reply)
         return answers
+
+    def _read(self, client: int, at: Round, sent: Sent, reply: Message | str) -> ClientUpdate | ClientFailure:
+        """A site's reply; the server stores only the digest of the state that the site keeps."""
+        update = read_update(client, reply, sent.returned(), self._clients.aggregator.returned_extra(sent))
+        if isinstance(update, ClientUpdate) and isinstance(reply, Message) and self._clients.state:
+            sha = reply.content[ABOUT].get(KEPT, "")
+            if not re.fullmatch(f"({DIGEST})?", str(sha)):
+                return ClientFailure(client, "its reply cannot be read: the digest of its state is not one")
+            self._clients.keep(client, at, marker(str(sha)))
+        return update
+
+    def _kept(self, client: int, at: Round) -> dict[int, str]:
+        """Rounds of which the site's state counts, with its digest."""
+        store = self._clients.state
+        rounds = [n for n in store.rounds(client) if n < at.number] if store else []
+        return {n: sha_of(store.read(client, n + 1)) for n in rounds} if store else {}
 
     def _connected(self, cohort: Sequence[int]) -> dict[int, str]:
         """The connected clients with the time since when, once all are connected or `connect_s` is over."""
@@ -147,12 +168,23 @@ class Sites:
                 return online
             time.sleep(POLL_S)
 
-    def _message(self, packed: Packed, round_: int, client: int) -> Message:
+    def _message(self, packed: Packed, at: Round, client: int, sent: Sent) -> Message:
         base = self._clients.backbone.digest
-        request = Request.of(self._experiment, base, self._names[client], client, round_)
+        header, kept = Header.of(sent), self._kept(client, at)
+        request = Request.of(self._experiment, base, self._names[client], client, at, header, kept)
         content = packed.content({"request": request.model_dump_json()})
         ttl = self._settings.round_timeout_s + LATE_S  # a site that reconnects does not train for a round that is over
-        return Message(content, self._link.nodes[client], "train", ttl=ttl, group_id=str(round_))
+        return Message(content, self._link.nodes[client], "train", ttl=ttl, group_id=str(at.number))
+
+
+def marker(sha: str) -> Params:
+    """A digest as the server's own entry for a client's state: resume, refusal and pruning treat it like the state itself."""
+    return {"digest": torch.tensor([float(int(digit, 16)) for digit in sha])} if sha else {}
+
+
+def sha_of(entry: Params) -> str:
+    """Inverse of `marker`."""
+    return "".join(f"{int(value):x}" for value in entry["digest"])
 
 
 def activations(grid: Grid) -> dict[int, str]:
@@ -162,4 +194,4 @@ def activations(grid: Grid) -> dict[int, str]:
 
 def usable(answer: ClientUpdate | ClientFailure | None) -> bool:
     """Whether a reply counts towards `min_sites`. The round loop applies the update filter later."""
-    return isinstance(answer, ClientUpdate) and is_finite(answer.delta)
+    return isinstance(answer, ClientUpdate) and is_finite(answer.delta) and is_finite(answer.extra)

@@ -75,10 +75,19 @@ class Allow(Spec):
     min_movement: float = Field(0.05, ge=0)
     """Least RMS of each tensor's change, relative to the mean learning rate. AdamW moves less only if a gradient is so small
     that the change is proportional to it. The reply is then withheld."""
+    extra_tensors: bool = False
+    """Whether tensors in addition to the delta may leave. SCAFFOLD returns the mean gradient, from which words can be read."""
+    frozen_adapter: bool = False
+    """Whether the server may add an adapter that does not train; `lora_a` and `lora_b` do not limit it."""
     settings: dict[str, Range | tuple[Any, ...]] = {}  # noqa: RUF012
     """Further limits by dotted path, a range or a list of values: "train.lr" = {max = 1e-3}, "prompt.name" = ["plain"]."""
     metrics: tuple[Metric, ...] = METRICS
     """Metrics that may leave the site."""
+
+
+def state_folder(path: Path) -> Path:
+    """The folder of a site's logs, keys of a start, and state of algorithms, next to its SITE.toml."""
+    return path.absolute().parent / f"{path.stem}-state"
 
 
 class Site(Spec):
@@ -157,9 +166,9 @@ class Site(Spec):
             raise ConfigError("column, value: give both, or neither")
         if odd := sorted(set(self.modalities) - set(self.data.modalities())):
             raise ConfigError(f"modalities: got {odd}; {self.data.name} has {list(self.data.modalities())}")
-        known = Request(run_id="", site="", client=0, round=1, num_rounds=1, seed=0, base="").settings()
+        known = Request(run_id="0" * 12, site="", client=0, round=1, num_rounds=1, seed=0, base="").settings()
         for key in self.allow.settings:
-            if key not in known and not key.startswith(("prompt.", "objective.")):
+            if key not in known and not key.startswith(("prompt.", "objective.", "aggregator.")):
                 allowed = ", ".join(known)
                 raise ConfigError(f"allow.settings: unknown setting {key!r}{nearest(key, known)}; allowed: {allowed}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest, manifest_digest, norm
+from fedmllm.federation.exchange import Header
 from fedmllm.flower.request import Request
 from fedmllm.flower.site.config import Site
 from fedmllm.flower.site.process import reply_content
@@ -30,17 +32,24 @@ def dry_run(site_file: Path, experiment_file: Path, out: Path | None, say: Calla
         Refused: The site does not allow the request.
     """
     site, experiment = Site.load(site_file), Experiment.load(experiment_file)
-    trainer = Trainer(site)
+    with tempfile.TemporaryDirectory() as folder:  # state that the algorithm would keep here
+        _train(site, experiment, Trainer(site, Path(folder)), out, say)
+
+
+def _train(site: Site, experiment: Experiment, trainer: Trainer, out: Path | None, say: Callable[[str], None]) -> None:
     asked = Request.of(experiment, "", site.name, 0, 1)
     backbone = trainer.backbone(asked)
     start = backbone.lora()
-    request = asked.model_copy(update={"base": backbone.digest})
+    aggregator = experiment.server()
+    sent = aggregator.sends(start, aggregator.init(start), asked.at(), 0)
+    request = asked.model_copy(update={"base": backbone.digest, "header": Header.of(sent)})
+    payload = sent.travelling()
     say(f"the server would ask: {request.model_dump_json()}")
-    delta, about = trainer.train(request, flatten(start).numpy(), manifest_digest(start))
-    content = reply_content(about, flatten(delta).numpy().tobytes(), manifest_digest(start))
+    delta, about = trainer.train(request, flatten(payload).numpy(), manifest_digest(payload))
+    content = reply_content(about, flatten(delta).numpy().tobytes())
     array = content[ADAPTER][FLAT]
     say("this site would reply:")
-    say(f"  delta         {len(manifest(delta))} LoRA tensors as one {array.dtype} array of shape {list(array.shape)}, "
+    say(f"  delta         {len(manifest(delta))} tensors as one {array.dtype} array of shape {list(array.shape)}, "
         f"{len(array.data)} bytes, norm {norm(delta):.6g}")  # fmt: skip
     for key, value in content[ABOUT].items():
         say(f"  {key:<13} {value!r}, {len(str(value).encode())} bytes")

@@ -42,7 +42,8 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.flower.keys import refuse_open_key
 from fedmllm.flower.patches import PULL_CAP_S, PULL_FIRST_S, PULL_S, set_message_id
 from fedmllm.flower.processes import exclusive_lock, stop
-from fedmllm.flower.site.config import Site
+from fedmllm.flower.request import KEPT
+from fedmllm.flower.site.config import Site, state_folder
 from fedmllm.flower.site.probe import report_reachability
 from fedmllm.flower.site.resident import ResidentTrainer
 from fedmllm.flower.site.supernode import SuperNode
@@ -65,7 +66,7 @@ def run_site(path: Path) -> None:
         if not file.is_file():
             raise FedmllmError(f"{path}: {key}: {file}: no such file")
     refuse_open_key(site.key)
-    state = path.absolute().parent / f"{path.stem}-state"
+    state = state_folder(path)
     try:
         state.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
@@ -209,12 +210,13 @@ def answer(message: Message, trainer: ResidentTrainer) -> tuple[RecordDict, str]
     if REFUSED in said:
         return _refusal(said[REFUSED])
     line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(delta)} bytes, {said['metrics']}; "
-    return reply_content(said, delta, head["manifest"]), f"{line}base loaded {said['num_loads']} time(s)"
+    return reply_content(said, delta), f"{line}base loaded {said['num_loads']} time(s)"
 
 
-def reply_content(said: dict[str, Any], delta: bytes, manifest: str) -> RecordDict:
-    """Everything that leaves a site after a round: the delta, the row count, the metrics that the site allows."""
-    words = {"manifest": manifest, "num_examples": said["num_examples"], "metrics": json.dumps(said["metrics"])}
+def reply_content(said: dict[str, Any], delta: bytes) -> RecordDict:
+    """Everything that leaves a site after a round: the tensors, their manifest, row count, metrics, digest of kept state."""
+    words = {"manifest": said["manifest"], "num_examples": said["num_examples"], "metrics": json.dumps(said["metrics"])}
+    words |= {KEPT: said[KEPT]} if KEPT in said else {}
     return RecordDict({ADAPTER: array_record(delta), ABOUT: ConfigRecord(words)})
 
 

@@ -20,13 +20,15 @@ import numpy as np
 import torch
 
 from fedmllm.backbones.base import Backbone, BackboneSpec
-from fedmllm.core.errors import ConfigError
+from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.tensors import flatten, manifest_digest, unflatten
-from fedmllm.core.types import Example, Params, Round, Sent, Shard
+from fedmllm.core.types import Example, Params, Sent, Shard
 from fedmllm.federation.client import Clients, RowStore, planned_steps
-from fedmllm.flower.request import Request
-from fedmllm.flower.site.config import Refused, Site
+from fedmllm.federation.exchange import Header, uplink
+from fedmllm.flower.request import KEPT, Request
+from fedmllm.flower.site.config import Refused, Site, state_folder
 from fedmllm.flower.site.plausibility import implausible_adapter, scales, suppressed_updates
+from fedmllm.flower.site.state import SiteState
 
 
 class Trainer:
@@ -34,10 +36,11 @@ class Trainer:
 
     Args:
         site: Its own file.
+        folder: For state that an algorithm keeps here.
     """
 
-    def __init__(self, site: Site) -> None:
-        self.site, self.num_loads = site, 0
+    def __init__(self, site: Site, folder: Path = Path("site-state")) -> None:
+        self.site, self.num_loads, self._folder = site, 0, folder / "clients"
         if site.threads:
             torch.set_num_threads(site.threads)
         self._examples: tuple[Example, ...] = ()
@@ -45,7 +48,8 @@ class Trainer:
         self._loaded: tuple[BackboneSpec, int] | None = None
         self._backbone: Backbone | None = None
         self._store: tuple[Any, RowStore] | None = None
-        self._scales: dict[str, float] = {}  # of the adapter before any training
+        self._initial: Params = {}  # the adapter before any training
+        self._scales: dict[str, float] = {}
 
     def train(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> tuple[Params, dict[str, Any]]:
         """Train for one round. Settings are checked before anything is built from them.
@@ -56,7 +60,7 @@ class Trainer:
             manifest: Digest of its names and shapes.
 
         Returns:
-            The delta, and the row count with the metrics that may leave.
+            The delta with further tensors, and what else leaves: row count, metrics, manifest, digest of the kept state.
 
         Raises:
             Refused: The site does not allow the request, the adapter, or the delta that came of it.
@@ -68,21 +72,43 @@ class Trainer:
         backbone = self.backbone(request)
         if reason := self.site.refuse_base(request, backbone.digest):
             raise Refused(reason)
-        clients, own = self._clients(request, backbone, shard), backbone.lora()
-        if manifest != (ours := manifest_digest(own)):
-            reason = f"manifest {manifest[:12]} of the adapter is not the one here, {ours[:12]}"
-            raise Refused(self.site.refusal([reason]))
-        start, allow = unflatten(torch.from_numpy(flat), own), self.site.allow
-        if reason := self.site.refusal(implausible_adapter(start, self._scales, allow)):
+        clients, sent = self._clients(request, backbone, shard), self._sent(request, flat, manifest)
+        if reason := self.site.refusal(self._objections(request, sent)):
             raise Refused(reason)
-        at = Round(request.round, request.seed, request.num_rounds, (request.client,), 1)
-        update = clients.update(request.client, at, Sent(start))
-        rate = clients.round_lr(request.round)
-        moved = suppressed_updates(update.delta, start, request.train, rate, num_steps, allow.min_movement)
+        state = SiteState(self._folder, request.run_id, request.client)
+        update, kept = clients.train_one(request.client, request.at(), sent, state.read(request.kept))
+        allow, rate = self.site.allow, clients.round_lr(request.round)
+        moved = suppressed_updates(update.delta, sent.start, request.train, rate, num_steps, allow.min_movement)
         if reason := self.site.refusal(moved):
             raise Refused(reason)
-        metrics = {k: v for k, v in update.metrics.items() if k in self.site.allow.metrics}
-        return update.delta, {"num_examples": update.num_examples, "metrics": metrics}
+        reply = uplink(update.delta, update.extra)
+        metrics = {k: v for k, v in update.metrics.items() if k in allow.metrics}
+        about = {"num_examples": update.num_examples, "metrics": metrics, "manifest": manifest_digest(reply)}
+        if sha := state.write(request.round, kept):
+            about[KEPT] = sha
+        return reply, about
+
+    def _sent(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> Sent:
+        """What the server sent. Raises Refused if it does not fit the adapter here."""
+        header = request.header or Header.of(Sent(self._initial))
+        like = header.like()
+        if manifest != (ours := manifest_digest(like)):
+            reason = f"manifest {manifest[:12]} of the adapter is not the one here, {ours[:12]}"
+            raise Refused(self.site.refusal([reason]))
+        try:
+            header.check(self._initial)
+            return header.sent(unflatten(torch.from_numpy(flat), like), self._initial)
+        except FedmllmError as error:  # about the request only
+            raise Refused(self.site.refusal([str(error)])) from None
+
+    def _objections(self, request: Request, sent: Sent) -> list[str]:
+        allow, reasons = self.site.allow, implausible_adapter(sent.start, self._scales, self.site.allow)
+        name = request.aggregator.name
+        if not allow.extra_tensors and request.aggregator.returned_extra(sent):
+            reasons.append(f"{name} returns more than the delta; this site has allow.extra_tensors = false")
+        if not allow.frozen_adapter and sent.frozen:
+            reasons.append(f"{name} adds a frozen adapter; this site has allow.frozen_adapter = false")
+        return reasons
 
     def backbone(self, request: Request) -> Backbone:
         """The base model with the LoRA of a request, kept until a request has another one."""
@@ -91,7 +117,8 @@ class Trainer:
         if self._backbone is None or self._loaded != (spec, request.seed):
             self._backbone = self._store = None  # the old one leaves memory before the new one comes
             self._backbone = spec.load(request.seed)
-            self._scales = scales(self._backbone.lora())
+            self._initial = {name: tensor.clone() for name, tensor in self._backbone.lora().items()}
+            self._scales = scales(self._initial)
             self._loaded = (spec, request.seed)
             self.num_loads += 1
         return self._backbone
@@ -113,17 +140,19 @@ class Trainer:
             modalities=self.site.data.modalities(),
             num_rounds=request.num_rounds,
             seed=request.seed,
+            aggregator=request.aggregator,
         )
 
 
-def serve(site: Site, link: Connection) -> None:
+def serve(site: Site, link: Connection, folder: Path = Path("site-state")) -> None:
     """Serve requests until the parent closes the connection. Errors are returned as replies; the trainer keeps running.
 
     Args:
         site: Its own file.
         link: To the site's process.
+        folder: For state that an algorithm keeps here.
     """
-    trainer = Trainer(site)
+    trainer = Trainer(site, folder)
     while True:
         try:
             head, body = json.loads(link.recv_bytes()), link.recv_bytes()
@@ -167,7 +196,7 @@ def main() -> None:
     """Entry point of the child process."""
     descriptor, path = int(sys.argv[1]), Path(sys.argv[2])
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    serve(Site.load(path), Connection(descriptor))
+    serve(Site.load(path), Connection(descriptor), state_folder(path))
 
 
 if __name__ == "__main__":
