@@ -66,11 +66,11 @@ def closed_door(backbone: str) -> str:
         time.sleep(15)
         expect("SuperNode ID" not in log.read_text(), log.read_text())
         said = next(line for line in (f.folder / "stranger.out").read_text().splitlines() if "SuperNode ended" in line)
-        return f"outside {there}, inside {inside}; the stranger is told: {said[9:300]}"
+        return f"outside {there}, inside {inside}; the stranger's log: {said[9:300]}"
 
 
 def twice(backbone: str) -> str:
-    """Two processes with one site's key: the second is told no, the first goes on. One folder twice: refused at once."""
+    """Two processes with one site's key: the second is rejected, the first continues. One folder twice: refused at once."""
     with federation(backbone, rounds=2) as f:
         f.start()
         logs = [f.folder / name / "site-state" / "supernode.log" for name in NAMES]
@@ -135,7 +135,7 @@ def leftovers(backbone: str) -> str:
 
 
 def no_code(backbone: str) -> str:
-    """Whoever may start runs on the server still cannot run code at a site: the app that came with a run is not opened."""
+    """A user who may start runs on the server still cannot run code at a site: the app that came with a run is not opened."""
     with federation(backbone) as f:
         f.start()
         logs = [f.folder / name / "site-state" / "supernode.log" for name in NAMES]
@@ -181,7 +181,7 @@ def main(grid, context):
 
 
 def reticent(backbone: str) -> str:
-    """Sites that tell no metric at all, and a server without test rows: the run ends, and the record holds neither."""
+    """Sites that report no metric at all, and a server without test rows: the run ends, and the record holds neither."""
     with federation(backbone, rounds=2) as f:
         f.start(allow="metrics = []")
         events = f.run("out", "--no-test")

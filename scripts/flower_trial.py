@@ -32,7 +32,7 @@ from fedmllm.flower.server.watch import is_written
 
 
 def executor_killed(backbone: str) -> str:
-    """kill -9 of what starts runs on the server, in the middle of one: that one goes on, and the next one begins."""
+    """kill -9 of what starts runs on the server, in the middle of one: that one continues, and the next one starts."""
     with federation(backbone, rounds=3) as f:
         f.start()
         thread = f.background_run()
@@ -64,7 +64,7 @@ def interrupted(backbone: str) -> str:
 
 
 def client_raises(backbone: str) -> str:
-    """A site whose data cannot be read: named with the row, the round goes on with the others."""
+    """A site whose data cannot be read: named, and the round continues with the others."""
     with federation(backbone) as f:
         f.start()
         for picture in (f.folder / "pictures").glob("north-*.png"):
@@ -81,7 +81,7 @@ def client_raises(backbone: str) -> str:
 
 
 def trainer_killed(backbone: str) -> str:
-    """kill -9 of a training process: named at once, the round goes on, the next one has the site again."""
+    """kill -9 of a training process: named at once, the round continues, the next one has the site again."""
     with federation(backbone) as f:
         f.start()
         thread = f.background_run()
@@ -96,7 +96,7 @@ def trainer_killed(backbone: str) -> str:
 
 
 def supernode_killed(backbone: str) -> str:
-    """kill -9 of a SuperNode in the middle of a round: the site starts it anew, the round goes on, the site is back."""
+    """kill -9 of a SuperNode in the middle of a round: the site restarts it, the round continues, the site is back."""
     with federation(backbone, rounds=4) as f:
         f.start()
         thread = f.background_run()
@@ -126,13 +126,13 @@ def straggler(backbone: str) -> str:
         f.harm("north", "site.trainer", signal.SIGCONT)
         thread.join(CASE_S)
         said = dropped(f.rounds())
-        expect(len(f.rounds()) == 3 and len(said) == 1 and "no answer within 25 s" in said[0], said)
+        expect(len(f.rounds()) == 3 and len(said) == 1 and "no reply within 25 s" in said[0], said)
         expect(any(c["client"] == 1 for c in f.rounds()[-1]["clients"]), f.rounds()[-1])
         return said[0]
 
 
 def superlink_killed(backbone: str) -> str:
-    """kill -9 of SuperLink in the middle of a run: it starts again by itself, the run goes on or is resumed; same bytes."""
+    """kill -9 of SuperLink in the middle of a run: it is restarted, the run continues or is resumed; same bytes."""
     return same_bytes_after(backbone, lambda f: f.harm("server", "flower-superlink"))
 
 
@@ -160,7 +160,7 @@ def same_bytes_after(backbone: str, harm: Callable[[Federation], None]) -> str:
 
 
 def bad_updates(backbone: str) -> str:
-    """NaN, wrong shapes, a norm beyond the limit: left out of the sum and named in the record; the others go on."""
+    """NaN, wrong shapes, a norm beyond the limit: left out of the sum and named in the record; the others continue."""
     with federation(backbone, rounds=1) as f:
         toml = f.folder / "experiment.toml"
         toml.write_text(toml.read_text() + "\n[update_filter]\nmax_norm = 100\n")
@@ -246,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES))
     parser.add_argument("--backbone", default='name = "tiny"', help="the keys of [backbone], as TOML")
-    parser.add_argument("--out", type=Path, help="results/flower_trials.md: the cases of this call are put in anew")
+    parser.add_argument("--out", type=Path, help="results/flower_trials.md: the lines of these cases are replaced")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a stopped trial stops its processes
     failed = False
@@ -278,7 +278,7 @@ HEAD = """# Failures of a real federation, each done on purpose
 
 `python scripts/flower_trial.py --out results/flower_trials.md`: SuperLink, gate, three SuperNodes and trainers on loopback,
 TLS, registered keys, the embedded backbone. Machine: {machine}. It had other work too: `load` is the 1-minute load average
-when a case began. A case's line is of its last run.
+when a case began. A case's line is of its last run; messages are quoted as they read today.
 
 {what}
 

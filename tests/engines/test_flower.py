@@ -107,7 +107,7 @@ def test_reasons_of_others_are_one_printable_line():
 words = st.one_of(st.text(max_size=20), st.integers(-(2**63), 2**63 - 1), st.floats(), st.binary(max_size=20))
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine is no fault
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine is slow
 @given(st.dictionaries(st.sampled_from(["manifest", "num_examples", "metrics", "refused", "x"]), words), st.binary())
 def test_nothing_in_a_reply_can_raise(about, data):
     content = RecordDict({ABOUT: ConfigRecord(about)})

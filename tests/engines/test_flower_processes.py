@@ -203,10 +203,10 @@ def test_a_run_of_which_nothing_is_heard_is_lost_and_one_that_never_begins_is_an
     assert watch.ended()
     with contextlib.closing(Record(record)):
         said["status"] = ("finished:failed", "of another time")
-        assert not watch.ended()  # it holds its record, so nobody is asked
+        assert not watch.ended()  # it holds its record, so SuperLink is not queried
         assert watch.status == "unreachable"
     said["status"] = ("unreachable", "")
-    assert watch.ended()  # it held its record, and does so no more
+    assert watch.ended()  # it has released its record
     now[0], said["status"] = now[0] + 1, ("finished:failed", "why")
     assert watch.ended()
     assert (watch.status, watch.details) == ("finished:failed", "why")

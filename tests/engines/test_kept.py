@@ -1,4 +1,4 @@
-"""What is made once in a process: shared by the backbones of one base, and by nobody else."""
+"""Caches of one process, shared by the backbones of one base only."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_a_second_backbone_of_the_base_finds_what_the_first_kept(folder: Path, p
 
 
 def test_one_that_keeps_nothing_gives_the_same_bits_every_time(folder: Path, picture: Path) -> None:
-    keeps, forgets = backbone(folder, 8), backbone(folder, 0)
-    assert scores(keeps, picture) == scores(forgets, picture) == scores(forgets, picture) == scores(keeps, picture)
+    caching, plain = backbone(folder, 8), backbone(folder, 0)
+    assert scores(caching, picture) == scores(plain, picture) == scores(plain, picture) == scores(caching, picture)
 
 
 def test_another_precision_is_another_tower(folder: Path, picture: Path) -> None:

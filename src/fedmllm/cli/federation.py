@@ -46,7 +46,7 @@ metrics = ["loss", "num_steps", "num_tokens", "time_s"]
 
 [allow.settings]
 "train.lr" = {{ max = 1e-2 }}
-"lora.r" = {{ max = 8 }}     # the larger the rank, the more rows can be told apart in a delta
+"lora.r" = {{ max = 8 }}     # the larger the rank, the more rows a delta can be split into
 """
 
 

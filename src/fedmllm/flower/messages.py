@@ -1,4 +1,4 @@
-"""Payloads of a round and their exchange, for the simulation and for real sites."""
+"""Payloads of a round and their exchange over Flower."""
 
 from __future__ import annotations
 

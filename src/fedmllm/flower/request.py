@@ -1,4 +1,4 @@
-"""Request of a server to a site: settings of one round, without any path."""
+"""Request of a server to a site: settings without paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names and the array format of a message, and text from other machines.
+"""Array format of a message, and text from other machines.
 
 An adapter is ONE array of raw float32: Flower stores and fetches every array of a message as an object of its own, and 200
 tensors cost five times what one costs. The array's data are the numbers and nothing else: there is no header to trust, and

@@ -1,4 +1,4 @@
-"""A server's folder: settings, certificates, the register of sites, and commands to its SuperLink."""
+"""A server's folder: settings, register of sites, commands to SuperLink."""
 
 from __future__ import annotations
 

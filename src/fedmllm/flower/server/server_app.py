@@ -1,4 +1,4 @@
-"""The ServerApp of a real federation: the round loop over the sites' replies.
+"""ServerApp of a real federation: the round loop over sites.
 
 A round asks each site of the cohort once. After too few replies the missing sites are asked again; after too few attempts
 the run stops with a reason, and `--resume` continues from its last finished round. Every wait has a limit.

@@ -1,4 +1,4 @@
-"""A site's own file: its data, its keys, and what it allows a server to ask for.
+"""A site's own file: data, keys, and limits for the server.
 
 Everything that names a place (data, model folder, keys) comes from this file. A request from the server has settings and no
 path; it is accepted as it is, or refused with a reason.

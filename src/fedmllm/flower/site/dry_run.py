@@ -1,4 +1,4 @@
-"""Dry run of a site: train one round and print the reply without sending it."""
+"""Dry run of a site: train one round, print the reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the adapter that a site receives and of the delta that it returns.
+"""Checks of a site's received adapter and returned delta.
 
 A server can choose an adapter with which one AdamW step is proportional to the gradient, and a gradient of `lora_A` is a sum
 of token embeddings: the words of the rows can be read from it (DAGER, arXiv:2405.15586). In its first step AdamW

@@ -1,4 +1,4 @@
-"""Parent's end of the resident trainer: start, requests, restart after a crash or a timeout."""
+"""Parent's end of the resident trainer: start, requests, restart."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""State that an algorithm keeps at a site from round to round, such as SCAFFOLD's control variate.
+"""An algorithm's state at a site, kept from round to round.
 
-It stays in the site's own folder, `STATE/clients/RUN_ID/client-K/round-N.safetensors`. A request names the rounds whose updates
-the server counted, with the digest that the site reported then; files of other rounds are removed.
+It is, for example, SCAFFOLD's control variate. It stays in the site's own folder,
+`STATE/clients/RUN_ID/client-K/round-N.safetensors`. A request names the rounds whose updates the server counted, with the
+digest that the site reported then; files of other rounds are removed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Flower's SuperNode as a child process of a site, restarted when it dies.
+"""Flower's SuperNode as a child process of a site.
 
-It fetches and sends messages. Its parent connects to it over TLS on loopback, with a certificate and a secret of this start:
-another user of the machine can neither fetch the SuperNode's messages nor impersonate it.
+It fetches and sends messages, and is restarted when it dies. Its parent connects to it over TLS on loopback, with a
+certificate and a secret of this start: another user of the machine can neither fetch the SuperNode's messages nor
+impersonate it.
 """
 
 from __future__ import annotations
