@@ -32,7 +32,7 @@ from fedmllm.config.train import Checkpointing, Evaluate, Train, UpdateFilter, o
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
 from fedmllm.core.plugins import PluginSource, load_entry_points, load_plugins, source_of_import
-from fedmllm.core.spec import EXECUTION_ONLY, Named, Spec, checked, current_keys, nearest
+from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec, checked, current_keys, nearest
 from fedmllm.core.types import visible_of
 from fedmllm.data.base import Dataset
 from fedmllm.data.prompts import Plain, Prompt
@@ -89,6 +89,9 @@ class Experiment(Spec):
     """Checkpoints."""
     method: Literal["federated", "zero-shot", "majority", "local", "centralised"] = "federated"
     """The federation, or a baseline."""
+    budget: Annotated[Literal["equal-visits", "converged"], ADDED_LATER] = "equal-visits"
+    """Training of methods "local" and "centralised": as many visits to a row as in the federation, or num_rounds rounds,
+    of which the best on the validation rows counts."""
     engine: Annotated[SerializeAsAny[Engine], EXECUTION_ONLY] = Stacked()
     """How a round is computed."""
     num_rounds: PositiveInt = 25
@@ -129,6 +132,14 @@ class Experiment(Spec):
         for name in self.metrics():
             if name not in METRICS:
                 raise ValueError(f"no metric {name!r}; allowed: {', '.join(sorted(METRICS))}{nearest(name, METRICS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _convergence_is_measured(self) -> Experiment:
+        if self.budget == "converged" and self.method not in ("local", "centralised"):
+            raise ValueError(f'budget: got "converged" for method {self.method!r}; it is for: local, centralised')
+        if self.budget == "converged" and self.evaluate.select != "validation":
+            raise ValueError('budget: "converged" needs evaluate.select = "validation", which picks the round')
         return self
 
     @model_validator(mode="after")

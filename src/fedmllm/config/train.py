@@ -68,8 +68,16 @@ class Evaluate(Spec):
     """Tokens of a generated answer at most."""
     limit: NonNegativeInt = 0
     """Number of test rows, the first ones; 0 = all."""
+    rows: Annotated[Literal["test", "validation"], ADDED_LATER] = "test"
+    """Rows that the results are about. "validation" is for tuning: the test rows are not read."""
     select: Literal["last", "validation"] = "last"
     """Adapter that is the result: that of the last round, or the best on the validation rows."""
+
+    @model_validator(mode="after")
+    def _does_not_select_on_its_own_rows(self) -> Evaluate:
+        if self.select == self.rows == "validation":
+            raise ValueError('rows = "validation": got select = "validation", the same rows; allowed: last')
+        return self
 
     @model_validator(mode="after")
     def _has_something_to_select_from(self) -> Evaluate:

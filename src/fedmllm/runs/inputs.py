@@ -46,13 +46,15 @@ class Inputs:
         """Read the rows, split and hide them, check that what is shown is there; the model comes last, being dear."""
         data, modalities = experiment.data, experiment.data.modalities()
         judged = frozenset[str]().union(*(visible_of(v, modalities) for v in experiment.evaluate.visible))
-        train, test = data.load("train"), data.load("test")
+        train, test = data.load("train"), data.load(experiment.evaluate.rows)
         limit = experiment.evaluate.limit or None
         validation = data.load("validation").examples if experiment.evaluate.select == "validation" else ()
         if experiment.evaluate.select == "validation" and not validation:
             raise ConfigError(
                 f"evaluate.select: got 'validation', but {data.name} has no validation rows; allowed: last"
             )
+        if experiment.evaluate.rows == "validation" and not test.examples:
+            raise ConfigError(f"evaluate.rows: got 'validation', but {data.name} has no validation rows; allowed: test")
         shards = assign(train.examples, modalities, experiment.partition, experiment.scenario, experiment.seed)
         shards, bad_train = check_shards(train.examples, shards, data.on_bad_row)
         test_rows, bad_test = check_rows(test.examples[:limit], judged, data.on_bad_row)

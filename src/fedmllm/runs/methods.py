@@ -64,9 +64,16 @@ def equivalent_rounds(experiment: Experiment, shards: Sequence[Shard]) -> float:
     return share * (experiment.num_rounds * experiment.cohort_size / num_asked)
 
 
+def baseline_rounds(experiment: Experiment, shards: Sequence[Shard]) -> float:
+    """Rounds of a baseline that trains: those of the federation's budget, or all of them if it trains until converged."""
+    if experiment.budget == "converged":
+        return float(experiment.num_rounds)
+    return equivalent_rounds(experiment, shards)
+
+
 def local(session: Session) -> list[dict[str, Any]]:
-    """Every client alone, with the training budget of the federation: mean and spread over the clients."""
-    budget = equivalent_rounds(session.experiment, session.inputs.shards)
+    """Every client alone, with the experiment's budget: mean and spread over the clients."""
+    budget = baseline_rounds(session.experiment, session.inputs.shards)
     clients = [shard.client for shard in session.inputs.shards if shard.rows]
     for client in clients[len(session.results) :]:  # those before it were done when the run was stopped
         params, _ = session.federation(budget, [client], client=client)
@@ -76,11 +83,11 @@ def local(session: Session) -> list[dict[str, Any]]:
 
 
 def centralised(session: Session) -> list[dict[str, Any]]:
-    """All rows in one place, hidden as they are on the clients, seen as often as the federation sees them."""
+    """All rows in one place, hidden as they are on the clients, with the experiment's budget."""
     shards = session.inputs.shards
     rows = tuple(row for shard in shards for row in shard.rows)
     visible = tuple(mask for shard in shards for mask in shard.visible)
-    params, _ = session.federation(equivalent_rounds(session.experiment, shards), [0], [Shard(0, rows, visible)])
+    params, _ = session.federation(baseline_rounds(session.experiment, shards), [0], [Shard(0, rows, visible)])
     session.save(params)
     return session.rows([session.evaluator.test(params)])
 

@@ -38,8 +38,9 @@ def assign(
 ) -> tuple[Shard, ...]:
     """One shard a client, in client order: its rows and what each of them still shows.
 
-    A row shows what the scenario leaves of what the row has. Every row lands on exactly one client; a client may get
-    none. Everything random comes from `seed`, except under `Published`, whose streams are fixed.
+    A row shows what the scenario leaves of what the row has. Every row lands on exactly one client, or on none if the
+    scenario drops incomplete rows; a client may get none. Everything random comes from `seed`, except under `Published`,
+    whose streams are fixed.
     """
     if not examples:
         raise DataError("no rows to give out: the training split is empty")
@@ -53,10 +54,15 @@ def assign(
     names = partition.client_names(examples) or ("",) * len(rows)
     meet = lru_cache(maxsize=None)(lambda mask, has: mask & frozenset(has))  # few different ones, and rows share them
     has = [tuple(example.fields) for example in examples]
-    return tuple(
-        Shard(client, tuple(own), tuple(meet(mask, has[row]) for row, mask in zip(own, kept, strict=True)), name)
-        for client, (own, kept, name) in enumerate(zip(rows, masks, names, strict=True))
-    )
+    shards = []
+    for client, (own, kept, name) in enumerate(zip(rows, masks, names, strict=True)):
+        pairs = [(row, meet(mask, has[row])) for row, mask in zip(own, kept, strict=True)]
+        if scenario.drops_incomplete:
+            pairs = [(row, visible) for row, visible in pairs if visible == frozenset(modalities)]
+        shards.append(Shard(client, tuple(row for row, _ in pairs), tuple(visible for _, visible in pairs), name))
+    if not any(shard.rows for shard in shards):
+        raise DataError(f"scenario: {scenario.name!r} leaves no row; choose one that leaves complete rows")
+    return tuple(shards)
 
 
 def refuse_simulation(partition: Partition) -> None:

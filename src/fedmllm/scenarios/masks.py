@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt
@@ -30,6 +30,8 @@ PUBLISHED_SEED = 42
 
 class Scenario(Named):
     """Who sees what."""
+
+    drops_incomplete: ClassVar[bool] = False  # True: a client does not keep a row that lacks a modality
 
     def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
         """Raise ConfigError where these settings do not fit; `num_clients` 0 = known only when the rows are there."""

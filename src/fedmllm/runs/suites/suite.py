@@ -6,6 +6,7 @@
     [base]                              # an experiment, as in a file for `fedmllm run`
     [matrix]
     seeds = [0, 1, 2]
+    seed_keys = ["seed", "data.seed"]   # optional: the settings that a seed sets; default: the run's own alone
     [matrix.settings]                   # an axis: label -> what it changes in the base
     "beta 30 %" = { scenario = { name = "missing", rate = 0.3 } }
     [matrix.methods]
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,14 @@ def matrix(table: Any, path: Path) -> tuple[dict[str, dict[str, Any]], list[dict
     seeds = table.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise ConfigError(f"{path}: matrix.seeds: got {seeds!r}; give a list of whole numbers")
-    axes: dict[str, dict[str, Any]] = {"seeds": {str(seed): {"seed": seed} for seed in seeds}}
+    keys = table.get("seed_keys", ["seed"])
+    if not isinstance(keys, list) or "seed" not in keys or not all(isinstance(key, str) and key for key in keys):
+        raise ConfigError(
+            f'{path}: matrix.seed_keys: got {keys!r}; give a list with "seed", as in ["seed", "data.seed"]'
+        )
+    axes: dict[str, dict[str, Any]] = {"seeds": {str(seed): seeded(keys, seed) for seed in seeds}}
     for axis, labels in table.items():
-        if axis in ("seeds", "skip"):
+        if axis in ("seeds", "seed_keys", "skip"):
             continue
         if not isinstance(labels, Mapping) or not all(isinstance(v, Mapping) for v in labels.values()) or not labels:
             raise ConfigError(
@@ -159,6 +165,18 @@ def matrix(table: Any, path: Path) -> tuple[dict[str, dict[str, Any]], list[dict
     if not isinstance(skips, list):
         raise ConfigError(f"{path}: matrix.skip: got {skips!r}; give tables: [[matrix.skip]], or [] for none")
     return axes, [skipped(skip, axes, f"{path}: matrix.skip {number}") for number, skip in enumerate(skips, start=1)]
+
+
+def seeded(keys: Sequence[str], seed: int) -> dict[str, Any]:
+    """A table in which each dotted key has the seed."""
+    made: dict[str, Any] = {}
+    for key in keys:
+        *tables, last = key.split(".")
+        here = made
+        for name in tables:
+            here = here.setdefault(name, {})
+        here[last] = seed
+    return made
 
 
 def skipped(skip: Any, axes: Mapping[str, Mapping[str, Any]], place: str) -> dict[str, list[str]]:
