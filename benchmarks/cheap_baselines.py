@@ -1,0 +1,111 @@
+"""Baselines without a language model, on the rows of an experiment.
+
+    python benchmarks/cheap_baselines.py EXPERIMENT.toml [--set data.seed=1]
+
+The most frequent training answer to each question text; and, if all questions have the same choices, logistic regression on the bag
+of words of the text, on statistics of the picture, and on both. Trained on all clients' rows, each as far as it is visible.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+from scipy.sparse import csr_matrix, hstack
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from fedmllm import Experiment
+from fedmllm.core.metrics import METRICS
+from fedmllm.core.types import Example, Prediction, Visible
+from fedmllm.scenarios.assign import assign
+
+Row = tuple[Example, Visible]
+SIDE = 8  # pixels of the reduced picture
+
+
+def words(train: Sequence[Row], test: Sequence[Row]) -> tuple[csr_matrix, csr_matrix]:
+    """Counts of words and pairs of words; a hidden text counts nothing."""
+    texts = [[str(e.fields.get("text", "")) if "text" in v else "" for e, v in rows] for rows in (train, test)]
+    counter = CountVectorizer(ngram_range=(1, 2), binary=True).fit(texts[0])
+    return counter.transform(texts[0]), counter.transform(texts[1])
+
+
+def pictures(train: Sequence[Row], test: Sequence[Row]) -> tuple[csr_matrix, csr_matrix]:
+    """Mean and deviation of each channel, and the picture at 8 x 8 pixels; zeros for a hidden picture."""
+    return csr_matrix(np.stack([statistics(row) for row in train])), csr_matrix(np.stack([statistics(r) for r in test]))
+
+
+def statistics(row: Row) -> np.ndarray:
+    example, visible = row
+    if "image" not in visible:
+        return np.zeros(6 + 3 * SIDE * SIDE)
+    with Image.open(example.fields["image"][0]) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=float) / 255 - 0.5
+        small = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=float) / 255 - 0.5
+    return np.concatenate([pixels.mean((0, 1)), pixels.std((0, 1)), small.ravel()])
+
+
+def both(train: Sequence[Row], test: Sequence[Row]) -> tuple[csr_matrix, csr_matrix]:
+    """Words and pictures side by side."""
+    first, second = words(train, test), pictures(train, test)
+    return hstack([first[0], second[0]]).tocsr(), hstack([first[1], second[1]]).tocsr()
+
+
+FEATURES: dict[str, Callable[[Sequence[Row], Sequence[Row]], tuple[csr_matrix, csr_matrix]]] = {
+    "bag of words": words,
+    "picture statistics": pictures,
+    "both": both,
+}
+
+
+def regression(name: str, train: Sequence[Row], test: Sequence[Row]) -> list[Prediction]:
+    """Predictions of a logistic regression."""
+    first, second = FEATURES[name](train, test)
+    model = LogisticRegression(max_iter=2000, C=0.3).fit(first, [example.answer for example, _ in train])
+    logs = dict(zip(model.classes_, model.predict_log_proba(second).T, strict=True))
+    floor = np.full(len(test), -50.0)  # a choice that never occurs in training
+    columns = [[logs.get(choice, floor)[i] for choice in example.choices] for i, (example, _) in enumerate(test)]
+    return [Prediction(example, tuple(scores), None) for (example, _), scores in zip(test, columns, strict=True)]
+
+
+def question_prior(train: Sequence[Row], test: Sequence[Row]) -> list[Prediction]:
+    """The most frequent training answer to the question's exact text; to all questions if the text is new."""
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for example, _ in train:
+        answers[example.question.lower()][example.answer] += 1
+    common = sum(answers.values(), Counter()).most_common(1)[0][0]
+    predictions = []
+    for example, _ in test:
+        known = answers[example.question.lower()].most_common(1)
+        answer = known[0][0] if known else common
+        scores = tuple(0.0 if choice == answer else -1.0 for choice in example.choices)
+        predictions.append(Prediction(example, scores, None if scores else answer))
+    return predictions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    e = Experiment.load(arguments.experiment, arguments.set)
+    examples, modalities = e.data.load("train").examples, e.data.modalities()
+    shards = assign(examples, modalities, e.partition, e.scenario, e.seed)
+    train = [(examples[i], v) for s in shards for i, v in zip(s.rows, s.visible, strict=True)]
+    test = [(row, frozenset(modalities)) for row in e.data.load("test").examples[: e.evaluate.limit or None]]
+    closed = len({row.choices for row, _ in (*train, *test)}) == 1 and bool(test[0][0].choices)
+    found = {"answer per question text": question_prior(train, test)}
+    if closed:
+        found |= {name: regression(name, train, test) for name in FEATURES}
+    print("| baseline | " + " | ".join(e.data.metrics()) + " |\n|---|" + "---:|" * len(e.data.metrics()))
+    for name, predictions in found.items():
+        values = (f"{v:.3f}" if (v := METRICS[m](predictions)) is not None else "-" for m in e.data.metrics())
+        print(f"| {name} | " + " | ".join(values) + " |")
+
+
+if __name__ == "__main__":
+    main()
