@@ -2,8 +2,8 @@
 
     python benchmarks/cheap_baselines.py EXPERIMENT.toml [--set data.seed=1]
 
-The most frequent training answer to each question text; and, if all questions have the same choices, logistic regression on the bag
-of words of the text, on statistics of the picture, and on both. Trained on all clients' rows, each as far as it is visible.
+The most frequent training answer to each question text; and, if all questions have the same choices, logistic regression on the
+bag of words of the text, on statistics of the picture, and on both. Trained on all clients' rows, each as far as it is visible.
 """
 
 from __future__ import annotations
