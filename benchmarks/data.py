@@ -19,15 +19,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "data"))
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-import rawsets
 from machine import describe
 
 from fedmllm.scenarios.assign import assign, digest
 from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing
 from fedmllm.scenarios.partitions import Dirichlet
 from fedmllm.scenarios.published import Published
+from support import rawsets
 
 REPEATS = 3
 CORES = 2

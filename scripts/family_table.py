@@ -11,14 +11,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "backbones"))
-
-from tiny_families import FAMILIES, PORTS, write  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests"))
 
 from fedmllm.backbones.base import FromFolder, Precision  # noqa: E402
 from fedmllm.backbones.hf import CAUSAL, TransformersBackbone, load_folder  # noqa: E402
 from fedmllm.backbones.model_checks import NAMES, checkup  # noqa: E402
 from fedmllm.core.errors import FedmllmError  # noqa: E402
+from support.tiny_families import FAMILIES, PORTS, write  # noqa: E402
 
 WHAT = {
     "image": "summed loss of rows with one and two pictures: in one batch as alone",

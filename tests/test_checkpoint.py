@@ -19,41 +19,10 @@ from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.server_optimizers import FedAdam
 from fedmllm.config.experiment import FAMILIES
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.types import ClientUpdate, Params, State
+from fedmllm.core.types import ClientUpdate, Params, Round, State
 from fedmllm.runs import checkpoint
-from fedmllm.runs.checkpoint import Best, Checkpoints, RunState
-from fedmllm.runs.costs import Totals
-
-LIKE: Params = {"b": torch.zeros(3, 2), "a": torch.zeros(4)}  # not in alphabetical order, as safetensors would have it
-
-
-def run_state(number: int, **changed: Any) -> RunState:
-    values: dict[str, Any] = {
-        "round": number,
-        "client": None,
-        "totals": Totals(num_rounds=number, client_s=1.5),
-        "results": (),
-        "best": None,
-        "wall_s": 2.5,
-        "record_bytes": 100,
-        "settings": {"seed": 1},
-        "digests": {"rows": "ab"},
-        "versions": {"torch": "2"},
-    }
-    return RunState.model_validate({**values, **changed})
-
-
-def values(seed: int) -> Params:
-    rng = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(t.shape, generator=rng) for name, t in LIKE.items()}
-
-
-def write(folder: Path, *books: RunState, state: State | None = None, keep: int = 2) -> None:
-    checkpoints = Checkpoints(folder, keep, b"{}", lambda: None)
-    for entry in books:
-        checkpoints.save(entry, values(entry.totals.num_rounds), state or {})
-    checkpoints.wait()
-    checkpoints.close()
+from fedmllm.runs.checkpoint import Best, Checkpoints
+from support.checkpoints import LIKE, run_state, values, write
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES["aggregator"].members))
@@ -62,7 +31,7 @@ def test_every_aggregator_goes_on_from_disk_to_the_same_bits(name: str, tmp_path
 
     def step(params: Params, state: State, round_: int) -> tuple[Params, State]:
         updates = [ClientUpdate(k, values(10 * round_ + k), k + 1, {"loss": 0.0}) for k in range(6)]
-        return aggregator.apply(params, state, updates)
+        return aggregator.apply(params, state, Round(round_, 0, 3, tuple(range(6)), 6), updates)
 
     params, state = LIKE, aggregator.init(LIKE)
     for round_ in (1, 2):
@@ -269,7 +238,9 @@ def test_a_checkpoint_is_an_adapter_file(tmp_path: Path) -> None:
 FULL = """
     import resource, sys, pathlib, torch
     sys.path[:0] = [{tests!r}]
-    from test_checkpoint import Checkpoints, run_state, checkpoint, values
+    from fedmllm.runs import checkpoint
+    from fedmllm.runs.checkpoint import Checkpoints
+    from support.checkpoints import run_state, values
     big = {{"w": torch.zeros(30_000)}}  # 120 kB
     place = pathlib.Path({folder!r})
     checkpoints = Checkpoints(place, 2, b"{{}}", lambda: None)

@@ -26,11 +26,7 @@ from fedmllm.runs.checkpoint import ADAPTER
 from fedmllm.runs.fingerprint import rows_digest
 from fedmllm.runs.record import read
 from fedmllm.runs.run import run
-
-sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("data", "backbones")]
-
-import rawsets  # noqa: E402
-import tiny_families  # noqa: E402
+from support import rawsets, tiny_families
 
 TABLE: dict[str, Any] = {
     "data": {"name": "synthetic-irony", "num_train": 60, "num_validation": 4, "num_test": 4},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent / "backbones"))
-from tiny_families import PORTS, stirred, write
-
 from fedmllm.backbones.base import FromFolder, Lora, Precision
 from fedmllm.backbones.export import export
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Conversation
+from support.tiny_families import PORTS, stirred, write
 
 FAMILIES = ["qwen2_vl", "gemma3", "minicpmv4_6", *PORTS]
 PROMPT = Conversation(("Is it (A) or (B)?",))

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parent / "backbones"))
-import typer
-from tiny_families import write
 
 from fedmllm.backbones.base import FromFolder, Precision
 from fedmllm.backbones.footprint import footprint
@@ -26,6 +22,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Conversation
 from fedmllm.reports.model import estimate as estimated
+from support.tiny_families import write
 
 FAMILIES = ["llava", "qwen3_vl", "minicpmv4_6", "gemma3", "internvl"]
 

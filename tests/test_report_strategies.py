@@ -14,7 +14,7 @@ from fedmllm.reports.stats import Paired
 from fedmllm.reports.tables import result_table
 from fedmllm.reports.write import write_report
 from fedmllm.runs.suites.suite import Suite
-from made_up import write_run
+from support.made_up import write_run
 
 ROOT = Path(__file__).parents[1]
 

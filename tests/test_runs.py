@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,26 +23,11 @@ from fedmllm.core.types import Shard
 from fedmllm.runs.checkpoint import newest, read_run_state, sealed
 from fedmllm.runs.events import Event
 from fedmllm.runs.methods import equivalent_rounds
-from fedmllm.runs.record import Record, read
+from fedmllm.runs.record import Record
 from fedmllm.runs.run import run
+from support.runs import TABLE, Stop, adam, events, experiment, stopped
 
-TABLE: dict[str, Any] = {
-    "data": {"name": "synthetic-irony", "num_train": 36, "num_validation": 8, "num_test": 8},
-    "partition": {"name": "iid", "num_clients": 3},
-    "backbone": "tiny",
-    "train": {"lr": 1e-3, "batch_size": 4, "accumulation": 1, "max_steps": 1},
-    "num_rounds": 3,
-    "checkpoint": {"keep": 9},
-}
 METHODS = ["majority", "zero-shot", "federated", "local", "centralised"]
-
-
-def experiment(**changed: Any) -> Experiment:
-    return Experiment.parse({**TABLE, **changed})
-
-
-def events(folder: Path, kind: str = "") -> list[dict[str, Any]]:
-    return [event for event in read(folder / "record.jsonl") if kind in ("", event["event"])]
 
 
 def adapter(folder: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
@@ -78,29 +62,12 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-class Stop:
-    """A sink that stops the run at an event, as a kill would: whatever comes after it is never written."""
-
-    def __init__(self, kind: str, number: int) -> None:
-        self.kind, self.left = kind, number
-
-    def __call__(self, event: Event) -> None:
-        self.left -= event.kind == self.kind
-        if self.left == 0:
-            self.left = -1
-            raise KeyboardInterrupt(f"stopped at {self.kind}")
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A federated run that nothing stopped, FedAdam, judged every round and selected on validation."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(adam(), folder)
     return folder
-
-
-def adam(**changed: Any) -> Experiment:
-    return experiment(aggregator="fedadam", evaluate={"every": 1, "select": "validation"}, **changed)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -223,12 +190,6 @@ def test_other_settings_are_refused_and_named(whole: Path) -> None:
 def test_where_and_how_fast_may_change(whole: Path) -> None:
     elsewhere = adam(engine={"name": "stacked", "clients": 3}, checkpoint={"keep": 1})
     assert run(elsewhere, whole, resume=True)
-
-
-def stopped(folder: Path, **changed: Any) -> Path:
-    with pytest.raises(KeyboardInterrupt):
-        run(experiment(**changed), folder, [Stop("round", 3)])
-    return folder
 
 
 def test_other_rows_or_another_base_are_refused_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +319,10 @@ def test_the_command_line_resumes(tmp_path: Path) -> None:
 IN_A_SMALL_DISK = """
 import subprocess, sys
 sys.path[:0] = [{tests!r}]
-from test_runs import FedmllmError, Path, events, experiment, run
+from pathlib import Path
+from fedmllm.core.errors import FedmllmError
+from fedmllm.runs.run import run
+from support.runs import events, experiment
 place = Path({place!r})
 settings = experiment(num_rounds=6, aggregator="fedadam", checkpoint={{"keep": 2}})
 try:

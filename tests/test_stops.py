@@ -24,8 +24,8 @@ from fedmllm.runs.checkpoint import Checkpoints
 from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.record import Record
 from fedmllm.runs.run import run
-from test_checkpoint import LIKE, run_state, values, write
-from test_runs import Stop, adam, events, experiment, stopped
+from support.checkpoints import LIKE, run_state, values, write
+from support.runs import Stop, adam, events, experiment, stopped
 
 
 class Killed(BaseException):
@@ -121,7 +121,7 @@ PARENT = """
     import multiprocessing, sys, time
     sys.path[:0] = [{tests!r}]
     from fedmllm.runs.suites.worker import work
-    from test_runs import TABLE
+    from support.runs import TABLE
 
     if __name__ == "__main__":
         context = multiprocessing.get_context("spawn")

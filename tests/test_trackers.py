@@ -14,7 +14,7 @@ from fedmllm.core.errors import ConfigError
 from fedmllm.runs.events import Event
 from fedmllm.runs.record import read
 from fedmllm.runs.trackers import TRACKERS, Tracker, tracker
-from made_up import write_run
+from support.made_up import write_run
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_families import NEEDS, PORTS, stirred, write
 
 from fedmllm.backbones.base import FromFolder
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
 from fedmllm.core.types import Conversation, Picture
+from support.tiny_families import NEEDS, PORTS, stirred, write
 
 FolderOf = Callable[[str], Path]
 

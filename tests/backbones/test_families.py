@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny_families import FAMILIES, PORTS, stirred
 
 from fedmllm.backbones.base import FromFolder, Row
 from fedmllm.backbones.folder import load_base
 from fedmllm.backbones.hf import CAUSAL, TransformersBackbone, load_folder
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Conversation
+from support.tiny_families import FAMILIES, PORTS, stirred
 
 ALL = [*FAMILIES, *PORTS]
 ANSWERS = ["yes", "no, never", "ok"]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import FAMILIES, PORTS, TWO_BILLION, stirred, write
 
 from fedmllm.backbones.base import FromFolder, Precision
 from fedmllm.backbones.dropout import dropout_mask
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
 from fedmllm.core.types import Conversation
+from support.tiny_families import FAMILIES, PORTS, TWO_BILLION, stirred, write
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from minicpmv2_folder import ROWS, VERSIONS, ask, load, picture, right_padded, write_folder
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from fedmllm.backbones.minicpmv2.model import MiniCPMV2Config, MiniCPMV2ForConditionalGeneration, MiniCPMV2Processor
 from fedmllm.backbones.minicpmv2.vision import axis_positions, position_buckets
 from fedmllm.core.errors import FedmllmError
+from support.minicpmv2_folder import ROWS, VERSIONS, ask, load, picture, right_padded, write_folder
 
 CASES = [
     ("minicpmv26", "img", [["small"], ["sliced"]]),

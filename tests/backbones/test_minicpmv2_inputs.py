@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minicpmv2_folder import ROWS, VERSIONS, ask, picture, right_padded, write_folder
 from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from fedmllm.backbones.minicpmv2.images import choose_grid, slice_image
 from fedmllm.backbones.minicpmv2.model import IMAGE_MARK, ImageSettings, MiniCPMV2Processor
 from fedmllm.core.errors import FedmllmError
+from support.minicpmv2_folder import ROWS, VERSIONS, ask, picture, right_padded, write_folder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_families import PORTS, stirred, write
 
 from fedmllm.backbones.base import FromFolder, Lora, Precision
 from fedmllm.backbones.folder import load_base
@@ -18,6 +17,7 @@ from fedmllm.backbones.hf import TransformersBackbone, load_folder
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.tensors import num_bytes
 from fedmllm.core.types import Conversation
+from support.tiny_families import PORTS, stirred, write
 
 FolderOf = Callable[[str], Path]
 SOME = ["minicpmv2.6", "minicpmv4_6", "qwen3_vl", "gemma3"]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rawsets
-from tables import as_parquet, load, refused
 
 from fedmllm.core.errors import DataError
+from support import rawsets
+from support.tables import as_parquet, load, refused
 
 
 def test_a_parquet_file_with_a_corrupt_body(tmp_path: Path) -> None:

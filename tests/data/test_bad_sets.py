@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import rawsets
 
 from fedmllm.core.errors import DataError
 from fedmllm.scenarios.assign import assign
 from fedmllm.scenarios.masks import Missing
 from fedmllm.scenarios.published import Published
+from support import rawsets
 
 
 def load(name: str, root: Path, split: str = "train", **settings):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rawsets
-from tables import COLUMNS, as_parquet, load, refused
 
 from fedmllm.core.errors import ConfigError, DataError
+from support import rawsets
+from support.tables import COLUMNS, as_parquet, load, refused
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import rawsets
 from typer.testing import CliRunner
 
 from fedmllm.cli.data import app
@@ -15,6 +14,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.data.base import Dataset
 from fedmllm.reports.data import Federation, export, where
+from support import rawsets
 
 
 def experiment(folder: Path, name: str = "hateful-memes", tail: str = "", **settings) -> Path:

@@ -6,11 +6,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-import rawsets
 
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Conversation, Example, Picture
 from fedmllm.data.prompts import PLACEHOLDERS, Agnostic, FromFile, Plain, Prompt, in_words
+from support import rawsets
 
 BOTH = frozenset({"image", "text"})
 MEME = Example(1, {"image": (Path("a.png"),), "text": "hi {there}"}, "Is it?", ("no", "yes"), "yes", "f:1")

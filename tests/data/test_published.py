@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import rawsets
 
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.types import Shard
@@ -15,6 +14,7 @@ from fedmllm.scenarios.assign import assign, digest  # fmt: skip
 from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing, Scenario
 from fedmllm.scenarios.partitions import Dirichlet
 from fedmllm.scenarios.published import Published, lift
+from support import rawsets
 
 GOLDEN: dict[str, tuple[float, Scenario]] = {
     "aligned/5.0": (5.0, Aligned()),

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 import pytest
-import rawsets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from fedmllm.core.types import Example
 from fedmllm.scenarios.assign import assign, digest, show_only
 from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing
 from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Iid
+from support import rawsets
 
 TWO = ("image", "text")
 CAMERAS = ("CAM_FRONT", "CAM_BACK", "CAM_BACK_LEFT")

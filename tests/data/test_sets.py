@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import rawsets
 
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.images import open_image
 from fedmllm.data.base import Dataset
 from fedmllm.data.pictures import check_rows
+from support import rawsets
 
 
 def load(name: str, root: Path, split: str = "train", **settings):

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import rawsets
 
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.scenarios.assign import assign
 from fedmllm.scenarios.masks import Aligned
 from fedmllm.scenarios.partitions import ByColumn
+from support import rawsets
 
 COLUMNS = {"image": "scan", "text": "report", "answer": "label", "client": "site", "id": "case", "keep": ["machine"]}
 ROWS = [

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "backbones"))
-from small_federation import SIZES, TEXTS
-from tiny_families import PORTS, write
-
+import fedmllm.testing
 from fedmllm.backbones.base import FromFolder, Lora, Precision, Tiny
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
 from fedmllm.core.types import Example
+from support.tiny_families import PORTS, write
 
 Load = Callable[..., TransformersBackbone]
 
@@ -48,11 +43,4 @@ def load(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
 @pytest.fixture(scope="session")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    rows = []
-    for i in range(sum(SIZES)):
-        path = folder / f"{i}.png"
-        Image.fromarray(rng.integers(0, 255, (30 + 10 * (i % 3), 40, 3), dtype=np.uint8)).save(path)
-        fields = {"image": (path,), "text": TEXTS[i % len(TEXTS)]}
-        rows.append(Example(i, fields, "Is it so?", ("no", "yes"), ("no", "yes")[i % 2], f"made up:{i}"))
-    return rows
+    return fedmllm.testing.examples(tmp_path_factory.mktemp("pictures"))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_federation import federation, flat, stirred, together
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fedmllm.backbones.base import BackboneSpec, FromFolder, Precision
@@ -20,6 +19,7 @@ from fedmllm.backbones.hf import TransformersBackbone, load_folder
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Example
+from support.small_federation import federation, flat, stirred, together
 
 
 def outputs(seed: int = 0) -> list[Any]:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_federation import assert_same, federation, stirred, together
 
 from fedmllm.backbones.base import FromFolder, Precision, Row
-from fedmllm.backbones.cache.bounded import Rows
+from fedmllm.backbones.cache.bounded import RowCache as Rows
 from fedmllm.backbones.cache.prompt_memory import PromptMemory
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
 from fedmllm.core.errors import DataError
 from fedmllm.core.types import Conversation, Picture
+from support.small_federation import assert_same, federation, stirred, together
 
 
 @pytest.fixture

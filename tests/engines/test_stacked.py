@@ -7,7 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_federation import (
+
+from fedmllm.algorithms.objectives import AdaptiveFedProx, FedProx, Objective, TaskLoss
+from fedmllm.backbones.base import Lora
+from fedmllm.backbones.hf import TransformersBackbone
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.types import ClientUpdate, Example
+from fedmllm.federation.client import Clients, Step
+from fedmllm.federation.engines.stacked import engine as stacked
+from fedmllm.federation.engines.stacked.packing import items, passes
+from support.small_federation import (
     COHORT,
     MODALITIES,
     assert_same,
@@ -18,15 +27,6 @@ from small_federation import (
     stirred,
     together,
 )
-
-from fedmllm.algorithms.objectives import AdaptiveFedProx, FedProx, Objective, TaskLoss
-from fedmllm.backbones.base import Lora
-from fedmllm.backbones.hf import TransformersBackbone
-from fedmllm.core.errors import FedmllmError
-from fedmllm.core.types import ClientUpdate, Example
-from fedmllm.federation.client import Clients, Step
-from fedmllm.federation.engines.stacked import engine as stacked
-from fedmllm.federation.engines.stacked.packing import items, passes
 
 Load = Callable[..., TransformersBackbone]
 

@@ -9,18 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_federation import (
-    COHORT,
-    assert_same,
-    at,
-    federation,
-    flat,
-    gradients_off,
-    one_after_another,
-    stirred,
-    together,
-)
-from small_federation import sents as sents_of
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.feddyn import FedDyn
@@ -34,6 +22,18 @@ from fedmllm.core.types import ClientUpdate, Example, Params, Sent, State
 from fedmllm.federation.client_state import ClientStateStore
 from fedmllm.federation.engines.stacked.engine import Stacked
 from fedmllm.federation.engines.stacked.stack import find_targets
+from support.small_federation import (
+    COHORT,
+    assert_same,
+    at,
+    federation,
+    flat,
+    gradients_off,
+    one_after_another,
+    stirred,
+    together,
+)
+from support.small_federation import sents as sents_of
 
 Load = Callable[..., TransformersBackbone]
 Engine = Callable[..., list[ClientUpdate]]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family_configs import FAMILIES, MROPE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from fedmllm.backbones.hf import TransformersBackbone
+from support.family_configs import FAMILIES, MROPE
 
 __all__ = ["FAMILIES", "NEEDS", "PORTS", "TWO_BILLION", "stirred", "write"]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rawsets
 
 from fedmllm.core.errors import DataError
 from fedmllm.data.base import Rows
+from support import rawsets
 
 COLUMNS = {"image": "scan"}
 

@@ -1,0 +1,1 @@
+"""Helpers of several tests; no module here holds a test."""

@@ -1,0 +1,114 @@
+"""The names that `fedmllm` exports."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+import fedmllm
+from fedmllm import Experiment
+
+ROOT = Path(__file__).parents[1]
+FUNCTIONS = [name for name in fedmllm.__all__ if inspect.isroutine(getattr(fedmllm, name))]
+CLASSES = [name for name in fedmllm.__all__ if inspect.isclass(getattr(fedmllm, name))]
+METHODS = [
+    f"{name}.{method}"
+    for name in CLASSES
+    for method, value in vars(getattr(fedmllm, name)).items()
+    if not method.startswith("_") and inspect.isroutine(getattr(value, "__func__", value))
+]
+
+
+def test_every_exported_name_is_listed_importable_and_known_to_type_checkers():
+    assert {*fedmllm.__all__} <= {*dir(fedmllm)}
+    assert fedmllm.__all__ == sorted(fedmllm.__all__)
+    assert {*fedmllm.__all__} == {*fedmllm._PLACES, "__version__"}
+    tree = ast.parse((ROOT / "src/fedmllm/__init__.py").read_text())
+    typing_only = next(node for node in tree.body if isinstance(node, ast.If))
+    places = {}
+    for node in typing_only.body:
+        if isinstance(node, ast.ImportFrom):
+            places |= {a.asname or a.name: f"{node.module}:{a.name}" if a.asname else node.module for a in node.names}
+    assert places == fedmllm._PLACES
+    with pytest.raises(AttributeError, match="no attribute 'Experiments'"):
+        _ = fedmllm.Experiments
+
+
+def test_importing_the_settings_changes_nothing_in_the_process_and_loads_no_torch():
+    code = """
+import sys, warnings, logging, signal, os
+import numpy  # its import adds filters of warnings
+before = dict(os.environ), list(sys.path), signal.getsignal(signal.SIGTERM), list(warnings.filters), sys.excepthook
+import fedmllm
+from fedmllm import Experiment, Suite, Aggregator, BackboneSpec, load_run
+Experiment(data="synthetic-irony")
+after = dict(os.environ), list(sys.path), signal.getsignal(signal.SIGTERM), list(warnings.filters), sys.excepthook
+assert before == after
+assert "kernels" not in sys.modules
+assert not {"torch", "transformers", "peft", "flwr", "ray"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_keywords_mean_what_the_keys_of_a_file_mean(tmp_path: Path):
+    text = 'data = "synthetic-irony"\nscenario = "missing"\naggregator = { name = "fedadam", lr = 1e-2 }\n'
+    (tmp_path / "x.toml").write_text(text)
+    made = Experiment(data="synthetic-irony", scenario="missing", aggregator={"name": "fedadam", "lr": 1e-2})
+    assert made == Experiment.load(tmp_path / "x.toml")
+    assert made.dump() == {
+        "data": {"name": "synthetic-irony"},
+        "scenario": {"name": "missing"},
+        "aggregator": {"name": "fedadam", "lr": 0.01},
+    }
+    with pytest.raises(fedmllm.ConfigError) as caught:
+        Experiment(data="synthetic-irony", scenario="mising", num_rounds=0, train={"lr": "x"})
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("scenario.name: got 'mising'; allowed: ")
+    assert {line.split(":")[0] for line in lines} == {"scenario.name", "num_rounds", "train.lr"}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS + METHODS)
+def test_a_public_function_documents_arguments_result_and_errors(name: str):
+    value = fedmllm
+    for part in name.split("."):
+        value = inspect.getattr_static(value, part) if inspect.isclass(value) else getattr(value, part)
+    function = getattr(value, "__func__", value)
+    text = inspect.getdoc(getattr(fedmllm, name.split(".")[0]) if "." not in name else function) or ""
+    if "." in name and not text:  # documented where it is declared
+        cls, method = getattr(fedmllm, name.split(".")[0]), name.split(".")[1]
+        text = next(
+            (
+                inspect.getdoc(vars(b)[method]) or ""
+                for b in cls.__mro__
+                if method in vars(b) and vars(b)[method].__doc__
+            ),
+            "",
+        )
+    assert text, f"{name} has no docstring"
+    signature = inspect.signature(function)
+    arguments = [p for p in signature.parameters if p not in ("self", "cls")]
+    if arguments:
+        section = text.partition("Args:\n")[2]
+        missing = [p for p in arguments if f"    {p}:" not in section]
+        assert not missing, f"{name}: no Args for {missing}"
+    if signature.return_annotation not in ("None", None, inspect.Signature.empty):
+        assert "Returns:\n" in text or "Yields:\n" in text or text.startswith(("Return ", "Yield ")), (
+            f"{name}: no Returns"
+        )
+    if "raise " in inspect.getsource(function).replace(text, ""):
+        assert "Raise" in text, f"{name}: no Raises"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_public_class_has_a_docstring_and_documented_fields(name: str):
+    cls = getattr(fedmllm, name)
+    assert vars(cls).get("__doc__")
+    if issubclass(cls, BaseModel):
+        assert not [key for key, field in cls.model_fields.items() if not field.description]
