@@ -158,7 +158,8 @@ def check_prompt(prompt: Prompt, examples: Sequence[Example]) -> None:
             assert conversation == prompt.render(example, visible), "render() gave another conversation"
             assert bool(conversation.pictures) == ("image" in visible), f"pictures for visible {sorted(visible)}"
             text = str(example.fields["text"])
-            assert ("text" in visible) or text not in conversation.text, "render() leaks a hidden text"
+            hidden = "text" not in visible and text not in (example.question, *example.choices)
+            assert not (hidden and text in conversation.text), "render() leaks a hidden text"
         options = prompt.options(example)
         assert len(options) == len(example.choices), "options() must give one text per choice"
         right = options[example.choices.index(example.answer)]
