@@ -9,20 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 
 import fedmllm
 from fedmllm import Experiment
 
 ROOT = Path(__file__).parents[1]
-FUNCTIONS = [name for name in fedmllm.__all__ if inspect.isroutine(getattr(fedmllm, name))]
 CLASSES = [name for name in fedmllm.__all__ if inspect.isclass(getattr(fedmllm, name))]
-METHODS = [
-    f"{name}.{method}"
-    for name in CLASSES
-    for method, value in vars(getattr(fedmllm, name)).items()
-    if not method.startswith("_") and inspect.isroutine(getattr(value, "__func__", value))
-]
 
 
 def test_every_exported_name_is_listed_importable_and_known_to_type_checkers():
@@ -74,41 +66,6 @@ def test_keywords_mean_what_the_keys_of_a_file_mean(tmp_path: Path):
     assert {line.split(":")[0] for line in lines} == {"scenario.name", "num_rounds", "train.lr"}
 
 
-@pytest.mark.parametrize("name", FUNCTIONS + METHODS)
-def test_a_public_function_documents_arguments_result_and_errors(name: str):
-    value = fedmllm
-    for part in name.split("."):
-        value = inspect.getattr_static(value, part) if inspect.isclass(value) else getattr(value, part)
-    function = getattr(value, "__func__", value)
-    text = inspect.getdoc(getattr(fedmllm, name.split(".")[0]) if "." not in name else function) or ""
-    if "." in name and not text:  # documented where it is declared
-        cls, method = getattr(fedmllm, name.split(".")[0]), name.split(".")[1]
-        text = next(
-            (
-                inspect.getdoc(vars(b)[method]) or ""
-                for b in cls.__mro__
-                if method in vars(b) and vars(b)[method].__doc__
-            ),
-            "",
-        )
-    assert text, f"{name} has no docstring"
-    signature = inspect.signature(function)
-    arguments = [p for p in signature.parameters if p not in ("self", "cls")]
-    if arguments:
-        section = text.partition("Args:\n")[2]
-        missing = [p for p in arguments if f"    {p}:" not in section]
-        assert not missing, f"{name}: no Args for {missing}"
-    if signature.return_annotation not in ("None", None, inspect.Signature.empty):
-        assert "Returns:\n" in text or "Yields:\n" in text or text.startswith(("Return ", "Yield ")), (
-            f"{name}: no Returns"
-        )
-    if "raise " in inspect.getsource(function).replace(text, ""):
-        assert "Raise" in text, f"{name}: no Raises"
-
-
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_public_class_has_a_docstring_and_documented_fields(name: str):
-    cls = getattr(fedmllm, name)
-    assert vars(cls).get("__doc__")
-    if issubclass(cls, BaseModel):
-        assert not [key for key, field in cls.model_fields.items() if not field.description]
+def test_a_public_class_has_a_docstring(name: str):
+    assert vars(getattr(fedmllm, name)).get("__doc__")
