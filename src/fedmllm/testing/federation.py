@@ -15,7 +15,7 @@ from PIL import Image
 from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.backbones.base import Backbone
 from fedmllm.config.train import Train
-from fedmllm.core.types import ClientUpdate, Example, Params, Shard
+from fedmllm.core.types import ClientUpdate, Content, Example, Modality, Params, Shard
 from fedmllm.data.prompts import Plain
 from fedmllm.federation.client import Clients, RowStore
 
@@ -35,7 +35,7 @@ def examples(folder: Path) -> list[Example]:
     for i in range(sum(SIZES)):
         path = folder / f"{i}.png"
         Image.fromarray(rng.integers(0, 255, (30 + 10 * (i % 3), 40, 3), dtype=np.uint8)).save(path)
-        fields = {"image": (path,), "text": TEXTS[i % len(TEXTS)]}
+        fields: dict[Modality, Content] = {"image": (path,), "text": TEXTS[i % len(TEXTS)]}
         rows.append(Example(i, fields, "Is it so?", ("no", "yes"), ("no", "yes")[i % 2], f"made up:{i}"))
     return rows
 
