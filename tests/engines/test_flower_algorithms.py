@@ -19,6 +19,7 @@ pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from flower_federation import NAMES, Federation
 
+from fedmllm.algorithms.base import Aggregator
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import digest, flatten, manifest_digest
@@ -126,7 +127,10 @@ def in_process(rows: Federation, folder: Path, changes: list[str]) -> str:
     return adapter(folder / "one")
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedadam", "scaffold", "feddyn", "fednova"])
+SHARING = sorted({"ffa-lora", "fedsa-lora"} & set(Aggregator.members))
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedadam", "scaffold", "feddyn", "fednova", *SHARING])
 def test_over_sites_an_algorithm_gives_the_bytes_of_one_process(rows, tmp_path, monkeypatch, name):
     changes = [f'aggregator="{name}"']
     over_the_wire(rows, tmp_path, changes, monkeypatch)

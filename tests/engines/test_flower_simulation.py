@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,11 @@ pytest.importorskip("ray", reason="the extra `flower` is not installed")
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from flower_federation import addresses
 
+from fedmllm.algorithms.base import Aggregator
 from fedmllm.config.experiment import Experiment
 from fedmllm.core import tensors
 from fedmllm.core.errors import FedmllmError
+from fedmllm.core.types import Round, Sent
 from fedmllm.flower import simulation as flower_simulation
 from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.record import read
@@ -53,7 +57,14 @@ def adapter(table: dict, out: Path) -> str:
     return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("aggregator", ["fedavg", "fedadam"])
+def ask(engine: flower_simulation.FlowerSimulation, params: dict, cohort: list[int]) -> list:
+    return list(engine(Round(1, 0, 3, tuple(cohort), 4), {client: Sent(params) for client in cohort}))
+
+
+SHARING = sorted({"ffa-lora", "fedsa-lora"} & set(Aggregator.members))
+
+
+@pytest.mark.parametrize("aggregator", ["fedavg", "fedadam", "scaffold", "feddyn", *SHARING])
 def test_three_rounds_give_the_bytes_of_in_process(tmp_path, aggregator):
     table = {**TABLE, "aggregator": aggregator}
     simulated = adapter({**table, "engine": SIMULATION}, tmp_path / "simulation")
@@ -66,7 +77,7 @@ def test_an_actor_loads_the_base_once_for_all_its_messages(tmp_path):
     adapter({**TABLE, "engine": SIMULATION, "seed": 1}, tmp_path / "seed-1")
     rounds = [event for event in read(tmp_path / "seed-1" / "record.jsonl") if event["event"] == "round"]
     loads = {client["base_loads"] for event in rounds for client in event["clients"]}
-    assert loads <= {1, 2, 3}  # of its process: at most one for each of the three experiments of this module
+    assert loads <= set(range(1, len(SHARING) + 6))  # of its process: at most one for each experiment of this module
     assert max(client["base_loads"] for client in rounds[0]["clients"]) == max(loads)  # none in later rounds
 
 
@@ -75,19 +86,19 @@ def test_a_client_that_fails_is_named_and_the_simulation_goes_on(tmp_path):
     inputs = Inputs.load(Experiment.parse(settings))
     engine = flower_simulation.FlowerSimulation(inputs.experiment.engine, inputs.clients(1))
     strange = {"no-such-tensor": torch.zeros(3)}
-    answers = list(engine(strange, 1, [0, 2]))
+    answers = ask(engine, strange, [0, 2])
     assert [answer.client for answer in answers] == [0, 2]
-    assert all("names or shapes differ" in answer.reason for answer in answers)
-    assert all(hasattr(answer, "delta") for answer in engine(inputs.start, 1, [0, 2]))
+    assert all("names of the adapter differ" in answer.reason for answer in answers)
+    assert all(hasattr(answer, "delta") for answer in ask(engine, inputs.start, [0, 2]))
 
 
 def test_an_actor_that_is_killed_costs_time_and_no_update(tmp_path):
     inputs = Inputs.load(Experiment.parse({**TABLE, "engine": SIMULATION}))
     engine = flower_simulation.FlowerSimulation(inputs.experiment.engine, inputs.clients(3))
-    before = [tensors.digest(answer.delta) for answer in engine(inputs.start, 1, [0, 1, 2])]
+    before = [tensors.digest(answer.delta) for answer in ask(engine, inputs.start, [0, 1, 2])]
     (killed, *_) = actors()
     os.kill(killed, signal.SIGKILL)
-    after = [tensors.digest(answer.delta) for answer in engine(inputs.start, 1, [0, 1, 2])]
+    after = [tensors.digest(answer.delta) for answer in ask(engine, inputs.start, [0, 1, 2])]
     assert after == before
     assert killed not in actors()
 
@@ -95,7 +106,7 @@ def test_an_actor_that_is_killed_costs_time_and_no_update(tmp_path):
 def test_ray_neither_listens_on_nor_reaches_another_address_than_loopback(tmp_path):
     inputs = Inputs.load(Experiment.parse({**TABLE, "engine": SIMULATION}))
     engine = flower_simulation.FlowerSimulation(inputs.experiment.engine, inputs.clients(3))
-    assert all(hasattr(answer, "delta") for answer in engine(inputs.start, 1, [0]))
+    assert all(hasattr(answer, "delta") for answer in ask(engine, inputs.start, [0]))
     everything = {pid for pid, _ in processes()}
     assert len(everything) > 4  # raylet, its stores and agents, actors
     assert addresses(everything) == {"127.0.0.1"}
@@ -124,6 +135,30 @@ def processes() -> list[tuple[int, bytes]]:
 
 
 def test_settings_of_another_engine_are_refused():
-    world_free = Experiment.parse({**TABLE, "engine": "in-process"})
+    other = Experiment.parse({**TABLE, "engine": "in-process"})
     with pytest.raises(FedmllmError, match="flower-simulation needs its own settings"):
-        flower_simulation.FlowerSimulation(world_free.engine, None)  # type: ignore[arg-type]
+        flower_simulation.FlowerSimulation(other.engine, None)  # type: ignore[arg-type]
+
+
+LONG = """num_rounds = 60
+cohort_size = 4
+data = { name = "synthetic-irony", num_train = 40, num_test = 8, num_validation = 8 }
+partition = { name = "iid", num_clients = 4 }
+train = { lr = 3e-3, batch_size = 4, accumulation = 1 }
+engine = { name = "flower-simulation", num_actors = 1 }
+"""
+
+
+def test_sigterm_ends_a_simulation_with_the_status_of_every_other_run(tmp_path):
+    (tmp_path / "long.toml").write_text(LONG)
+    command = [sys.executable, "-m", "fedmllm.cli", "run", str(tmp_path / "long.toml"), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    record, until = tmp_path / "out" / "record.jsonl", time.monotonic() + 400
+    while not (record.exists() and record.read_text().count('"event": "round"') > 1) and time.monotonic() < until:
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said.decode()
+    assert b"--resume" in said
+    assert list(read(record))[-1]["event"] == "stopped"

@@ -80,9 +80,12 @@ def exclusive_lock(folder: Path) -> IO[str]:
     """Lock a site's state or a server's folder until the returned file is closed or this process ends.
 
     Raises:
-        FedmllmError: Another process has the lock.
+        FedmllmError: Another process has the lock, or the folder cannot be written.
     """
-    file = (folder / "lock").open("w")
+    try:
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise FedmllmError(f"{folder / 'lock'}: cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -16,7 +16,7 @@ from fedmllm.config.experiment import FAMILIES, Experiment
 from fedmllm.config.train import Train
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import Spec, validate
-from fedmllm.core.types import Round
+from fedmllm.core.types import Round, Sent
 from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.federation.exchange import Header
 
@@ -45,6 +45,12 @@ def check_name(name: str) -> str:
     if not 1 <= len(name) <= 100 or not name.isprintable() or name != name.strip() or name.startswith("-"):
         raise ValueError("a name has 1 to 100 printable characters, no space at its ends and no dash at its beginning")
     return name
+
+
+def header_of(sent: Sent, at: Round) -> Header | None:
+    """The header of what travels with a request; None for a whole adapter that trains as it is."""
+    whole = sent.trains is None and not (sent.keeps or sent.known or sent.frozen or sent.extra or at.ranks)
+    return None if whole else Header.of(sent)
 
 
 class Request(Spec):

@@ -25,10 +25,10 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import is_finite
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent
 from fedmllm.federation.client import Clients
-from fedmllm.federation.exchange import Header, distinct
+from fedmllm.federation.exchange import distinct
 from fedmllm.flower import patches
 from fedmllm.flower.messages import Packed, ask, read_update
-from fedmllm.flower.request import DIGEST, KEPT, Request
+from fedmllm.flower.request import DIGEST, KEPT, Request, header_of
 from fedmllm.flower.server.experiment import AtSites
 from fedmllm.flower.wire import ABOUT
 from fedmllm.runs.run import run
@@ -170,7 +170,7 @@ class Sites:
 
     def _message(self, packed: Packed, at: Round, client: int, sent: Sent) -> Message:
         base = self._clients.backbone.digest
-        header, kept = Header.of(sent), self._kept(client, at)
+        header, kept = header_of(sent, at), self._kept(client, at)
         request = Request.of(self._experiment, base, self._names[client], client, at, header, kept)
         content = packed.content({"request": request.model_dump_json()})
         ttl = self._settings.round_timeout_s + LATE_S  # a site that reconnects does not train for a round that is over

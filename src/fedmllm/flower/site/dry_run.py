@@ -11,8 +11,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest, manifest_digest, norm
-from fedmllm.federation.exchange import Header
-from fedmllm.flower.request import Request
+from fedmllm.flower.request import Request, header_of
 from fedmllm.flower.site.config import Site
 from fedmllm.flower.site.process import reply_content
 from fedmllm.flower.site.trainer import Trainer
@@ -42,7 +41,7 @@ def _train(site: Site, experiment: Experiment, trainer: Trainer, out: Path | Non
     start = backbone.lora()
     aggregator = experiment.server()
     sent = aggregator.sends(start, aggregator.init(start), asked.at(), 0)
-    request = asked.model_copy(update={"base": backbone.digest, "header": Header.of(sent)})
+    request = asked.model_copy(update={"base": backbone.digest, "header": header_of(sent, asked.at())})
     payload = sent.travelling()
     say(f"the server would ask: {request.model_dump_json()}")
     delta, about = trainer.train(request, flatten(payload).numpy(), manifest_digest(payload))
