@@ -30,6 +30,7 @@ class Example:
     answer: str
     where: str  # file:line, or file and index: what an error message names
     columns: Mapping[str, str] = field(default_factory=dict)  # for natural splits and metrics: organ, answer_type
+    pieces: tuple[str, ...] = ()  # the question between its pictures, one more than pictures; () = these come first
 
     def visible_fields(self, visible: Visible) -> dict[Modality, Content]:
         """The modalities that the row has and a mask leaves, in the row's own order."""

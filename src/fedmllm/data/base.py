@@ -1,4 +1,4 @@
-"""Data sets: one file each. A Dataset is a Spec that loads Examples. Loads no torch, opens no image."""
+"""Interface of data sets: `Dataset`, and the `Rows` of a loaded split."""
 
 from __future__ import annotations
 
@@ -12,48 +12,75 @@ from fedmllm.core.spec import Named
 from fedmllm.core.types import Example, Modality, Visible
 
 Split = Literal["train", "validation", "test"]
+OnBadRow = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A loaded split: the usable rows in file order, and what was left out and why."""
+    """A loaded split.
+
+    Attributes:
+        examples: The usable rows, in file order.
+        skipped: One message per bad row that was left out, as its DataError reads.
+        notes: Findings that a user should know but that stop nothing: files left out, words that may mean a missing value.
+    """
 
     examples: tuple[Example, ...]
-    skipped: tuple[str, ...] = ()  # one message a bad row, as DataError would have said it
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a user gets a set, on what terms, and what its folder looks like. Nothing is ever downloaded for them."""
+    """Origin, licence and layout of a set. Nothing is downloaded.
+
+    Attributes:
+        title: Name of the set.
+        get: Address, and what to do there.
+        licence: Terms of use.
+        tree: The files under `root`.
+        paper: Identifier of the publication.
+    """
 
     title: str
-    get: str  # address, and what to do there
+    get: str
     licence: str
-    tree: str  # the files under `root`
+    tree: str
     paper: str = ""
 
 
 class Dataset(Named):
-    """Where the rows are and how they are read.
+    """A data set: location of its rows, and how they are read.
 
-    Each row's `columns` hold at least "set", the name of the set that it comes from.
+    `columns` of each row hold at least "set", the name of the set that it comes from.
     """
 
-    source: ClassVar[Source | None] = None  # None: embedded, there is nothing to get
+    source: ClassVar[Source | None] = None  # None: embedded
 
-    on_bad_row: Literal["fail", "skip"] = "fail"
+    on_bad_row: OnBadRow = "fail"
+    """Stop at the first row that cannot be used, or leave such rows out, counted and named."""
 
     @abstractmethod
     def load(self, split: Split) -> Rows:
-        """The rows of a split. Raises DataError naming file, line and id; with on_bad_row = "skip" they are counted."""
+        """Read the rows of a split. Opens no image.
+
+        Args:
+            split: Which rows.
+
+        Returns:
+            The usable rows; with `on_bad_row = "skip"` also one message per bad row.
+
+        Raises:
+            DataError: A file or a row cannot be used; names file, line and id.
+        """
 
     @abstractmethod
     def modalities(self) -> tuple[Modality, ...]:
-        """What a row of this set may show, in the order of flags and prompts."""
+        """Modalities that a row of this set may have, in the order of flags and prompts."""
 
     @abstractmethod
     def metrics(self) -> Sequence[str]:
-        """Names of the metrics that the set is judged by; the first is the headline."""
+        """Names of the metrics that the set is evaluated by; the first is the headline."""
 
     def ceilings(self, visible: Visible) -> Mapping[str, float]:
         """Metric -> the best expected value that any model can reach on rows of which it sees `visible`.
@@ -63,14 +90,18 @@ class Dataset(Named):
         return {}
 
     def client_column(self) -> str:
-        """The column that names each row's client, where the rows come from a real federation; else ""."""
+        """The column that names each row's client, if the rows come from a real federation; else ""."""
+        return ""
+
+    def group_column(self) -> str:
+        """The column of groups, such as patients, that must not be in two splits; else ""."""
         return ""
 
     def folders(self) -> tuple[Path, ...]:
-        """The folders that pictures lie in; () where the set is embedded."""
+        """The folders that hold the images; () if the set is embedded."""
         return ()
 
 
 def hint(name: str) -> str:
-    """How an error message tells a user what the folder should look like."""
-    return f"`fedmllm data where {name}` shows the expected files"
+    """The end of an error message about a folder that does not look as expected."""
+    return f"`fedmllm data where {name}` lists the expected files"

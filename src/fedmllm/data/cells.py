@@ -1,42 +1,62 @@
-"""What the cells of a user's own rows mean."""
+"""Meaning of the cells of a user's own rows: missing values, choices, groups."""
 
 from __future__ import annotations
 
-import re
+import math
+import unicodedata
+from collections.abc import Collection, Sequence
 
 from fedmllm.core.errors import DataError
-from fedmllm.data.reading import Row, as_text, take_text
+from fedmllm.data.reading import Row, as_text, listed, quoted, take_text
 
 MAX_CHOICES = 26  # they are lettered
+NA_VALUES = ("NA", "N/A", "NaN", "nan", "null", "NULL", "None", "-", "")
 
 
-def choices_of(cell: object, name: str, separator: str, place: str) -> tuple[str, ...]:
-    """The choices of a row, out of a list or of a text with `separator` between them; () where the cell is empty."""
-    if cell is None or cell == [] or (isinstance(cell, str) and not cell.strip()):
+def is_missing(cell: object, na_values: Collection[str]) -> bool:
+    """True for null, NaN, a blank text, and a text that is one of `na_values`."""
+    if isinstance(cell, str):
+        return not (text := cell.strip()) or text in na_values
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+def choices_of(cell: object, name: str, separator: str, na_values: Collection[str], place: str) -> tuple[str, ...]:
+    """The choices of a row, from a list or from a text with `separator` between them; () if the cell is empty."""
+    if cell == [] or is_missing(cell, na_values):
         return ()
-    listed = cell if isinstance(cell, list) else as_text(cell, name, place).split(separator)
-    choices = tuple(as_text(choice, name, place).strip() for choice in listed)
-    if not 2 <= len(set(choices)) == len(choices) <= MAX_CHOICES or "" in choices:
-        raise DataError(f"{place}: choices {choices!r:.80}; allowed: 2 to {MAX_CHOICES}, each of them once, none empty")
+    elements = cell if isinstance(cell, list) else as_text(cell, name, place).split(separator)
+    choices = tuple(as_text(choice, name, place).strip() for choice in elements)
+    if not 2 <= len(choices) <= MAX_CHOICES or "" in choices or alike(choices):
+        raise DataError(
+            f"{place}: choices {quoted(choices)}; allowed: 2 to {MAX_CHOICES}, each of them once, none empty"
+        )
     return choices
 
 
-def group(row: Row, name: str, place: str) -> str:
+def alike(choices: Sequence[str]) -> bool:
+    """True if two choices are the same text, in whatever Unicode form they are written."""
+    return len({same_form(choice) for choice in choices}) < len(choices)
+
+
+def same_form(text: str) -> str:
+    """The text in Unicode's composed form (NFC), without blanks at its ends: equal for texts that look equal."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def group(row: Row, name: str, na_values: Collection[str], place: str) -> str:
     """A cell that rows are grouped by. An empty one would be a client without a name."""
-    value = take_text(row, name, place).strip()
-    if not value:
-        raise DataError(f"{place}: {name!r} is empty")
-    return value
+    if name in row and is_missing(row[name], na_values):
+        raise DataError(f"{place}: {name!r} is empty{hint_at(row[name])}")
+    return same_form(take_text(row, name, place))
 
 
-def chosen(answer: str, choices: tuple[str, ...], place: str) -> str:
-    """The choice that the answer is: by its words, or by its number from 0."""
-    if not choices or answer in choices:
-        return answer
-    if number := re.fullmatch(r"([0-9]{1,3})(?:\.0+)?", answer):  # "1.0": a csv of a column of numbers with a gap
-        if number[1] in choices:
-            return number[1]
-        if int(number[1]) < len(choices):
-            return choices[int(number[1])]
-    allowed = ", ".join(repr(choice) for choice in choices)
-    raise DataError(f"{place}: the answer {answer!r} is none of the choices {allowed}, nor one of their numbers from 0")
+def hint_at(cell: object) -> str:
+    """An addition to a message about a missing value, if the cell holds a word that stands for one."""
+    if isinstance(cell, str) and cell.strip():
+        return f" ({quoted(cell.strip())} is one of data.na_values)"
+    return ""
+
+
+def one_of(choices: Sequence[str]) -> str:
+    """The choices as they stand in a message."""
+    return listed(repr(choice) for choice in choices)

@@ -11,7 +11,7 @@ from fedmllm.core.errors import DataError
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.delimited import tsv_rows
-from fedmllm.data.reading import Row, collect, filled, find, picture, take_text
+from fedmllm.data.reading import Row, collect, filled, find, picture, quoted, take_text
 
 SPLITS: dict[Split, str] = {"train": "train", "validation": "dev", "test": "test"}
 CHOICES = (
@@ -64,10 +64,10 @@ class CrisisMMD(Dataset):
 
     def _example(self, where: str, row: Row) -> Example:
         number = take_text(row, "image_id", where).strip()
-        where_row = f"{where}: row {number!r}"
+        where_row = f"{where}: row {quoted(number)}"
         label = take_text(row, "label_image", where_row).strip()
         if label not in CHOICES:
-            raise DataError(f"{where_row}: 'label_image' is {label!r}; allowed: {', '.join(CHOICES)}")
+            raise DataError(f"{where_row}: 'label_image' is {quoted(label)}; allowed: {', '.join(CHOICES)}")
         image = picture(self.root, take_text(row, "image", where_row), where_row)
         kept = ("event_name", "tweet_id", "label_text", "label_text_image")
         return Example(

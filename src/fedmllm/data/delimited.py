@@ -1,15 +1,19 @@
-"""Rows of CSV and TSV files. Both begin with a line that names the columns; a row that is broken stops no other row."""
+"""Rows of CSV and TSV files.
+
+Both begin with a line that names the columns. A broken row does not stop the reading of the others.
+"""
 
 from __future__ import annotations
 
 import csv
 import itertools
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedmllm.core.errors import DataError
-from fedmllm.data.reading import Placed, decoded, lines, raw_lines
+from fedmllm.data.reading import Placed, decoded, lines, quoted, raw_lines
 
 MAX_JOINED = 50  # lines that one quoted TSV field may span
 MAX_CELL = 10_000_000  # characters of a CSV cell; the csv module's own 131,072 are less than some reports have
@@ -25,7 +29,7 @@ def tsv_rows(path: Path) -> Placed:
     _, first = next(source, (1, ""))
     if isinstance(first, DataError):
         raise first
-    header = _header(path, [_unquoted(name) for name in first.split("\t")] if first.strip() else [])
+    header = header_of(path, [_unquoted(name) for name in first.split("\t")] if first.strip() else [])
     ahead: deque[tuple[int, str | DataError]] = deque()
     while entry := ahead.popleft() if ahead else next(source, None):
         number, line = entry
@@ -72,14 +76,23 @@ def _unquoted(cell: str) -> str:
     return cell
 
 
-def csv_rows(path: Path) -> Placed:
+def csv_rows(path: Path, delimiter: str = "") -> Placed:
     """Rows of a csv file with a header (RFC 4180: fields may be quoted and span lines).
 
-    After a row that is no csv, reading goes on with the line after its first one: a quote that was left open does not
+    After a row that is not csv, reading continues with the line after its first one: a quote that was left open does not
     swallow the rows below.
+
+    Args:
+        path: The file.
+        delimiter: Between the cells; "" = comma or semicolon, whichever the header has more of.
     """
     csv.field_size_limit(MAX_CELL)
     source, again = raw_lines(path), deque[tuple[int, bytes]]()
+    if first := next(source, None):
+        declared = re.fullmatch(rb"sep=(.)", first[1])  # Excel writes this line in front of the header
+        delimiter = delimiter or (declared[1].decode("latin-1") if declared else _delimiter(first[1]))
+        if not declared:
+            again.append(first)
     taken: list[tuple[int, bytes]] = []  # the lines of the row that is being read
     bad: list[DataError] = []  # those of them that are not UTF-8
 
@@ -89,10 +102,10 @@ def csv_rows(path: Path) -> Placed:
             text = decoded(path, *entry)
             if isinstance(text, DataError):
                 bad.append(text)
-                text = entry[1].decode("utf-8", "replace")  # its quotes still say where the row ends
+                text = entry[1].decode("utf-8", "replace")  # its quotes still mark the end of the row
             yield text + "\n"
 
-    reader = csv.reader(texts(), strict=True)
+    reader = csv.reader(texts(), strict=True, delimiter=delimiter or ",")
     header: list[str] = []
     while True:
         taken.clear()
@@ -106,7 +119,9 @@ def csv_rows(path: Path) -> Placed:
                 raise broken from None
             yield where, broken
             again.extendleft(reversed(taken[1:]))
-            reader = csv.reader(texts(), strict=True)  # the old one may have seen the end of the file
+            reader = csv.reader(
+                texts(), strict=True, delimiter=delimiter or ","
+            )  # the old one may have seen the end of the file
             continue
         if cells is None:
             break
@@ -114,7 +129,7 @@ def csv_rows(path: Path) -> Placed:
         if not header:
             if bad:
                 raise bad[0]
-            header = _header(path, cells) if cells else []
+            header = header_of(path, cells) if cells else []
         elif bad:
             yield where, bad[0]
         elif len(cells) == len(header):
@@ -122,7 +137,13 @@ def csv_rows(path: Path) -> Placed:
         elif cells:
             yield where, _other_width(where, cells, header)
     if not header:
-        _header(path, [])
+        header_of(path, [])
+
+
+def _delimiter(header: bytes) -> str:
+    """Excel separates with semicolons where the comma is the decimal sign."""
+    outside = b"".join(header.split(b'"')[::2])
+    return ";" if outside.count(b";") > outside.count(b",") else ","
 
 
 def _reason(error: csv.Error) -> str:
@@ -134,13 +155,13 @@ def _reason(error: csv.Error) -> str:
     return f"{error}; is a quote left open in this row?"
 
 
-def _header(path: Path, cells: Sequence[str]) -> list[str]:
+def header_of(path: Path, cells: Sequence[str]) -> list[str]:
     """The names of the columns. Several may have none (Excel writes empty columns); no other name may come twice."""
     names = [cell.strip() for cell in cells]
     if not names:
         raise DataError(f"{path}:1: empty; a header line with the names of the columns is expected")
     if twice := [name for i, name in enumerate(names) if name and name in names[:i]]:
-        raise DataError(f"{path}:1: the column {twice[0]!r} stands in the header twice")
+        raise DataError(f"{path}:1: the column {quoted(twice[0])} stands in the header twice")
     return names
 
 

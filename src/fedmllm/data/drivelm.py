@@ -13,14 +13,27 @@ from pydantic import Field
 from fedmllm.core.errors import DataError
 from fedmllm.core.types import Content, Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import collect, filled, find, half_character, held_out, json_text, picture, take_text
+from fedmllm.data.cells import alike
+from fedmllm.data.prompts import LETTERS
+from fedmllm.data.reading import (
+    collect,
+    filled,
+    find,
+    half_character,
+    held_out,
+    json_text,
+    picture,
+    quoted,
+    take_answer,
+    take_text,
+)
 from fedmllm.data.vqa_rad import METRICS, YES_NO
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 Task = Literal["perception", "prediction", "planning", "behavior"]
 FILE = "v1_1_train_nus.json"
 ASK = "Please select the correct answer from the following options:"
-_OPTION = re.compile(r"(?<!\w)([A-Z])\. (.+?)(?=\s+[A-Z]\. |$)", re.DOTALL)
+_LETTER = re.compile(r"(?:^|(?<=\s))([A-Z])\.(?=\s|$)")
 
 
 class DriveLM(Dataset):
@@ -94,7 +107,7 @@ class DriveLM(Dataset):
                 before, name = f"{place}/{task}[", f"{scene}/{frame}/{task}/"
                 asked = entry["QA"].get(task) or []
                 if not isinstance(asked, list):
-                    yield place, DataError(f"{place}: QA.{task} is {asked!r:.60}, not a list")
+                    yield place, DataError(f"{place}: QA.{task} is {quoted(asked)}, not a list")
                     continue
                 for index, row in enumerate(asked):
                     where = f"{before}{index}]"
@@ -115,7 +128,7 @@ class DriveLM(Dataset):
                 name = name.removeprefix("../") if isinstance(name, str) and name.startswith("../nuscenes/") else name
                 fields[camera] = (picture(self.root, name, place),)
         if odd := sorted(paths.keys() - fields.keys()):
-            raise DataError(f"{place}: unknown camera {odd[0]!r}; allowed: {', '.join(CAMERAS)}")
+            raise DataError(f"{place}: unknown camera {quoted(odd[0])}; allowed: {', '.join(CAMERAS)}")
         return fields
 
 
@@ -134,21 +147,33 @@ def _frames(scenes: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 def _asked(where: str, row: object) -> tuple[str, tuple[str, ...], str]:
     """Question, choices and answer."""
     if not isinstance(row, dict):
-        raise DataError(f"{where}: an object with Q and A is expected, not {row!r:.60}")
-    question, answer = take_text(row, "Q", where).strip(), take_text(row, "A", where).strip()
+        raise DataError(f"{where}: an object with Q and A is expected, not {quoted(row)}")
+    question, answer = take_text(row, "Q", where).strip(), take_answer(row, "A", where)
     choices: tuple[str, ...] = ()
     plain = answer.lower().rstrip(".")
     if plain in YES_NO:
         choices, answer = YES_NO, plain
     elif len(plain) == 1 and ASK in question:
-        question, options = _options(question)
+        question, options = _options(question, where)
         if plain.upper() not in options:
-            raise DataError(f"{where}: the answer {answer!r} is none of {', '.join(options)}")
+            raise DataError(f"{where}: the answer {quoted(answer)} is none of {', '.join(options)}")
         choices, answer = tuple(options.values()), options[plain.upper()]
     return question, choices, answer
 
 
-def _options(question: str) -> tuple[str, dict[str, str]]:
-    """ "Why? Please select ... options: A. x B. y" -> (the question without its options, {"A": "x", "B": "y"})."""
+def _options(question: str, where: str) -> tuple[str, dict[str, str]]:
+    """Split "Why? Please select ... options: A. x B. y" into the question and {"A": "x", "B": "y"}, in order of the letters.
+
+    Raises:
+        DataError: The letters are not A, B, ..., each once, or two options have the same text: the options cannot be told
+            apart from letters inside their texts.
+    """
     head, _, tail = question.partition(ASK)
-    return head.strip(), {letter: text.strip() for letter, text in _OPTION.findall(tail)}
+    before, *rest = _LETTER.split(tail.strip())
+    options = {letter: text.strip() for letter, text in sorted(zip(rest[::2], rest[1::2], strict=True))}
+    letters, texts = "".join(options), list(options.values())
+    if before or len(rest) != 2 * len(options) or not LETTERS.startswith(letters) or "" in texts or alike(texts):
+        raise DataError(
+            f"{where}: options {quoted(tail.strip())}; expected: A, B, ..., each once, with different texts"
+        )
+    return head.strip(), options

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from fedmllm.core.errors import DataError
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Row, collect, filled, find, jsonl_rows, picture, take, take_id, take_text
+from fedmllm.data.reading import Row, collect, filled, find, jsonl_rows, picture, quoted, take, take_id, take_text
 
 FILES: dict[Split, str] = {"train": "train.jsonl", "validation": "dev_seen.jsonl", "test": "test_seen.jsonl"}
 CHOICES = ("not-hateful", "hateful")  # label 0, label 1
@@ -52,10 +52,10 @@ class HatefulMemes(Dataset):
     def _example(self, where: str, row: Row) -> Example:
         """The image is found by `img`: copies of the set differ in whether `id` keeps its leading zeros."""
         number = take_id(row, "id", where)
-        where_row = f"{where}: row {number!r}"
+        where_row = f"{where}: row {quoted(number)}"
         label = take_text(row, "label", where_row).strip()
         if label not in ("0", "1"):
-            raise DataError(f"{where_row}: 'label' is {row['label']!r}; allowed: 0, 1")
+            raise DataError(f"{where_row}: 'label' is {quoted(row['label'])}; allowed: 0, 1")
         image = picture(self.root, take(row, "img", where_row), where_row)
         return Example(
             id=number,

@@ -11,7 +11,11 @@ from fedmllm.data.reading import Placed
 
 
 def parquet_rows(path: Path, columns: Iterable[str]) -> Placed:
-    """Rows of a Parquet file, in batches, the named columns only. Pictures inside the file are refused."""
+    """Yield the rows in batches, the named columns only.
+
+    Raises:
+        DataError: pyarrow is not installed, the file is not Parquet, or a column holds pictures instead of their paths.
+    """
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -27,7 +31,7 @@ def parquet_rows(path: Path, columns: Iterable[str]) -> Placed:
         if names.count(name) > 1:
             raise DataError(f"{path}: the column {name!r} is there twice")
         kind = file.schema_arrow.field(name).type
-        if arrow.types.is_struct(kind) or arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind):
+        if _holds_objects(kind):
             raise DataError(
                 f"{path}: column {name!r} holds {kind}; write the pictures to files and name their paths here"
             )
@@ -46,8 +50,21 @@ def parquet_rows(path: Path, columns: Iterable[str]) -> Placed:
             index += 1
 
 
+def _holds_objects(kind: Any) -> bool:
+    """True for binary data, structs and maps, at any depth: datasets writes pictures as (lists of) struct<bytes, path>."""
+    from pyarrow import BaseExtensionType, types
+
+    if isinstance(kind, BaseExtensionType):
+        return _holds_objects(kind.storage_type)
+    if types.is_dictionary(kind):
+        return _holds_objects(kind.value_type)
+    if types.is_nested(kind) and not (types.is_struct(kind) or types.is_map(kind) or types.is_union(kind)):
+        return _holds_objects(kind.value_type)
+    return bool(types.is_nested(kind)) or "binary" in str(kind)
+
+
 def _python_rows(batch: Any) -> list[dict[str, Any] | Exception]:
-    """The rows as Python values; where one has none (bytes that are not UTF-8, the year 20000) what was raised instead."""
+    """The rows as Python values; in place of a row that has none (not UTF-8, the year 20000), what was raised."""
     try:
         return list(batch.to_pylist())
     except (ValueError, OverflowError) as error:

@@ -1,6 +1,6 @@
-"""Rows out of files, each with its place, one at a time. A row that cannot be read is named, not guessed at.
+"""Rows of files, each with its place, and checked access to their cells.
 
-Every reader (here those of JSON; delimited.py and parquet_files.py have the others) yields (where, row), or
+Every reader (here those of JSON; delimited.py, excel.py and parquet_files.py have the others) yields (where, row), or
 (where, DataError) for a row that is broken by itself, so that `collect` can fail or skip as the user asked. Files are
 UTF-8, with or without BOM; lines end with LF or CRLF. Mojibake is kept as it is.
 """
@@ -11,7 +11,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +25,38 @@ Row = Mapping[str, Any]
 T = TypeVar("T")
 Placed = Iterator[tuple[str, Row | DataError]]
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate; two of them make one character
+MAX_QUOTED = 60  # characters of a cell in a message
+
+
+class _Short(reprlib.Repr):
+    """`repr` that stays short for any cell and never prints binary data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxother = MAX_QUOTED
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x) if len(x) <= MAX_QUOTED else f"{x[: MAX_QUOTED - 3]!r}..."
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return f"<{len(x):,} bytes>"
+
+    repr_bytearray = repr_memoryview = repr_bytes
+
+
+_SHORT = _Short()
+
+
+def quoted(value: object) -> str:
+    """A cell as it stands in a message: `repr`, cut to about 60 characters, with the size in place of binary data."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= MAX_QUOTED + 5 else f"{text[:MAX_QUOTED]}..."
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names as they stand in a message: at most twenty, each cut to about 60 characters."""
+    words = [text if len(text := str(name)) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..." for name in names]
+    return ", ".join([*words[:20], *([f"and {len(words) - 20} more"] if len(words) > 20 else [])])
 
 
 def find(root: Path, *names: str, hint: str) -> Path:
@@ -91,7 +124,7 @@ def json_rows(path: Path) -> Placed:
     text = json_text(path)
     decoder, position, index, line, counted = json.JSONDecoder(), _skip(text, 0), 0, 1, 0
     if text[position : position + 1] != "[":
-        raise DataError(f"{path}:1: a JSON list of rows is expected here, not {text[position : position + 20]!r}")
+        raise DataError(f"{path}:1: a JSON list of rows is expected here, not {quoted(text[position : position + 20])}")
     position = _skip(text, position + 1)
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
@@ -146,7 +179,7 @@ def _skip(text: str, position: int) -> int:
 
 def _object(value: object, where: str, source: str) -> Row | DataError:
     if not isinstance(value, dict):
-        return DataError(f"{where}: a JSON object is expected, not {value!r:.60}")
+        return DataError(f"{where}: a JSON object is expected, not {quoted(value)}")
     if half := half_character(value, source):
         return DataError(f"{where}: {half} is half of a character; write the other half too, or leave it out")
     return value
@@ -173,7 +206,7 @@ def collect(
             if example is None:
                 continue
             if example.id in known:
-                raise DataError(f"{where}: id {example.id!r} is already that of {known[example.id]}")
+                raise DataError(f"{where}: id {quoted(example.id)} is already that of {known[example.id]}")
         except DataError as error:
             if on_bad_row == "fail":
                 raise
@@ -194,10 +227,10 @@ def filled(rows: Rows, place: Path, split: str) -> Rows:
 
 
 def take(row: Row, name: str, where: str) -> Any:
-    """A cell that must be there."""
+    """A required cell. Raises DataError if it is not there or null."""
     value = row.get(name)
     if value is None:
-        raise DataError(f"{where}: no {name!r}; the row has: {', '.join(map(str, row))}")
+        raise DataError(f"{where}: no {name!r}; the row has: {listed(row)}")
     return value
 
 
@@ -207,12 +240,20 @@ def take_text(row: Row, name: str, where: str) -> str:
     return value if isinstance(value, str) else as_text(take(row, name, where), name, where)
 
 
+def take_answer(row: Row, name: str, where: str) -> str:
+    """An answer, which may not be blank: nothing could be learned from it, and no response would be right."""
+    answer = take_text(row, name, where).strip()
+    if not answer:
+        raise DataError(f"{where}: {name!r} is empty")
+    return answer
+
+
 def as_text(value: object, name: str, where: str) -> str:
     """A value of column `name` as text. 1.0 is "1": a column of whole numbers with a gap is one of floats in a table."""
     if isinstance(value, float) and math.isfinite(value):
         return str(whole(value))
     if value is None or isinstance(value, (dict, list, bytes, float)):
-        raise DataError(f"{where}: {name!r} is {value!r:.60}, not a text")
+        raise DataError(f"{where}: {name!r} is {quoted(value)}, not a text")
     return str(value)
 
 
@@ -230,16 +271,28 @@ def as_id(value: object, name: str, where: str) -> int | str:
     """A value of column `name` as a row's id: a whole number or a text that is not blank."""
     number = whole(value)
     if isinstance(number, bool) or not isinstance(number, (int, str)) or not str(number).strip():
-        raise DataError(f"{where}: {name!r} is {value!r:.60}, neither a number nor a text")
+        raise DataError(f"{where}: {name!r} is {quoted(value)}, neither a number nor a text")
     return number
 
 
 def picture(folder: Path, name: object, where: str) -> Path:
-    """`folder / name`, which may not leave `folder`. The file itself is not looked at."""
+    """Resolve an image path of a row. The file itself is not opened.
+
+    Raises:
+        DataError: The cell is not a path, or the path leaves `folder`.
+    """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise DataError(f"{where}: {name!r} is no image path")
-    path = folder / name.strip()
-    inside(path, folder, f"{where}: image {name!r}")
+        raise DataError(f"{where}: {quoted(name)} is not an image path")
+    name = name.strip()
+    if name.startswith("data:") or len(name) > 4096 or max(map(len, name.split("/"))) > 255:
+        raise DataError(
+            f"{where}: {quoted(name)} has {len(name):,} characters and is not an image path; "
+            "write pictures that are inside of rows to files, and name their paths"
+        )
+    if re.match(r"https?://", name):
+        raise DataError(f"{where}: {quoted(name)} is an address; pictures are read from disk: download them first")
+    path = folder / name
+    inside(path, folder, f"{where}: image {quoted(name)}")
     return path
 
 

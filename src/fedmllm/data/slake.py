@@ -8,7 +8,19 @@ from typing import ClassVar, Literal
 
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Row, collect, filled, find, json_rows, picture, take, take_id, take_text
+from fedmllm.data.reading import (
+    Row,
+    collect,
+    filled,
+    find,
+    json_rows,
+    picture,
+    quoted,
+    take,
+    take_answer,
+    take_id,
+    take_text,
+)
 from fedmllm.data.vqa_rad import METRICS, radiology_example
 
 FILES: dict[Split, tuple[str, ...]] = {
@@ -53,14 +65,14 @@ class Slake(Dataset):
         if take_text(row, "q_lang", where).strip() != self.language:
             return None
         number = take_id(row, "qid", where)
-        where_row = f"{where}: row {number!r}"
+        where_row = f"{where}: row {quoted(number)}"
         columns = {name: str(row[name]).strip() for name in COLUMNS if row.get(name) is not None}
         answer_type = take_text(row, "answer_type", where_row).strip().upper()
         return radiology_example(
             id=number,
             image=picture(self.root / "imgs", take(row, "img_name", where_row), where_row),
             question=take_text(row, "question", where_row).strip(),
-            answer=take_text(row, "answer", where_row).strip(),
+            answer=take_answer(row, "answer", where_row),
             where=where,
             columns={"set": self.name, "answer_type": answer_type, **columns},
         )

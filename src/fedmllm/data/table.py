@@ -1,87 +1,59 @@
-"""A user's own rows: files of any common form, and a table in the TOML that says which column is what."""
+"""A user's own rows: files of any common form, with their columns mapped in the TOML."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fedmllm.core.errors import ConfigError, DataError
-from fedmllm.core.spec import Spec
+from fedmllm.core.spec import ADDED_LATER, Spec
 from fedmllm.core.types import Content, Example, Modality
-from fedmllm.data.base import Dataset, Rows, Source, Split
-from fedmllm.data.cells import MAX_CHOICES, choices_of, chosen, group
-from fedmllm.data.conversations import conversation_rows
-from fedmllm.data.delimited import csv_rows, tsv_rows
-from fedmllm.data.imagefolder import label_rows, metadata_of
-from fedmllm.data.parquet_files import parquet_rows
-from fedmllm.data.reading import (
-    Placed,
-    Row,
-    as_id,
-    collect,
-    filled,
-    find,
-    held_out,
-    inside,
-    is_there,
-    json_rows,
-    jsonl_rows,
-    picture,
-    readable,
-    take_text,
-)
+from fedmllm.data.answers import as_word, is_ambiguous, read_answer, reading_of
+from fedmllm.data.base import Dataset, OnBadRow, Rows, Source, Split
+from fedmllm.data.cells import MAX_CHOICES, NA_VALUES, alike, choices_of, group, hint_at, is_missing
+from fedmllm.data.files import IMAGE_COLUMN, File, Form, Options, files_of, form_of, rows_of
+from fedmllm.data.imagefolder import METADATA
+from fedmllm.data.marks import MARK, as_list, marks_in, pictures_of, split_at_marks
+from fedmllm.data.reading import Row, as_id, collect, filled, held_out, listed, picture, quoted, take_text
 
-Form = Literal["auto", "jsonl", "csv", "tsv", "parquet", "imagefolder", "conversations"]
-FORMS: Mapping[str, Form] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".json": "conversations",
-    "": "imagefolder",
+SHORT_TEXT = 12  # characters of a text that may stand for a missing one
+SPLIT_WORDS: Mapping[str, Split] = {
+    **dict.fromkeys(("train", "training", "0", "false", "no"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "1", "true", "yes"), "test"),
 }
-IMAGE_COLUMN: Mapping[Form, str] = {"imagefolder": "file_name", "conversations": "image"}  # fixed by the form
 
 
 class Columns(Spec):
-    """Which column holds what; "" = none does. "file" is the name of a row's file, if no column is called so."""
+    """Which column holds what; "" = none does. "file" is the name of a row's file, if no column has that name."""
 
-    id: str = ""  # else the column "id", else the line or index
-    image: str | dict[str, str] = ""  # a path or a list of paths; or one column a camera: {CAM_FRONT = "front", ...}
+    id: str = ""
+    """Column of the row's id; "" = the column "id" if there is one, else the line or index."""
+    image: str | dict[str, str] = ""
+    """Column with a path or a list of paths; or one column per camera: { CAM_FRONT = "front", CAM_BACK = "back" }."""
     text: str | dict[str, str] = ""
+    """Column with a text; or one column per kind of text: { text = "note", prior_report = "prior" }."""
     question: str = "question"
-    choices: str = "choices"  # a list, or a text with `separator` between the choices
-    answer: str = "answer"  # one of the choices, its number from 0, or free text
-    client: str = ""  # who holds the row: the federation is real, and no partition is simulated
-    keep: tuple[str, ...] = ()  # further columns, for natural splits: the scanner, the ward
-
-
-@dataclass(frozen=True)
-class _File:
-    """One file of a split, and how its rows are to be read."""
-
-    path: Path
-    form: Form
-    images: Path  # where its image paths begin
-    prefix: str  # of rows without id, where several files are read
-    columns: Columns
-
-    def is_empty(self, cell: object) -> bool:
-        """Does the cell hold nothing? A conversation says null; elsewhere a blank text says so too."""
-        return cell is None or (self.form != "conversations" and isinstance(cell, str) and not cell.strip())
+    """Column of the question; an empty cell takes `data.question`."""
+    choices: str = "choices"
+    """Column of the choices, a list or a text with `data.separator` between them; an empty cell takes `data.choices`."""
+    answer: str = "answer"
+    """Column of the answer: one of the choices, its number from 0, or free text; "" = test rows without answers."""
+    client: str = ""
+    """Column that names the site of each row: a real federation, for which no partition is simulated."""
+    keep: tuple[str, ...] = ()
+    """Further columns for natural splits and results by group: the scanner, the ward."""
 
 
 class Table(Dataset):
-    """JSONL, CSV, TSV, Parquet, `imagefolder`, or conversations (LLaVA's, or those of `fedmllm data export`).
+    """Your own rows: JSONL, CSV, TSV, Parquet, Excel, conversations (LLaVA's, or exported ones), or image folders.
 
-    `train`, `validation` and `test` name files under `root` (imagefolder: folders); a pattern such as "client_*.json" means
-    several. `question` and `choices` say it for all rows where no column does. An empty cell is a modality that the row
-    does not have.
+    An empty cell is a modality that the row does not have. `question` and `choices` are for all rows that have no own ones.
     """
 
     source = Source(
@@ -89,7 +61,7 @@ class Table(Dataset):
         get="yours; nothing leaves this machine",
         licence="yours",
         tree="""\
-            train.csv, test.csv    any names; .jsonl .csv .tsv .parquet .json (conversations), or an imagefolder
+            train.csv, test.csv    any names; .jsonl .csv .tsv .parquet .xlsx .json (conversations), or an imagefolder
             scans/17.png           image paths are relative to data.root, or to data.images
 
             [data]
@@ -104,47 +76,74 @@ class Table(Dataset):
 
     name: Literal["table"] = "table"
     root: Path
-    form: Form = "auto"  # by the ending of the name; without an ending it is an imagefolder
+    """Folder of the files."""
+    form: Form = "auto"
+    """Form of the files; "auto" = by the ending of the name, without an ending an image folder."""
     train: str
+    """File or folder of the training rows under `root`, or a pattern: "site_*.csv"."""
     validation: str = ""
+    """The same for the validation rows."""
     test: str = ""
-    validation_rate: float = Field(
-        0.0, ge=0, lt=1
-    )  # share of the training rows kept out, where `validation` is not given
-    images: Path | None = None  # the folder where image paths begin; default: root, or the imagefolder
+    """The same for the test rows."""
+    test_rate: Annotated[float, Field(ge=0, lt=1), ADDED_LATER] = 0.0
+    """Share of the rows (of the groups, with `group`) of `train` that are held out as test rows, if `test` is not given."""
+    test_column: Annotated[str, ADDED_LATER] = ""
+    """Column of `train` with each row's split: "train", "validation" or "test"; or 1 for test rows and 0 for the others."""
+    validation_rate: float = Field(0.0, ge=0, lt=1)
+    """Share of the other rows of `train` that are held out as validation rows, if `validation` is not given."""
+    group: Annotated[str, ADDED_LATER] = ""
+    """Column whose values stay together when rows are held out, such as the patient."""
+    images: Path | None = None
+    """Folder that image paths are relative to; by default `root`, or the image folder."""
     columns: Columns = Columns()
+    """Which column holds what."""
     question: str = ""
+    """The question of all rows that have no own one."""
     choices: tuple[str, ...] = Field((), max_length=MAX_CHOICES)
+    """The choices of all rows that have no own ones; () = open questions, or the labels of the image folders."""
+    answers: Annotated[Literal["auto", "words", "numbers"], ADDED_LATER] = "auto"
+    """How answers name a choice: by its words or by its number from 0; "auto" = whichever fits the whole column."""
     separator: str = Field("|", min_length=1)
-    judged_by: tuple[str, ...] = ("accuracy", "token_f1")  # names of metrics
+    """Between the choices of a cell."""
+    delimiter: Annotated[str, Field(max_length=1), ADDED_LATER] = ""
+    """Between the cells of a CSV file; "" = comma or semicolon, by the header."""
+    sheet: Annotated[str, ADDED_LATER] = ""
+    """Sheet of an Excel workbook; "" = the only one that has rows."""
+    na_values: Annotated[tuple[str, ...], ADDED_LATER] = NA_VALUES
+    """Words that mean a missing value in any mapped column but the id; a blank cell always does."""
+    judged_by: tuple[str, ...] = ("accuracy", "token_f1")
+    """Names of the metrics; the first is the headline."""
 
     @field_validator("choices")
     @classmethod
     def _different(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(choices)) < len(choices) or len(choices) == 1 or "" in choices:
+        if alike(choices) or len(choices) == 1 or "" in choices:
             raise ValueError("give two or more choices, each of them once")
         return choices
 
+    @field_validator("question")
+    @classmethod
+    def _without_marks(cls, question: str) -> str:
+        if marks_in(question, "data.question"):
+            raise ConfigError(f"data.question: holds {MARK}; leave it out: the pictures of a row come first")
+        return question
+
     @model_validator(mode="after")
-    def _shows_something(self) -> Table:
+    def _is_complete(self) -> Table:
         for named in filter(None, (self.train, self.validation, self.test)):
-            self.form_of(named)
+            form_of(named, self.form)
         if not self.modalities():
             raise ConfigError('data.columns: name the column of the images or texts: columns = { image = "scan" }')
+        ways = {"test": self.test, "test_rate": self.test_rate, "test_column": self.test_column}
+        if len(given := [key for key, value in ways.items() if value]) > 1:
+            raise ConfigError(f"data.{given[1]}: data.{given[0]} is given too; keep one of them")
         return self
-
-    def form_of(self, name: str) -> Form:
-        """The form of a file, as set or by its ending."""
-        form = self.form if self.form != "auto" else FORMS.get(Path(name).suffix.lower(), "auto")
-        if form == "auto":
-            raise ConfigError(f"data.form: of which form is {name!r}? Endings known: {' '.join(filter(None, FORMS))}")
-        return form
 
     def modalities(self) -> tuple[Modality, ...]:
         return (*self._image_columns(), *by_modality(self.columns.text, "text"))
 
     def _image_columns(self) -> dict[Modality, str]:
-        return by_modality(self.columns.image or IMAGE_COLUMN.get(self.form_of(self.train), ""), "image")
+        return by_modality(self.columns.image or IMAGE_COLUMN.get(form_of(self.train, self.form), ""), "image")
 
     def metrics(self) -> Sequence[str]:
         return self.judged_by
@@ -152,125 +151,220 @@ class Table(Dataset):
     def client_column(self) -> str:
         return "client" if self.columns.client else ""
 
+    def group_column(self) -> str:
+        return self.group
+
     def folders(self) -> tuple[Path, ...]:
         return (self.images or self.root,)
 
     def load(self, split: Split) -> Rows:
-        named = {"train": self.train, "validation": self.validation or self.train, "test": self.test}[split]
-        if not named:
-            raise ConfigError(f"data.{split}: missing; name a file or folder under {self.root}")
-        paths, known, seen = self._paths(named), dict[str | int, str](), {"file": ""}
-        loaded = [self._load(self._file(path, split, len(paths) > 1), known, seen) for path in paths]
-        for key, column in self._mapped(split).items():
-            if known and column not in seen:
-                has = ", ".join(seen)
-                raise DataError(f"{paths[0]}: no row has a column {column!r} (data.columns.{key}); columns: {has}")
-        examples = [example for rows in loaded for example in rows.examples]
-        if split != "test" and not self.validation:
-            held = split == "validation"
-            examples = [e for e in examples if held_out(self.validation_rate, str(e.id)) == held]
-        rows = Rows(tuple(examples), tuple(message for rows in loaded for message in rows.skipped))
+        own = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        if not own and not (split == "validation" or self.test_rate or self.test_column):
+            raise ConfigError(
+                f"data.{split}: missing; name a file or folder under {self.root}, or hold out rows: data.test_rate"
+            )
+        if split != "test" and not self.columns.answer:
+            raise ConfigError(f'data.columns.answer: got ""; rows of the {split} split need answers')
+        named = own or self.train
+        rows = self._read(named, split == "test" and bool(own), self.on_bad_row)
+        rows = self._with_answers(rows, named)
+        examples = rows.examples
+        if named == self.train and (split != "test" or not own):
+            examples = tuple(e for e in examples if self._split_of(e) == split)
+        rows = replace(rows, examples=examples, notes=(*rows.notes, *self._short_texts(examples)))
         return filled(rows, self.root / named, split)
 
-    def _paths(self, named: str) -> list[Path]:
-        inside(self.root / named, self.root, f"data: {named!r}")
-        if is_there(self.root / named) or not any(mark in named for mark in "*?["):  # a name may hold a "["
-            return [find(self.root, named, hint="data.train, data.validation and data.test name files in data.root")]
-        try:
-            paths = sorted(self.root.glob(named), key=lambda path: (len(path.name), path.name))
-        except (ValueError, NotImplementedError) as error:  # "a**", or a pattern that begins with "/"
-            raise ConfigError(f"data: {named!r} is no pattern of files below {self.root}: {error}") from None
-        if not paths:
-            raise DataError(f"{self.root}: no file is called like {named!r}")
-        return paths
+    def _split_of(self, row: Example) -> Split:
+        """The split of a row of the training file. A group, or else a row, gets the same one in every run and file order."""
+        key = row.columns[self.group] if self.group else str(row.id)
+        split = SPLIT_WORDS[row.columns[self.test_column].lower()] if self.test_column else "train"
+        if self.test_rate and held_out(self.test_rate, f"test/{key}"):
+            return "test"
+        if split == "train" and not self.validation and held_out(self.validation_rate, key):
+            return "validation"
+        return split
 
-    def _file(self, path: Path, split: Split, is_one_of_many: bool) -> _File:
-        form, metadata, images = self.form_of(path.name), None, self.images or self.root
-        if form == "imagefolder":
-            metadata, images = metadata_of(path), self.images or path
-        prefix = f"{self._name(path)}-" if is_one_of_many else ""
-        without = {"client": "", "keep": ()} if split == "test" else {}  # test rows belong to no client
-        columns = self.columns.model_copy(update=without)
-        if metadata:
-            return _File(metadata, FORMS[metadata.suffix], images, prefix, columns)
-        return _File(path, form, images, prefix, columns)
+    # --- reading
 
-    def _name(self, path: Path) -> str:
-        """What a file's rows are called after: its path below the root without the ending, so that no two are alike."""
-        below = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-        return readable(below.with_suffix("").as_posix(), str(self.root))
+    def _read(self, named: str, own_test: bool, on_bad_row: OnBadRow) -> Rows:
+        """All rows of a split's files, with answers as they are written.
 
-    def _load(self, file: _File, known: dict[str | int, str], seen: dict[str, str]) -> Rows:
-        """The rows of one file. `known` gathers their ids, `seen` their columns, each with its place."""
+        Args:
+            named: The file, folder or pattern.
+            own_test: The file is for test rows only, which may lack the columns of client and groups.
+            on_bad_row: As in the settings.
+        """
+        files = files_of(named, self.root, self.form, self.images)
+        options, seen, listed_images = self._options(files, named), {"file": ""}, set[Path]()
+        loaded: list[Rows] = []
+        for file in files:
 
-        def make(where: str, row: Row) -> Example:
-            seen.update(dict.fromkeys(row, where))
-            return self._example(where, {"file": self._name(file.path), **row}, file)
+            def make(where: str, row: Row, file: File = file) -> Example:
+                seen.update(dict.fromkeys(row, where))
+                if file.contents:
+                    listed_images.update(_paths_in(row, options.images, file.images))
+                return self._example(where, {"file": file.name, **row}, file, len(files) > 1, own_test)
 
-        return collect(self._read(file), make, self.on_bad_row, known)
+            loaded.append(collect(rows_of(file, options), make, on_bad_row))
+        if any(rows.examples for rows in loaded):
+            self._check_columns(seen, files[0].path, own_test)
+        skipped = tuple(message for rows in loaded for message in rows.skipped)
+        examples, notes = _unique_ids(files, loaded)
+        return Rows(examples, skipped, (*notes, *_notes_of_folders(files, listed_images)))
 
-    def _mapped(self, split: Split) -> dict[str, str]:
-        """Columns that some row must have: those of the modalities, and those that the user named."""
-        optional = {"image", "text", "keep", *(["client"] if split == "test" else [])}
-        named = {key: getattr(self.columns, key) for key in sorted(self.columns.model_fields_set - optional)}
+    def _options(self, files: Sequence[File], named: str) -> Options:
+        c = self.columns
+        images = tuple(self._image_columns().values())
+        mapped = {*images, *by_modality(c.text, "text").values(), *c.keep, self.group, self.test_column}
+        return Options(
+            images=images,
+            columns=frozenset(mapped | {c.id or "id", c.question, c.choices, c.answer, c.client}),
+            answer=c.answer,
+            choices=c.choices,
+            labels=self._labels(files, named),
+            delimiter=self.delimiter,
+            sheet=self.sheet,
+        )
+
+    def _labels(self, files: Sequence[File], named: str) -> tuple[str, ...]:
+        """Labels of the training folders, the choices of every row; () if `choices` names them, or no file is a folder."""
+        folders = [file for file in files if file.form == "imagefolder"]
+        if folders and self.columns.answer != Columns().answer:
+            raise DataError(
+                f"{folders[0].path}: has none of {', '.join(METADATA)}, but data.columns.answer names the column "
+                f"{self.columns.answer!r}; leave it out to use the names of the subfolders as labels"
+            )
+        if not folders or self.choices:
+            return ()
+        trained = files_of(self.train, self.root, self.form, self.images) if named != self.train else folders
+        labels = sorted({label for file in trained or folders if file.contents for label in file.contents.labels()})
+        if len(labels) < 2:
+            raise DataError(
+                f"{folders[0].path}: neither {', '.join(METADATA)}, nor images in two or more subfolders called after labels"
+            )
+        return tuple(labels)
+
+    def _check_columns(self, seen: Mapping[str, str], path: Path, own_test: bool) -> None:
+        """Raise DataError if no row has a column that is mapped: a modality's, or one that is not called as by default."""
+        optional = {"image", "text", "keep", *(["client"] if own_test else [])}
+        default = Columns()
+        named = {key: getattr(self.columns, key) for key in sorted(Columns.model_fields) if key not in optional}
+        named = {key: column for key, column in named.items() if column != getattr(default, key)}
         mapped = {**self._image_columns(), **by_modality(self.columns.text, "text"), **named}
-        return {key: column for key, column in mapped.items() if column}
+        for key, column in mapped.items():
+            if column and column not in seen:
+                raise DataError(
+                    f"{path}: no row has a column {column!r} (data.columns.{key}); columns: {listed(seen)}; "
+                    "a column may be empty in every row, but it has to be there"
+                )
 
-    def _read(self, file: _File) -> Placed:
-        c, path = file.columns, file.path
-        match file.form:
-            case "jsonl":
-                return jsonl_rows(path)
-            case "csv":
-                return csv_rows(path)
-            case "tsv":
-                return tsv_rows(path)
-            case "conversations":
-                return conversation_rows(json_rows(path))
-            case "imagefolder":
-                return label_rows(path, c.answer, c.choices)
-            case _:
-                mapped = {*self._image_columns().values(), *by_modality(c.text, "text").values(), *c.keep}
-                return parquet_rows(path, mapped | {c.id or "id", c.question, c.choices, c.answer, c.client})
+    def _with_answers(self, rows: Rows, named: str) -> Rows:
+        """The rows with their answers as choices, in one reading for all splits."""
+        reading = self.answers
+        if reading == "auto":
+            examples = list(rows.examples)
+            if is_ambiguous(examples):
+                for other in sorted({self.train, self.validation, self.test} - {named, ""}):
+                    examples += self._read(other, other == self.test, "skip").examples
+            reading = reading_of(examples)
+        placed = ((example.where, example) for example in rows.examples)
+        read = collect(placed, lambda _, example: read_answer(example, reading), self.on_bad_row)
+        return replace(rows, examples=read.examples, skipped=(*rows.skipped, *read.skipped))
 
-    def _example(self, where: str, row: Row, file: _File) -> Example:
-        c = file.columns
+    def _short_texts(self, examples: Sequence[Example]) -> list[str]:
+        """Notes on short texts that fill many cells: they may stand for a missing one."""
+        notes = []
+        for modality, column in by_modality(self.columns.text, "text").items():
+            texts = [text.strip() for e in examples if isinstance(text := e.fields.get(modality), str)]
+            short = Counter(text for text in texts if len(text) <= SHORT_TEXT)
+            for text, count in short.most_common(1):
+                if count >= max(5, len(texts) / 10):
+                    notes.append(
+                        f"column {column!r}: {quoted(text)} fills {count} of {len(texts)} cells; "
+                        "if it stands for a missing text, add it to data.na_values"
+                    )
+        return notes
+
+    # --- one row
+
+    def _example(self, where: str, row: Row, file: File, is_one_of_many: bool, own_test: bool) -> Example:
+        c = self.columns
         number = row.get(c.id or "id")
         if number is None and not c.id:
-            number = f"{file.prefix}{_index(where)}" if file.prefix else _index(where)
+            number = f"{file.name}-{_index(where)}" if is_one_of_many else _index(where)
         number = as_id(number, c.id or "id", where)
-        place = f"{where}: row {number!r}"
-        fields = self._fields(row, place, file)
-        asked = not file.is_empty(row.get(c.question))
-        question = take_text(row, c.question, place).strip() if asked else self.question
-        if not asked and not question and "text" not in fields:
-            raise DataError(f"{place}: no question: neither a column {c.question!r} nor data.question")
-        choices = choices_of(row.get(c.choices), c.choices, self.separator, place) or self.choices
-        if row.get(c.answer) is not None and file.is_empty(row[c.answer]):
-            raise DataError(f"{place}: {c.answer!r} is empty")
-        kept = {name: group(row, name, place) for name in c.keep}
-        client = {"client": group(row, c.client, place)} if c.client else {}
+        place = f"{where}: row {quoted(number)}"
+        question, fields, pieces = self._asked(row, place, file)
+        choices = choices_of(row.get(c.choices), c.choices, self.separator, self._na(file), place) or self.choices
         return Example(
             id=number,
             fields=fields,
             question=question,
             choices=choices,
-            answer=chosen(take_text(row, c.answer, place).strip(), choices, place),
+            answer=self._answer(row, place, file, choices) if c.answer else "",
             where=where,
-            columns={"set": self.name, **kept, **client},
+            columns={"set": self.name, **self._groups(row, place, file, own_test)},
+            pieces=pieces,
         )
 
-    def _fields(self, row: Row, place: str, file: _File) -> dict[Modality, Content]:
-        fields: dict[Modality, Content] = {}
-        for modality, column in self._image_columns().items():
+    def _na(self, file: File) -> tuple[str, ...]:
+        return () if file.form == "conversations" else self.na_values
+
+    def _asked(self, row: Row, place: str, file: File) -> tuple[str, dict[Modality, Content], tuple[str, ...]]:
+        """Question, fields, and the pieces of the question between its pictures."""
+        column = self.columns.question
+        asked = not file.is_empty(row.get(column), self.na_values)
+        question, pieces, marks = self.question, (), list[str]()
+        if asked:
+            text = take_text(row, column, place)
+            marks = marks_in(text, place)
+            question, pieces = split_at_marks(text)
+        fields = self._images(row, place, file, marks)
+        if pieces and len(self._image_columns()) > 1:
+            raise DataError(f"{place}: {MARK} in the middle of a text is read for rows with one image column only")
+        for modality, name in by_modality(self.columns.text, "text").items():
+            if not file.is_empty(row.get(name), self.na_values):
+                fields[modality] = take_text(row, name, place)
+        if not asked and not question and not any(isinstance(content, str) for content in fields.values()):
+            raise DataError(f"{place}: no question: neither a column {column!r} nor data.question")
+        return question, fields, pieces
+
+    def _images(self, row: Row, place: str, file: File, marks: list[str]) -> dict[Modality, Content]:
+        columns, fields = self._image_columns(), dict[Modality, Content]()
+        for modality, column in columns.items():
             cell = row.get(column)
-            names = [name for name in (cell if isinstance(cell, list) else [cell]) if name not in (None, "")]
+            if isinstance(cell, list):
+                cell = [name for name in cell if not is_missing(name, self._na(file))]
+            elif is_missing(cell, self._na(file)):
+                cell = None
+            names = pictures_of(marks if len(columns) == 1 else (), cell, column, place)
             if names:
                 fields[modality] = tuple(picture(file.images, name, place) for name in names)
-        for modality, column in by_modality(self.columns.text, "text").items():
-            if not file.is_empty(row.get(column)):
-                fields[modality] = take_text(row, column, place)
+        number = sum(map(len, fields.values()))
+        if marks and number != len(marks):
+            raise DataError(f"{place}: the text asks for {len(marks)} pictures, the row has {number}")
         return fields
+
+    def _answer(self, row: Row, place: str, file: File, choices: tuple[str, ...]) -> str:
+        name = self.columns.answer
+        answer = take_text(row, name, place).strip()
+        if is_missing(answer, self._na(file)) and as_word(answer, choices) is None:
+            raise DataError(f"{place}: {name!r} is empty{hint_at(answer)}")
+        return answer
+
+    def _groups(self, row: Row, place: str, file: File, own_test: bool) -> dict[str, str]:
+        """Client, kept columns, group and split of a row; test rows have those that are there."""
+        c, na = self.columns, self._na(file)
+        wanted = {**{name: name for name in (*c.keep, self.group, self.test_column) if name}}
+        wanted |= {"client": c.client} if c.client else {}
+        if own_test:
+            wanted = {key: name for key, name in wanted.items() if not is_missing(row.get(name), na)}
+        found = {key: group(row, name, na, place) for key, name in wanted.items()}
+        if self.test_column and found.get(self.test_column, "train").lower() not in SPLIT_WORDS:
+            raise DataError(
+                f"{place}: {self.test_column!r} is {quoted(found[self.test_column])}; allowed: {', '.join(SPLIT_WORDS)}"
+            )
+        return found
 
 
 def by_modality(column: str | dict[str, str], modality: Modality) -> dict[Modality, str]:
@@ -286,3 +380,32 @@ def _index(where: str) -> int | str:
     if place.endswith("]") and turn.isdigit():
         return f"{_index(place)}#{turn}"
     return int(where.rpartition("[")[2][:-1]) if where.endswith("]") else int(where.rpartition(":")[2])
+
+
+def _unique_ids(files: Sequence[File], loaded: Sequence[Rows]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+    """The rows of all files; if an id stands in two files, every id begins with the name of its file."""
+    holders = Counter(e.id for rows in loaded for e in rows.examples)
+    twice = next((number for number, count in holders.items() if count > 1), None)
+    if twice is None:
+        return tuple(e for rows in loaded for e in rows.examples), ()
+    named = (replace(e, id=f"{f.name}-{e.id}") for f, rows in zip(files, loaded, strict=True) for e in rows.examples)
+    return tuple(named), (
+        f"ids such as {quoted(twice)} stand in several files; each id now begins with its file's name",
+    )
+
+
+def _paths_in(row: Row, columns: Sequence[str], folder: Path) -> list[Path]:
+    names = [name for column in columns for name in as_list(row.get(column))]
+    return [folder / name.strip() for name in names if isinstance(name, str)]
+
+
+def _notes_of_folders(files: Sequence[File], listed_images: set[Path]) -> list[str]:
+    """What image folders hold that is not read: files of other kinds, and images that no metadata file lists."""
+    notes: list[str] = []
+    for contents in {id(file.contents): file.contents for file in files if file.contents}.values():
+        notes += contents.notes()
+        if contents.metadata:
+            images = [path for path in contents.images if contents.folder / path not in listed_images]
+            if images:
+                notes.append(f"{contents.folder}: {len(images)} images are in no metadata file: {listed(images)}")
+    return notes

@@ -10,7 +10,20 @@ from pydantic import Field
 
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Row, collect, filled, find, held_out, json_rows, picture, take, take_id, take_text
+from fedmllm.data.reading import (
+    Row,
+    collect,
+    filled,
+    find,
+    held_out,
+    json_rows,
+    picture,
+    quoted,
+    take,
+    take_answer,
+    take_id,
+    take_text,
+)
 
 PUBLIC = "VQA_RAD Dataset Public.json"
 YES_NO = ("yes", "no")
@@ -67,7 +80,7 @@ class VqaRad(Dataset):
 
     def _example(self, where: str, row: Row, folder: Path) -> Example:
         number = take_id(row, "qid", where)
-        where_row = f"{where}: row {number!r}"
+        where_row = f"{where}: row {quoted(number)}"
         image = picture(folder, take(row, "image_name", where_row), where_row)
         answer_type = take_text(row, "answer_type", where_row).strip().upper()
         columns = {name: str(row[name]).strip() for name in COLUMNS if row.get(name) is not None}
@@ -75,7 +88,7 @@ class VqaRad(Dataset):
             id=number,
             image=image,
             question=take_text(row, "question", where_row).strip(),
-            answer=take_text(row, "answer", where_row).strip(),
+            answer=take_answer(row, "answer", where_row),
             where=where,
             columns={"set": self.name, "answer_type": answer_type, **columns},
         )

@@ -20,7 +20,8 @@ def rows_digest(*splits: Iterable[Example]) -> str:
     for examples in splits:
         sha.update(b"split\x1d")
         for example in examples:
-            sha.update("\x1f".join([str(example.id), example.question, *example.choices, example.answer]).encode())
+            question = "\x1d".join(example.pieces) or example.question
+            sha.update("\x1f".join([str(example.id), question, *example.choices, example.answer]).encode())
             for modality, content in example.fields.items():
                 shown = [content] if isinstance(content, str) else [_picture(path) for path in content]
                 sha.update("\x1f".join(["", modality, *shown]).encode())
