@@ -51,8 +51,8 @@ def turns(*texts: Any) -> list[Any]:
         ({"conversations": turns(["x"], "a")}, r"a turn is {role, content} with a role of user, .*; got {'from': 'human'"),
         ({"conversations": [{"role": ["user"], "content": "x"}]}, r"a turn is {role, content}"),
         ({"conversations": turns(None, "a")}, r"a turn is"),
-        ({"conversations": turns("?", "a"), "image": 5}, r"row 1: 5 is no image path"),
-        ({"conversations": turns("?", "a"), "image": [["b.png"]]}, r"row 1: \['b.png'\] is no image path"),
+        ({"conversations": turns("?", "a"), "image": 5}, r"row 1: 5 is not an image path"),
+        ({"conversations": turns("?", "a"), "image": [["b.png"]]}, r"row 1: \['b.png'\] is not an image path"),
         ({"conversations": turns("?", "a"), "image": "../b.png"}, r"row 1: image '../b.png' lies outside"),
         ({"conversations": turns("?", "a"), "id": {"a": 1}}, r"'id' is {'a': 1}, neither a number nor a text"),
         ({"question": 1, "choices": 5, "answer": "x"}, r"row 1: choices \('5',\); allowed"),
@@ -69,14 +69,15 @@ def test_conversations_with_values_of_other_types(tmp_path: Path, bad: Any, mess
 
 def test_turns_of_a_conversation_without_id_are_called_after_its_place(tmp_path: Path) -> None:
     rawsets.write_json(
-        tmp_path / "a.json", [{"conversations": turns("1?", "a", "2?", "b")}, {"conversations": turns("3?", "c")}]
+        tmp_path / "a.json",
+        [{"image": None, "conversations": turns("1?", "a", "2?", "b")}, {"conversations": turns("3?", "c")}],
     )
     examples = load(tmp_path, "a.json", columns={}).examples
     assert [(e.id, e.answer) for e in examples] == [(0, "a"), ("0#2", "b"), (1, "c")]
 
 
 def test_a_json_list_names_the_line_that_is_not_utf8_and_may_have_a_mark_and_crlf(tmp_path: Path) -> None:
-    lines = [b"[", json.dumps({"conversations": turns("?", "a")}).encode(), b"]"]
+    lines = [b"[", json.dumps({"image": None, "conversations": turns("?", "a")}).encode(), b"]"]
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
     assert [e.where.rpartition("/")[2] for e in load(tmp_path, "a.json", columns={}).examples] == ["a.json:2[0]"]
     (tmp_path / "a.json").write_bytes(b"\r\n".join([*lines[:2], b', {"id": "caf\xe9"}', *lines[2:]]))

@@ -165,7 +165,7 @@ def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
 
 
 def test_patterns_that_are_none_and_folders_in_the_place_of_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'a\*\*.csv' is no pattern of files below"):
+    with pytest.raises(ConfigError, match=r"'a\*\*.csv' is not a pattern of files below"):
         load(tmp_path, "a**.csv")
     (tmp_path / "a.csv").mkdir()
     with pytest.raises(DataError, match=r"a.csv: cannot be read: Is a directory"):
@@ -174,12 +174,10 @@ def test_patterns_that_are_none_and_folders_in_the_place_of_files(tmp_path: Path
         load(tmp_path, "a.csv", separator="")
 
 
-def test_an_image_path_that_is_too_long_is_a_missing_picture(tmp_path: Path) -> None:
-    from fedmllm.data.pictures import check_rows
-
-    rawsets.write_lines(tmp_path / "a.csv", ["scan,answer", "x" * 5000 + ",a"])
-    with pytest.raises(DataError, match=r"a.csv:2: row 2: image .*xxx cannot be read: .*too long"):
-        check_rows(load(tmp_path, "a.csv").examples, frozenset({"image"}), "fail")
+def test_an_image_path_that_no_file_can_have_is_a_bad_row_with_a_short_message(tmp_path: Path) -> None:
+    for cell in ("x" * 5000, "data:image/png;base64,iVBORw0KGgo=", "https://example.org/1.png"):
+        content = f'scan,answer\n1.png,a\n"{cell}",a\n3.png,b\n'
+        refused(tmp_path, content, "csv", r"a.csv:3: row 3: '.{9,60}'(\.\.\.)? (has .* characters|is an address)")
 
 
 def test_files_of_one_name_in_two_folders_are_two_clients(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_broken_picture_fails_with_file_line_and_id_or_its_row_is_skipped(tmp_
     examples = rows(saved(tmp_path / "good" / "good.png"), make(tmp_path))
     with pytest.raises(DataError, match=rf"^rows\.jsonl:2: row 1: image .*{message}"):
         check_rows(examples, IMAGE, "fail")
-    kept, skipped = check_rows(examples, IMAGE, "skip")
+    kept, skipped, _ = check_rows(examples, IMAGE, "skip")
     assert [e.id for e in kept] == [0]
     assert len(skipped) == 1
     assert "rows.jsonl:2: row 1" in skipped[0]
@@ -108,7 +108,7 @@ def test_skipping_leaves_the_partition_as_it_was_drawn_and_hidden_pictures_alone
     good, gone = saved(tmp_path / "good.png"), tmp_path / "gone.png"
     examples = rows(gone, good, gone)
     shards = (Shard(0, (2, 1), (IMAGE, IMAGE | TEXT)), Shard(1, (0,), (TEXT,)))
-    kept, skipped = check_shards(examples, shards, "skip")
+    kept, skipped, _ = check_shards(examples, shards, "skip")
     assert kept == (Shard(0, (1,), (IMAGE | TEXT,)), Shard(1, (0,), (TEXT,)))
     assert len(skipped) == 1
     with pytest.raises(DataError, match=r"rows\.jsonl:3: row 2"):

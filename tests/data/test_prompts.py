@@ -182,7 +182,7 @@ def test_a_record_holds_the_wording_and_needs_the_file_no_more(tmp_path: Path) -
         ("{questoin}", r"mine\.txt:1: .*did you mean 'question'\?"),
         ("{question!r}", r"mine\.txt:1: unknown placeholder \{question\}"),
         ("{}", r"mine\.txt:1: unknown placeholder \{\}"),
-        ("{question", r"mine\.txt:1: .*write \"\{\{\" or \"\}\}\" for a brace that is no placeholder"),
+        ("{question", r"mine\.txt:1: .*write \"\{\{\" or \"\}\}\" for a brace that is not part of a placeholder"),
         ("== text ==\na\n== text ==\nb", r"mine\.txt:3: a second wording for text"),
         ("", r"mine\.txt: a file with the wording is required"),
     ],
@@ -198,7 +198,7 @@ def test_a_wording_that_is_missing(tmp_path: Path) -> None:
         Prompt.pick({"name": "file", "template": str(tmp_path / "nowhere.txt")}, "prompt")
     with pytest.raises(ConfigError, match="a file with the wording is required"):
         Prompt.pick({"name": "file"}, "prompt")
-    with pytest.raises(ConfigError, match=r"no wording for rows that show text; the file has: image; \"== else ==\""):
+    with pytest.raises(ConfigError, match=r"no wording for rows with text; the file has: image; \"== else ==\""):
         FromFile(wording="== image ==\n{question}").render(MEME, frozenset({"text"}))
 
 

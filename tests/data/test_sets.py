@@ -30,7 +30,7 @@ def test_vqa_rad_has_1797_and_451_rows_and_its_images_are_sound(shared: Path) ->
     assert {p.name for p in (root / "images").iterdir()} - {p.name for p in images} == {"synpic35356.jpg"}
     assert len({e.fields["image"] for e in train} & {e.fields["image"] for e in test}) == 202
     assert all(open_image(path).mode == "RGB" for path in (root / "images").iterdir())
-    assert check_rows((*train, *test), frozenset({"image"}), "fail") == ((*train, *test), ())
+    assert check_rows((*train, *test), frozenset({"image"}), "fail") == ((*train, *test), (), ())
 
 
 def test_vqa_rad_closed_questions_with_other_answers_are_put_as_open_ones(shared: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_share_of_the_training_images_is_held_out_for_validation(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["hateful-memes", "crisismmd", "vqa-rad", "slake", "flashcards", "medical", "drivelm"])
 def test_a_folder_that_is_not_there_or_has_other_files_says_what_is_expected(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match=r"no such folder; `fedmllm data where .*` shows the expected files"):
+    with pytest.raises(DataError, match=r"no such folder; `fedmllm data where .*` lists the expected files"):
         load(name, tmp_path / "nowhere")
     for folder in ("", "vqa_rad", "flashcards"):
         (tmp_path / folder).mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ from support import rawsets
 COLUMNS = {"image": "scan", "text": "report", "answer": "label", "client": "site", "id": "case", "keep": ["machine"]}
 ROWS = [
     {"case": "c1", "scan": "scans/1.png", "report": 'no "acute" find, ok', "label": "no", "site": "north", "machine": "A"},
-    {"case": "c2", "scan": "", "report": "fracture of the wrist", "label": "1", "site": "south", "machine": "B"},
+    {"case": "c2", "scan": "", "report": "fracture of the wrist", "label": "yes", "site": "south", "machine": "B"},
     {"case": "c3", "scan": "scans/3.png", "report": "", "label": "yes", "site": "north", "machine": "A"},
 ]  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_the_same_rows_from_every_form(tmp_path: Path, form: str) -> None:
     one, two, three = data.load("train").examples
     assert [e.id for e in (one, two, three)] == ["c1", "c2", "c3"]
     assert one.fields == {"image": (tmp_path / "scans/1.png",), "text": 'no "acute" find, ok'}
-    assert (two.fields.keys(), two.answer) == ({"text"}, "yes")  # "1" is the number of a choice
+    assert (two.fields.keys(), two.answer) == ({"text"}, "yes")
     assert three.fields.keys() == {"image"}
     assert one.columns == {"set": "table", "client": "north", "machine": "A"}
     assert one.choices == ("no", "yes")
@@ -62,11 +62,13 @@ def test_the_same_rows_from_every_form(tmp_path: Path, form: str) -> None:
     assert [s.visible for s in shards] == [({"image", "text"}, {"image"}), ({"text"},)]
 
 
-def test_test_rows_belong_to_no_client(tmp_path: Path) -> None:
-    rows = [{k: v for k, v in row.items() if k not in ("site", "machine")} for row in ROWS]
+def test_test_rows_keep_the_columns_that_they_have(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if k != "site"} for row in ROWS]
+    rows[2]["machine"] = ""
     rawsets.write_lines(tmp_path / "test.jsonl", [json.dumps(row) for row in rows])
     data = table(tmp_path, write(tmp_path, "jsonl"), test="test.jsonl")
-    assert [e.columns for e in data.load("test").examples] == [{"set": "table"}] * 3
+    about = [e.columns for e in data.load("test").examples]
+    assert about == [{"set": "table", "machine": "A"}, {"set": "table", "machine": "B"}, {"set": "table"}]
 
 
 def test_columns_say_question_and_choices_for_single_rows(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_llava_conversations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"id": 1}, r"chat.json:1\[0\]: no 'conversations' with a turn of the user"),
+        ({"id": 1}, r"chat.json:1\[0\]: row 1: no 'conversations' with a turn of the user"),
         ({"conversations": [{"role": "user", "content": "?"}]}, r"json:1\[0\]: turn 0 of the user has no answer"),
         (
             {"conversations": [{"role": "robot", "content": "?"}]},
@@ -156,11 +158,29 @@ def test_one_file_a_hospital(tmp_path: Path) -> None:
     assert examples[0].id == "north-2"
 
 
-def test_ids_are_unique_over_all_files(tmp_path: Path) -> None:
+def test_ids_that_stand_in_several_files_begin_with_the_name_of_their_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        rawsets.write_lines(tmp_path / f"{name}.csv", ["id,scan,answer", "7,1.png,no"])
-    with pytest.raises(DataError, match=r"b.csv:2: id '7' is already that of .*a.csv:2"):
+        rawsets.write_lines(tmp_path / f"{name}.csv", ["id,scan,answer", "7,1.png,no", "8,1.png,no"])
+    rows = table(tmp_path, "*.csv", {"image": "scan"}).load("train")
+    assert [e.id for e in rows.examples] == ["a-7", "a-8", "b-7", "b-8"]
+    assert "'7' stand in several files" in rows.notes[0]
+    rawsets.write_lines(tmp_path / "b.csv", ["id,scan,answer", "9,1.png,no", "9,2.png,no"])
+    with pytest.raises(DataError, match=r"b.csv:3: id '9' is already that of .*b.csv:2"):
         table(tmp_path, "*.csv", {"image": "scan"}).load("train")
+
+
+def test_files_whose_names_differ_in_their_ending_are_two_clients(tmp_path: Path) -> None:
+    rawsets.write_lines(tmp_path / "site.csv", ["scan,answer", "1.png,no"])
+    rawsets.write_lines(tmp_path / "site.tsv", ["scan,answer", "2.png,no"])
+    for folder in ("ward.1", "ward.2"):
+        rawsets.write_lines(tmp_path / folder / "metadata.csv", ["file_name,answer", "1.png,no"])
+    for form, pattern, names in (
+        ("csv", "site.*", ["site.csv", "site.tsv"]),
+        ("imagefolder", "ward.*", ["ward.1", "ward.2"]),
+    ):
+        image = "file_name" if form == "imagefolder" else "scan"
+        data = table(tmp_path, pattern, {"image": image, "client": "file"}, form=form)
+        assert [e.columns["client"] for e in data.load("train").examples] == names
 
 
 def test_validation_of_its_own_or_held_out(tmp_path: Path) -> None:
@@ -215,7 +235,7 @@ def test_columns_that_are_not_there(tmp_path: Path, columns: dict, message: str 
         ({"columns": {"answer": "x"}}, "data.columns: name the column of the images or texts"),
         ({"choices": ["a", "a"]}, "give two or more choices, each of them once"),
         ({"choices": ["a"]}, "give two or more choices"),
-        ({"train": "rows.xlsx"}, "data.form: of which form is 'rows.xlsx'"),
+        ({"train": "rows.xls"}, "data.form: of which form is 'rows.xls'"),
         ({"columns": {"image": "scan", "lable": "x"}}, "data.columns.lable: unknown key"),
     ],
 )

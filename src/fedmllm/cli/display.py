@@ -34,6 +34,8 @@ class Bars:
     def __call__(self, event: Event) -> None:
         show = self._progress.update
         if isinstance(event, Started):
+            for note in event.notes:
+                self._progress.console.print(f"note: {note}", markup=False, highlight=False)
             show(self._task, description="first round")
         elif isinstance(event, RoundEnd):
             losses = [c["loss"] for c in event.clients]

@@ -20,8 +20,8 @@ _ORIENTATION = 274  # EXIF tag
 def open_image(path: Path, where: str = "") -> Image:
     """Read a picture as 8-bit RGB, turned upright by its EXIF orientation.
 
-    Of a file with several frames the first one is read. Transparency is laid on white. Pictures with more than 8 bits are scaled
-    by `to_grey`.
+    Of a file with several frames the first one is read. Transparency is laid on white. Values of more than 8 bits are scaled by
+    `to_grey`.
 
     Args:
         path: The file.

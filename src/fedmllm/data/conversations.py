@@ -1,7 +1,7 @@
 """Conversations: a JSON list of {id, image, conversations: [{role, content}]}.
 
-LLaVA's spelling ({"from": "human", "value": ...}) is read too. Rows that `fedmllm data export` wrote also hold the parts that the
-conversation was made of (question, choices, answer, text), and are read from those.
+LLaVA's spelling ({"from": "human", "value": ...}) is read too. Rows that `fedmllm data export` wrote also hold the parts that
+the conversation was made of (question, choices, answer, text), and are read from those.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,24 +49,34 @@ def contents_of(folder: Path) -> Contents:
         DataError: A folder has two metadata files, or the name of an image is not UTF-8.
     """
     found = Contents(folder)
-    for top, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _leads_up(Path(top, name)))
-        for name in sorted(files):
-            path = Path(top, name).relative_to(folder)
-            if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
-                found.hidden.append(path)
-            elif name.lower() in METADATA:
-                found.metadata.append(path)
-            elif path.suffix.lower() in IMAGES:
-                readable(path.as_posix(), str(folder))
-                found.images.append(path)
-            else:
-                found.others.append(path)
-    found.images.sort()
+    for path in sorted(_files_below(folder, folder)):
+        if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
+            found.hidden.append(path)
+        elif path.name.lower() in METADATA:
+            found.metadata.append(path)
+        elif path.suffix.lower() in IMAGES:
+            readable(path.as_posix(), str(folder))
+            found.images.append(path)
+        else:
+            found.others.append(path)
     for path in found.metadata:
         if twice := [other for other in found.metadata if other.parent == path.parent and other != path]:
             raise DataError(f"{folder / path}: stands next to {twice[0].name}; keep one of them")
     return found
+
+
+def _files_below(top: Path, folder: Path) -> Iterator[Path]:
+    """Paths relative to `folder` of all files below `top`; folders may be links."""
+    try:
+        names = os.listdir(top)  # noqa: PTH208  (Path.iterdir makes a path of every name first)
+    except OSError as error:
+        raise DataError(f"{top}: cannot be read: {error.strerror}") from None
+    for name in names:
+        path = top / name
+        if not path.is_dir():
+            yield path.relative_to(folder)
+        elif not _leads_up(path):
+            yield from _files_below(path, folder)
 
 
 def _leads_up(folder: Path) -> bool:

@@ -1,13 +1,16 @@
-"""Put a partly hidden example to the model. Wordings are ours; another paper's comes in as a template (`FromFile`)."""
+"""Prompts: a partially masked example as a conversation.
+
+The wordings are our own; another paper's comes in as a template (`FromFile`).
+"""
 
 from __future__ import annotations
 
 import string
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import model_validator
 
@@ -18,39 +21,52 @@ from fedmllm.core.types import Content, Conversation, Example, Modality, Picture
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PLACEHOLDERS = {
     "images": "where the pictures go; without it they come first",
-    "text": "the text of the row, if shown",
+    "text": "the text of the row, if it is visible",
     "question": "the question",
     "options": 'the lettered options, one a line: "(A) label"; nothing for an open question',
-    "modalities": 'what is shown: "text and image", "front and back cameras"; nothing if nothing is',
+    "modalities": 'the visible modalities: "text and image", "front and back cameras"; nothing if none is visible',
 }
 
 
 class Prompt(Named):
-    """How a row is put: `render` for the question, `options` for scoring, `target` for training."""
+    """A wording: `render` for the question, `options` for scoring, `target` for training."""
 
     @abstractmethod
-    def render(self, example: Example, visible: Visible) -> Conversation: ...
+    def render(self, example: Example, visible: Visible) -> Conversation:
+        """Word a row for the model.
+
+        Args:
+            example: The row.
+            visible: Modalities that a mask leaves.
+
+        Returns:
+            One user turn, with the visible pictures in their places.
+        """
 
     def options(self, example: Example) -> tuple[str, ...]:
-        """What is scored, one a choice: the letter alone, a prefix of `target`, so that label lengths do not matter."""
+        """Texts that are scored, one per choice.
+
+        Returns:
+            The letter alone, "(A)", a prefix of `target`, so that the lengths of labels do not matter; () for an open question.
+        """
         return tuple(f"({LETTERS[i]})" for i in range(len(example.choices)))
 
     def target(self, example: Example) -> str:
-        """The answer trained on: "(A) label" for a lettered question, the answer itself for an open one."""
+        """The answer that is trained on: "(A) label" for a lettered question, the answer itself for an open one."""
         if not example.choices:
             return example.answer
         return f"({LETTERS[example.choices.index(example.answer)]}) {example.answer}"
 
 
 class Plain(Prompt):
-    """Names the modalities that are there: "based on the text and image", "the text", "the image" or nothing."""
+    """Names the visible modalities: "based on the text and image", "the text", "the image" or nothing."""
 
     name: Literal["plain"] = "plain"
 
     def render(self, example: Example, visible: Visible) -> Conversation:
-        shown = example.visible_fields(visible)
-        basis = f" based on the {in_words(tuple(shown))}" if shown else ""
-        return _conversation(example, shown, f"Select the best answer{basis}.", example.question)
+        fields = example.visible_fields(visible)
+        basis = f" based on the {in_words(tuple(fields))}" if fields else ""
+        return _conversation(example, fields, f"Select the best answer{basis}.", asked_parts(example, fields))
 
 
 class Agnostic(Prompt):
@@ -60,31 +76,65 @@ class Agnostic(Prompt):
 
     def render(self, example: Example, visible: Visible) -> Conversation:
         aside = ", without considering the modality"
-        asked = example.question.rstrip("?.! ")
-        question = asked + aside + example.question[len(asked) :].strip()
-        return _conversation(example, example.visible_fields(visible), f"Select the best answer{aside}.", question)
+        fields = example.visible_fields(visible)
+        parts = asked_parts(example, fields)
+        last = max((i for i, part in enumerate(parts) if isinstance(part, str) and part.strip()), default=0)
+        question = str(parts[last])
+        asked = question.rstrip("?.! ")
+        parts[last] = asked + aside + question[len(asked) :].strip()
+        return _conversation(example, fields, f"Select the best answer{aside}.", parts)
 
 
-def _conversation(example: Example, shown: dict[str, Content], instruction: str, question: str) -> Conversation:
-    """Pictures, then text. An open question is put as it is, whatever the strategy."""
-    texts = [content for content in shown.values() if isinstance(content, str)]
+Part: TypeAlias = "str | Picture"
+
+
+def _conversation(
+    example: Example, fields: dict[Modality, Content], instruction: str, question: Sequence[Part]
+) -> Conversation:
+    """Pictures, then text; or the pictures in the question. An open question is put as it is, whatever the strategy."""
+    texts = [content for content in fields.values() if isinstance(content, str)]
+    first = [] if any(isinstance(part, Picture) for part in question) else pictures(example, fields)
     if not example.choices:
-        return Conversation((*pictures(example, shown), "\n".join([*texts, *filter(None, [example.question])])))
-    lines = [instruction, *(f"Text: {text}" for text in texts), f"Question: {question}", "Options:"]
-    lines += [*option_lines(example), "The best answer is:"]
-    return Conversation((*pictures(example, shown), "\n".join(lines)))
+        asked = asked_parts(example, fields)
+        between = ["\n"] if texts and any(asked) else []
+        return Conversation((*first, *joined(["\n".join(texts), *between, *asked])))
+    before = "\n".join([instruction, *(f"Text: {text}" for text in texts), "Question: "])
+    after = "\n".join(["", "Options:", *option_lines(example), "The best answer is:"])
+    return Conversation((*first, *joined([before, *question, after])))
+
+
+def asked_parts(example: Example, fields: dict[Modality, Content]) -> list[Part]:
+    """The question, with its visible pictures if they belong into its middle."""
+    paths = next((content for content in fields.values() if isinstance(content, tuple)), ())
+    if not example.pieces or not paths:
+        return [example.question]
+    parts: list[Part] = [example.pieces[0]]
+    for path, text in zip(paths, example.pieces[1:], strict=True):
+        parts += [Picture(path), text]
+    return parts
+
+
+def joined(parts: Iterable[Part]) -> list[Part]:
+    """The parts with neighbouring texts as one. The last one is always a text, perhaps an empty one."""
+    found: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and found and isinstance(found[-1], str):
+            found[-1] += part
+        elif part:
+            found.append(part)
+    return found if found and isinstance(found[-1], str) else [*found, ""]
 
 
 def option_lines(example: Example) -> list[str]:
-    """ "(A) label", one a choice."""
+    """ "(A) label", one per choice."""
     return [f"({LETTERS[i]}) {choice}" for i, choice in enumerate(example.choices)]
 
 
-def pictures(example: Example, shown: dict[str, Content]) -> list[str | Picture]:
-    """The pictures in the row's order; where the row has several cameras, each after its name: "CAM_FRONT: "."""
+def pictures(example: Example, fields: dict[Modality, Content]) -> list[Part]:
+    """The pictures in the row's order; if the row has several cameras, each after its name: "CAM_FRONT: "."""
     several = sum(isinstance(content, tuple) for content in example.fields.values()) > 1
-    parts: list[str | Picture] = []
-    for modality, content in shown.items():
+    parts: list[Part] = []
+    for modality, content in fields.items():
         if isinstance(content, tuple):
             parts += [f"{modality}: "] if several else []
             parts += [Picture(path) for path in content]
@@ -98,27 +148,29 @@ def in_words(modalities: Sequence[Modality]) -> str:
     words = [m for m in ("text", "image") if m in modalities]
     words += [m.replace("_", " ") for m in modalities if m not in ("text", "image") and not m.startswith("CAM_")]
     if cameras:
-        words.append(f"{_listed(cameras)} camera{'s' if len(cameras) > 1 else ''}")
-    return _listed(words)
+        words.append(f"{_enumerated(cameras)} camera{'s' if len(cameras) > 1 else ''}")
+    return _enumerated(words)
 
 
-def _listed(words: Sequence[str]) -> str:
+def _enumerated(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1] if words else ""]))
 
 
 class FromFile(Prompt):
-    """A user's own wording, from the file `template`.
+    """Your own wording, from the file `template`.
 
     The file is the wording of a multiple-choice question, with the placeholders of `PLACEHOLDERS` in braces; "{{" and
-    "}}" stand for braces. A line whose placeholders are all empty for a row is left out. Several wordings in one file
-    begin each with a line that says when it holds: "== text and image ==" for rows that show exactly these,
-    "== nothing ==" for rows that show none, "== open ==" for open questions, which otherwise are put as they are,
+    "}}" stand for braces. A line whose placeholders are all empty for a row is left out. If the file has several wordings,
+    each begins with a line for its case: "== text and image ==" for rows in which exactly these are visible,
+    "== nothing ==" for rows in which none is, "== open ==" for open questions, which otherwise are put as they are,
     "== else ==" for all other rows. `wording` holds the text once it is read, so that a record is complete by itself.
     """
 
     name: Literal["file"] = "file"
     template: str = ""
+    """Path of the file."""
     wording: str = ""
+    """The text of the file, filled in when it is read."""
 
     @model_validator(mode="before")
     @classmethod
@@ -138,19 +190,19 @@ class FromFile(Prompt):
         return self
 
     def render(self, example: Example, visible: Visible) -> Conversation:
-        shown = example.visible_fields(visible)
+        fields = example.visible_fields(visible)
         known = wordings(self.wording, self.template or "prompt.wording")
-        case = ("open",) if not example.choices else tuple(sorted(shown)) or ("nothing",)
+        case = ("open",) if not example.choices else tuple(sorted(fields)) or ("nothing",)
         lines = known.get(case, known.get(("else",)) if example.choices else None)
         if lines is None and not example.choices:
-            return _conversation(example, shown, "", "")
+            return _conversation(example, fields, "", asked_parts(example, fields))
         if lines is None:
             has = ", ".join(" and ".join(key) for key in known)
             raise ConfigError(
-                f"{self.template or 'prompt.wording'}: no wording for rows that show {' and '.join(case)}; "
+                f"{self.template or 'prompt.wording'}: no wording for rows with {' and '.join(case)}; "
                 f'the file has: {has}; "== else ==" would cover the rest'
             )
-        return _fill(lines, example, shown)
+        return _fill(lines, example, fields)
 
 
 Line = tuple[tuple[str, str], ...]  # (literal text, placeholder or "") pieces
@@ -190,7 +242,9 @@ def _parse(line: str, place: str) -> Line:
             (text, name, bool(spec or conversion)) for text, name, spec, conversion in string.Formatter().parse(line)
         ]
     except ValueError as error:
-        raise ConfigError(f'{place}: {error}; write "{{{{" or "}}}}" for a brace that is no placeholder') from None
+        raise ConfigError(
+            f'{place}: {error}; write "{{{{" or "}}}}" for a brace that is not part of a placeholder'
+        ) from None
     for _, name, formatted in pieces:
         if name is not None and (name not in PLACEHOLDERS or formatted):
             allowed = ", ".join(f"{{{key}}}" for key in PLACEHOLDERS)
@@ -200,25 +254,26 @@ def _parse(line: str, place: str) -> Line:
     return tuple((text, name or "") for text, name, _ in pieces)
 
 
-def _fill(lines: Sequence[Line], example: Example, shown: dict[str, Content]) -> Conversation:
-    values = {
-        "images": "",
-        "text": "\n".join(content for content in shown.values() if isinstance(content, str)),
-        "question": example.question,
-        "options": "\n".join(option_lines(example)),
-        "modalities": in_words(tuple(shown)),
+def _fill(lines: Sequence[Line], example: Example, fields: dict[Modality, Content]) -> Conversation:
+    names = {name for line in lines for _, name in line}
+    asked = asked_parts(example, fields) if "question" in names else [example.question]
+    images = [] if len(asked) > 1 else pictures(example, fields)
+    first = [] if "images" in names else images
+    values: dict[str, list[Part]] = {
+        "images": images,
+        "text": ["\n".join(content for content in fields.values() if isinstance(content, str))],
+        "question": asked,
+        "options": ["\n".join(option_lines(example))],
+        "modalities": [in_words(tuple(fields))],
     }
-    images = pictures(example, shown)
-    parts: list[str | Picture] = [] if any(name == "images" for line in lines for _, name in line) else [*images]
-    text = ""
+    parts: list[Part] = []
     for line in lines:
         named = [name for _, name in line if name]
-        if named and not any(images if name == "images" else values[name] for name in named):
+        if named and not any(any(values[name]) for name in named):
             continue
         for literal, name in line:
-            text += literal + values.get(name, "")
-            if name == "images":
-                parts += [text, *images] if text else [*images]
-                text = ""
-        text += "\n"
-    return Conversation((*parts, text.removesuffix("\n")))
+            parts += [literal, *values.get(name, ())]
+        parts.append("\n")
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].removesuffix("\n")
+    return Conversation((*first, *joined(parts)))

@@ -314,7 +314,7 @@ class Table(Dataset):
         """Question, fields, and the pieces of the question between its pictures."""
         column = self.columns.question
         asked = not file.is_empty(row.get(column), self.na_values)
-        question, pieces, marks = self.question, (), list[str]()
+        question, pieces, marks = self.question, tuple[str, ...](), list[str]()
         if asked:
             text = take_text(row, column, place)
             marks = marks_in(text, place)

@@ -82,6 +82,7 @@ class Started(Event):
     num_skipped: int
     skipped: list[str]  # the first ones
     plugins: list[dict[str, str]]  # module, file and digest of all that is not shipped with the package
+    notes: Sequence[str] = ()  # findings about the rows, such as pictures that are in training and test
 
 
 @dataclass(frozen=True)

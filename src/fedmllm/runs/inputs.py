@@ -19,6 +19,7 @@ from fedmllm.config.engine import Engine as EngineSettings
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.types import Example, Params, Shard, answer_label, visible_of
+from fedmllm.data.overlap import overlap
 from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.federation.client import Clients, RowStore
 from fedmllm.federation.rounds import Engine
@@ -37,15 +38,16 @@ class Inputs:
     validation: tuple[Example, ...]  # () unless evaluate.select asks for them
     test: tuple[Example, ...]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...]  # findings about the rows that stop nothing
     shards: tuple[Shard, ...]
     backbone: Backbone
     start: Params  # the adapter before any training
 
     @classmethod
     def load(cls, experiment: Experiment) -> Inputs:
-        """Read the rows, split and hide them, check that what is shown is there; the model comes last, being dear."""
+        """Read the rows, split and mask them, and read their visible pictures. The model is loaded last: it is expensive."""
         data, modalities = experiment.data, experiment.data.modalities()
-        judged = frozenset[str]().union(*(visible_of(v, modalities) for v in experiment.evaluate.visible))
+        evaluated = frozenset[str]().union(*(visible_of(v, modalities) for v in experiment.evaluate.visible))
         train, test = data.load("train"), data.load(experiment.evaluate.rows)
         limit = experiment.evaluate.limit or None
         validation = data.load("validation").examples if experiment.evaluate.select == "validation" else ()
@@ -56,10 +58,11 @@ class Inputs:
         if experiment.evaluate.rows == "validation" and not test.examples:
             raise ConfigError(f"evaluate.rows: got 'validation', but {data.name} has no validation rows; allowed: test")
         shards = assign(train.examples, modalities, experiment.partition, experiment.scenario, experiment.seed)
-        shards, bad_train = check_shards(train.examples, shards, data.on_bad_row)
-        test_rows, bad_test = check_rows(test.examples[:limit], judged, data.on_bad_row)
-        validation, bad_validation = check_rows(validation[:limit], judged, data.on_bad_row)
-        if not test_rows and experiment.metrics():  # a server of real sites may have nothing to judge by
+        shards, bad_train, of_train = check_shards(train.examples, shards, data.on_bad_row)
+        test_rows, bad_test, of_test = check_rows(test.examples[:limit], evaluated, data.on_bad_row)
+        validation, bad_validation, _ = check_rows(validation[:limit], evaluated, data.on_bad_row)
+        shared = overlap(train.examples, test_rows, data.group_column())
+        if not test_rows and experiment.metrics():  # a server of real sites may have no test rows
             raise DataError(f"{data.name}: no usable test row")
         backbone = experiment.backbone.load(experiment.seed)
         return cls(
@@ -68,6 +71,7 @@ class Inputs:
             validation=validation,
             test=test_rows,
             skipped=(*train.skipped, *test.skipped, *bad_train, *bad_test, *bad_validation),
+            notes=tuple(dict.fromkeys((*train.notes, *test.notes, *of_train, *of_test, *shared))),
             shards=shards,
             backbone=backbone,
             start=backbone.lora(),
@@ -149,5 +153,6 @@ def heading(inputs: Inputs) -> Started:
         clients=[about_client(shard, inputs.train) for shard in inputs.shards],
         num_skipped=len(inputs.skipped),
         skipped=list(inputs.skipped[:20]),
+        notes=inputs.notes,
         plugins=[{"module": p.module, "file": p.file, "digest": p.digest} for p in e.plugins()],
     )
