@@ -256,7 +256,7 @@ def _parse(line: str, place: str) -> Line:
 
 def _fill(lines: Sequence[Line], example: Example, fields: dict[Modality, Content]) -> Conversation:
     names = {name for line in lines for _, name in line}
-    asked = asked_parts(example, fields) if "question" in names else [example.question]
+    asked: list[Part] = asked_parts(example, fields) if "question" in names else [example.question]
     images = [] if len(asked) > 1 else pictures(example, fields)
     first = [] if "images" in names else images
     values: dict[str, list[Part]] = {
