@@ -115,9 +115,9 @@ def test_krum_with_too_few_left_after_drops_leaves_the_adapter() -> None:
         assert after.log["note"] == "the global adapter stays as it was: krum needs 5 updates with rows; 4 came"
 
 
-def test_a_round_to_which_nobody_comes_goes_by() -> None:
+def test_a_round_without_clients_goes_by() -> None:
     def never(at: Round, sents: Mapping[int, Sent]) -> list[ClientUpdate]:
-        raise AssertionError("nobody is there to be asked")
+        raise AssertionError("no client may be asked")
 
     for aggregator in (FedAvg(), FedAdam(), Krum(), Scaffold()):
         begin = Progress(0, START, aggregator.init(START))
@@ -130,7 +130,14 @@ def test_a_round_to_which_nobody_comes_goes_by() -> None:
 def test_what_a_client_calls_itself_does_not_rename_it() -> None:
     lie = ClientUpdate(1, {"a": torch.zeros(3)}, 2, {"loss": 0.5, "client": 0, "norm": 9.0, "num_examples": 7})
     (after,) = rounds(lambda *_: [update(0, 1.0), lie])
-    assert after.log["clients"][1] == {"client": 1, "num_examples": 2, "norm": 0.0, "loss": 0.5}
+    assert after.log["clients"][1] == {
+        "client": 1,
+        "num_examples": 2,
+        "norm": 0.0,
+        "loss": 0.5,
+        "up_bytes": 12,
+        "down_bytes": 12,
+    }
 
 
 def test_bytes_are_counted_as_sent() -> None:

@@ -209,11 +209,11 @@ def test_memory_too_short_for_all_adapters_means_fewer_at_once(
     expected, seen = together(clients, start), []
 
     class Small(stacked.Stack):
-        def __init__(self, targets, live, starts, trained, frozens):
+        def __init__(self, targets, live, starts, trained, frozens, scale):
             if len(starts) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             seen.append(len(starts))
-            super().__init__(targets, live, starts, trained, frozens)
+            super().__init__(targets, live, starts, trained, frozens, scale)
 
     monkeypatch.setattr(stacked, "Stack", Small)
     assert_same(expected, together(clients, start))

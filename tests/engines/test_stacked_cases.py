@@ -124,7 +124,7 @@ def test_a_kept_factor_stays_with_the_client(load: Load, examples: list[Example]
 @pytest.mark.parametrize(
     ("base", "family", "limit"),
     [
-        ("bfloat16", "tiny", 0.03),  # eight bits: the rounding of a product differs with the rows beside (seen: 0.008)
+        ("bfloat16", "tiny", 0.03),  # eight bits: the rounding of a product differs with the other rows (seen: 0.008)
         ("bfloat16", "llava", 0.03),
         pytest.param(
             "nf4", "tiny", 1e-5, marks=needs_bitsandbytes

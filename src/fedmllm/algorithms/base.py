@@ -1,4 +1,4 @@
-"""The interface of a federated algorithm: a server half and a client half."""
+"""Interface of a federated algorithm: server half and client half."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ class Aggregator(Named):
     """True if clients may have unequal ranks (`lora.ranks`)."""
     global_model: ClassVar[bool] = True
     """False if only the clients' own models (`personal`) are evaluated."""
+
+    grows: ClassVar[bool] = False
+    """True if the rank of `result` grows with the rounds."""
 
     def least_updates(self) -> int:
         """Least number of updates for which the formula is defined."""

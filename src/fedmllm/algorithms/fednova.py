@@ -1,4 +1,4 @@
-"""FedNova: updates normalized by their number of local steps (Wang et al., arXiv:2007.07481, Eq. 6)."""
+"""FedNova: updates normalized by local steps (arXiv:2007.07481, Eq. 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Client half of an algorithm: what is added to the task loss while a client trains."""
+"""Objectives: terms added to the task loss of a client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Fraction = Annotated[float, Field(ge=0, lt=0.5)]
 
 @dataclass(frozen=True)
 class ClientView:
-    """What an objective may know about the client and the model."""
+    """Facts about a client and its model that an algorithm may use."""
 
     missing_rate: float  # share of the client's (row, modality) slots that are hidden, 0..1
     num_layers: int  # of the language model
@@ -26,17 +26,17 @@ class ClientView:
 class Objective(Named):
     """Task loss + sum_i mu_i / 2 * ||w_i - w_i(global)||^2 over the LoRA tensors i.
 
-    A quadratic pull to the start of the round is all that our objectives need; giving mu per tensor instead of a loss
-    lets an engine add its gradient, mu (w - w_global), to many clients in one operation.
+    A quadratic term around the start of the round is all that the objectives need; mu per tensor instead of a loss lets an
+    engine add its gradient, mu (w - w_global), to many clients in one operation.
     """
 
     @abstractmethod
     def prox_mu(self, tensor: str, client: ClientView) -> float:
-        """mu of one LoRA tensor; 0 = it is free."""
+        """mu of one LoRA tensor; 0 = no proximal term."""
 
 
 class TaskLoss(Objective):
-    """Nothing but the task loss."""
+    """The task loss alone."""
 
     name: Literal["task"] = "task"
 
@@ -45,10 +45,11 @@ class TaskLoss(Objective):
 
 
 class FedProx(Objective):
-    """The same pull on every tensor (Li et al., arXiv:1812.06127, Eq. 2)."""
+    """The same proximal weight for every tensor (Li et al., arXiv:1812.06127, Eq. 2)."""
 
     name: Literal["fedprox"] = "fedprox"
     mu: NonNegativeFloat = 0.01
+    """Proximal weight."""
 
     def prox_mu(self, tensor: str, client: ClientView) -> float:
         return self.mu
@@ -57,16 +58,19 @@ class FedProx(Objective):
 class AdaptiveFedProx(Objective):
     """FedProx on a band of middle layers, stronger for clients that miss more (after FedMLLM, arXiv:2411.14717).
 
-    Published: the pull is on layers s <= l <= L-1-s with s = 4 of L = 28, at the constant weight 0.1. The band is given
-    here as a fraction of depth, so that it fits any model. The weighting by client is OURS: the strength grows linearly
-    from `mu_min`, for a client with complete rows, to `mu_max`, for one without any modality left. The published
+    Published: the term is on layers s <= l <= L-1-s with s = 4 of L = 28, at the constant weight 0.1. The band is given
+    here as a fraction of depth, so that it fits any model. Not published is the weighting by client: it grows linearly from
+    `mu_min`, for a client with complete rows, to `mu_max`, for one without any modality left. The published
     constant is mu_min = mu_max = 0.1.
     """
 
     name: Literal["fedprox-adaptive"] = "fedprox-adaptive"
     mu_min: NonNegativeFloat = 0.01
+    """Proximal weight of a client with complete rows."""
     mu_max: NonNegativeFloat = 0.1
-    skip: Fraction = 4 / 28  # share of the layers left free at either end
+    """Proximal weight of a client without any modality."""
+    skip: Fraction = 4 / 28
+    """Share of the layers without the term at either end."""
 
     @model_validator(mode="after")
     def _ordered(self) -> AdaptiveFedProx:

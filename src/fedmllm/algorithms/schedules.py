@@ -1,4 +1,7 @@
-"""Learning rate over the rounds and inside a round, as published, without the published faults (protocol, 5.8 and 5.10)."""
+"""Learning-rate schedules over the rounds and within a round.
+
+As published, without the published faults (protocol, 5.8 and 5.10).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ Schedule = Literal["cosine", "constant", "cosine-reference"]
 
 
 def round_factor(schedule: Schedule, round_: int, num_rounds: int) -> float:
-    """What the base rate is multiplied with in a round, counted from 1.
+    """Factor of the base rate in a round, counted from 1.
 
     Warm-up over 1 % of the rounds, then cosine to 0 at the end of the last round, so that the last round still trains.
-    "cosine-reference" multiplies the first round's rate where 1 % of the rounds is less than one: by 2 of 50 rounds, 4 of 25.
+    "cosine-reference" multiplies the first round's rate if 1 % of the rounds is less than one: by 2 of 50 rounds, 4 of 25.
     """
     if schedule == "constant":
         return 1.0
@@ -25,7 +28,7 @@ def round_factor(schedule: Schedule, round_: int, num_rounds: int) -> float:
 
 
 def step_factor(schedule: Schedule, step: int, num_steps: int) -> float:
-    """What the round's rate is multiplied with at an optimiser step, counted from 0: linear warm-up of 1 %, then cosine.
+    """Factor of the round's rate at an optimizer step, counted from 0: linear warm-up of 1 %, then cosine.
 
     "cosine-reference" rounds the warm-up up, so that the first step is at rate 0 and a client of one step never trains.
     """

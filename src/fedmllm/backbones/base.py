@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fedmllm.core.spec import EXECUTION_ONLY, Named, Spec
+from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec
 from fedmllm.core.types import Conversation, Params
 
 if TYPE_CHECKING:
@@ -56,6 +56,15 @@ class Lora(Spec):
     rslora: bool = False
     targets: str = ""  # regex over module names; "" = the language model's attention projections of the family
     train_extra: tuple[str, ...] = ()  # whole modules trained and sent besides, by name; the reference's fault 6
+    ranks: Annotated[tuple[PositiveInt, ...], ADDED_LATER] = ()
+    """Ranks of the clients, in turn: client k has ranks[k mod len]; () = `r` for all. The scaling is alpha / r for every rank,
+    and `r` is the largest of them."""
+
+    @model_validator(mode="after")
+    def _largest_rank(self) -> Lora:
+        if self.ranks and max(self.ranks) != self.r:
+            raise ValueError(f"r: got {self.r}; it must be the largest of ranks, {max(self.ranks)}")
+        return self
 
 
 class Precision(Spec):

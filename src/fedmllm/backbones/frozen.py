@@ -1,4 +1,4 @@
-"""Adapters of any rank on a backbone: a frozen one in addition to the live one, and results to evaluate.
+"""Adapters of any rank on a backbone: frozen ones, and results.
 
 Shapes: C channels in, D channels out, q rank of the frozen adapter.
 """
@@ -70,6 +70,20 @@ def _add_to(layer: Any, a_qC: Tensor, b_Dq: Tensor) -> Any:
         return (output.to(more.dtype) + scaling * more).to(output.dtype)
 
     return layer.base_layer.register_forward_hook(add)
+
+
+@contextmanager
+def scaled(backbone: Backbone, factor: float) -> Iterator[None]:
+    """While open, the product of the live adapter is multiplied with `factor`; a frozen one that is open is not."""
+    layers = [m for m in backbone.model.modules() if isinstance(m, LoraLayer)] if factor != 1.0 else []
+    before = [layer.scaling[ADAPTER] for layer in layers]
+    try:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling[ADAPTER] = scaling * factor
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling[ADAPTER] = scaling
 
 
 @contextmanager

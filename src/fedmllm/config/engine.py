@@ -8,12 +8,12 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from fedmllm.core.spec import Named
 
-Capability = Literal["client-state", "extra", "partial", "frozen-adapter", "mixed-ranks"]
+Capability = Literal["client-state", "extra", "partial", "frozen-adapter", "mixed-ranks", "scale"]
 """What an algorithm may need of an engine.
 
 client-state: what a client keeps reaches its next round. extra: other tensors than the adapter travel both ways.
 partial: some tensors of the adapter neither train nor travel. frozen-adapter: an additive adapter of any rank that does
-not train. mixed-ranks: clients of unequal LoRA rank.
+not train. mixed-ranks: clients of unequal LoRA rank. scale: a factor of the trained adapter's product.
 """
 ALL: frozenset[str] = frozenset(get_args(Capability))
 

@@ -28,7 +28,7 @@ from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import BackboneSpec, Tiny
 from fedmllm.config.engine import Engine, Stacked
-from fedmllm.config.train import Checkpointing, Evaluate, Train, UpdateFilter, one_or_several
+from fedmllm.config.train import Checkpointing, Evaluate, Personal, Train, UpdateFilter, one_or_several
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
 from fedmllm.core.plugins import PluginSource, load_entry_points, load_plugins, source_of_import
@@ -87,11 +87,13 @@ class Experiment(Spec):
     """Clients that drop out or straggle."""
     checkpoint: Annotated[Checkpointing, EXECUTION_ONLY] = Checkpointing()
     """Checkpoints."""
-    method: Literal["federated", "zero-shot", "majority", "local", "centralised"] = "federated"
+    method: Literal["federated", "zero-shot", "majority", "local", "centralised", "personal"] = "federated"
     """The federation, or a baseline."""
     budget: Annotated[Literal["equal-visits", "converged"], ADDED_LATER] = "equal-visits"
     """Training of methods "local" and "centralised": as many visits to a row as in the federation, or num_rounds rounds,
     of which the best on the validation rows counts."""
+    personal: Annotated[Personal, ADDED_LATER] = Personal()
+    """Fine-tuning of each client, for method "personal"."""
     engine: Annotated[SerializeAsAny[Engine], EXECUTION_ONLY] = Stacked()
     """How a round is computed."""
     num_rounds: PositiveInt = 25
@@ -155,21 +157,33 @@ class Experiment(Spec):
     @model_validator(mode="after")
     def _cohort_is_large_enough(self) -> Experiment:
         least = self.server().least_updates()
-        if self.method == "federated" and self.cohort_size < least:
+        if self.federates and self.cohort_size < least:
             raise ValueError(
                 f"cohort_size: got {self.cohort_size}; {self.aggregator.name} needs {least} updates a round"
             )
         return self
 
     @model_validator(mode="after")
-    def _engine_can_carry_the_aggregator(self) -> Experiment:
-        check_engine(self.server(), self.engine)
+    def _engine_and_settings_suit_the_aggregator(self) -> Experiment:
+        aggregator = self.server()
+        check_engine(aggregator, self.engine, self.backbone.lora.ranks if self.federates else ())
+        if self.method == "personal" and (aggregator.grows or not aggregator.global_model):
+            raise ValueError(
+                f'method: got "personal", which fine-tunes a global adapter of rank lora.r; {aggregator.name} has none'
+            )
+        if self.method != "personal" and self.personal != Personal():
+            raise ValueError(f'personal: no effect with method = "{self.method}"; set method = "personal"')
+        if not aggregator.global_model and (self.evaluate.every or self.evaluate.select != "last"):
+            raise ValueError(
+                f"evaluate: {aggregator.name} has no global model; its clients' models are evaluated after the last round. "
+                'Leave out every, and select unless it is "last"'
+            )
         return self
 
     @model_validator(mode="after")
     def _clients_are_enough(self) -> Experiment:
         num_clients = self.partition.num_clients
-        if self.method == "federated" and 0 < num_clients < self.cohort_size:
+        if self.federates and 0 < num_clients < self.cohort_size:
             raise ValueError(f"cohort_size: got {self.cohort_size}; at most partition.num_clients = {num_clients}")
         self.scenario.check(self.data.modalities(), num_clients)
         return self
@@ -180,9 +194,14 @@ class Experiment(Spec):
             visible_of(text, self.data.modalities())
         return self
 
+    @property
+    def federates(self) -> bool:
+        """True if the method has a federation with cohorts, rather than a baseline."""
+        return self.method in ("federated", "personal")
+
     def server(self) -> Aggregator:
-        """What folds updates: the aggregator; plain FedAvg where nothing is federated, so that a yardstick stays one."""
-        return self.aggregator if self.method == "federated" else FedAvg()
+        """The aggregator; FedAvg for a baseline, which has one client at a time."""
+        return self.aggregator if self.federates else FedAvg()
 
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that are computed: those of the data set, its headline first, and `evaluate.metrics`."""
@@ -243,7 +262,8 @@ class Experiment(Spec):
         """Name in tables: the aggregator or the baseline, and the objective and a plug-in engine if there are any."""
         if self.method in ("zero-shot", "majority"):
             return self.method
-        head = self.aggregator.label() if self.method == "federated" else self.method
+        head = self.aggregator.label() if self.federates else self.method
+        head = f"personal-{head}" if self.method == "personal" else head
         objective = [] if self.objective.name == "task" else [self.objective.name]
         engine = [self.engine.name] if self.engine.plugin else []  # it may change results
         return "+".join([head, *objective, *engine])
@@ -296,12 +316,18 @@ def imports_of(table: Mapping[str, Any], file: Path | None) -> dict[str, tuple[s
     return {"imports": load_plugins(names, place, file.parent if file else None)}
 
 
-def check_engine(aggregator: Aggregator, engine: Engine) -> None:
-    """Raise ConfigError if the engine lacks something that the aggregator needs, naming the engines that have it."""
-    if missing := sorted(aggregator.needs - engine.supports):
-        able = sorted(
-            n for n, member in Engine.members.items() if aggregator.needs <= cast("type[Engine]", member).supports
+def check_engine(aggregator: Aggregator, engine: Engine, ranks: Sequence[int] = ()) -> None:
+    """Raise ConfigError if the engine lacks something that the aggregator or unequal ranks need, naming what works."""
+    if ranks and not aggregator.mixed_ranks:
+        members = ((n, cast("type[Aggregator]", member)) for n, member in Aggregator.members.items())
+        able = sorted(n for n, member in members if member.mixed_ranks)
+        raise ConfigError(
+            f"backbone.lora.ranks: got {list(ranks)}; {aggregator.name} averages factors of one rank; allowed: (), "
+            f"or one of these aggregators: {', '.join(able)}"
         )
+    needs = aggregator.needs | ({"mixed-ranks"} if ranks else set())
+    if missing := sorted(needs - engine.supports):
+        able = sorted(n for n, member in Engine.members.items() if needs <= cast("type[Engine]", member).supports)
         raise ConfigError(
             f"engine.name: got {engine.name!r}; {aggregator.name} needs {' and '.join(missing)}, "
             f"which it does not support; allowed: {', '.join(able)}"

@@ -101,6 +101,15 @@ class Evaluate(Spec):
         return super().identity() | ({"plugin": sources} if sources else {})
 
 
+class Personal(Spec):
+    """Method "personal": after the federation each client trains on from the global adapter."""
+
+    rounds: PositiveInt = 1
+    """Rounds of `train` that each client trains alone, with learning rates of their own."""
+    mu: NonNegativeFloat = 0.0
+    """Proximal weight towards the global adapter: 0 = fine-tuning, above 0 the last phase of Ditto (arXiv:2012.04221)."""
+
+
 class UpdateFilter(Spec):
     """Check of the clients' updates before they are aggregated."""
 

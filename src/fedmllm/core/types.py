@@ -110,6 +110,8 @@ class Sent:
     """An additive adapter of any rank that does not train; {} = none."""
     extra: Params = field(default_factory=dict)
     """Other tensors that travel to the client, such as SCAFFOLD's c."""
+    scale: float = 1.0
+    """Factor of the trained adapter's product while it trains."""
 
     def trained(self) -> frozenset[str]:
         """Names of the tensors that train."""

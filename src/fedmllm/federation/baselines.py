@@ -1,4 +1,4 @@
-"""The baseline without a model: what a row's kind of question was most often answered with in training."""
+"""Baseline without a model: the most frequent training answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Local training of one client: the reference implementation that faster engines must match."""
+"""Local training of one client: the reference for faster engines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedmllm.algorithms.schedules import round_factor, step_factor
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import Backbone, Row
 from fedmllm.backbones.cache.bounded import RowCache
-from fedmllm.backbones.frozen import frozen_adapter
+from fedmllm.backbones.frozen import frozen_adapter, scaled
 from fedmllm.config.experiment import Experiment
 from fedmllm.config.train import Train
 from fedmllm.core.errors import FedmllmError
@@ -196,7 +196,8 @@ class Clients:
         self.backbone.set_lora(padded(start, live))
         rule, trained = self.rule(client, at, sent, kept), sent.trained()
         weights = {name: w for name, w in live.items() if name in trained}
-        with training_only(live, weights), frozen_adapter(self.backbone, sent.frozen):
+        own_scale, frozen = scaled(self.backbone, sent.scale), frozen_adapter(self.backbone, sent.frozen)
+        with training_only(live, weights), frozen, own_scale:
             losses, gradients, num_tokens = self._train(client, at, weights, rule)
         num_steps = len(losses)
         end = cut(self.backbone.lora(), start)

@@ -1,4 +1,7 @@
-"""Judge an adapter on rows that nobody trained on: option likelihoods for closed questions, greedy text for open ones."""
+"""Predictions and metrics of an adapter.
+
+Closed questions are scored by the likelihood of each option, open ones by greedy text.
+"""
 
 from __future__ import annotations
 
@@ -60,6 +63,6 @@ def _named(
         raise DataError(f"test rows {places}{', ...' if len(batch) > 3 else ''}: {error}") from error
 
 
-def judge(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, float | None]:
-    """Metric name -> value; None where the rows do not define it. Failures to parse are counted besides."""
+def metrics_of(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, float | None]:
+    """Metric name -> value; None if the rows do not define it. Unparsable answers are reported as `unparsed`."""
     return {name: METRICS[name](predictions) for name in dict.fromkeys([*names, "unparsed"])}

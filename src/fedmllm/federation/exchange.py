@@ -1,4 +1,4 @@
-"""Payloads between server and clients as flat trees of tensors, for engines that train in other processes."""
+"""Payloads between server and clients as flat trees of tensors."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Header(Spec):
     trains: tuple[str, ...] | None = None
     keeps: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
+    scale: float = 1.0
 
     @classmethod
     def of(cls, sent: Sent) -> Header:
@@ -36,6 +37,7 @@ class Header(Spec):
             trains=None if sent.trains is None else tuple(sorted(sent.trains)),
             keeps=tuple(sorted(sent.keeps)),
             known=tuple(sorted(sent.known)),
+            scale=sent.scale,
         )
 
     def like(self) -> Params:
@@ -62,6 +64,7 @@ class Header(Spec):
             frozenset(self.known),
             without_prefix(payload, FROZEN),
             without_prefix(payload, EXTRA),
+            self.scale,
         )
 
     def check(self, initial: Params) -> None:

@@ -16,6 +16,7 @@ from fedmllm.core.errors import ConfigError, FedmllmError, NothingToAverage
 from fedmllm.core.rng import stream
 from fedmllm.core.tensors import is_finite, lora_bytes, norm, num_bytes, same_names
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent, State
+from fedmllm.federation.products import Products
 
 Engine: TypeAlias = Callable[[Round, Mapping[int, Sent]], Iterable[ClientUpdate | ClientFailure]]
 
@@ -34,7 +35,7 @@ class Progress:
 
 
 class Sends(Mapping[int, Sent]):
-    """What each client asked receives. Made when it is read, so that a large cohort's need not be in memory at once."""
+    """What each client asked receives. Made when it is read, so those of a large cohort are not all in memory."""
 
     def __init__(self, aggregator: Aggregator, params: Params, state: State, at: Round, asked: Sequence[int]) -> None:
         self._aggregator, self._params, self._state, self._at, self._asked = aggregator, params, state, at, asked
@@ -61,6 +62,7 @@ def federate(
     drops_out: Callable[[int, int], bool] | None = None,
     seed: int = 0,
     num_clients: int = 0,
+    ranks: Sequence[int] = (),
 ) -> Iterator[Progress]:
     """Yield the state after each round from `progress.round + 1` to `num_rounds`.
 
@@ -74,6 +76,7 @@ def federate(
         drops_out: (round, client) -> True if the client receives the adapter and then does not respond.
         seed: Of the experiment.
         num_clients: That can be asked; 0 = as many as the cohort.
+        ranks: Of the clients, in turn; () = all have the adapter's.
 
     Raises:
         FedmllmError: an update may not be aggregated and `update_filter.on_bad_update` is "fail"; or the global adapter
@@ -82,14 +85,18 @@ def federate(
     params, state = progress.params, progress.state
     for round_ in range(progress.round + 1, num_rounds + 1):
         began, cohort = time.perf_counter(), cohorts(round_)
-        at = Round(round_, seed, num_rounds, tuple(cohort), num_clients or len(cohort))
+        at = Round(round_, seed, num_rounds, tuple(cohort), num_clients or len(cohort), tuple(ranks))
         dropped_out = [client for client in cohort if drops_out(round_, client)] if drops_out else []
         sends = Sends(aggregator, params, state, at, cohort)
         validator = UpdateValidator(update_filter, aggregator, sends, at, dropped_out)
         try:
             asked = Sends(aggregator, params, state, at, [k for k in cohort if k not in dropped_out])
-            params, state = aggregator.apply(params, state, at, validator.checked(validator.timed(engine, asked)))
+            products = Products(sends) if aggregator.global_model else None
+            checked = validator.checked(validator.timed(engine, asked))
+            params, state = aggregator.apply(params, state, at, products.watched(checked) if products else checked)
+            quality = products.quality(aggregator.result(params, state)) if products else {}
         except NothingToAverage as error:
+            quality = {}
             validator.note = f"the global adapter stays as it was: {error}"
         if not (is_finite(params) and all(map(is_finite, state.values()))):
             raise FedmllmError(
@@ -98,7 +105,9 @@ def federate(
             )
         wall_s = time.perf_counter() - began
         times = {"server_s": wall_s - validator.engine_s, "wall_s": wall_s}
-        yield Progress(round_, params, state, {"round": round_, "cohort": cohort, **validator.log(), **times})
+        yield Progress(
+            round_, params, state, {"round": round_, "cohort": cohort, **validator.log(), **quality, **times}
+        )
 
 
 class UpdateValidator:
@@ -147,7 +156,9 @@ class UpdateValidator:
             if reason := self._fault(update, size):
                 self._leave_out(update.client, reason)
             elif isinstance(update, ClientUpdate):
+                down = num_bytes(self._sends[update.client].travelling())
                 entry = {"client": update.client, "num_examples": update.num_examples, "norm": size}
+                entry |= {"up_bytes": num_bytes(update.delta) + num_bytes(update.extra), "down_bytes": down}
                 self._clients.append({**entry, **update.metrics, **entry})  # a client's metrics cannot override these
                 yield update
         for client in sorted(self._awaited):

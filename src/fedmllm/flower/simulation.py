@@ -37,7 +37,7 @@ from fedmllm.federation.client import Clients  # noqa: E402
 from fedmllm.federation.exchange import Header, distinct  # noqa: E402
 from fedmllm.flower.messages import Packed, ask, read_update  # noqa: E402
 from fedmllm.flower.request import KEPT  # noqa: E402
-from fedmllm.flower.simulation_client import Job  # noqa: E402
+from fedmllm.flower.simulation_client import Algorithm, Job  # noqa: E402
 from fedmllm.flower.simulation_client import app as client_app  # noqa: E402
 from fedmllm.flower.wire import ABOUT  # noqa: E402
 
@@ -191,5 +191,7 @@ class FlowerSimulation:
         threads = self._settings.threads or torch.get_num_threads()
         kept = self._clients.kept(client, at)
         shard, state = self._clients.shards[client], safetensors.torch.save(kept) if kept else b""
-        job = cloudpickle.dumps(Job(self._experiment, self._clients.budget, at, Header.of(sent), shard, threads, state))
-        return bytes(cloudpickle.dumps((self._experiment.imports, job)))
+        c = self._clients
+        algorithm = Algorithm(c.objective, c.aggregator, c.availability)
+        job = Job(self._experiment, c.budget, at, Header.of(sent), shard, threads, state, algorithm)
+        return bytes(cloudpickle.dumps((self._experiment.imports, cloudpickle.dumps(job))))

@@ -15,6 +15,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from ray import cloudpickle
 
+from fedmllm.algorithms.base import Aggregator
+from fedmllm.algorithms.objectives import Objective
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.plugins import load_plugins
 from fedmllm.core.types import Params, Round, Shard
@@ -24,6 +26,16 @@ from fedmllm.flower.messages import unpack, update_content
 from fedmllm.flower.request import KEPT
 from fedmllm.flower.wire import ABOUT
 from fedmllm.runs.inputs import Inputs
+from fedmllm.scenarios.availability import Availability
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Client half of a phase: of the federation, or of a client's own training after it."""
+
+    objective: Objective
+    aggregator: Aggregator
+    availability: Availability
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Job:
     shard: Shard
     threads: int
     kept: bytes  # the client's state as safetensors; b"" = none
+    algorithm: Algorithm
 
 
 _inputs: dict[str, Inputs] = {}  # of this actor: only of the last experiment
@@ -70,7 +83,9 @@ def of_actor(job: Job) -> tuple[Clients, Params]:
         _clients.clear()
         _clients[key] = inputs.clients(job.budget)
     shards = [Shard(client, (), ()) for client in range(job.shard.client)] + [job.shard]
-    return replace(_clients[key], shards=shards), inputs.start
+    a = job.algorithm
+    clients = replace(_clients[key], objective=a.objective, aggregator=a.aggregator, availability=a.availability)
+    return replace(clients, shards=shards), inputs.start
 
 
 def inputs_of(experiment: Experiment) -> Inputs:

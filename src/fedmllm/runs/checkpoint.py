@@ -24,6 +24,7 @@ from torch import Tensor
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.spec import Spec
 from fedmllm.core.storage import make_folder, read_tensors, sync
+from fedmllm.core.tensors import rank_dim
 from fedmllm.core.types import Params, State
 from fedmllm.runs.costs import Totals
 
@@ -253,6 +254,11 @@ def _read_checked(folder: Path, name: str, run_state: RunState, like: Params) ->
     if (name, sha) not in run_state.files.items():
         raise FedmllmError(f"{path}: damaged: it is not what the checkpoint's digest says{_advice(folder)}")
     return read_tensors(path, like)
+
+
+def any_rank(like: Params) -> Params:
+    """`like` for an adapter of any rank: a size of 0 stands for any size (`read_tensors`)."""
+    return {n: t if (dim := rank_dim(n)) is None else t.narrow(dim, 0, 0) for n, t in like.items()}
 
 
 def read_adapter(place: Path, like: Params) -> Params:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fedmllm.backbones.frozen import installed
 from fedmllm.core.types import Example, Params, Prediction, visible_of
-from fedmllm.federation.evaluation import judge, predict
+from fedmllm.federation.evaluation import metrics_of, predict
 from fedmllm.runs.events import Evaluated, Sink
 from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.predictions import PredictionFile
@@ -52,7 +52,7 @@ class Evaluator:
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float | None]:
         """Return metric -> value; None if the rows do not define it."""
         names = self.inputs.experiment.metrics()
-        return {name: finite(value) for name, value in judge(predictions, names).items()}
+        return {name: finite(value) for name, value in metrics_of(predictions, names).items()}
 
     def baseline(self, predictions: Sequence[Prediction]) -> Scores:
         """Evaluate predictions made without a model, and without any modality."""

@@ -131,6 +131,8 @@ class RoundEnd(Event):
     wall_s: float
     lr: float
     num_rounds: int  # of the federation
+    aggregation_error: float | None = None  # relative distance of the result from the mean of the clients' products
+    result_rank: int | None = None  # of the global model as one adapter
     dropped_out: list[int] | None = None  # clients that received the adapter and did not answer
     note: str = ""
     client: int | None = None  # whose training alone it is, for method "local"

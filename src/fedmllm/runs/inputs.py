@@ -90,7 +90,7 @@ class Inputs:
             num_rounds=whole,
             last_share=num_rounds - whole + 1,
             seed=e.seed,
-            availability=e.availability if e.method == "federated" else Always(),
+            availability=e.availability if e.federates else Always(),
             aggregator=e.server(),
             experiment=e,
         )

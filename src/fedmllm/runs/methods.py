@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
+from fedmllm.core.tensors import padded
 from fedmllm.core.types import Shard
 from fedmllm.federation.baselines import majority_predictions
+from fedmllm.runs.checkpoint import any_rank, read_adapter
 
 if TYPE_CHECKING:
     from fedmllm.runs.session import Session
@@ -30,10 +32,20 @@ def zero_shot(session: Session) -> list[dict[str, Any]]:
 
 
 def federated(session: Session) -> list[dict[str, Any]]:
-    """The global adapter after the last round, or the best on validation."""
+    """The global adapter after the last round, or the best on validation.
+
+    An aggregator without a global model: the client's own adapters, mean and spread over the clients.
+    """
     e = session.experiment
     members = [shard.client for shard in session.inputs.shards if shard.rows]
     params, round_ = session.federation(e.num_rounds, members)
+    if not e.server().global_model:
+        results = []
+        for client in members:
+            own = session.personal(client)
+            session.save(own, client)
+            results.append(session.evaluator.test(own, round_, client))
+        return session.rows(results)
     session.save(params)
     return session.rows([session.evaluator.test(params, round_)])
 
@@ -92,10 +104,32 @@ def centralised(session: Session) -> list[dict[str, Any]]:
     return session.rows([session.evaluator.test(params)])
 
 
+def personal(session: Session) -> list[dict[str, Any]]:
+    """The federation; then each client alone from the global adapter: mean and spread over the clients.
+
+    The record has the metrics of the global adapter, too. A resume within the second phase reads it from the folder.
+    """
+    e, folder = session.experiment, session.folder
+    members = [shard.client for shard in session.inputs.shards if shard.rows]
+    if session.in_second_phase:
+        params = read_adapter(folder.adapter(), any_rank(session.inputs.start))
+    else:
+        params, round_ = session.federation(e.num_rounds, members)
+        session.save(params)
+        session.evaluator.test(params, round_)
+    start = padded(params, session.inputs.start)
+    for client in members[len(session.results) :]:
+        own, _ = session.federation(e.personal.rounds, [client], client=client, start=start)
+        session.save(own, client)
+        session.results.append(session.evaluator.test(own, client=client))
+    return session.rows(session.results)
+
+
 METHODS = {
     "majority": majority,
     "zero-shot": zero_shot,
     "federated": federated,
     "local": local,
     "centralised": centralised,
+    "personal": personal,
 }

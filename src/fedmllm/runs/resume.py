@@ -51,7 +51,9 @@ class Resume:
         """
         if not self.place:
             return None
-        at = checkpoint.read(self.place, inputs.start, inputs.experiment.server().init(inputs.start))
+        of_all = checkpoint.read_run_state(self.place).client is None
+        state = inputs.experiment.server().init(inputs.start) if of_all else {}  # one client alone: FedAvg
+        at = checkpoint.read(self.place, inputs.start, state)
         if odd := differences(at.run_state.digests, inputs.digests):
             raise ConfigError(
                 f"{self.folder.path}: cannot be resumed: the digest of its {'; of its '.join(odd)}. Choose another --out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedmllm.algorithms.base import Aggregator
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Params
 from fedmllm.federation.rounds import Progress
@@ -13,10 +14,14 @@ from fedmllm.runs.events import Validated
 class Selection:
     """The best adapter so far by the data set's first metric. The test rows are never read."""
 
-    def __init__(self, evaluator: Evaluator, client: int | None) -> None:
-        self._evaluator, self._client = evaluator, client
+    def __init__(self, evaluator: Evaluator, aggregator: Aggregator, client: int | None) -> None:
+        self._evaluator, self._aggregator, self._client = evaluator, aggregator, client
         self.best: Best | None = None
         self.params: Params | None = None
+
+    def result(self, progress: Progress) -> Params:
+        """The global model of a round as one adapter."""
+        return self._aggregator.result(progress.params, progress.state)
 
     def restore(self, at: Checkpoint) -> None:
         """Return to the best adapter at the time of a checkpoint, read from its own checkpoint.
@@ -28,7 +33,7 @@ class Selection:
         if self.best:
             folder = at.folder.with_name(f"round-{self.best.number:04d}")
             try:
-                start, aggregator = self._evaluator.inputs.start, self._evaluator.inputs.experiment.server()
+                start, aggregator = self._evaluator.inputs.start, self._aggregator
                 best = read(folder, start, aggregator.init(start))
                 self.params = aggregator.result(best.params, best.state)
             except FedmllmError as error:
@@ -43,7 +48,7 @@ class Selection:
         """
         inputs = self._evaluator.inputs
         name, visible = inputs.experiment.metrics()[0], inputs.experiment.evaluate.visible[0]
-        result = inputs.experiment.server().result(progress.params, progress.state)
+        result = self.result(progress)
         value = self._evaluator.metrics(self._evaluator.predict(result, inputs.validation, visible))[name]
         if value is not None and (self.best is None or value > self.best.value):
             self.best, self.params = Best(number=number, round=progress.round, value=value), result

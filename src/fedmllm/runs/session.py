@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from fedmllm.algorithms.objectives import FedProx, TaskLoss
+from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.core.types import Params, Shard
 from fedmllm.federation.client_state import ClientStateStore
 from fedmllm.federation.rounds import Progress, cohorts, federate
@@ -23,6 +25,7 @@ from fedmllm.runs.predictions import PredictionFile
 from fedmllm.runs.record import Record
 from fedmllm.runs.selection import Selection
 from fedmllm.runs.summary import summary_rows
+from fedmllm.scenarios.availability import Always
 
 
 class Session:
@@ -49,8 +52,15 @@ class Session:
         self.results: list[Scores] = list(start.run_state.results) if start else []
         self._checkpointer = Checkpointer(inputs, folder, record, self._predictions)
         self._start = start
+        self._last: Progress | None = None  # of the federation just finished
+        self._client_state: ClientStateStore | None = None
         self._totals = start.run_state.totals if start else Totals()
         self._began = time.perf_counter() - (start.run_state.wall_s if start else 0.0)
+
+    @property
+    def in_second_phase(self) -> bool:
+        """True if the run continues from a checkpoint of one client's own training."""
+        return self._start is not None and self._start.run_state.client is not None
 
     @property
     def wall_s(self) -> float:
@@ -58,7 +68,12 @@ class Session:
         return time.perf_counter() - self._began
 
     def federation(
-        self, budget: float, members: Sequence[int], shards: Sequence[Shard] | None = None, client: int | None = None
+        self,
+        budget: float,
+        members: Sequence[int],
+        shards: Sequence[Shard] | None = None,
+        client: int | None = None,
+        start: Params | None = None,
     ) -> tuple[Params, int]:
         """Federate, or continue a federation, with evaluations and checkpoints.
 
@@ -66,23 +81,29 @@ class Session:
             budget: Rounds of the federation, those before a stop included; 5.56 rounds end within the sixth.
             members: The clients; if the method is not "federated", all of them take part in every round.
             shards: The rows of the clients, if they are not those of `inputs`.
-            client: Whose training alone it is, for method "local".
+            client: Whose training alone it is, for the methods "local" and "personal".
+            start: The adapter before the first round, if it is not the untrained one: that of the phase before.
 
         Returns:
             The last adapter, or the best on the validation rows, and its round.
         """
         e, inputs = self.experiment, self.inputs
-        federated = e.method == "federated"
-        clients = inputs.clients(budget, shards)
+        federated = e.federates and client is None
+        aggregator = e.server() if client is None else FedAvg()
+        clients = replace(inputs.clients(budget, shards), aggregator=aggregator)
+        if start is not None:
+            objective = FedProx(mu=e.personal.mu) if e.personal.mu else TaskLoss()
+            clients = replace(clients, objective=objective, availability=Always())
+        before = inputs.start if start is None else start
         num_rounds = clients.num_rounds
         draw = cohorts(e.cohort, members, e.cohort_size, e.seed) if federated else lambda _: list(members)
-        begin = Progress(0, inputs.start, e.server().init(inputs.start))
-        selection = Selection(self.evaluator, client)
+        begin = Progress(0, before, aggregator.init(before))
+        selection = Selection(self.evaluator, aggregator, client)
         if (at := self._start) and at.run_state.client == client:
             begin = Progress(at.run_state.round, at.params, at.state)
             selection.restore(at)
             self._evaluate(begin, num_rounds, selection)  # whatever the record held after the checkpoint is cut off
-        if "client-state" in e.server().needs:
+        if "client-state" in aggregator.needs:
             clients = replace(clients, state=ClientStateStore(self.folder.client_state, begin.round))
         engine = start_engine(e.engine, clients)
         if note := getattr(engine, "note", ""):
@@ -93,7 +114,16 @@ class Session:
         )
         progress = begin
         for progress in federate(
-            begin, engine, e.server(), draw, num_rounds, e.update_filter, drops_out, e.seed, len(members)
+            begin,
+            engine,
+            aggregator,
+            draw,
+            num_rounds,
+            e.update_filter,
+            drops_out,
+            e.seed,
+            len(members),
+            e.backbone.lora.ranks if federated else (),
         ):
             self._totals = self._totals.plus(progress.log)
             lr = clients.round_lr(progress.round)
@@ -106,9 +136,18 @@ class Session:
                 self._checkpointer.save(progress, client, best, totals, self.results, self.wall_s)
             self._evaluate(progress, num_rounds, selection)
         self._checkpointer.wait()
+        self._last, self._client_state = progress, clients.state
         if selection.params is not None and selection.best:
             return selection.params, selection.best.round
-        return e.server().result(progress.params, progress.state), progress.round
+        return aggregator.result(progress.params, progress.state), progress.round
+
+    def personal(self, client: int) -> Params:
+        """A client's own model after the federation; for aggregators without a global model."""
+        assert self._last is not None
+        kept = self._client_state.read(client, self._last.round + 1) if self._client_state else {}
+        model = self.experiment.server().personal(self._last.params, self._last.state, client, kept)
+        assert model is not None
+        return model
 
     def _evaluate(self, progress: Progress, num_rounds: int, selection: Selection) -> None:
         """Evaluate after a round, if one is due. The final adapter is tested by the method."""
@@ -118,7 +157,7 @@ class Session:
         if evaluate.select == "validation":
             self.emit(selection.evaluate(progress, self._totals.num_rounds))
         if not last:
-            self.evaluator.test(self.experiment.server().result(progress.params, progress.state), progress.round)
+            self.evaluator.test(selection.result(progress), progress.round)
 
     def save(self, params: Params, client: int | None = None) -> None:
         """Write the resulting adapter, or that of one client, into the folder."""

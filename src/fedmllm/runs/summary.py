@@ -19,11 +19,11 @@ def summary_rows(
     Args:
         experiment: What was run.
         results: One evaluation, or one per client; a row has their mean, and their spread if there are several.
-        totals: Costs of all rounds; bytes count for method "federated" alone.
+        totals: Costs of all rounds; bytes count if there is a federation.
         wall_s: Seconds of the run.
     """
     e, t = experiment, totals
-    federated = e.method == "federated"
+    federated = e.federates
     head = {"scenario": e.scenario.name, "setting": e.setting(), "method": e.method_name(), "prompt": e.prompt.name}
     cost = {
         "num_rounds": t.num_rounds if federated else 0,

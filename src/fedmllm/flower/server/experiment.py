@@ -71,7 +71,12 @@ def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Expe
         )
     data = AtSites(sites=tuple(sites), own=experiment.data, test=test)
     engine = experiment.engine if isinstance(experiment.engine, FlowerSites) else FlowerSites()
-    check_engine(experiment.aggregator, engine)
+    check_engine(experiment.aggregator, engine, experiment.backbone.lora.ranks)
+    if not experiment.aggregator.global_model:
+        raise ConfigError(
+            f"aggregator.name: got {experiment.aggregator.name!r}, whose models stay at the sites, where the server cannot "
+            "evaluate them; allowed: an aggregator with a global model"
+        )
     changes: dict[str, Any] = {"data": data, "partition": ByColumn(column="site"), "engine": engine}
     if "on_bad_update" not in experiment.update_filter.model_fields_set:
         changes["update_filter"] = experiment.update_filter.model_copy(update={"on_bad_update": "drop_client"})

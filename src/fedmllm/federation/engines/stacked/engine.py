@@ -1,4 +1,4 @@
-"""Many clients in one pass: the rows of all clients of an optimizer step share the frozen base.
+"""Stacked engine: clients share passes over the frozen base.
 
 Equal to `engines/in_process.py` up to the order of summation, whatever shares a pass (tests/engines/test_stacked.py).
 
@@ -50,7 +50,9 @@ class Stacked:
                 chunk = [Member(client, sents[client], self._clients, at) for client in members[start : start + size]]
                 groups: dict[object, list[Member]] = {}
                 for member in chunk:
-                    groups.setdefault((member.sent.trained(), not member.sent.frozen), []).append(member)
+                    groups.setdefault((member.sent.trained(), not member.sent.frozen, member.sent.scale), []).append(
+                        member
+                    )
                 updates = [update for group in groups.values() for update in self._together(at, group)]
                 yield from sorted(updates, key=lambda update: update.client)
 
@@ -66,14 +68,21 @@ class Stacked:
         return [*self._together(at, members[:half]), *self._together(at, members[half:])]
 
     def _train(self, at: Round, members: Sequence[Member]) -> list[ClientUpdate]:
-        """One round of clients that train the same tensors, all of them with a frozen adapter or none."""
+        """One round of clients that train the same tensors, at one scale, all of them with a frozen adapter or none."""
         began, clients = time.perf_counter(), self._clients
         ordered = sorted(members, key=lambda m: (-clients.num_steps(m.client, at.number), m.client))
         trained = ordered[0].sent.trained()
         frozens = [m.sent.frozen for m in ordered] if ordered[0].sent.frozen else []
         if frozens and all(frozen is frozens[0] for frozen in frozens):
             frozens = frozens[:1]
-        stack = Stack(self._targets, self._backbone.trainable(), [m.start for m in ordered], trained, frozens)
+        stack = Stack(
+            self._targets,
+            self._backbone.trainable(),
+            [m.start for m in ordered],
+            trained,
+            frozens,
+            ordered[0].sent.scale,
+        )
         rules = Rules([m.rule for m in ordered], trained, stack)
         trains_KT, anchor_KT = (matrix[:, : stack.num_trained] for matrix in (stack.weights_KP, stack.anchor_KP))
         optimizer = RowAdamW(clients.train, trains_KT)

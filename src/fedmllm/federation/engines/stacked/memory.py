@@ -1,4 +1,4 @@
-"""How many tokens a pass may hold on this device, and what to do when it was too many."""
+"""Token budget of a pass on a device, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARE = 0.7  # of the free memory: other lengths need other workspaces
 
 
 def token_budget(backbone: Backbone, rows: Sequence[Item]) -> int:
-    """Tokens of one pass: a constant on the CPU, where caches decide; on CUDA as many as a trial pass says will fit.
+    """Tokens of one pass: a constant on the CPU, where caches decide; on CUDA as many as fit by a trial pass.
 
     Not a timing on purpose: a budget that varied with the machine's load would vary the last bits of a run's results. A
     power of two, so that small differences in free memory do not matter.

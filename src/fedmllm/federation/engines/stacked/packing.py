@@ -1,4 +1,4 @@
-"""The rows of one optimiser step of several clients, cut into passes of about one size."""
+"""Division of an optimizer step's rows into passes of similar size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedmllm.backbones.base import Row
 from fedmllm.federation.client import Clients, Step
 
-# What a pass costs besides its tokens, in tokens. CPU, measured: about 150 on the tiny model, 10 on one of 154 M weights.
+# Cost of a pass in addition to its tokens, in tokens. CPU, measured: about 150 on the tiny model, 10 on one of 154 M weights.
 # CUDA, not measured: 30 ms of launches for 28 layers, in which an H100 trains about a thousand tokens of 2 B weights.
 PASS_TOKENS = {"cpu": 64, "cuda": 1024}
 
@@ -18,13 +18,13 @@ class Item:
     """A row on its way into a pass."""
 
     row: Row
-    slot: int  # whose it is: the client's place in the stack
+    slot: int  # the client's place in the stack
     weight: float  # of its mean loss: 1 / rows of its client in this step, never a share of the batch's tokens
     dropout_seed: int
 
 
 def in_step(clients: Clients, members: Sequence[int], round_: int) -> Iterator[list[Step]]:
-    """The first optimiser step of all members, then the second of all that have one, and so on.
+    """The first optimizer step of all members, then the second of all that have one, and so on.
 
     `members` come in descending order of their number of steps in the round, so that the active ones are always a prefix.
     """
@@ -34,7 +34,7 @@ def in_step(clients: Clients, members: Sequence[int], round_: int) -> Iterator[l
 
 
 def items(steps: Sequence[Step]) -> list[Item]:
-    """All rows of one optimiser step; slot = place in `steps`."""
+    """All rows of one optimizer step; slot = place in `steps`."""
     return [
         Item(row, slot, 1 / len(step.rows), seed)
         for slot, step in enumerate(steps)

@@ -1,4 +1,4 @@
-"""AdamW, clipping and proximal terms for many clients at once: row operations on [K, T] matrices.
+"""AdamW, clipping and proximal terms as row operations on [K, T].
 
 Shapes: K clients, of which the first k are active; T weights of one adapter that train.
 """

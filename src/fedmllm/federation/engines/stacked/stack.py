@@ -1,7 +1,7 @@
-"""The adapters of many clients on one frozen base: each row of a batch passes through its own client's LoRA.
+"""Adapters of many clients on one frozen base.
 
-Equal to training one client after another up to the order of summation: the base never changes, so rows of different
-clients may share a pass.
+Each row of a batch passes through its own client's LoRA. Equal to training one client after another up to the order of
+summation: the base never changes, so rows of different clients may share a pass.
 
 Shapes: K clients, P weights of one adapter, T of them trained, B rows, L tokens, C channels in, D channels out, r rank.
 """
@@ -68,6 +68,7 @@ class Stack:
         starts: The adapter that each client starts from. One object for all is stored once.
         trained: Names that train; None = all.
         frozens: The frozen adapter of each client (`Sent.frozen`), or one for all; () = none.
+        scale: Factor of every client's product (`Sent.scale`).
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Stack:
         starts: Sequence[Params],
         trained: frozenset[str] | None = None,
         frozens: Sequence[Params] = (),
+        scale: float = 1.0,
     ) -> None:
         shared = all(start is starts[0] for start in starts)
         largest = starts[0] if shared else largest_of(starts)
@@ -91,6 +93,8 @@ class Stack:
         self.grads_KT = torch.zeros_like(self.weights_KP[:, : self.num_trained])
         weights, grads = self._views(self.weights_KP), self._views(self.grads_KT)
         self._layers = [_Layer(t.layer, weights[t.a], weights[t.b], grads.get(t.a), grads.get(t.b)) for t in targets]
+        for layer in self._layers:
+            layer.own_scaling = layer.scaling * scale
         if frozens:
             largest = largest_of(frozens)
             for target, layer in zip(targets, self._layers, strict=True):
@@ -164,6 +168,7 @@ class _Layer:
         self._layer, self._base = layer, layer.base_layer
         self._dropout: RowDropout = layer.lora_dropout[ADAPTER]
         self.scaling = float(layer.scaling[ADAPTER])
+        self.own_scaling = self.scaling  # of the clients' adapters, not of a frozen one
         self.clients_B = torch.zeros(0, dtype=torch.int64)
         self.frozen: tuple[Tensor, Tensor] | None = None  # A [1 or K, q, C] and B [1 or K, D, q]
         self._switch = a_KrC.new_zeros(()).requires_grad_()  # so that autograd calls our backward pass
@@ -205,7 +210,7 @@ class _RowLora(torch.autograd.Function):
         b_BDr = layer.b_KDr.index_select(0, layer.clients_B)
         low_BLr = torch.bmm(_dropped(x_BLC, keep_BLC, a_BrC.dtype), a_BrC.mT)
         ctx.save_for_backward(x_BLC, keep_BLC, low_BLr, a_BrC, b_BDr, layer.clients_B)
-        ctx.layer, ctx.scaling = layer, gain * layer.scaling
+        ctx.layer, ctx.scaling = layer, gain * layer.own_scaling
         sum_BLD = torch.baddbmm(base_BLD.to(low_BLr.dtype), low_BLr, b_BDr.mT, alpha=ctx.scaling)
         return sum_BLD.to(base_BLD.dtype)
 

@@ -1,0 +1,131 @@
+"""FedEx-LoRA and FLoRA: exact aggregation by an adapter that grows.
+
+"Exact": the global model adds sum p_k B_k A_k, the mean of the clients' products, which is not the product of the mean
+factors. What exceeds the live adapter is a frozen adapter F in the server's state; the global model is one PEFT adapter.
+All updates of a round are in memory at once: K n numbers, n those of one adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+from fedmllm.algorithms.base import Aggregator
+from fedmllm.algorithms.lowrank import (
+    A,
+    B,
+    Pair,
+    concatenated,
+    names_of,
+    of_rank,
+    others,
+    pairs,
+    rank_of,
+    rebuilt,
+    shares,
+    truncated,
+    unpaired,
+)
+from fedmllm.core.rng import torch_stream
+from fedmllm.core.tensors import mean_delta
+from fedmllm.core.types import ClientUpdate, Params, Round, Sent, State
+
+
+class Growing(Aggregator):
+    """The frozen adapter F: sent to every client, grown after every round, compressed above a rank."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"frozen-adapter"})
+    grows: ClassVar[bool] = True
+    cap: PositiveInt = 256
+    """Largest rank of F. Above it the best approximation of this rank is kept; the record's `aggregation_error` has the
+    loss."""
+
+    def init(self, params: Params) -> State:
+        factors = ((n, t) for n, t in params.items() if A in n or B in n)
+        return {"frozen": {n: t[:0].clone() if A in n else t[:, :0].clone() for n, t in factors}}
+
+    def frozen(self, state: State) -> Params:
+        """F as it travels; {} while it is empty."""
+        return state["frozen"] if rank_of(state["frozen"]) else {}
+
+    def grown(self, state: State, parts: dict[str, list[Pair]]) -> State:
+        """The state with the pairs of each module (by the name of its A) added to F."""
+        frozen = {}
+        for name, pair in pairs(state["frozen"]).items():
+            b, a = concatenated([pair, *parts[name]])
+            frozen[name] = truncated((b, a), self.cap) if a.shape[0] > self.cap else (b, a)
+        return {**state, "frozen": unpaired(frozen, state["frozen"])}
+
+
+class FedExLora(Growing):
+    """Factors are averaged as in FedAvg; the error of that, sum p_k (B_k - Bm)(A_k - Am), joins F (arXiv:2410.09432).
+
+    One client, or equal A_k, give no error.
+    """
+
+    name: Literal["fedex-lora"] = "fedex-lora"
+
+    def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
+        return Sent(params, frozen=self.frozen(state))
+
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+        listed = list(updates)
+        delta = mean_delta(listed)
+        after = {name: t + delta[name] for name, t in params.items()}
+        used = [update for update in listed if update.num_examples]
+        parts: dict[str, list[Pair]] = {name: [] for name in pairs(params)}
+        for update, share in zip(used, shares(used), strict=True):
+            local = pairs(rebuilt(Sent(params), update))
+            for name, (b_mean, a_mean) in pairs(after).items():
+                b, a = local[name]
+                parts[name].append((math.sqrt(share) * (b - b_mean), math.sqrt(share) * (a - a_mean)))
+        if len(used) == 1:
+            return after, state
+        # The K differences of a factor sum to 0, so the rank of the error is (K - 1) r at most.
+        rank = {name: (len(used) - 1) * pair[1].shape[0] for name, pair in pairs(params).items()}
+        errors = {name: [truncated(concatenated(part), rank[name])] for name, part in parts.items()}
+        return after, self.grown(state, errors)
+
+    def result(self, params: Params, state: State) -> Params:
+        frozen, live = pairs(state["frozen"]), pairs(params)
+        return {**params, **unpaired({n: concatenated([live[n], frozen[n]]) for n in live}, params)}
+
+
+class FLora(Growing):
+    """Every round starts from F with a fresh A and B = 0, of any rank; the clients' pairs are stacked onto F: with
+    F = (B_F, A_F), F <- ([B_F, B_1, .., B_K], [A_F; p_1 A_1; ..; p_K A_K]) (arXiv:2409.05976).
+    """
+
+    name: Literal["flora"] = "flora"
+    mixed_ranks: ClassVar[bool] = True
+    lr: PositiveFloat = 1.0
+    """Factor of a round's increment."""
+
+    def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
+        start = dict(params)
+        for name, (b, a) in pairs(params).items():
+            bound = 1 / math.sqrt(a.shape[1])
+            generator = torch_stream(at.seed, "flora", at.number, name)
+            start[name] = a.new_empty(a.shape).uniform_(-bound, bound, generator=generator)
+            start[name.replace(A, B)] = b.new_zeros(b.shape)
+        start = of_rank(start, at.rank(client))
+        return Sent(start, known=names_of(start, B), frozen=self.frozen(state))
+
+    def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
+        listed, parts = list(updates), {name: list[Pair]() for name in pairs(params)}
+        mean = mean_delta(replace(u, delta={n: u.delta[n] for n in others(params)}) for u in listed)
+        used = [update for update in listed if update.num_examples]
+        for update, share in zip(used, shares(used), strict=True):
+            local = pairs(rebuilt(self.sends(params, state, at, update.client), update))
+            for name, (b, a) in local.items():
+                parts[name].append((b, self.lr * share * a))
+        after = {n: t + self.lr * mean[n] if n in others(params) else t for n, t in params.items()}
+        return after, self.grown(state, parts)
+
+    def result(self, params: Params, state: State) -> Params:
+        frozen = self.frozen(state)
+        return {name: frozen.get(name, t) for name, t in params.items()}

@@ -1,0 +1,152 @@
+"""LoRA methods through engines and runs: equal engines at unequal ranks, resume, adapters that PEFT loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from fedmllm.algorithms.base import Aggregator
+from fedmllm.backbones.base import Tiny
+from fedmllm.backbones.frozen import installed
+from fedmllm.backbones.hf import TransformersBackbone
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.types import ClientUpdate, Example, Params, Round, State
+from fedmllm.federation.client_state import ClientStateStore
+from fedmllm.runs.events import Event, RoundEnd
+from fedmllm.runs.record import read
+from fedmllm.runs.run import run
+from support.small_federation import COHORT, SIZES, assert_same, federation, flat, one_after_another, stirred, together
+
+Load = Callable[..., TransformersBackbone]
+Engine = Callable[..., list[ClientUpdate]]
+PARTIAL = ["ffa-lora", "rolora", "fedsa-lora", "fedrot-lora", "lora-fair", "fedsvd", "fedex-lora", "fedalt"]
+RANKED = ["flora", "flexlora", "raflora", "florist", "hetlora", "fedilora", "fed-plora"]
+RANKS = (2, 8, 3)
+
+
+def lora(name: str) -> dict[str, Any]:
+    return {"lora": {"ranks": list(RANKS)}} if name in RANKED else {}
+
+
+@pytest.mark.parametrize("name", [*PARTIAL, *RANKED])
+def test_engines_agree_in_two_rounds(load: Load, examples: list[Example], name: str, tmp_path: Path) -> None:
+    """Unequal ranks in one pass, resting and kept factors, frozen adapters of their own: float64, as in test_stacked.py."""
+    plain, aggregator = federation(load("tiny"), examples), Aggregator.pick(name, "aggregator")
+    start = stirred(plain.backbone)
+    ranks = RANKS if name in RANKED else ()
+
+    def rounds(engine: Engine, folder: Path) -> tuple[list[ClientUpdate], Params, State]:
+        params, state = start, aggregator.init(start)
+        clients = replace(plain, aggregator=aggregator, state=ClientStateStore(folder))
+        for number in (1, 2):
+            at = Round(number, 0, 4, tuple(COHORT), len(SIZES), ranks)
+            sents = {client: aggregator.sends(params, state, at, client) for client in COHORT}
+            updates = engine(clients, sents, round_=number)
+            if number == 1:
+                params, state = aggregator.apply(params, state, at, iter(updates))
+        return updates, params, state
+
+    # The second round starts from one engine's first, so that only a round's own rounding counts.
+    expected, params, state = rounds(one_after_another, tmp_path / "a")
+    clients = replace(plain, aggregator=aggregator, state=ClientStateStore(tmp_path / "a", finished=1))
+    at = Round(2, 0, 4, tuple(COHORT), len(SIZES), ranks)
+    updates = together(clients, {client: aggregator.sends(params, state, at, client) for client in COHORT})
+    assert_same(expected, updates, largest=1e-10)
+    assert bool(flat(updates[4].delta).any())
+
+
+TABLE: dict[str, Any] = {
+    "data": {"name": "synthetic-irony", "num_train": 36, "num_validation": 4, "num_test": 4},
+    "partition": {"name": "iid", "num_clients": 4},
+    "train": {"lr": 1e-2, "batch_size": 4, "accumulation": 1, "max_steps": 2},
+    "num_rounds": 3,
+    "cohort_size": 2,
+}
+
+
+class Stop:
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __call__(self, event: Event) -> None:
+        self.left -= isinstance(event, RoundEnd)
+        if self.left == 0:
+            self.left = -1
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", [*PARTIAL, *RANKED])
+def test_a_resumed_run_ends_with_the_same_bytes_and_peft_loads_it(name: str, tmp_path: Path) -> None:
+    settings = Experiment.parse({**TABLE, "aggregator": name, "backbone": {"name": "tiny", **lora(name)}})
+    run(settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "run", [Stop(2)])
+    run(settings, tmp_path / "run", resume=True)
+    files = sorted((tmp_path / "whole").glob("adapter*/**/*.safetensors"))
+    assert len(files) == (4 if name in ("fedsa-lora", "fedalt") else 1)
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "whole")).read_bytes()
+    rounds = [event for event in read(tmp_path / "whole" / "record.jsonl") if event["event"] == "round"]
+    if name in ("fedsa-lora", "fedalt"):
+        assert "aggregation_error" not in rounds[-1]
+    elif name in ("ffa-lora", "rolora", "fedsvd", "flora", "fedex-lora"):
+        assert max(event["aggregation_error"] for event in rounds) < 1e-5  # float32; exact otherwise
+    else:
+        assert all(0 <= event["aggregation_error"] < 1.5 for event in rounds)
+    trained = rounds[0]["cohort"][0]
+    same_logits_by_peft(next(f.parent for f in files if f.parent.name in ("adapter", f"client-{trained}")), settings)
+
+
+def same_logits_by_peft(folder: Path, settings: Experiment) -> None:
+    """PEFT's own reading of the folder gives the losses of the adapter that was evaluated."""
+    from safetensors.torch import load_file
+
+    backbone, other = (Tiny(lora=settings.backbone.lora).load(0) for _ in range(2))
+    assert isinstance(backbone, TransformersBackbone)
+    assert isinstance(other, TransformersBackbone)
+    rows = settings.data.load("test").examples
+    encoded = [backbone.encode(settings.prompt.render(r, frozenset(r.fields)), settings.prompt.target(r)) for r in rows]
+    with installed(backbone, load_file(folder / "adapter_model.safetensors")), torch.no_grad():
+        ours, _ = backbone.loss(backbone.collate(encoded))
+    assert isinstance(other.model, PeftModel)
+    base = other.model.unload()
+    theirs_model = PeftModel.from_pretrained(base, str(folder)).eval()
+    with torch.no_grad():
+        theirs, _ = other.loss(other.collate(encoded))
+    assert len([m for m in theirs_model.modules() if hasattr(m, "lora_A")]) > 0
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    with torch.no_grad(), installed(backbone, Tiny(lora=settings.backbone.lora).load(0).lora()):
+        untrained, _ = backbone.loss(backbone.collate(encoded))
+    assert not torch.allclose(ours, untrained, atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [None, 2, 4])
+def test_personal_fine_tunes_each_client_from_the_global_adapter(stop: int | None, tmp_path: Path) -> None:
+    """Stopped in the federation and in a client's own training: the same bytes."""
+    table = {**TABLE, "aggregator": "scaffold", "method": "personal", "personal": {"rounds": 2, "mu": 0.1}}
+    settings = Experiment.parse(table)
+    assert settings.method_name() == "personal-scaffold"
+    run(settings, tmp_path / "whole")
+    if stop:
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, tmp_path / "run", [Stop(stop)])
+        run(settings, tmp_path / "run", resume=True)
+        files = sorted((tmp_path / "whole").glob("adapter*/**/*.safetensors"))
+        assert len(files) == 5
+        for path in files:
+            assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "whole")).read_bytes()
+        return
+    federated = Experiment.parse({**TABLE, "aggregator": "scaffold"})
+    run(federated, tmp_path / "federated")
+    one, two = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "federated"))
+    assert one.read_bytes() == two.read_bytes()
+    events = [event for event in read(tmp_path / "whole" / "record.jsonl") if event["event"] in ("round", "eval")]
+    assert [event.get("client") for event in events if event["event"] == "eval"] == [None, 0, 1, 2, 3]
+    alone = [event for event in events if event["event"] == "round" and event.get("client") == 0]
+    assert [event["cohort"] for event in alone] == [[0], [0]]
