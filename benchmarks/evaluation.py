@@ -55,7 +55,7 @@ def main() -> None:
             cold.encoder.decode(ids[0, row.num_tokens :].tolist())
 
     def first_time() -> None:
-        PromptMemory._kept.clear()
+        PromptMemory._cache.clear()
         predict(cold, prompt, examples, visible, Evaluate())
 
     def again() -> None:

@@ -46,7 +46,7 @@ def milliseconds(rows: list[Row], backbone: TransformersBackbone) -> tuple[float
 
 
 def encoded(backbone: TransformersBackbone, count: int) -> tuple[list[Row], tuple[float, float]]:
-    PromptMemory._kept.clear()
+    PromptMemory._cache.clear()
     store = federation(backbone, 1, count).store
     wall, cpu = time.perf_counter(), time.process_time()
     rows = [store.row(i, frozenset(MODALITIES)) for i in range(count)]

@@ -1,8 +1,9 @@
-"""A run's adapter in its base's weights, and what a user can get wrong about it."""
+"""Export of a run: the adapter in its base's weights, and errors."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,14 +52,15 @@ def logits(backbone: TransformersBackbone) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_merged_model_says_what_base_and_adapter_say(
-    base_of: Callable[[str], Path], tmp_path: Path, family: str
-) -> None:
+def test_the_merged_model_equals_base_and_adapter(base_of: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     backbone = run_of(tmp_path / "run", FromFolder(path=str(base_of(family))))
+    before = os.umask(0o022)
     merged = export(tmp_path / "run", tmp_path / "merged")
+    os.umask(before)
     alone = load_folder(FromFolder(path=str(merged)), seed=9)  # its own B is zero: the merged weights alone speak
     torch.testing.assert_close(logits(alone), logits(backbone), rtol=1e-5, atol=1e-4)
     assert float((logits(alone) - logits(load_folder(FromFolder(path=str(base_of(family))), 0))).abs().max()) > 0.05
+    assert {file.stat().st_mode & 0o777 for file in merged.iterdir()} == {0o644}  # of the usual umask
     for file in base_of(family).iterdir():
         if file.suffix != ".safetensors":
             assert (merged / file.name).read_bytes() == file.read_bytes()
@@ -114,6 +116,8 @@ def test_another_base_is_refused_and_another_place_is_not(base_of: Callable[[str
     shutil.rmtree(base)
     with pytest.raises(FedmllmError, match="is not a folder"):
         export(tmp_path / "run", tmp_path / "merged")
+    with pytest.raises(FedmllmError, match=r"is not the model that .* was trained on"):
+        export(tmp_path / "run", tmp_path / "merged", base=base_of("qwen2_vl"))
     export(tmp_path / "run", tmp_path / "merged", base=base_of("llava"))
     with pytest.raises(FedmllmError, match="exists; name a folder that does not"):
         export(tmp_path / "run", tmp_path / "merged", base=base_of("llava"))

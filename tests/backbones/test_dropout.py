@@ -1,4 +1,4 @@
-"""Masks as numbers: the same everywhere, fair, and unrelated where they should be."""
+"""Dropout masks as numbers: reproducible, fair and independent."""
 
 from __future__ import annotations
 

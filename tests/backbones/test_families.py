@@ -148,7 +148,7 @@ def test_an_adapter_of_other_names_or_shapes_is_refused(backbone: TransformersBa
     with pytest.raises(FedmllmError, match=re.escape(name)):
         backbone.set_lora({k: v for k, v in params.items() if k != name})
     with pytest.raises(FedmllmError, match="differ"):
-        backbone.set_lora({**params, "base_model.model.nobody.lora_A.weight": params[name]})
+        backbone.set_lora({**params, "base_model.model.unknown.lora_A.weight": params[name]})
     with pytest.raises(FedmllmError, match=re.escape(name)):
         backbone.set_lora({**params, name: params[name][:, :-1]})
 
@@ -197,19 +197,19 @@ def test_loading_is_deterministic_and_leaves_the_global_random_state(
             assert 0.9 * bound < float(t.abs().max()) <= bound
 
 
-def test_kept_image_features_change_nothing_to_the_bit(
+def test_cached_image_features_change_nothing_to_the_bit(
     folder_of: Callable[[str], Path], family: str, prompts: list[Conversation]
 ) -> None:
-    off, keeps = (
+    off, cached = (
         stirred(load_folder(FromFolder(path=str(folder_of(family)), keep_image_features_mb=mb), seed=0))
         for mb in (0, 1)
     )
     rows = [off.encode(prompt, "yes") for prompt in prompts]
     nll_B, _ = off.loss(off.collate(rows), [1, 2, 3])
     for _ in range(2):  # the second time without the tower
-        again_B, _ = keeps.loss(keeps.collate(rows), [1, 2, 3])
+        again_B, _ = cached.loss(cached.collate(rows), [1, 2, 3])
         assert torch.equal(nll_B, again_B)
-        keeps.features._tower = lambda **_: pytest.fail("the tower ran again")
+        cached.features._tower = lambda **_: pytest.fail("the tower ran again")
 
 
 def test_no_mask_is_needed_because_padding_is_never_seen(

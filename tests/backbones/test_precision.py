@@ -132,7 +132,7 @@ def test_whole_modules_are_trained_sent_and_saved_in_float32(
 
     extra.set_lora({name: t + 0.01 if name in more else t for name, t in extra.lora().items()})
     moved, _ = gradients(extra, prompts[:1])
-    assert abs(float(moved - gradients(plain, prompts[:1])[0])) > 1e-3  # no feature was kept from before
+    assert abs(float(moved - gradients(plain, prompts[:1])[0])) > 1e-3  # no feature was cached before
     if base == "float32":
         extra.save(tmp_path)
         theirs = PeftModel.from_pretrained(load_base(FromFolder(path=str(folder)))[0], str(tmp_path)).eval()
@@ -145,7 +145,7 @@ def test_whole_modules_are_trained_sent_and_saved_in_float32(
 def test_tied_embeddings_cannot_be_trained_whole(folder_of: FolderOf, tmp_path: Path) -> None:
     folder = write("llava", tmp_path / "tied", tied=True)
     load(folder)
-    with pytest.raises(ConfigError, match=r"'model\.language_model\.embed_tokens' shares its weights with 'lm_head'"):
+    with pytest.raises(ConfigError, match=r"'model\.language_model\.embed_tokens' is tied to 'lm_head'"):
         load(folder, lora=Lora(train_extra=("embed_tokens",)))
 
 
@@ -178,17 +178,17 @@ def test_a_prompt_that_was_scored_before_is_not_read_again(
 ) -> None:
     """And gives the same bits."""
     choices = [("A", "no, never")] * 3
-    keeps, forgets = load(folder_of("qwen2_vl"), keep_image_features_mb=1), load(folder_of("qwen2_vl"))
-    before = keeps.score(prompts, choices)
-    assert before == forgets.score(prompts, choices)
+    cached, fresh = load(folder_of("qwen2_vl"), keep_image_features_mb=1), load(folder_of("qwen2_vl"))
+    before = cached.score(prompts, choices)
+    assert before == fresh.score(prompts, choices)
     monkeypatch.setattr("fedmllm.backbones.encode.open_image", lambda _: pytest.fail("a picture was read"))
-    assert keeps.score(prompts, choices) == before
-    assert keeps.generate(prompts, 3)
-    keeps.set_lora({name: t * 2 for name, t in keeps.lora().items()})
-    assert keeps.score(prompts, choices) != before  # prompts are kept, not answers
+    assert cached.score(prompts, choices) == before
+    assert cached.generate(prompts, 3)
+    cached.set_lora({name: t * 2 for name, t in cached.lora().items()})
+    assert cached.score(prompts, choices) != before  # prompts are cached, answers are not
 
 
-def test_a_family_that_thinks_is_asked_not_to(tmp_path: Path, prompts: list[Conversation]) -> None:
+def test_thinking_is_switched_off(tmp_path: Path, prompts: list[Conversation]) -> None:
     """As the templates of Qwen3.5 and MiniCPM-V 4.6 do it: the answer follows an empty thought, not an open one."""
     folder = write("llava", tmp_path / "thinks")
     template = folder / "chat_template.jinja"

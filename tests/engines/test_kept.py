@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fedmllm.backbones.base import FromFolder, Precision, Row
-from fedmllm.backbones.cache.bounded import RowCache as Rows
+from fedmllm.backbones.cache.bounded import RowCache
 from fedmllm.backbones.cache.prompt_memory import PromptMemory
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
 from fedmllm.core.errors import DataError
@@ -86,9 +86,9 @@ def test_rows_lose_their_pixels_and_then_go() -> None:
         ids = torch.full((10,), i)
         return Row(ids, ids, {"pixels": torch.zeros(1000)}, f"picture {i}")  # 4,160 bytes; 160 without pixels
 
-    rows = Rows(limit=9000)
+    rows = RowCache(limit=9000)
     for i in range(40):
-        rows.keep(i, row(i), lambda key, old: key not in (5, 39))  # the pixels of these are needed still
+        rows.put(i, row(i), lambda key, old: key not in (5, 39))  # the pixels of these are needed still
     assert [i for i in range(40) if (kept := rows.get(i)) and kept.images] == [39]
     assert [i for i in range(40) if (kept := rows.get(i)) and not kept.images] == list(range(9, 39))  # 4,160 + 30 * 160
 
@@ -100,7 +100,7 @@ def test_a_row_is_encoded_once_though_the_pixels_of_all_rows_fit_nowhere(
     seen: list[object] = []
     for keep_mb, times in ((8, 1), (0, 2)):
         monkeypatch.setattr("fedmllm.federation.client.ROWS_KEPT_BYTES", 2 * PIXELS)
-        monkeypatch.setattr(PromptMemory, "_kept", Rows(2 * PIXELS))
+        monkeypatch.setattr(PromptMemory, "_cache", RowCache(2 * PIXELS))
         model = backbone(Path(load("llava").spec.path), keep_mb)
         clients, make = federation(model, examples), model.encoder._prompt
         monkeypatch.setattr(model.encoder, "_prompt", lambda prompt, make=make: (seen.append(prompt), make(prompt))[1])
@@ -116,10 +116,10 @@ def test_another_model_s_row_without_pixels_is_made_anew(folder: Path, picture: 
     first, second = backbone(folder, 8), backbone(folder, 0)
     expected = scores(first, picture)
     conversation = Conversation((Picture(picture), "Is it so?"))
-    monkeypatch.setattr(PromptMemory, "_kept", Rows(PIXELS))
+    monkeypatch.setattr(PromptMemory, "_cache", RowCache(PIXELS))
     lean = replace(first.encoder.prompt(conversation), images={})
-    key = next(iter(PromptMemory._kept._kept))
-    PromptMemory._kept.keep(key, lean, lambda *_: False)
+    key = next(iter(PromptMemory._cache._cache))
+    PromptMemory._cache.put(key, lean, lambda *_: False)
     assert not first.encoder.prompt(conversation).images
     assert scores(first, picture) == expected
     assert scores(second, picture) == expected

@@ -1,9 +1,7 @@
-"""Multimodal LLMs, frozen, with LoRA on top: one small interface, one Spec a kind of model. Loads no torch."""
+"""Interface of frozen multimodal LLMs with LoRA, and their settings."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,28 +16,33 @@ from fedmllm.core.types import Conversation, Params
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Where the package `kernels` is installed, transformers (at a model's first pass) and bitsandbytes (when imported) fetch
-# compiled code from the network with it. They manage without; bitsandbytes need not say so each time.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None = not importable
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation with its answer, ready to be batched. `labels` is -100 except on the answer and its EOS."""
+    """One conversation with its answer, ready to be batched.
 
-    input_ids: Tensor  # [L] int64
-    labels: Tensor  # [L] int64
-    images: dict[str, Tensor] = field(default_factory=dict)  # what this family's vision tower reads: pixels, grids
-    image_key: str = ""  # digest of `images`; "" without pictures
-    per_token: dict[str, Tensor] = field(default_factory=dict)  # [..., L]: token types, M-RoPE positions
+    Attributes:
+        input_ids: int64 [L].
+        labels: int64 [L]; -100 except on the answer and the token that ends it.
+        images: Inputs of this family's vision tower: pixels, grids.
+        image_key: Digest of `images`; "" without pictures.
+        per_token: Further inputs of the language model, [..., L]: token types, M-RoPE positions.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    images: dict[str, Tensor] = field(default_factory=dict)
+    image_key: str = ""
+    per_token: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
+        """L."""
         return int(self.input_ids.numel())
 
     @property
     def num_bytes(self) -> int:
+        """Memory of all tensors."""
         tensors = (self.input_ids, self.labels, *self.images.values(), *self.per_token.values())
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -51,11 +54,23 @@ class Lora(Spec):
     """LoRA (arXiv:2106.09685) as PEFT builds it. Defaults: those of FedMLLM (arXiv:2411.14717)."""
 
     r: PositiveInt = 8
+    """Rank of the update B A."""
+
     alpha: PositiveFloat = 8.0
+    """Scale: the update is multiplied by alpha / r, or by alpha / sqrt(r) with `rslora`."""
+
     dropout: float = Field(0.05, ge=0, lt=1)
+    """Probability to drop an input channel of A in training; a row's mask depends on the row's own seed alone."""
+
     rslora: bool = False
-    targets: str = ""  # regex over module names; "" = the language model's attention projections of the family
-    train_extra: tuple[str, ...] = ()  # whole modules trained and sent besides, by name; the reference's fault 6
+    """Rank-stabilised scaling, alpha / sqrt(r) (arXiv:2312.03732)."""
+
+    targets: str = ""
+    """Regex that must match whole module names; "" = the attention projections of the family's language model."""
+
+    train_extra: tuple[str, ...] = ()
+    """Names of modules that are trained and sent whole in addition to LoRA, such as "embed_tokens" or "resampler"."""
+
     ranks: Annotated[tuple[PositiveInt, ...], ADDED_LATER] = ()
     """Ranks of the clients, in turn: client k has ranks[k mod len]; () = `r` for all. The scaling is alpha / r for every rank,
     and `r` is the largest of them."""
@@ -68,37 +83,58 @@ class Lora(Spec):
 
 
 class Precision(Spec):
-    """How the frozen base is held. LoRA weights are float32 always."""
+    """Number format of the frozen base. LoRA weights are float32, or float64 on a float64 base."""
 
     base: Literal["float32", "float64", "bfloat16", "nf4"] = "float32"
+    """Type of the base's weights; "nf4" = four bits (arXiv:2305.14314), which needs the package bitsandbytes."""
+
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of storing them: less memory, about a third more time."""
 
 
 class BackboneSpec(Named):
-    """Which model, where from, and how it is adapted."""
+    """Settings of a model: its source, its adaptation, and how it is held."""
 
     lora: Lora = Lora()
+    """The trained adapter."""
+
     precision: Precision = Precision()
-    max_tokens: PositiveInt = 1200  # a longer prompt is an error, never cut inside image tokens
-    # memory for the frozen tower's output across rounds and runs; 0 = off
+    """Number format of the frozen base."""
+
+    max_tokens: PositiveInt = 1200
+    """Longest row in tokens; a longer one is an error and is never cut inside image tokens."""
+
     keep_image_features_mb: Annotated[NonNegativeInt, EXECUTION_ONLY] = 1024
-    # where it is kept besides, for other processes and later runs, "~" allowed; "" = nowhere
+    """Memory in MiB for outputs of the frozen vision tower across rounds and runs; 0 = they are computed each time."""
+
     image_features_folder: Annotated[str, EXECUTION_ONLY] = ""
-    image_features_folder_mb: Annotated[PositiveInt, EXECUTION_ONLY] = (
-        16384  # of disk; what was used longest ago goes first
-    )
-    device: Annotated[str, EXECUTION_ONLY] = "cpu"  # "cpu", "cuda", "cuda:1"
+    """Folder that also caches them, for other processes and later runs; "~" is allowed; "" = none."""
+
+    image_features_folder_mb: Annotated[PositiveInt, EXECUTION_ONLY] = 16384
+    """Size of that folder in MiB; the least recently used files are removed first."""
+
+    device: Annotated[str, EXECUTION_ONLY] = "cpu"
+    """ "auto" (a CUDA device if there is one, otherwise the CPU), "cpu", "cuda" or "cuda:1"."""
 
     @abstractmethod
     def load(self, seed: int) -> Backbone:
-        """The frozen model with freshly initialised LoRA (A from `seed`, B zero)."""
+        """Load the frozen model with a new adapter.
+
+        Args:
+            seed: Source of LoRA's A; B is zero.
+
+        Raises:
+            ConfigError: A setting does not fit the model or this machine.
+            FedmllmError: The model cannot be loaded.
+        """
 
 
 class Tiny(BackboneSpec):
     """The embedded MiniCPM-V 2.6 of about a million weights, pre-trained by `scripts/pretrain_tiny.py`."""
 
     name: Literal["tiny"] = "tiny"
-    keep_image_features_mb: Annotated[NonNegativeInt, EXECUTION_ONLY] = 64  # 8 kB a picture
+    keep_image_features_mb: Annotated[NonNegativeInt, EXECUTION_ONLY] = 64
+    """Memory in MiB for outputs of the frozen vision tower across rounds and runs, 8 kB a picture; 0 = none."""
 
     def load(self, seed: int) -> Backbone:
         from fedmllm.backbones.tiny import load_tiny
@@ -110,7 +146,8 @@ class FromFolder(BackboneSpec):
     """A model folder in the hub's layout: MiniCPM-V 2.6 / Llama3-V 2.5 by our port, others by transformers."""
 
     name: Literal["hf"] = "hf"
-    path: str  # a folder; "hub:owner/name" asks the network, nothing else does
+    path: str
+    """A folder, or "hub:owner/name", which is the only way to reach the network."""
 
     def load(self, seed: int) -> Backbone:
         from fedmllm.backbones.hf import load_folder
@@ -119,40 +156,80 @@ class FromFolder(BackboneSpec):
 
 
 class Backbone(ABC):
-    """A frozen multimodal LLM with one LoRA adapter. Clients differ in `lora()` alone."""
+    """A frozen multimodal LLM with one LoRA adapter. Clients differ in `lora()` alone.
 
-    model: nn.Module  # PeftModel; its base is frozen
-    digest: str  # sha256 of the base's configuration and weights
-    num_layers: int  # of the language model
+    Attributes:
+        model: PEFT model; its base is frozen.
+        digest: Identity of the base: all files that change what the model reads or computes (`folder.digest`).
+        num_layers: Layers of the language model.
+        device: torch.device of the weights.
+    """
+
+    model: nn.Module
+    digest: str
+    num_layers: int
     device: Any
 
     @abstractmethod
     def encode(self, prompt: Conversation, answer: str) -> Row:
-        """Tokens, labels, pixels of one row. Raises FedmllmError when over max_tokens, DataError for a bad image."""
+        """Tokens, labels and pixels of one row. No string in a row's text becomes a control token.
+
+        Args:
+            prompt: Texts and pictures of the user's turn.
+            answer: Text to learn.
+
+        Returns:
+            The row; its labels are the answer and the token that ends it.
+
+        Raises:
+            DataError: A picture cannot be read.
+            FedmllmError: The row is longer than `max_tokens`.
+        """
 
     def needs_pixels(self, row: Row) -> bool:
-        """False where `row.images` may be let go: what the frozen tower says about them is kept."""
+        """False if `row.images` may be dropped, because the output of the frozen tower for them is cached."""
         return bool(row.images)
 
     @abstractmethod
     def collate(self, rows: Sequence[Row]) -> Batch:
-        """Right-padded batch on the model's device."""
+        """Rows as one batch, padded on the right, on the model's device."""
 
     @abstractmethod
     def loss(self, batch: Batch, dropout_seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """(nll_B, num_label_tokens_B): summed negative log-likelihood of each row's labels, differentiable.
+        """Summed negative log-likelihood of each row's labels, differentiable.
 
-        `dropout_seeds`, one a row, turns LoRA dropout on. A row's mask is a function of its own seed, the module, the
-        token position and the channel, so it does not depend on what else is in the batch. None = no dropout.
+        Args:
+            batch: B rows, by `collate`.
+            dropout_seeds: One a row: turns LoRA dropout on. A row's mask is a function of its own seed, the module, the
+                token position and the channel, so it does not depend on the rest of the batch. None = no dropout.
+
+        Returns:
+            nll_B [B], and the number of label tokens of each row [B].
         """
 
     @abstractmethod
     def score(self, prompts: Sequence[Conversation], choices: Sequence[Sequence[str]]) -> list[list[float]]:
-        """log p(choice | prompt) for each choice of each prompt, summed over the choice's tokens; no EOS is added."""
+        """log p(choice | prompt), in nats.
+
+        Args:
+            prompts: The rows.
+            choices: The choices of each.
+
+        Returns:
+            For each prompt, for each choice, the sum over the choice's tokens; no EOS is added.
+        """
 
     @abstractmethod
     def generate(self, prompts: Sequence[Conversation], max_new_tokens: int) -> list[str]:
-        """Greedy answers, without special tokens."""
+        """Greedy answers.
+
+        Args:
+            prompts: The rows.
+            max_new_tokens: Longest answer in tokens.
+
+        Returns:
+            One text a prompt, without special tokens.
+        """
 
     @abstractmethod
     def lora(self) -> Params:
@@ -160,11 +237,15 @@ class Backbone(ABC):
 
     @abstractmethod
     def set_lora(self, params: Params) -> None:
-        """Load an adapter. Raises FedmllmError unless names and shapes are exactly those of `lora()`."""
+        """Load an adapter.
+
+        Raises:
+            FedmllmError: Names or shapes are not exactly those of `lora()`.
+        """
 
     @abstractmethod
     def layer_of(self, name: str) -> int | None:
-        """The language-model layer (0-based) that a LoRA tensor of that saved name belongs to; None = none."""
+        """Layer of the language model, from 0, that holds the LoRA tensor of this saved name; None if none does."""
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -172,4 +253,4 @@ class Backbone(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the adapter so that `PeftModel.from_pretrained(base, folder)` loads it."""
+        """Write the adapter to `folder`, which is made, as a PEFT folder: `PeftModel.from_pretrained(base, folder)`."""

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the language model: a layer's activations are computed again instead of kept."""
+"""Gradient checkpointing of the language model."""
 
 from __future__ import annotations
 
@@ -16,21 +16,30 @@ from fedmllm.core.errors import ConfigError
 
 
 class Checkpointing:
-    """The layers of `decoder`, checkpointed while `on()` is open and gradients are wanted.
+    """The layers of `decoder`, checkpointed while `on()` is open and gradients are enabled.
 
-    transformers checkpoints layers in training mode only. Here the base never trains, so that its own dropout stays off:
-    the flag is set on the layers themselves, not on what lies in them.
+    A checkpointed layer stores its input alone and computes its activations again in the backward pass. transformers
+    checkpoints layers in training mode only. Here the base never trains, so that its own dropout stays off: the flag is set
+    on the layers themselves, not on their modules.
+
+    Args:
+        decoder: The language model.
+        seeds: Dropout seeds, set again for the second forward pass.
+        wanted: False = no layer is checkpointed.
+
+    Raises:
+        ConfigError: The family's layers do not support it.
     """
 
     def __init__(self, decoder: nn.Module, seeds: Seeds, wanted: bool) -> None:
         self._layers = [m for m in decoder.modules() if wanted and isinstance(m, GradientCheckpointingLayer)]
         if wanted and not self._layers:
             raise ConfigError(
-                f"precision.gradient_checkpointing: {type(decoder).__name__} has no layers that can do it"
+                f"precision.gradient_checkpointing: {type(decoder).__name__} has no layers that support it"
             )
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), seeds.set(seeds.current)  # the second pass drops what the first one dropped
+            return nullcontext(), seeds.set(seeds.current)  # the second pass drops the same values
 
         for layer in self._layers:
             layer.gradient_checkpointing = True
@@ -40,6 +49,7 @@ class Checkpointing:
 
     @contextmanager
     def on(self) -> Iterator[None]:
+        """Checkpointing is active in this block if gradients are enabled."""
         active = self._layers if torch.is_grad_enabled() else []
         for layer in active:
             layer.training = True

@@ -1,4 +1,4 @@
-"""Options scored and answers written from one pass over the prompts and its cache.
+"""Scores of choices and greedy answers, from one pass over the prompts.
 
 Prompts are sorted by length and padded on the left, so that every row's next token stands in the last column.
 Shapes: B rows, L prompt tokens, N continuations, T their tokens, V vocabulary.
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fedmllm.backbones.base import Row
+from fedmllm.backbones.base import Batch, Row
+from fedmllm.backbones.encode import Encoder
+from fedmllm.backbones.kv_cache import cache_argument, cache_of
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Conversation
-
-if TYPE_CHECKING:
-    from fedmllm.backbones.hf import TransformersBackbone
 
 PASS_TOKENS = {"cpu": 2048, "cuda": 32768}  # prompt tokens of one pass, padding included
 WINDOW = 256  # prompts that are encoded, and so held with their pixels, at a time
@@ -26,26 +25,50 @@ WINDOW = 256  # prompts that are encoded, and so held with their pixels, at a ti
 Out = TypeVar("Out")
 
 
+class CausalModel(Protocol):
+    """A model with its encoder, as far as decoding needs it."""
+
+    base: torch.nn.Module
+    encoder: Encoder
+    device: torch.device
+
+    @property
+    def ends(self) -> list[int]: ...  # ids of tokens that end an answer
+
+    def collate(self, rows: Sequence[Row], left: bool = False) -> Batch: ...
+
+    def logits(self, batch: Batch, index_N: Tensor, **arguments: Any) -> tuple[Tensor, Any]: ...
+
+
 @dataclass
 class Prefilled:
-    """The model's memory of B prompts."""
+    """State of the model after B prompts."""
 
     logits_BV: Tensor  # of the token behind each prompt
     cache: Any
-    mask_BL: Tensor | None  # None where no row is padded
+    mask_BL: Tensor | None  # None if no row is padded
     position_B: Tensor  # of the token behind each prompt
 
 
 class Decoder:
-    """Scores and greedy answers of one backbone."""
+    """Scores and greedy answers of one model.
 
-    def __init__(self, backbone: TransformersBackbone) -> None:
-        self._backbone = backbone
-        self._encoder = backbone.encoder
+    Args:
+        model: It is neither trained nor changed.
+    """
+
+    def __init__(self, model: CausalModel) -> None:
+        self._backbone = model
+        self._encoder = model.encoder
+        self._cache_argument = cache_argument(model.base)
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Conversation], choices: Sequence[Sequence[str]]) -> list[list[float]]:
-        """log p(choice | prompt) summed over the choice's tokens."""
+        """log p(choice | prompt) of each choice of each prompt, summed over the choice's tokens.
+
+        Raises:
+            FedmllmError: The numbers of prompts and lists of choices differ, or a choice is empty.
+        """
         if len(prompts) != len(choices):
             raise FedmllmError(f"{len(prompts)} prompts but choices for {len(choices)}")
         ids = [[self._option_ids(option, options) for option in options] for options in choices]
@@ -57,7 +80,7 @@ class Decoder:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Conversation], max_new_tokens: int) -> list[str]:
-        """The likeliest token, one by one, until the model ends its turn."""
+        """Greedy answers: the likeliest token, one by one, until the model ends its turn or `max_new_tokens`."""
 
         def run(rows: Sequence[Row], _: Sequence[int]) -> list[str]:
             return [self._encoder.decode(ids) for ids in self._generate_pass(rows, max_new_tokens)]
@@ -124,7 +147,7 @@ class Decoder:
         batch = self._backbone.collate(rows, left=True)
         mask_BL = batch["attention_mask"]
         num_rows, length = mask_BL.shape
-        positions = batch["per_token"].get("position_ids")  # [3, B, L] where the family has M-RoPE
+        positions = batch["per_token"].get("position_ids")  # [3, B, L] if the family has M-RoPE
         if positions is None:
             batch["per_token"]["position_ids"] = (mask_BL.cumsum(dim=1) - 1).clamp(min=0)
             position_B = mask_BL.sum(dim=1)
@@ -134,18 +157,18 @@ class Decoder:
             del batch["attention_mask"]
         last_B = torch.arange(1, num_rows + 1, device=mask_BL.device) * length - 1
         logits_BV, output = self._backbone.logits(batch, last_B, use_cache=True)
-        return Prefilled(logits_BV, output.past_key_values, batch.get("attention_mask"), position_B)
+        return Prefilled(logits_BV, cache_of(output), batch.get("attention_mask"), position_B)
 
     def _step(self, past: Prefilled, ids_NT: Tensor, index_M: Tensor) -> Tensor:
-        """Logits [M, V] of these among the N x T tokens, which follow what is in the cache; it takes them in."""
+        """Logits [M, V] of these among the N x T tokens, which follow the cached ones and are added to the cache."""
         position_NT = past.position_B[:, None] + torch.arange(ids_NT.shape[1], device=ids_NT.device)
         if self._encoder.rope_index is not None:
             position_NT = position_NT.expand(3, -1, -1)
         batch = {"input_ids": ids_NT, "per_token": {"position_ids": position_NT}, "rows": ()}
         if past.mask_BL is not None:
             past.mask_BL = batch["attention_mask"] = torch.cat([past.mask_BL, torch.ones_like(ids_NT)], dim=1)
-        logits_MV, output = self._backbone.logits(batch, index_M, past_key_values=past.cache, use_cache=True)
-        past.cache = output.past_key_values
+        logits_MV, output = self._backbone.logits(batch, index_M, use_cache=True, **{self._cache_argument: past.cache})
+        past.cache = cache_of(output)
         past.position_B = past.position_B + ids_NT.shape[1]
         return logits_MV
 
@@ -157,7 +180,7 @@ class Decoder:
         if longer:
             rest_N = self._score_rest(past, [row_N[n] for n, _ in longer], [ids for _, ids in longer])
             first_N = first_N.index_add(0, torch.tensor([n for n, _ in longer], device=first_N.device), rest_N)
-        scores = iter(first_N.tolist())  # the only time that the device is waited for
+        scores = iter(first_N.tolist())  # the only wait for the device
         return [[next(scores) for _ in row] for row in options]
 
     def _pick(self, logp_BV: Tensor, rows: list[int], tokens: list[int]) -> Tensor:
@@ -166,7 +189,7 @@ class Decoder:
         return logp_BV[row_N, token_N]
 
     def _score_rest(self, past: Prefilled, row_N: list[int], options: Sequence[list[int]]) -> Tensor:
-        """[N]: sum over the tokens of each option but its first, each row's cache copied for each of its options."""
+        """[N]: sum over the tokens of each option except its first; each row's cache is copied for each of its options."""
         device = self._backbone.device
         index_N = torch.tensor(row_N, device=device)
         past.cache.reorder_cache(index_N)
@@ -197,7 +220,7 @@ class Decoder:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Sums of log-probabilities in bfloat16 would lose a digit that an AUC needs."""
+    """`logits` in float32, or float64 if they are: sums of log-probabilities in bfloat16 lose a digit that an AUC needs."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

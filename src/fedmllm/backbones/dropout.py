@@ -1,8 +1,8 @@
-"""Dropout without a random stream: a row's mask is a function of its own seed, so it never depends on the batch.
+"""Dropout by row seed instead of a random stream.
 
-A token's mask in a module is a window of one long fixed strip of coin flips; where the window begins is a hash of (row
-seed, token position, module), the same integers on CPU and GPU. So a row that is trained alone, beside other rows, padded,
-or recomputed by gradient checkpointing drops the same values, and a mask costs a gather.
+A token's mask in a module is a window of one long fixed strip of coin flips. The start of the window is a hash of (row
+seed, token position, module), the same integers on CPU and GPU. So a row drops the same values alone, in any batch, padded
+or recomputed by gradient checkpointing, and a mask costs a gather.
 
 Shapes: B rows, L tokens, C channels.
 """
@@ -22,18 +22,21 @@ WIDEST = 1 << 16  # channels
 
 
 def module_key(name: str) -> int:
-    """The number under which `dropout_mask` knows a module: stable over runs, machines and target lists."""
+    """Key of a module in `dropout_mask`: stable over runs, machines and target lists."""
     return zlib.crc32(name.encode())
 
 
 def dropout_mask(seeds_B: Tensor, module: int, shape_BLC: tuple[int, int, int], p: float) -> Tensor:
-    """Which values to keep, bool [B, L, C], each kept with probability 1 - p (in steps of 1/65536).
+    """True for each value that is not dropped, with probability 1 - p (in steps of 1/65536).
 
     Args:
         seeds_B: int64, one seed a row.
         module: `module_key` of the layer.
-        shape_BLC: Shape of what is dropped; the token position is the index along L, so pad on the right.
+        shape_BLC: Shape of the input; the token position is the index along L, so pad on the right.
         p: Probability to drop, 0 <= p < 1.
+
+    Returns:
+        bool [B, L, C].
     """
     _, num_tokens, num_channels = shape_BLC
     return _windows(token_keys(seeds_B, num_tokens), module, num_channels, p)
@@ -64,14 +67,14 @@ def _strip(p: float, device: str) -> Tensor:
 
 
 def _mix64(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, whose products wrap; right shifts are made logical by masks."""
+    """splitmix64's finaliser on int64, whose products wrap; masks make right shifts logical."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47  # 0xbf58476d1ce4e5b9
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15  # 0x94d049bb133111eb
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 class Seeds:
-    """The seeds of the rows that are in the model now; None = dropout is off. One for all layers of a model."""
+    """Seeds of the rows in the current forward pass; None = dropout is off. One object for all layers of a model."""
 
     def __init__(self) -> None:
         self.current: Tensor | None = None  # [B] int64, on the model's device
@@ -79,6 +82,7 @@ class Seeds:
 
     @contextmanager
     def set(self, seeds_B: Tensor | None) -> Iterator[None]:
+        """`seeds_B` [B] are the current seeds in this block."""
         before = self.current, self._keys_BL
         self.current, self._keys_BL = seeds_B, None
         try:
@@ -87,7 +91,7 @@ class Seeds:
             self.current, self._keys_BL = before
 
     def keys(self, num_tokens: int) -> Tensor:
-        """`token_keys` of the rows that are in the model now."""
+        """`token_keys` of the current rows."""
         assert self.current is not None
         if self._keys_BL is None or self._keys_BL.shape[1] != num_tokens:
             self._keys_BL = token_keys(self.current, num_tokens)
@@ -95,14 +99,14 @@ class Seeds:
 
 
 class RowDropout(nn.Module):
-    """Stands where PEFT puts nn.Dropout. Ignores train() and eval(): `Seeds` alone turn it on."""
+    """Replacement for PEFT's nn.Dropout. Ignores train() and eval(): `Seeds` alone turn it on."""
 
     def __init__(self, p: float, module: int, seeds: Seeds) -> None:
         super().__init__()
         self.p, self.module, self.seeds = p, module, seeds
 
     def mask(self, x_BLC: Tensor) -> tuple[Tensor | None, float]:
-        """(what to keep, what to multiply it with); (None, 1) where dropout is off."""
+        """(values that are not dropped, their factor); (None, 1) if dropout is off."""
         if self.seeds.current is None or self.p == 0:
             return None, 1.0
         _, num_tokens, num_channels = x_BLC.shape

@@ -1,4 +1,4 @@
-"""A conversation as tokens and pixels, by whatever processor the family has.
+"""Conversations as tokens and pixels, by the processor of any family.
 
 The prompt alone goes through the processor, with the generation prompt; the answer's ids and the token that ends a
 turn are appended. So training, scoring and generation share one boundary, and labels need no search.
@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 
 from fedmllm.backbones.base import Row
 from fedmllm.backbones.cache.prompt_memory import PromptMemory
+from fedmllm.backbones.plain_text import PlainText
 from fedmllm.core.errors import DataError, FedmllmError
 from fedmllm.core.images import open_image
 from fedmllm.core.types import Conversation
@@ -30,9 +31,16 @@ _PROBE = "zqxj"  # an answer that no chat template contains
 
 
 class Encoder:
-    """Rows of one model: its processor, its limit, and what its forward pass reads besides tokens.
+    """Encoder of one model's rows.
 
-    `has_features(row)`: what the tower says about the row's pictures is kept.
+    Args:
+        model: Its signatures say which inputs its tower and its language model read.
+        processor: The family's processor, with a tokenizer and a chat template.
+        max_tokens: Longest row.
+        has_features: True for a row whose image features are cached, so that its pixels may be evicted.
+
+    Raises:
+        FedmllmError: The chat template and the tokenizer have no token that ends an answer.
     """
 
     def __init__(
@@ -49,9 +57,10 @@ class Encoder:
         }
         # M-RoPE positions (Qwen-VL, GLM-V, ...) depend on the pictures' grids: found once a row, not once a pass
         self.rope_index: Callable[..., tuple[Tensor, Tensor]] | None = getattr(inner, "get_rope_index", None)
+        self._plain = PlainText(processor)
         self._doubles_bos = self._bos() if isinstance(processor, ProcessorMixin) else ""
         template = str(getattr(processor, "chat_template", None) or self.tokenizer.chat_template)
-        # what is learned and scored is the answer, not thoughts before it: families that think are asked not to
+        # the answer is learned and scored, not thoughts before it: thinking is switched off
         self._direct = {"enable_thinking": False} if "enable_thinking" in template else {}
         self.end_of_turn = self._end_of_turn()
         self._memory = PromptMemory(has_features, processor, max_tokens, model.config.to_json_string())
@@ -60,14 +69,14 @@ class Encoder:
         """The row up to where the model would begin to answer; `labels` ignore all of it.
 
         Raises:
-            DataError: a picture cannot be read.
-            FedmllmError: over `max_tokens`; the text holds a placeholder; the template has no slot for a picture.
+            DataError: A picture cannot be read.
+            FedmllmError: It is longer than `max_tokens`, or the template has no slot for a picture.
         """
         return self._memory.row(prompt, self._prompt)
 
     def _prompt(self, prompt: Conversation) -> Row:
         pictures = [open_image(picture.path) for picture in prompt.pictures]
-        output = self._process(self._text(prompt), pictures, prompt)
+        output = self._process(prompt, pictures)
         ids = output["input_ids"][0]
         images = {k: v for k, v in output.items() if k in self.image_arguments and isinstance(v, Tensor)}
         if pictures and not images:
@@ -92,14 +101,17 @@ class Encoder:
         )
 
     def answer_ids(self, answer: str) -> list[int]:
-        return list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        """The tokens of an answer; a string in it that looks like a control token stays text."""
+        return self._plain.ids(answer)
 
     def encode(self, prompt: Conversation, answer: str) -> Row:
+        """The row of `prompt` with its answer and the end of the turn as labels. Raises as `prompt` does."""
         row = self.answered(self.prompt(prompt), [*self.answer_ids(answer), self.end_of_turn])
         self._check_length(row.num_tokens, prompt)
         return row
 
     def decode(self, ids: list[int]) -> str:
+        """Text of generated tokens, without control tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     # --- the parts
@@ -112,19 +124,22 @@ class Encoder:
         options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, **self._direct}
         return str(self.processor.apply_chat_template(messages, **options))
 
-    def _process(self, text: str, pictures: list[Image], prompt: Conversation) -> dict[str, Any]:
+    def _process(self, prompt: Conversation, pictures: list[Image]) -> dict[str, Any]:
+        hidden_prompt, hidden = self._plain.hide(prompt)
+        text = self._text(hidden_prompt)
         options = {"add_special_tokens": False} if self._doubles_bos and text.startswith(self._doubles_bos) else {}
         images = {"images": [pictures]} if pictures else {}
         try:
-            return dict(self.processor(text=[text], **images, return_tensors="pt", **options))
+            output = self._plain.processor(hidden)(text=[text], **images, return_tensors="pt", **options)
         except ValueError as error:
             names = [str(picture.path) for picture in prompt.pictures]
             raise DataError(f"{self.family} cannot read this prompt, pictures {names}: {error}") from error
+        return self._plain.restore(dict(output), hidden)
 
     def _bos(self) -> str:
         """The token that the tokenizer writes before every text, as the template may have done already; "" = none."""
-        begun = self.tokenizer("?")["input_ids"][0] == self.tokenizer.bos_token_id
-        return str(self.tokenizer.bos_token) if begun else ""
+        written = self.tokenizer("?")["input_ids"][0] == self.tokenizer.bos_token_id
+        return str(self.tokenizer.bos_token) if written else ""
 
     def _positions(self, ids: Tensor, images: dict[str, Tensor], per_token: dict[str, Tensor]) -> Tensor:
         """[3, L]: temporal, height, width."""
@@ -144,7 +159,7 @@ class Encoder:
             )
 
     def _end_of_turn(self) -> int:
-        """What the chat template writes behind an answer, where that is a special token; else the tokenizer's EOS."""
+        """The special token that the chat template writes behind an answer, otherwise the tokenizer's EOS."""
         user = {"role": "user", "content": [{"type": "text", "text": "?"}]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
         text = self._render([user, answer], add_generation_prompt=False)
@@ -152,7 +167,9 @@ class Encoder:
         if _PROBE in text and after and after[0] in self.tokenizer.all_special_ids:
             return int(after[0])
         if self.tokenizer.eos_token_id is None:
-            raise FedmllmError(f"{self.family}: neither its chat template nor its tokenizer says what ends an answer")
+            raise FedmllmError(
+                f"{self.family}: neither its chat template nor its tokenizer names a token that ends an answer"
+            )
         return int(self.tokenizer.eos_token_id)
 
 

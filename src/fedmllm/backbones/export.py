@@ -1,4 +1,4 @@
-"""`fedmllm export`: the result of a run as one model folder."""
+"""Export of a run's result as a model folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.backbones.base import BackboneSpec
-from fedmllm.backbones.folder import digest, family_of, find
+from fedmllm.backbones.folder import digest, family_of, find, is_digest_of
 from fedmllm.backbones.merge import merge
 from fedmllm.backbones.places import base_folder
 from fedmllm.core.errors import FedmllmError
@@ -19,10 +19,13 @@ def export(run: Path, merged: Path, base: Path | None = None) -> Path:
     Args:
         run: A folder that `fedmllm run` wrote.
         merged: A folder that does not exist yet.
-        base: The base model, if it is not in the folder that the run's settings name, or is held in four bits there.
+        base: The base model, if it is not in the folder that the run's settings name, or was held in four bits there.
 
-    Returns `merged`. Raises FedmllmError if the run has no adapter, or the base is not the one it was trained on. A `base`
-    for a run in four bits is not compared: its full weights have another digest.
+    Returns:
+        `merged`.
+
+    Raises:
+        FedmllmError: The run has no adapter, or the base is not the one that it was trained on.
     """
     head = heading(run)
     spec = BackboneSpec.pick(head["settings"]["backbone"], f"{run / 'record.jsonl'}: backbone")
@@ -30,11 +33,12 @@ def export(run: Path, merged: Path, base: Path | None = None) -> Path:
     folder = find(str(base)) if base else base_folder(spec)
     family_of(folder)
     trained_on = head.get("digests", {}).get("base")
-    four_bits = base is not None and spec.precision.base == "nf4"
-    if trained_on and not four_bits and (found := digest(folder)) != trained_on:
+    # the full checkpoint of a base in four bits has another digest than the run's
+    comparable = base is None or spec.precision.base != "nf4"
+    if comparable and trained_on and not is_digest_of(trained_on, folder):
         raise FedmllmError(
-            f"{folder} is not the model that {run} was trained on: its digest is {found[:12]}..., the record says "
-            f"{trained_on[:12]}...; name the right folder with --base"
+            f"{folder} is not the model that {run} was trained on: its digest is {digest(folder)[:15]}..., not "
+            f"{trained_on[:15]}...; name the right folder with --base"
         )
     merge(folder, adapter, merged)
     return merged
@@ -59,7 +63,7 @@ def adapter_of(run: Path) -> Path:
     missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (adapter / n).is_file()]
     if missing:
         raise FedmllmError(
-            f"{adapter}: no {missing[0]}; the run has not ended (fedmllm run ... --resume), or it trains no adapter of its "
-            "own (zero-shot, majority, local)"
+            f"{adapter}: no {missing[0]}; the run has not ended (fedmllm run ... --resume), or its method trains no "
+            "adapter (zero-shot, majority, local)"
         )
     return adapter

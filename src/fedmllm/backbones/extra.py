@@ -1,4 +1,4 @@
-"""Whole modules that are trained and sent beside LoRA, as the reference did with embeddings and resampler."""
+"""Modules that are trained and sent whole, in addition to LoRA."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 
 def extra_modules(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:
-    """The full names of the modules that `train_extra` means, each by its whole name or its last part.
+    """Full names of the modules of `train_extra`.
+
+    Args:
+        model: The base.
+        names: A module's whole name, or its last part if no other module has it.
 
     Raises:
-        ConfigError: none or several are called so, or one shares its weights with another module.
+        ConfigError: No module or several have a name, one is held in four bits, or shares its weights with another module.
     """
     known = {name: module for name, module in model.named_modules() if name}
     chosen = []
@@ -28,7 +32,7 @@ def extra_modules(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:
         fits = [full for full in known if full == name or full.endswith("." + name)]
         if len(fits) != 1:
             last = sorted({full.rsplit(".", 1)[-1] for full in known if not full[-1].isdigit()})
-            found = f"{len(fits)} modules are called so: {fits[:3]}" if fits else "no module is called so"
+            found = f"{len(fits)} modules have this name: {fits[:3]}" if fits else "no module has this name"
             raise ConfigError(f"lora.train_extra: {name!r}: {found}{nearest(name, last)}")
         if not all(parameter.is_floating_point() for parameter in known[fits[0]].parameters()):
             raise ConfigError(
@@ -41,7 +45,7 @@ def extra_modules(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:
             if not _within(full, fits[0]) and not _within(fits[0], full) and _own(module) & mine
         ]
         if shared:
-            raise ConfigError(f"lora.train_extra: {fits[0]!r} shares its weights with {shared[0]!r}: they would part")
+            raise ConfigError(f"lora.train_extra: {fits[0]!r} is tied to {shared[0]!r}: training it would untie them")
         chosen.append(fits[0])
     return chosen
 
@@ -55,9 +59,9 @@ def _own(module: nn.Module) -> set[int]:
 
 
 def widen(peft: PeftModel, dtype: torch.dtype) -> None:
-    """Hold the trained copies in at least float32, whatever the base: an AdamW step is lost in bfloat16's rounding.
+    """Hold the trained copies in at least float32 on any base: an AdamW step is lost in bfloat16's rounding.
 
-    Such a module computes in float32; what comes out has the base's type again.
+    Such a module computes in float32; its output has the base's type again.
     """
     if dtype in (torch.float32, torch.float64):
         return

@@ -1,6 +1,6 @@
-"""A model folder in the hub's layout: what lies in it, and the model and processor made from it. Never remote code.
+"""Model, processor and digest of a model folder.
 
-Nothing here asks the network unless the user's path begins with "hub:".
+Remote code is never run. The network is used only for a path that begins with "hub:".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from huggingface_hub import constants
@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from fedmllm.backbones import nf4
 from fedmllm.backbones.base import FromFolder
+from fedmllm.backbones.hub_kernels import without_hub_kernels
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import nearest
 
@@ -32,11 +33,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROCESSOR_FILES = {  # one of the names must be there
-    ("tokenizer.json", "tokenizer.model", "vocab.json"): "the tokenizer",
-    ("preprocessor_config.json", "processor_config.json"): "what says how the model reads pictures",
+    ("tokenizer.json", "tokenizer.model", "vocab.json"): "the tokenizer is",
+    ("preprocessor_config.json", "processor_config.json"): "the settings of its image processor are",
 }
+DIGEST_VERSION = "v2:"  # of `digest`; earlier digests had no prefix and covered config.json and the weights alone
+READ_FILES = (  # everything that changes what a model reads, computes or where it ends an answer
+    *("config.json", "generation_config.json", "*.safetensors"),
+    *(
+        "preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.json",
+        "*.jinja",
+        "additional_chat_templates/*",
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("*.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt"),
+)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-# what transformers, its configurations and tokenizers raise about files that do not fit
+# raised by transformers, its configurations and tokenizers for files that do not fit
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -52,31 +66,53 @@ OURS = {"minicpmv": "MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5, by our port"}  # mo
 
 
 def load_base(spec: FromFolder) -> tuple[PreTrainedModel, Any, Callable[[], str]]:
-    """(frozen model on its device, processor, digest). The global random state is left as it was."""
+    """Load the model and the processor of `spec`. The global random state is left as it was.
+
+    Args:
+        spec: The folder, the precision and the device.
+
+    Returns:
+        The frozen model on its device, its processor, and a function that computes the digest of the folder.
+
+    Raises:
+        ConfigError: The device or the precision does not fit this machine or the folder.
+        FedmllmError: The folder is not an image-text-to-text model, is incomplete, or its files do not fit together.
+    """
     folder = find(spec.path)
     family = family_of(folder)
     device = device_of(spec.device)
-    with torch.random.fork_rng(), quiet(), _offline():
+    with torch.random.fork_rng(), quiet(), _offline(), without_hub_kernels():
         model = load_model(folder, family, spec, device)
         processor = load_processor(folder, family)
     return model, processor, lambda: digest(folder)
 
 
 def device_of(name: str) -> torch.device:
-    """The device that the user names. Raises ConfigError where it is not here."""
+    """The device of `backbone.device`; "auto" is the first CUDA device, otherwise the CPU.
+
+    Raises:
+        ConfigError: This machine has no such device, or the package does not support it.
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    allowed = "allowed: 'auto', 'cpu', 'cuda', or a CUDA device by number such as 'cuda:1'"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"backbone.device: got {name!r}; such as 'cpu', 'cuda', 'cuda:1'") from error
-    count = torch.cuda.device_count()
+        raise ConfigError(f"backbone.device: got {name!r}; {allowed}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"backbone.device: got {name!r}, which is not supported; {allowed}")
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(f"backbone.device: got {name!r}, but this machine shows {count} CUDA devices; use 'cpu'")
+        raise ConfigError(
+            f"backbone.device: got {name!r}, but this machine has {count} CUDA devices; use 'cpu' or 'auto'"
+        )
     return device
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and loading report: what does not fit is raised, not printed."""
+    """transformers prints neither progress bars nor a loading report in this block; a misfit is raised, not printed."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -90,7 +126,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Libraries that would look something up by themselves find the network switched off."""
+    """Hugging Face libraries that look something up by themselves are offline in this block."""
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
@@ -99,7 +135,15 @@ def _offline() -> Iterator[None]:
 
 
 def find(path: str, config_only: bool = False) -> Path:
-    """The folder that `path` names; "hub:owner/name" is fetched by its client, or found in its cache."""
+    """The folder that `path` names.
+
+    Args:
+        path: A folder, or "hub:owner/name", which the hub's client fetches or finds in its cache.
+        config_only: Fetch config.json alone.
+
+    Raises:
+        FedmllmError: There is no such folder, or the hub cannot be reached.
+    """
     if path.startswith("hub:"):
         from huggingface_hub import snapshot_download
 
@@ -119,7 +163,11 @@ def find(path: str, config_only: bool = False) -> Path:
 
 
 def family_of(folder: Path) -> str:
-    """`model_type` of its config.json, checked to be one that reads pictures and text."""
+    """`model_type` of the folder's config.json.
+
+    Raises:
+        FedmllmError: The folder has no readable config.json, or its family does not read pictures and text.
+    """
     file = folder / "config.json"
     if not file.is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -132,14 +180,18 @@ def family_of(folder: Path) -> str:
     known = [*OURS, *FAMILIES]
     if family not in known:
         raise FedmllmError(
-            f"{file}: model_type {family!r} is no family that reads pictures and text"
+            f"{file}: model_type {family!r} is not a family that reads pictures and text"
             f"{nearest(str(family), known)}; such as: minicpmv, minicpmv4_6, qwen3_vl, llava, internvl, gemma3"
         )
     return str(family)
 
 
 def load_model(folder: Path, family: str, spec: FromFolder, device: torch.device) -> PreTrainedModel:
-    """The model with every weight from the folder's safetensors, or an error that names those that do not fit."""
+    """The model, with every weight from the folder's safetensors.
+
+    Raises:
+        FedmllmError: There are no safetensors, or names or shapes differ from those of config.json; it names some.
+    """
     if not list(folder.glob("*.safetensors")):
         raise FedmllmError(f"{folder}: no *.safetensors; weights in other formats are not read (they may run code)")
     nf4.check(folder, spec.precision.base)
@@ -167,12 +219,14 @@ def load_model(folder: Path, family: str, spec: FromFolder, device: torch.device
 
 
 def load_processor(folder: Path, family: str) -> Any:
-    """The family's processor on PIL alone, without its video part, so that torchvision is not needed."""
+    """The family's processor on PIL alone, without its video part, so that torchvision is not needed.
+
+    Raises:
+        FedmllmError: A file of the processor is missing or cannot be read, or there is no chat template.
+    """
     for names, what in PROCESSOR_FILES.items():
         if not any((folder / name).is_file() for name in names):
-            raise FedmllmError(
-                f"{folder}: {what} is missing; it lies beside the weights on the hub as {' or '.join(names)}"
-            )
+            raise FedmllmError(f"{folder}: {what} missing; on the hub: {' or '.join(names)}")
     try:
         if family in OURS:
             from fedmllm.backbones.minicpmv2.model import MiniCPMV2Processor
@@ -192,9 +246,14 @@ def load_processor(folder: Path, family: str) -> Any:
 def _videoless(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     kind = PROCESSOR_MAPPING[type(config)]
+    own, defaults = image_settings(folder), dict(getattr(kind, "images_kwargs", {}))
+    replaced = {key: (value, own[key]) for key, value in defaults.items() if key in own and own[key] != value}
 
     class Pictures(kind):  # type: ignore[valid-type,misc]
-        """The processor with a stand-in where its video part belongs."""
+        """The processor with a stand-in for its video part, whose class defaults give way to the folder's settings."""
+
+        images_kwargs: ClassVar[dict[str, Any]] = defaults | {key: value for key, (_, value) in replaced.items()}
+        replaced_defaults: ClassVar[dict[str, tuple[Any, Any]]] = replaced  # key -> (the class's value, the folder's)
 
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
@@ -213,8 +272,18 @@ def _videoless(folder: Path) -> Any:
     return Pictures.from_args_and_dict([parts[name]() for name in kind.get_attributes()], settings)
 
 
+def image_settings(folder: Path) -> dict[str, Any]:
+    """Settings of the image processor that the folder's files give, as transformers reads them."""
+    settings: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            table = json.loads((folder / name).read_text(encoding="utf-8"))
+            settings |= table if name == "preprocessor_config.json" else table.get("image_processor", {})
+    return settings
+
+
 class NoVideo:
-    """Stands where a processor wants its video part; holds what constructors read from it."""
+    """Stand-in for the video part of a processor, with the attributes that constructors read."""
 
     slice_mode = False
     downsample_mode = "16x"
@@ -224,11 +293,30 @@ class NoVideo:
 
 
 def digest(folder: Path) -> str:
-    """sha256 over config.json and every weight file, by name; files are read side by side, once in a process."""
+    """Identity of a base model: `DIGEST_VERSION` and the sha256 over names and contents of `READ_FILES`.
+
+    Files are read in parallel, each once in a process. Folders with equal digests read rows and compute alike; README,
+    licence, training state and video settings are not covered.
+    """
+    found = {file.relative_to(folder).as_posix(): file for pattern in READ_FILES for file in folder.glob(pattern)}
+    return DIGEST_VERSION + _digest_of({name: found[name] for name in sorted(found)})
+
+
+def is_digest_of(recorded: str, folder: Path) -> bool:
+    """True if `folder` is the base of a record with the digest `recorded`, which may be of an earlier version.
+
+    A digest without a version covers config.json and the weights alone: then the other files are not compared.
+    """
+    if recorded.startswith(DIGEST_VERSION):
+        return recorded == digest(folder)
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return recorded == _digest_of({file.name: file for file in files})
+
+
+def _digest_of(files: dict[str, Path]) -> str:
     with ThreadPoolExecutor(max_workers=8) as pool:
-        hashes = list(pool.map(lambda f: _file_digest(f, f.stat().st_size, f.stat().st_mtime_ns), files))
-    lines = [f"{file.name} {hash_}" for file, hash_ in zip(files, hashes, strict=True)]
+        hashes = list(pool.map(lambda f: _file_digest(f, f.stat().st_size, f.stat().st_mtime_ns), files.values()))
+    lines = [f"{name} {hash_}" for name, hash_ in zip(files, hashes, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -1,7 +1,8 @@
-"""What a model needs, counted on torch's meta device: from its config.json alone, without weights and without memory.
+"""Memory of a model, from its config.json alone.
 
-Activations are not a formula: the language model runs forward on meta tensors, and what autograd would keep is summed. So
-the figure holds for every family, with its norms, gates and LoRA casts. Shapes: B = 1 row, L tokens, C channels.
+The model is built on torch's meta device, without weights. Activations are not a formula: the language model runs forward
+on meta tensors, and the tensors that autograd would save are summed. So the figure holds for every family, with its norms,
+gates and LoRA casts. Shapes: B = 1 row, L tokens, C channels.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fedmllm.backbones import nf4
 from fedmllm.backbones.base import BackboneSpec
 from fedmllm.backbones.dropout import Seeds
-from fedmllm.backbones.folder import DTYPES, LOADING_ERRORS, OURS, family_of, quiet
+from fedmllm.backbones.folder import DTYPES, LOADING_ERRORS, OURS, device_of, family_of, quiet
 from fedmllm.backbones.lora import add_lora, decoder_name, parameters_by_saved_name
 from fedmllm.core.errors import FedmllmError
 
@@ -48,7 +49,7 @@ class Footprint:
     num_vocabulary: int
     trained: dict[str, int]  # weights that are trained and sent, by group: "LoRA", and each whole module
     targets: tuple[str, ...]  # adapted modules
-    activation_bytes: float  # a token, kept from forward to backward
+    activation_bytes: float  # a token, saved from forward to backward
     checkpointed_bytes: float  # the same with gradient checkpointing, without the one layer that is computed again
     layer_bytes: float  # a token, of one layer: the largest that is computed again
 
@@ -71,13 +72,20 @@ class Footprint:
 
 
 def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
-    """Counted from `folder`/config.json. Raises FedmllmError where it is not an image-text-to-text model's."""
+    """Sizes of the model of `folder`/config.json.
+
+    Args:
+        folder: A model folder; its weights are not needed.
+        spec: How the model is held and adapted.
+
+    Raises:
+        ConfigError: LoRA's settings do not fit the model.
+        FedmllmError: config.json is not that of an image-text-to-text model.
+    """
     family = family_of(folder)
     model = _empty(folder, family)
     parts = _parts(model, family, spec)
-    dtype = (
-        nf4.compute_dtype(torch.device(spec.device)) if spec.precision.base == "nf4" else DTYPES[spec.precision.base]
-    )
+    dtype = nf4.compute_dtype(device_of(spec.device)) if spec.precision.base == "nf4" else DTYPES[spec.precision.base]
     name = decoder_name(model)
     config = model.config.get_text_config()
     peft, seeds = add_lora(model.to(dtype), spec.lora, 0, "")
@@ -85,7 +93,7 @@ def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
     trained = {"LoRA": sum(p.numel() for n, p in live.items() if ".lora_" in n)}
     for extra in spec.lora.train_extra:
         trained[extra] = sum(p.numel() for n, p in live.items() if f".{extra}." in n and ".lora_" not in n)
-    kept = _kept_bytes(model.get_submodule(name), config.hidden_size, dtype, seeds) / PROBE_TOKENS
+    saved = _saved_bytes(model.get_submodule(name), config.hidden_size, dtype, seeds) / PROBE_TOKENS
     return Footprint(
         family=family,
         parts=parts,
@@ -93,9 +101,9 @@ def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
         num_vocabulary=int(config.vocab_size),
         trained=trained,
         targets=tuple(sorted({n.removeprefix("base_model.model.").rsplit(".", 2)[0] for n in live if ".lora_" in n})),
-        activation_bytes=kept,
+        activation_bytes=saved,
         checkpointed_bytes=float(config.num_hidden_layers * config.hidden_size * dtype.itemsize),
-        layer_bytes=kept / config.num_hidden_layers,
+        layer_bytes=saved / config.num_hidden_layers,
     )
 
 
@@ -109,10 +117,10 @@ def _empty(folder: Path, family: str) -> PreTrainedModel:
                 ours = MiniCPMV2Config.from_pretrained(str(folder), local_files_only=True)
                 return MiniCPMV2ForConditionalGeneration(ours)
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-            config.quantization_config = None  # of a folder in four bits: counted here, not made
+            config.quantization_config = None  # four-bit weights are counted here, not made
             return cast("PreTrainedModel", AutoModelForImageTextToText.from_config(config))
     except LOADING_ERRORS as error:
-        raise FedmllmError(f"{folder / 'config.json'}: no model ({family}) can be made of it: {error}") from error
+        raise FedmllmError(f"{folder / 'config.json'}: a model ({family}) cannot be built from it: {error}") from error
 
 
 def _parts(model: PreTrainedModel, family: str, spec: BackboneSpec) -> tuple[Part, ...]:
@@ -139,12 +147,12 @@ def _parts(model: PreTrainedModel, family: str, spec: BackboneSpec) -> tuple[Par
 
 def _plain_bytes(spec: BackboneSpec) -> int:
     if spec.precision.base == "nf4":
-        return nf4.compute_dtype(torch.device(spec.device)).itemsize
+        return nf4.compute_dtype(device_of(spec.device)).itemsize
     return DTYPES[spec.precision.base].itemsize
 
 
 def _quantised(model: PreTrainedModel, family: str, spec: BackboneSpec) -> Iterator[Tensor]:
-    """Weights that go into four bits: those of linear layers but the head and what the family leaves alone."""
+    """Weights that are held in four bits: those of linear layers except the head and those that the family leaves alone."""
     if spec.precision.base != "nf4":
         return
     skipped = {*nf4.SKIPPED.get(family, ["lm_head"]), *spec.lora.train_extra}
@@ -156,8 +164,8 @@ def _quantised(model: PreTrainedModel, family: str, spec: BackboneSpec) -> Itera
 # --- activations
 
 
-class _Kept(torch.autograd.Function):
-    """Fused attention as autograd sees it: queries, keys, values and the result are kept, no L x L matrix is."""
+class _FusedAttention(torch.autograd.Function):
+    """Fused attention for autograd: queries, keys, values and the result are saved, an L x L matrix is not."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -169,24 +177,24 @@ class _Kept(torch.autograd.Function):
 def _attention(
     _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
-    kept = _Kept.apply(query, key, value)  # type: ignore[no-untyped-call]
-    return kept.transpose(1, 2).contiguous(), None
+    output = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return output.transpose(1, 2).contiguous(), None
 
 
 @contextmanager
 def _fused_attention(config: Any) -> Iterator[None]:
-    ALL_ATTENTION_FUNCTIONS.register("fedmllm_kept", _attention)
-    before, config._attn_implementation = config._attn_implementation, "fedmllm_kept"
+    ALL_ATTENTION_FUNCTIONS.register("fedmllm_fused", _attention)
+    before, config._attn_implementation = config._attn_implementation, "fedmllm_fused"
     try:
         yield
     finally:
         config._attn_implementation = before
 
 
-def _kept_bytes(decoder: nn.Module, width: int, dtype: torch.dtype, seeds: Seeds) -> int:
-    """What autograd keeps of one forward pass over `PROBE_TOKENS`: each storage once, weights and buffers not."""
+def _saved_bytes(decoder: nn.Module, width: int, dtype: torch.dtype, seeds: Seeds) -> int:
+    """Bytes that autograd saves in one forward pass over `PROBE_TOKENS`: each storage once, without weights and buffers."""
     own = {t.untyped_storage()._cdata for t in [*decoder.parameters(), *decoder.buffers()]}
-    found: dict[int, tuple[int, Any]] = {}  # the storage is held, so that no other can take its place
+    found: dict[int, tuple[int, Any]] = {}  # a reference to the storage, so that its address is not used again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -205,7 +213,7 @@ def _kept_bytes(decoder: nn.Module, width: int, dtype: torch.dtype, seeds: Seeds
 
 
 def _mask(config: Any, dtype: torch.dtype) -> Any:
-    """A mask that is made already: making one asks for values, which meta tensors have not."""
+    """A ready mask: making one reads values, and meta tensors have none."""
     if "linear_attention" in (getattr(config, "layer_types", None) or []):
         return dict.fromkeys(("full_attention", "linear_attention", "sliding_attention"))
     return torch.empty(1, 1, PROBE_TOKENS, PROBE_TOKENS, dtype=dtype, device="meta")

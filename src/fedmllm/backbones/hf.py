@@ -1,4 +1,4 @@
-"""Any image-text-to-text model of transformers with a chat template, by one code path.
+"""Backbone of any image-text-to-text model of transformers.
 
 Shapes: B rows, L tokens, N label tokens of all rows, V vocabulary.
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedmllm.backbones.base import Backbone, BackboneSpec, Batch, FromFolder, Row
@@ -24,14 +23,16 @@ from fedmllm.backbones.checkpointing import Checkpointing
 from fedmllm.backbones.decode import Decoder, at_least_float32
 from fedmllm.backbones.dropout import seed_tensor
 from fedmllm.backbones.encode import IGNORED, Encoder
+from fedmllm.backbones.hub_kernels import without_hub_kernels
 from fedmllm.backbones.lora import adapter_config, add_lora, copy_of, decoder_name, load_into, parameters_by_saved_name
+from fedmllm.core.storage import write_tensors
 from fedmllm.core.types import Conversation, Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Families whose tokens never look to the right of themselves, padding included: right padding then needs no attention
-# mask, which keeps the fast causal path. Each is tested (tests/backbones); any other family gets a mask.
+# Families whose tokens never attend to the right, padding included: right padding then needs no attention mask, which keeps
+# the fast causal path. Each is tested (tests/backbones); any other family gets a mask.
 CAUSAL = frozenset(
     "minicpmv minicpmv4_6 minicpmv4_7 qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 smolvlm llava internvl gemma3".split()  # noqa: SIM905
 )
@@ -43,10 +44,14 @@ class TransformersBackbone(Backbone):
     Args:
         model: The base, on its device; it is frozen and adapted in place.
         processor: Its processor, with a tokenizer and a chat template.
-        spec: LoRA, limits, what is kept.
-        seed: Owner of LoRA's first numbers.
-        base: What a saved adapter says it belongs to: the folder or hub id as the user wrote it.
-        digest: sha256 of the base, computed when first asked for.
+        spec: LoRA, limits, caches.
+        seed: Source of LoRA's initial values.
+        base: `base_model_name_or_path` of a saved adapter: the folder or hub id as the user wrote it.
+        digest: Computes the digest of the base; called when it is first needed.
+
+    Raises:
+        ConfigError: LoRA's targets, `train_extra` or gradient checkpointing do not fit the model.
+        FedmllmError: The model's forward pass takes no precomputed image features.
     """
 
     def __init__(
@@ -64,8 +69,9 @@ class TransformersBackbone(Backbone):
         self.device = model.device
         self.decoder = decoder_name(model)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
-        feature_argument(model)  # raises where a family cannot be used at all
-        self.model, self._seeds = add_lora(model, spec.lora, seed, base)
+        feature_argument(model)  # raises if the family cannot be used at all
+        with without_hub_kernels():
+            self.model, self._seeds = add_lora(model, spec.lora, seed, base)
         self.model.eval()  # dropout of the base stays off, as in the reference; LoRA's follows its row seeds
         self._live = parameters_by_saved_name(self.model)
         frozen = all(name.startswith(f"base_model.model.{self.decoder}.") for name in self._live)
@@ -87,6 +93,11 @@ class TransformersBackbone(Backbone):
     def digest(self) -> str:  # type: ignore[override]
         return self._digest_of()
 
+    @property
+    def replaced_defaults(self) -> dict[str, tuple[Any, Any]]:
+        """Image settings of the folder that replaced the family's defaults: key -> (default, the folder's)."""
+        return dict(getattr(self.processor, "replaced_defaults", {}))
+
     # --- rows and batches
 
     def encode(self, prompt: Conversation, answer: str) -> Row:
@@ -96,7 +107,7 @@ class TransformersBackbone(Backbone):
         return not self.features.has(row)
 
     def collate(self, rows: Sequence[Row], left: bool = False) -> Batch:
-        """Tokens padded on the right (on the left where `left`), on the model's device; pictures stay with their rows."""
+        """Tokens padded on the right, or on the left if `left`, on the model's device; pictures stay with their rows."""
         length = max(row.num_tokens for row in rows)
 
         def stack(tensors: Sequence[Tensor], value: int, dim: int = 0) -> Tensor:
@@ -123,7 +134,7 @@ class TransformersBackbone(Backbone):
 
     @cached_property
     def ends(self) -> list[int]:
-        """The tokens that end an answer: the template's end of a turn, the tokenizer's EOS, the model's own."""
+        """Tokens that end an answer: the template's end of a turn, the tokenizer's EOS, the model's own."""
         own = self.base.generation_config.eos_token_id
         ids = {
             self.encoder.end_of_turn,
@@ -140,8 +151,17 @@ class TransformersBackbone(Backbone):
     # --- the model
 
     def logits(self, batch: Batch, index_N: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
-        """([N, V], the whole output): only these of the B x L positions go through the head."""
-        with _head_sees(self.base.get_output_embeddings(), index_N):
+        """Logits at some positions.
+
+        Args:
+            batch: B rows of L tokens, by `collate`.
+            index_N: Positions among the B x L; only these go through the language-model head.
+            arguments: Further arguments of the forward pass.
+
+        Returns:
+            [N, V], and the whole output of the forward pass.
+        """
+        with without_hub_kernels(), _head_limited_to(self.base.get_output_embeddings(), index_N):
             output = self.base(
                 input_ids=batch["input_ids"],
                 attention_mask=batch.get("attention_mask"),
@@ -183,14 +203,14 @@ class TransformersBackbone(Backbone):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.lora(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / "adapter_model.safetensors", self.lora())
         config = adapter_config(self.model)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Where a right-padded batch predicts which tokens. Found on the CPU, so that the device is never waited for."""
+    """Positions and tokens that a right-padded batch predicts, found on the CPU without a wait for the device."""
 
     index_N: Tensor  # positions among the B x L, each before its token
     token_N: Tensor
@@ -208,10 +228,10 @@ class Targets:
 
 
 @contextmanager
-def _head_sees(head: nn.Module, index_N: Tensor) -> Iterator[None]:
-    """While open, the language-model head gets these positions [1, N, D] instead of all [B, L, D].
+def _head_limited_to(head: nn.Module, index_N: Tensor) -> Iterator[None]:
+    """The language-model head gets these positions [1, N, D] instead of all [B, L, D] in this block.
 
-    So each family's own forward pass runs to its end, whatever it does to its logits behind the head.
+    So each family's own forward pass runs to its end, including its own processing of logits behind the head.
     """
     hook = head.register_forward_pre_hook(
         lambda _module, inputs: (inputs[0].flatten(0, 1).index_select(0, index_N)[None], *inputs[1:])
@@ -223,7 +243,16 @@ def _head_sees(head: nn.Module, index_N: Tensor) -> Iterator[None]:
 
 
 def load_folder(spec: FromFolder, seed: int) -> TransformersBackbone:
-    """The model in `spec.path` with fresh LoRA. Raises FedmllmError where the folder is not such a model."""
+    """The model of the folder `spec.path` with a new adapter.
+
+    Args:
+        spec: The folder and how it is held and adapted.
+        seed: Source of LoRA's initial values.
+
+    Raises:
+        ConfigError: A setting does not fit the model or this machine.
+        FedmllmError: The folder is not a complete image-text-to-text model.
+    """
     from fedmllm.backbones.folder import load_base
 
     model, processor, digest = load_base(spec)

@@ -1,4 +1,4 @@
-"""LoRA as PEFT builds and names it, with an initialisation and a dropout that depend on nothing but their seeds."""
+"""LoRA as PEFT builds and names it, with seeded initialisation and dropout."""
 
 from __future__ import annotations
 
@@ -40,12 +40,16 @@ LINEAR_ATTENTION = r"linear_attn\.(?:in_proj_qkv|out_proj)"
 
 
 def decoder_name(model: PreTrainedModel) -> str:
-    """The name of the language model inside an image-text-to-text model: "model.language_model", "llm.model"."""
+    """Name of the language model inside an image-text-to-text model: "model.language_model", "llm.model".
+
+    Raises:
+        FedmllmError: The model does not separate it from its vision tower.
+    """
     decoder = model.llm.model if hasattr(model, "llm") else model.get_decoder()
     for name, module in model.named_modules():
         if module is decoder and name:
             return str(name)
-    raise FedmllmError(f"{type(model).__name__}: cannot tell its language model from its vision tower")
+    raise FedmllmError(f"{type(model).__name__}: its language model is not separate from its vision tower")
 
 
 def default_targets(model: PreTrainedModel) -> str:
@@ -54,10 +58,18 @@ def default_targets(model: PreTrainedModel) -> str:
 
 
 def target_names(model: PreTrainedModel, targets: str) -> list[str]:
-    """The modules that `targets` (a regex that must match whole names, as in PEFT) adapts.
+    """Modules that `targets` adapts.
+
+    Args:
+        model: The base.
+        targets: Regex that must match whole names, as in PEFT.
+
+    Returns:
+        Their full names, sorted.
 
     Raises:
-        ConfigError: it is no regex, matches nothing, something outside the language model, or no linear layer.
+        ConfigError: It is not a regex, or it matches nothing, a module outside the language model, or one that is not a
+            linear layer.
     """
     try:
         pattern = re.compile(targets)
@@ -96,11 +108,17 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, base: str) -> tuple[
     Args:
         model: Any image-text-to-text model.
         lora: Ranks, targets, dropout.
-        seed: Owner of A's numbers; the global random state is neither read nor moved.
-        base: What a saved adapter says it belongs to: the folder or hub id as the user wrote it.
+        seed: Source of A's values; the global random state is neither read nor changed.
+        base: `base_model_name_or_path` of a saved adapter: the folder or hub id as the user wrote it.
+
+    Returns:
+        The PEFT model, and the seeds of its dropout.
+
+    Raises:
+        ConfigError: `lora.targets` or `lora.train_extra` do not fit the model.
     """
     targets = lora.targets or default_targets(model)
-    target_names(model, targets)  # raises where they fit nothing, or too much
+    target_names(model, targets)  # raises if they match nothing, or too much
     config = LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
@@ -114,7 +132,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, base: str) -> tuple[
     )
     model.requires_grad_(False)
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # names that transformers will drop; `base` not being this machine's path
+        warnings.simplefilter("ignore")  # deprecated names in transformers; `base` is not a path on this machine
         peft = get_peft_model(model, config)
     peft.peft_config["default"].base_model_name_or_path = base
     widen(peft, model.dtype)
@@ -158,9 +176,9 @@ def parameters_by_saved_name(peft: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def adapter_config(peft: PeftModel) -> dict[str, Any]:
-    """What goes into adapter_config.json: PEFT's own, with the adapted modules by full name.
+    """Content of adapter_config.json: PEFT's own, with the adapted modules by full name.
 
-    A regex would do for PEFT; vLLM reads the last part of each name in a list, and only a simple kind of regex.
+    PEFT would accept a regex; vLLM reads the last part of each name in a list, and simple regexes only.
     """
     configs: Any = peft.peft_config
     config = {key: sorted(v) if isinstance(v, set) else v for key, v in configs["default"].to_dict().items()}
@@ -169,7 +187,7 @@ def adapter_config(peft: PeftModel) -> dict[str, Any]:
 
 
 def copy_of(live: dict[str, nn.Parameter]) -> Params:
-    """Copies on the CPU: float32, or float64 where the model is."""
+    """Copies on the CPU: float64 of a float64 model, otherwise float32."""
     return {
         n: p.detach().to("cpu", torch.float64 if p.dtype == torch.float64 else torch.float32, copy=True)
         for n, p in live.items()
@@ -177,7 +195,11 @@ def copy_of(live: dict[str, nn.Parameter]) -> Params:
 
 
 def load_into(live: dict[str, nn.Parameter], params: Params) -> None:
-    """Overwrite the live parameters. Raises FedmllmError unless names and shapes are the same."""
+    """Overwrite the live parameters.
+
+    Raises:
+        FedmllmError: Names or shapes differ.
+    """
     same_names(dict[str, Tensor](live), params)
     with torch.no_grad():
         for name, parameter in live.items():

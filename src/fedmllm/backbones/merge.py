@@ -1,4 +1,7 @@
-"""An adapter folded into its base: W + scaling * B A, summed in float32, rounded once to the base's own type."""
+"""Merging of an adapter into its base.
+
+W + scaling * B A is summed in float32 and rounded once to the base's own type.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ from torch import nn
 from fedmllm.backbones import nf4
 from fedmllm.backbones.base import FromFolder, Precision
 from fedmllm.backbones.folder import family_of, load_model, quiet
+from fedmllm.backbones.hub_kernels import without_hub_kernels
 from fedmllm.core.errors import FedmllmError
+from fedmllm.core.storage import apply_umask
 
 WEIGHTS = (
     "*.safetensors",
@@ -36,6 +41,11 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
 
     Everything but the weights is copied as it is. `out` appears when it is complete.
 
+    Args:
+        base: A model folder.
+        adapter: A PEFT folder for it.
+        out: A folder that does not exist yet.
+
     Raises:
         FedmllmError: `out` exists, the base is held in four bits, or the adapter does not fit it.
     """
@@ -44,12 +54,12 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     family = family_of(base)
     if nf4.is_quantised(base):
         raise FedmllmError(
-            f"{base} holds 4-bit weights; merge into the full checkpoint that they were made of (--base)"
+            f"{base} holds 4-bit weights; merge into the full checkpoint that they were made from (--base)"
         )
     own = _own_type(base)
     held = "bfloat16" if own == torch.bfloat16 else "float64" if own == torch.float64 else "float32"
     spec = FromFolder(path=str(base), precision=Precision.model_validate({"base": held}))
-    with quiet(), torch.random.fork_rng(), warnings.catch_warnings(), torch.no_grad():
+    with quiet(), without_hub_kernels(), torch.random.fork_rng(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model = load_model(base, family, spec, torch.device("cpu"))
         merged: Any = _merged(model, adapter).to(own)
@@ -58,11 +68,12 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
             folder = Path(temporary) / "model"
             merged.save_pretrained(folder)
             _copy_others(base, folder)
+            apply_umask(folder)
             folder.rename(out)
 
 
 def _own_type(base: Path) -> torch.dtype:
-    """Of the first matrix of fractions in the checkpoint."""
+    """Type of the first floating-point matrix in the checkpoint."""
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
@@ -90,7 +101,7 @@ def _merged(model: nn.Module, adapter: Path) -> nn.Module:
 
 
 def _copy_others(base: Path, folder: Path) -> None:
-    """Configuration, tokenizer, processor: whatever lies beside the weights, as it is."""
+    """Copy the configuration, the tokenizer, the processor and all other files next to the weights."""
     weights = {file.name for pattern in WEIGHTS for file in base.glob(pattern)}
     for file in base.iterdir():
         if file.is_file() and file.name not in weights:

@@ -1,4 +1,4 @@
-"""Does a loaded model keep this package's promises? A few rows, each alone and in batches: what a stranger's model needs."""
+"""Sanity checks for an untested model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = ("image", "text", "mixed", "scores", "greedy", "gradient", "dropout", "a
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, and what was seen."""
+    """One property and the observation."""
 
     name: str
     good: bool
@@ -34,7 +34,14 @@ class Check:
 
 
 def checkup(backbone: TransformersBackbone) -> list[Check]:
-    """All checks, in the order of `NAMES`; the adapter is as before when they are done."""
+    """Run all checks; the adapter is as before afterwards.
+
+    Args:
+        backbone: Any loaded model.
+
+    Returns:
+        One check a property, in the order of `NAMES`.
+    """
     before = backbone.lora()
     with TemporaryDirectory() as folder:
         prompts = _prompts(Path(folder))
@@ -86,7 +93,7 @@ def _tolerance(backbone: TransformersBackbone) -> float:
 
 
 def _worst(together: Sequence[float], alone: Sequence[float]) -> float:
-    """The largest difference, relative to the value where that is over 1."""
+    """The largest difference, relative to the value if that is over 1."""
     return max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(together, alone, strict=True))
 
 

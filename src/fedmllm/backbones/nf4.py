@@ -1,4 +1,7 @@
-"""Four-bit weights (NF4, arXiv:2305.14314) by bitsandbytes, from a full checkpoint or from a folder quantised before."""
+"""Four-bit weights (NF4, arXiv:2305.14314) by bitsandbytes.
+
+They come from a full checkpoint, or from a folder that is quantised already.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,16 @@ from torch import nn
 
 from fedmllm.core.errors import ConfigError
 
-# What the hub's own openbmb/MiniCPM-V-2_6-int4 leaves alone; elsewhere transformers finds the head itself.
+# Left alone by the hub's own openbmb/MiniCPM-V-2_6-int4; for other families transformers finds the head itself.
 SKIPPED = {"minicpmv": ["out_proj", "kv_proj", "lm_head"]}
 
 
 def is_quantised(folder: Path) -> bool:
-    """Whether the folder's weights are in bitsandbytes' four bits already."""
+    """True if the folder's weights are in bitsandbytes' four bits already.
+
+    Raises:
+        ConfigError: They are quantised in another way.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if not config:
         return False
@@ -30,7 +37,11 @@ def is_quantised(folder: Path) -> bool:
 
 
 def check(folder: Path, base: str) -> None:
-    """Raise ConfigError where `precision.base` and the folder or this machine do not fit."""
+    """Check that `precision.base` fits the folder and this machine.
+
+    Raises:
+        ConfigError: It does not.
+    """
     quantised = is_quantised(folder)
     if quantised and base != "nf4":
         raise ConfigError(f"precision.base: got {base!r}, but {folder} holds 4-bit weights; set 'nf4'")
@@ -39,12 +50,12 @@ def check(folder: Path, base: str) -> None:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What the four bits are widened to, and what the other weights are held in: bfloat16 is slow on most CPUs."""
+    """Type of the arithmetic and of the other weights: bfloat16 on CUDA, float32 on CPUs, most of which are slow in it."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def options(folder: Path, family: str, device: torch.device, whole: tuple[str, ...]) -> dict[str, Any]:
-    """Arguments of `from_pretrained` besides dtype. Modules that are trained whole stay as they are."""
+    """Arguments of `from_pretrained` in addition to dtype. Modules that are trained whole stay as they are."""
     placed: dict[str, Any] = {"device_map": {"": str(device)}}
     if is_quantised(folder):
         return placed
@@ -62,10 +73,10 @@ def options(folder: Path, family: str, device: torch.device, whole: tuple[str, .
 
 
 def keep_trainable(model: nn.Module, dtype: torch.dtype) -> None:
-    """Undo what would stop training, silently.
+    """Switch off two features that would stop training silently.
 
-    On CPUs with AVX512-BF16 one evaluation forward repacks the weights for good, and training after it gets no gradient.
-    A folder that was quantised elsewhere names a compute type of its own.
+    On CPUs with AVX512-BF16 one evaluation pass repacks the weights for good, and training after it gets no gradient. A
+    folder that was quantised on another machine has a compute type of its own.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -1,4 +1,4 @@
-"""Where the base model of a specification lies."""
+"""Folder of a backbone's base model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from fedmllm.core.errors import ConfigError
 
 
 def base_folder(spec: BackboneSpec, config_only: bool = False) -> Path:
-    """The folder of the base model; of a hub id it is fetched, where `config_only` config.json alone."""
+    """The folder of the base model; one of the hub is fetched.
+
+    Args:
+        spec: Settings of the backbone.
+        config_only: Fetch config.json alone.
+
+    Raises:
+        ConfigError: The backbone is not one with a folder.
+        FedmllmError: There is no such folder.
+    """
     if isinstance(spec, Tiny):
         return CHECKPOINT
     if not isinstance(spec, FromFolder):
-        raise ConfigError(f"backbone.name: got {spec.name!r}; this verb knows 'hf' and 'tiny'")
+        raise ConfigError(f"backbone.name: got {spec.name!r}; this command needs 'hf' or 'tiny'")
     return find(spec.path, config_only)

@@ -51,6 +51,39 @@ def write_atomically(path: Path, text: str) -> None:
         raise FedmllmError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of the user's umask.
+
+    safetensors' own `save_file` gives 0600 since 0.8, so that a service under another account cannot read a model.
+
+    Args:
+        path: The file; its folder exists.
+        tensors: Contiguous tensors that share no memory.
+        metadata: Texts in the header; {"format": "pt"} by default.
+
+    Raises:
+        FedmllmError: The file cannot be written.
+    """
+    from safetensors.torch import save
+
+    content = save(dict(tensors), dict(metadata or {"format": "pt"}))
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise FedmllmError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def apply_umask(folder: Path) -> None:
+    """Give the files of `folder` the permissions that a new file there gets."""
+    probe = folder / f".umask-{os.getpid()}"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(mode)
+
+
 DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 
 

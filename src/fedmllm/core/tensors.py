@@ -1,4 +1,7 @@
-"""Arithmetic over all LoRA tensors at once. A loop over keys is where one key gets a different sum."""
+"""Arithmetic over all LoRA tensors at once.
+
+Use these functions instead of hand-written loops over parameter names.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def same_names(*trees: Params) -> None:
-    """Raise if the trees do not hold the same tensors in the same shapes, naming the first that differ."""
+    """Check that all trees have the same names and shapes.
+
+    Raises:
+        FedmllmError: They do not; it names the first that differ.
+    """
     shapes = [{name: tuple(t.shape) for name, t in tree.items()} for tree in trees]
     for other in shapes[1:]:
         odd = sorted(shapes[0].items() ^ other.items())
@@ -24,7 +31,11 @@ def same_names(*trees: Params) -> None:
 
 
 def tree_map(f: Callable[..., Tensor], *trees: Params) -> Params:
-    """`f` applied name by name. Raises FedmllmError where names or shapes differ."""
+    """`f` applied name by name.
+
+    Raises:
+        FedmllmError: Names or shapes differ.
+    """
     same_names(*trees)
     return {name: f(*(tree[name] for tree in trees)) for name in trees[0]}
 
@@ -79,12 +90,15 @@ def subtract(a: Params, b: Params) -> Params:
 
 
 def mean_delta(updates: Iterable[ClientUpdate]) -> Params:
-    """(sum_k n_k delta_k) / (sum_k n_k): read once, so that memory does not grow with the cohort.
+    """FedAvg's mean (arXiv:1602.05629): (sum_k n_k delta_k) / (sum_k n_k).
+
+    Args:
+        updates: In ascending order of clients; read once, so that memory does not grow with the cohort.
 
     Raises:
-        NothingToAverage: no update has a row.
-        FedmllmError: the clients do not come in ascending order (a float sum depends on its order, and the bytes must
-            not depend on who answered first).
+        NothingToAverage: No update has a row.
+        FedmllmError: The order is another one: a float sum depends on it, and the bytes must not depend on the order of
+            arrival.
     """
     return _mean((u.client, float(u.num_examples), u.delta) for u in updates)
 
@@ -116,17 +130,17 @@ def norm(params: Params) -> float:
 
 
 def num_bytes(params: Params) -> int:
-    """Bytes of all tensors as they are held."""
+    """Bytes of all tensors in their own types."""
     return sum(t.numel() * t.element_size() for t in params.values())
 
 
 def lora_bytes(params: Params) -> int:
-    """As `num_bytes`, of the LoRA tensors alone: without whole modules that are trained besides (`lora.train_extra`)."""
+    """As `num_bytes`, of the LoRA tensors alone: without the modules of `lora.train_extra`."""
     return num_bytes({name: t for name, t in params.items() if "lora_" in name})
 
 
 def is_finite(params: Params) -> bool:
-    """False where any value is NaN or infinite."""
+    """False if any value is NaN or infinite."""
     return all(bool(t.isfinite().all()) for t in params.values())
 
 
@@ -148,7 +162,11 @@ def flatten(params: Params) -> Tensor:
 
 
 def unflatten(flat: Tensor, like: Params) -> Params:
-    """Inverse of `flatten` for tensors shaped as in `like`, which also gives the order of the names."""
+    """Inverse of `flatten` for the shapes and the order of names of `like`.
+
+    Raises:
+        FedmllmError: The vector has another length.
+    """
     sizes = {name: like[name].numel() for name in sorted(like)}
     if flat.ndim != 1 or flat.numel() != sum(sizes.values()):
         raise FedmllmError(f"flat vector has shape {tuple(flat.shape)}; the manifest needs [{sum(sizes.values())}]")

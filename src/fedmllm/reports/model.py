@@ -41,6 +41,8 @@ def doctor(spec: FromFolder, console: Console | None = None) -> list[Check]:
     checks = checkup(backbone)
     console.print(f"{spec.path}: {sizes.family}, {sizes.num_weights / 1e9:.3f} B weights, {sizes.num_layers} layers")
     console.print(f"digest {backbone.digest}")
+    for key, (default, own) in backbone.replaced_defaults.items():
+        console.print(f"image setting {key} = {own!r} of the folder replaces the family's default {default!r}")
     console.print(f"LoRA on {_grouped(sizes.targets)}")
     console.print(f"trained {sizes.num_trained:,} weights; one way, one client: {_size(sizes.payload_bytes)}")
     held = sum(p.numel() * p.element_size() for p in backbone.model.parameters())

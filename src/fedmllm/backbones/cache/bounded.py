@@ -11,19 +11,30 @@ from fedmllm.backbones.base import Row
 
 
 class RowCache:
-    """Rows by key, up to a number of bytes. First pixels go that are not needed any more, then the rows used longest ago."""
+    """Rows by key, up to a number of bytes. Evictable pixels go first, then the least recently used rows.
+
+    Args:
+        limit: Bytes of all rows together; the last row stays, however large.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit, self._num_bytes = limit, 0
         self._cache: OrderedDict[Any, Row] = OrderedDict()
 
     def get(self, key: Any) -> Row | None:
+        """The row of `key`, which counts as used; None = absent."""
         if key in self._cache:
             self._cache.move_to_end(key)
         return self._cache.get(key)
 
     def put(self, key: Any, row: Row, evictable: Callable[[Any, Row], bool]) -> None:
-        """`needless(key, row)`: the pixels of that row are not needed any more."""
+        """Add a row.
+
+        Args:
+            key: Its key.
+            row: The row.
+            evictable: True if the pixels of the row with this key are not needed any more.
+        """
         self._insert(key, row)
         while self._num_bytes > self._limit and len(self._cache) > 1:
             lean = next((k for k, r in self._cache.items() if r.images and evictable(k, r)), None)
@@ -37,5 +48,6 @@ class RowCache:
         self._cache[key] = row
 
     def clear(self) -> None:
+        """Remove all rows."""
         self._cache.clear()
         self._num_bytes = 0

@@ -1,4 +1,7 @@
-"""What the frozen tower says about pictures, in a folder that processes share: found again to the bit, or not at all."""
+"""Cache of vision-tower outputs in a folder that processes share.
+
+An output is read back to the bit or not at all.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,17 @@ ABANDONED_S = 3600.0  # a file half written by a process that was killed
 
 
 class FeatureFolder:
-    """One file a row of pictures, written under another name first. What was read longest ago goes when the limit is reached.
+    """One file a row of pictures, written under another name first. At the limit the least recently used are removed.
 
-    A file that is damaged, of another form, or was removed by another process counts as not there. Where the disk is full
-    nothing more is written, and runs go on.
+    A file that is damaged, of another form, or was removed by another process counts as absent. If the disk is full,
+    nothing is written and runs continue.
 
     Args:
-        folder: Made where it is not there.
-        limit_mb: Of all files together, whoever wrote them; processes overrun it by a hundredth each.
+        folder: Made if it does not exist.
+        limit_mb: MiB of all files together, of all processes; each process overruns it by a hundredth at most.
 
-    Raises ConfigError where the folder cannot be made or written.
+    Raises:
+        ConfigError: The folder cannot be made or written.
     """
 
     def __init__(self, folder: Path, limit_mb: int) -> None:
@@ -46,7 +50,7 @@ class FeatureFolder:
             raise ConfigError(f"backbone.image_features_folder: {folder}: cannot be written")
 
     def get(self, key: str) -> Any:
-        """The output that was put under `key`, on the CPU; None = it is not there."""
+        """The output that was put under `key`, on the CPU; None = absent."""
         path = self._folder / (key + SUFFIX)
         try:
             with safe_open(path, framework="pt") as file:
@@ -59,7 +63,7 @@ class FeatureFolder:
             return None
 
     def put(self, key: str, output: Any) -> None:
-        """Keep `output`: a tensor, or lists, tuples, dicts and ModelOutputs of tensors."""
+        """Write `output`: a tensor, or lists, tuples, dicts and ModelOutputs of tensors."""
         tensors: dict[str, Tensor] = {}
         form = json.dumps(_pack(output, tensors))
         data = save(tensors, {"form": form, "digest": _digest(form, tensors)})
@@ -75,7 +79,7 @@ class FeatureFolder:
             partial.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
-        """Measure the folder; where it is over the limit, remove what was used longest ago until nine tenths are left."""
+        """Measure the folder; over the limit, remove the least recently used files until nine tenths of it are left."""
         files = sorted(self._files())
         total = sum(size for _, size, _ in files)
         least = int(0.9 * self._limit) if total > self._limit else total
@@ -118,7 +122,7 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unpack(form: Any, tensors: dict[str, Tensor]) -> Any:
-    """Raises LookupError where the form is none that `_pack` gives in this process."""
+    """Inverse of `_pack`. Raises LookupError for a form that `_pack` does not give in this process."""
     if isinstance(form, str):
         return tensors[form]
     if "items" in form:

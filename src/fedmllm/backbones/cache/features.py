@@ -1,7 +1,7 @@
-"""What the frozen vision tower says about a row's pictures, and the memory and the folder that keep it.
+"""Outputs of the frozen vision tower, cached in memory and on disk.
 
-The tower sees one row's pictures at a time, always. So a row's features do not depend on the batch to the bit, and a
-feature that was kept is the one that would be computed again.
+The tower computes one row's pictures at a time, always. So a row's features do not depend on the batch to the bit, and a
+cached feature equals one that is computed again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedmllm.backbones.base import Row
 from fedmllm.backbones.cache.feature_folder import FeatureFolder
+from fedmllm.backbones.hub_kernels import without_hub_kernels
 from fedmllm.core.errors import FedmllmError
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 def feature_argument(model: PreTrainedModel) -> str:
     """The argument of the forward pass that takes the tower's output in place of pixels.
 
-    Raises FedmllmError where the family has none: then batches of rows with several pictures could not be put together.
+    Raises:
+        FedmllmError: The family has none: then batches of rows with several pictures could not be put together.
     """
     arguments = inspect.signature(model.forward).parameters
     if hasattr(model.base_model, "get_image_features"):
@@ -41,26 +43,29 @@ def feature_argument(model: PreTrainedModel) -> str:
     )
 
 
-class Kept(dict[str, Any]):
+class FeatureCache(dict[str, Any]):
     """Digest of a row's pixels -> the tower's output, on the CPU."""
 
     num_bytes = 0
 
 
-_KEPT: dict[str, Kept] = {}  # by scope; one for the process
+_CACHES: dict[str, FeatureCache] = {}  # by scope; one for the process
 
 
 class ImageFeatures:
-    """The tower of one model, up to the vectors that stand in the text.
+    """The tower of one model, up to the vectors that take the places of image tokens.
 
     Args:
         model: Its forward pass takes features in place of pixels, as `mm_encoder_outputs` or `image_features`.
-        keep_mb: Memory for features of rows seen before; the first that fit stay, so epochs over more rows than fit
-            still find those. 0 = none are kept.
-        frozen: False where the tower, resampler or projector is trained: gradients flow and nothing is kept.
-        scope: What the features depend on besides pixels: the base's digest, how and where it is held. Backbones of one
-            scope share what is kept, so that the experiments of a suite in one process do.
-        folder: Where it is kept besides, for other processes and later runs on machines of this kind.
+        keep_mb: Memory in MiB for features of earlier rows; the first that fit stay, so epochs over more rows than fit
+            still find those. 0 = no cache.
+        frozen: False if the tower, resampler or projector is trained: gradients flow and nothing is cached.
+        scope: Everything except pixels that features depend on: the base's digest, its precision. Backbones of one scope
+            share a cache, so that the experiments of a suite in one process do.
+        folder: A cache for other processes and later runs on machines of this kind.
+
+    Raises:
+        FedmllmError: The model's forward pass takes no precomputed image features.
     """
 
     def __init__(
@@ -85,18 +90,18 @@ class ImageFeatures:
         return f"{self._scope_of()} {self._dtype} {self._device}"
 
     @cached_property
-    def _kept(self) -> Kept:
+    def _cache(self) -> FeatureCache:
         if not self._keep_bytes:
-            return Kept()  # a backbone that keeps nothing does not find what others keep
-        return _KEPT.setdefault(self._scope, Kept())
+            return FeatureCache()  # a backbone without a cache does not read that of others
+        return _CACHES.setdefault(self._scope, FeatureCache())
 
     def _key(self, row: Row) -> str:
-        """Under which the folder has the row's features: other machines, threads and versions may give other bits."""
+        """Name of the row's features in the folder: other processors, threads and versions may give other bits."""
         words = (self._scope, row.image_key, _machine(self._device), torch.__version__, transformers.__version__)
         return hashlib.sha256("\x1f".join(words).encode()).hexdigest()
 
     def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """The argument of the forward pass that stands for the pictures of all rows; {} without pictures."""
+        """The argument of the forward pass with the features of all rows; {} without pictures."""
         found = [self._features(row) for row in rows if row.image_key]
         if not found:
             return {}
@@ -104,41 +109,44 @@ class ImageFeatures:
         return {self._argument: {"image": merged} if self._argument == "mm_encoder_outputs" else merged}
 
     def has(self, row: Row) -> bool:
-        """Whether the row's pictures are not needed any more: it has none, or what the tower said is kept."""
-        return not row.image_key or row.image_key in self._kept
+        """True if the row's pixels are not needed: it has none, or its features are cached."""
+        return not row.image_key or row.image_key in self._cache
 
     def _features(self, row: Row) -> Any:
-        if row.image_key in self._kept:
-            return _map(self._kept[row.image_key], lambda t: t.to(self._device))
+        if row.image_key in self._cache:
+            return _map(self._cache[row.image_key], lambda t: t.to(self._device))
         output = self._folder.get(self._key(row)) if self._folder else None
         if output is None:
             output = self._computed(row)
             if self._folder:
                 self._folder.put(self._key(row), output)
         size = sum(t.numel() * t.element_size() for t in _tensors(output))
-        if size + self._kept.num_bytes <= self._keep_bytes:
-            self._kept.num_bytes += size
-            self._kept[row.image_key] = _map(output, lambda t: t.to("cpu", copy=True))
+        if size + self._cache.num_bytes <= self._keep_bytes:
+            self._cache.num_bytes += size
+            self._cache[row.image_key] = _map(output, lambda t: t.to("cpu", copy=True))
         return _map(output, lambda t: t.to(self._device))
 
     def _computed(self, row: Row) -> Any:
         inputs = {name: self._place(tensor) for name, tensor in row.images.items()}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
-            return _needed(self._tower(**inputs))
+        with without_hub_kernels(), torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+            return _without_hidden_states(self._tower(**inputs))
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
 
 def _machine(device: torch.device) -> str:
-    """What of a machine decides the last bits of a matrix product."""
+    """Processor and threads, on which the last bits of a matrix product depend.
+
+    Threads: the merger of Qwen's towers, 6 rows of 128 values, gives other bits with 2 threads than with 1 or 4.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
 
 
-def _needed(output: Any) -> Any:
-    """Of a tower's output, what the language model reads: not its hidden states, which are many times larger."""
+def _without_hidden_states(output: Any) -> Any:
+    """A tower's output without its hidden states, which the language model does not read and which are much larger."""
     if isinstance(output, Tensor):
         return output
     return type(output)(

@@ -1,4 +1,4 @@
-"""Prompts as tokens and pixels, kept in this process across evaluations and experiments: made once a row."""
+"""Cache of encoded prompts across the evaluations and experiments of a process."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from fedmllm.backbones.base import Row
 from fedmllm.backbones.cache.bounded import RowCache
 from fedmllm.core.types import Conversation
 
-KEPT_BYTES = 256 * 2**20  # of all models together; the least recently used go first
+CACHE_BYTES = 256 * 2**20  # of all models together; the least recently used go first
 
 
 class PromptMemory:
     """The rows of one processor. A picture that changes on disk is another picture.
 
     Args:
-        has_features: Whether a row's pixels are not needed any more by the model that asks.
-        processor: Which makes the rows, with `settings` beside its own.
+        has_features: True for a row whose pixels this model does not need any more.
+        processor: The processor that makes the rows.
+        settings: Further settings that rows depend on.
     """
 
-    _cache: ClassVar[RowCache] = RowCache(KEPT_BYTES)  # one for the process
+    _cache: ClassVar[RowCache] = RowCache(CACHE_BYTES)  # one for the process
 
     def __init__(self, has_features: Callable[[Row], bool], processor: Any, *settings: Any) -> None:
         self._scope, self._has_features = _fingerprint(processor, settings), has_features
 
     def row(self, prompt: Conversation, make: Callable[[Conversation], Row]) -> Row:
-        """The kept row of the prompt, or `make(prompt)`, which is kept; without pixels where they are not needed."""
+        """The cached row of the prompt, without pixels if they are not needed, or `make(prompt)`, which is cached."""
         try:
             stats = [picture.path.stat() for picture in prompt.pictures]
         except OSError:
-            return make(prompt)  # which says what is wrong with the picture
+            return make(prompt)  # raises the error about the picture
         key = (self._scope, prompt, *((s.st_size, s.st_mtime_ns) for s in stats))
         row = self._cache.get(key)
         if row is None or not (row.images or self._has_features(row)):  # another model did not need the pixels
@@ -44,7 +45,7 @@ class PromptMemory:
 
 
 def _fingerprint(processor: Any, settings: tuple[Any, ...]) -> str:
-    """Equal for processors that make the same rows; a tokenizer that cannot be written down is equal to itself alone."""
+    """Equal for processors that make the same rows; a tokenizer that cannot be serialized equals itself alone."""
     backend = getattr(processor.tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else f"object {id(processor.tokenizer)}"
     pictures = getattr(processor, "image_processor", None) or getattr(processor, "settings", None)

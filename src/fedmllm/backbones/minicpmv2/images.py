@@ -1,4 +1,4 @@
-"""Pictures for MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5: how one is cut into slices, scaled and laid out in patches.
+"""Slices and patches of pictures for MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5.
 
 Sources: the hub repositories' preprocessing, re-implemented from its behaviour; the adaptive slicing is that of LLaVA-UHD
 (arXiv:2403.11703). `tests/backbones/test_minicpmv2.py` holds the pixels equal to the original's.
@@ -20,7 +20,7 @@ from fedmllm.core.errors import FedmllmError
 
 
 class ImageSlices(NamedTuple):
-    """What one picture becomes: a pure function of its pixels and the settings, so it may be kept and used again."""
+    """Slices of one picture: a pure function of its pixels and the settings, so they may be cached."""
 
     slices: list[Tensor]  # n of [C, P, N * P], float32; the thumbnail, then the grid's cells row by row
     tgt_sizes: Tensor  # [n, 2] (height, width) in patches, int32

@@ -1,8 +1,8 @@
-"""MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5 for transformers 5, loaded by name from the hub's files; no remote code.
+"""MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5 for transformers 5, without remote code.
 
 Sources: openbmb/MiniCPM-V-2_6 and openbmb/MiniCPM-Llama3-V-2_5 (arXiv:2408.01800), written from their behaviour;
-`tests/backbones/test_minicpmv2.py` compares the logits. The eye is in `minicpmv2_vision.py`, what becomes of text and
-pictures in `minicpmv2_processor.py`.
+`tests/backbones/test_minicpmv2.py` compares the logits. The vision encoder is in `vision.py`, the processor of text and
+pictures in `processor.py`.
 
 Shapes: B rows, L tokens, S slices of a batch, C = 3 channels, P patch side, X pixels (patches * P) of a slice, Q queries of
 the resampler, D width of the language model.
@@ -29,6 +29,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 
+from fedmllm.backbones.kv_cache import cache_argument
 from fedmllm.backbones.minicpmv2.images import ImageSettings, ImageSlices
 from fedmllm.backbones.minicpmv2.processor import IMAGE_MARK, MiniCPMV2Processor
 from fedmllm.backbones.minicpmv2.vision import HEAD_WIDTH, CrossAttention, Resampler, VisionTower
@@ -54,7 +55,7 @@ HUB_VISION = {  # of both models, should a config.json name no tower
 
 
 class MiniCPMV2Config(PreTrainedConfig):  # type: ignore[misc]
-    """The hub's config.json: the language model's fields lie flat beside ours; `text_config` gathers them.
+    """The hub's config.json: the language model's fields are at its top level; `text_config` gathers them.
 
     `version` 2.6 means a Qwen2 language model, 2.5 a Llama. The file written by `save_pretrained` is flat again.
     """
@@ -69,7 +70,9 @@ class MiniCPMV2Config(PreTrainedConfig):  # type: ignore[misc]
     text_config: Any = None
     vision_config: Any = None
     query_num: int = 64  # placeholders of a slice
-    slice_config: dict[str, Any] | None = None  # kept for the hub's sake: the processor reads preprocessor_config.json
+    slice_config: dict[str, Any] | None = (
+        None  # a field of the hub's file; the processor reads preprocessor_config.json
+    )
     drop_vision_last_layer: bool = False
     batch_vision_input: bool = True  # 2.5 only: whether the slices of a row share one strip of positions
     vision_batch_size: int = 16  # slices that go through the vision tower at once: memory, not results
@@ -99,7 +102,7 @@ class MiniCPMV2Config(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def on_strip(self) -> bool:
-        """Whether a slice's patches lie on one strip of positions (2.5) instead of keeping row and column (2.6)."""
+        """True if a slice's patches lie on one strip of positions (2.5), False if they have rows and columns (2.6)."""
         return str(self.version) == "2.5"
 
     @property
@@ -127,14 +130,14 @@ class MiniCPMV2ForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[Any] = ["Idefics2EncoderLayer", "Resampler"]
-    _skip_keys_device_placement: ClassVar[Any] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[Any] = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: MiniCPMV2Config) -> None:
         super().__init__(config)
-        # The tower is no PreTrainedModel of its own, so nobody else hands the choice of attention down to it.
+        # The tower is not a PreTrainedModel, so transformers does not pass the choice of attention to it.
         config.vision_config._attn_implementation = config._attn_implementation
         self.llm = (LlamaForCausalLM if config.on_strip else Qwen2ForCausalLM)(config.text_config)
         self.vpm = VisionTower(config.vision_config, config.drop_vision_last_layer)
@@ -187,15 +190,15 @@ class MiniCPMV2ForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
     ) -> Tensor:
         """Pixels [S, C, P, X] and sizes [S, 2] -> [S, Q, D], each slice as if it came alone (2.6).
 
-        2.5 was trained with an attention mask that is true everywhere: a slice sees its own padding, and its positions run
-        along a strip as long as the longest slice beside it. Which ones are beside it is `slices_per_row`: the rows' counts,
-        so that a row does not depend on its batch (the original puts one row into a batch); without it, all S slices.
+        2.5 was trained with an attention mask that is true everywhere: a slice attends to its own padding, and its positions
+        run along a strip as long as the longest slice of its row. `slices_per_row` has the rows' counts, so that a row does
+        not depend on its batch (the original puts one row into a batch); without it, all S slices count as one row.
         """
         sizes = [(int(height), int(width)) for height, width in tgt_sizes.tolist()]
         lengths = self._padded_lengths([height * width for height, width in sizes], slices_per_row)
         patch = pixel_values.shape[2]
         features: dict[int, Tensor] = {}
-        # Slices of one length go together: none is padded for its neighbours' sake, and the tower needs no mask.
+        # Slices of one length go together: none is padded to the length of another, and the tower needs no mask.
         for length in sorted(set(lengths)):
             members = [index for index, other in enumerate(lengths) if other == length]
             for start in range(0, len(members), self.config.vision_batch_size):
@@ -207,7 +210,7 @@ class MiniCPMV2ForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return torch.stack([features[index] for index in range(len(sizes))])
 
     def _padded_lengths(self, lengths: Sequence[int], slices_per_row: Sequence[int] | None) -> list[int]:
-        """How many patches long each slice is in the tower: as long as it is, or (2.5) as the longest of its row."""
+        """Length of each slice in the tower, in patches: its own, or (2.5) that of the longest slice of its row."""
         if not (self.config.on_strip and self.config.batch_vision_input):
             return list(lengths)
         counts = [len(lengths)] if slices_per_row is None else list(slices_per_row)
@@ -259,7 +262,7 @@ class MiniCPMV2ForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Any = None,  # the name of `cache` up to transformers 5.23
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -268,9 +271,10 @@ class MiniCPMV2ForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """A transformers causal forward pass; pictures as `pixel_values` and `tgt_sizes`, or as `image_features` kept."""
+        """A transformers causal forward pass; pictures as `pixel_values` and `tgt_sizes`, or as cached `image_features`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise FedmllmError("give input_ids or inputs_embeds, one of them")
         if inputs_embeds is None:
@@ -278,11 +282,11 @@ class MiniCPMV2ForConditionalGeneration(PreTrainedModel, GenerationMixin):  # ty
         return self.llm(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{cache_argument(self.llm): past_key_values if cache is None else cache},
             **kwargs,
         )
 

@@ -1,4 +1,4 @@
-"""Text and pictures for MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5: chat text, placeholders, batches of plain tensors.
+"""Processor of MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5.
 
 Sources: the processors of the hub repositories, re-implemented from their behaviour; `tests/backbones/test_minicpmv2.py`
 holds the token ids equal to the original's.
@@ -41,7 +41,11 @@ LLAMA3 = (
 
 
 def build_tokenizer(folder: Path, version: float) -> PreTrainedTokenizerFast:
-    """The tokenizer of a hub folder as a plain fast tokenizer: the hub's own class loses its merges under transformers 5."""
+    """The tokenizer of a hub folder as a plain fast tokenizer: the hub's own class loses its merges under transformers 5.
+
+    Raises:
+        FedmllmError: tokenizer.json or tokenizer_config.json is missing.
+    """
     file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
     for path in (file, config_file):
         if not path.is_file():
@@ -56,13 +60,13 @@ def build_tokenizer(folder: Path, version: float) -> PreTrainedTokenizerFast:
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     special = {name: content(config[name]) for name in names if config.get(name) is not None}
     backend = Tokenizer.from_file(str(file))
-    # The file knows more special tokens than the hub's config lists: without them <|eot_id|> would end no turn of 2.5.
+    # The file has more special tokens than the hub's config lists: without them <|eot_id|> would not end a turn of 2.5.
     more = {token.content: None for token in backend.get_added_tokens_decoder().values() if token.special}
     listed = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     more.update(dict.fromkeys(map(content, listed.values() if isinstance(listed, dict) else listed)))
     template_file = folder / "chat_template.jinja"  # where transformers 5 saves it
     template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
-    # add_bos_token and its kin stay out: given them, transformers 5 rewrites the file's post-processor.
+    # add_bos_token and the like stay out: given them, transformers 5 rewrites the file's post-processor.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         extra_special_tokens=[token for token in more if token not in special.values()],
@@ -79,15 +83,17 @@ class MiniCPMV2Processor:
 
     A batch holds `input_ids`, `attention_mask` and `mm_token_type_ids` [B, L] (1 where an image feature goes, 0 for text: pad
     it with 0) and, where the batch has a picture, `pixel_values` [S, C, P, max N * P] (zeros behind the shorter ones) and
-    `tgt_sizes` [S, 2]. Pictures are PIL images, or `ImageSlices` kept from `preprocess_image`.
+    `tgt_sizes` [S, 2]. Pictures are PIL images, or `ImageSlices` of `preprocess_image`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: ImageSettings) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
+        self.placeholders = [IMAGE_MARK]  # of `__call__`, in addition to the tokenizer's special tokens
         tokens = [settings.im_start, settings.im_end, settings.slice_start, settings.slice_end, settings.unk]
         tokens += [settings.im_id_start, settings.im_id_end] if settings.use_image_id else []
         vocabulary = tokenizer.get_vocab()
+        self.placeholders += tokens
         if absent := [token for token in tokens if token not in vocabulary]:
             raise FedmllmError(
                 f"tokenizer.json has no token {absent}; preprocessor_config.json names them for pictures"
@@ -103,7 +109,7 @@ class MiniCPMV2Processor:
         """From a folder in the hub's layout (or one that `save_pretrained` wrote)."""
         path = Path(folder) / "preprocessor_config.json"
         if not path.is_file():
-            raise FedmllmError(f"{path} is missing: it says how MiniCPM-V 2 cuts pictures; copy it from the hub folder")
+            raise FedmllmError(f"{path} is missing: it has the settings for pictures; copy it from the hub folder")
         settings = ImageSettings.from_dict(json.loads(path.read_text("utf-8")))
         return cls(build_tokenizer(Path(folder), settings.version), settings)
 
@@ -181,7 +187,7 @@ class MiniCPMV2Processor:
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
         if self.settings.version <= 2.5 and not add_generation_prompt:
-            text = text.removesuffix(LLAMA3_PROMPT)  # the hub's template of 2.5 appends it whether asked or not
+            text = text.removesuffix(LLAMA3_PROMPT)  # the hub's template of 2.5 always appends it
         return text
 
     def __call__(

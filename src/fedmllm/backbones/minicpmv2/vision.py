@@ -1,4 +1,6 @@
-"""The eye of MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5: a vision tower and a resampler, under the hub's parameter names.
+"""Vision encoder and resampler of MiniCPM-V 2.6 and MiniCPM-Llama3-V 2.5.
+
+Parameters have the hub's names.
 
 Sources: the tower is SigLIP (arXiv:2303.15343) at its pictures' own resolution, as NaViT (arXiv:2307.06304) and Idefics2
 have it; the resampler is the one of Qwen-VL (arXiv:2308.12966).
