@@ -13,6 +13,7 @@ import typer.core
 
 from fedmllm.cli import data as data_cli
 from fedmllm.cli import federation as site_cli
+from fedmllm.cli.build_vlm import build_vlm
 from fedmllm.cli.models import doctor, estimate, export
 from fedmllm.cli.options import ExperimentFile, Set, Verbs, keep_argument_help
 from fedmllm.cli.suites import compare, report, suite
@@ -87,6 +88,7 @@ app.command(short_help="Run a matrix of experiments, or go on with one.")(suite)
 app.command(short_help="Page and tables from the records of runs.")(report)
 app.command(short_help="Do two runs differ by more than noise?")(compare)
 app.command(short_help="Check a model folder.")(doctor)
+app.command(name="build-vlm", short_help="Build a small vision-language model from packages.")(build_vlm)
 app.command(short_help="Memory and traffic, from config.json alone.")(estimate)
 app.command(short_help="Merge a run's adapter into its model.")(export)
 

@@ -1,0 +1,1 @@
+"""Assembly of a small vision-language model from two published parts."""
