@@ -1,4 +1,4 @@
-"""Build of a small vision-language model: assembly, training of the projector, one model folder."""
+"""Build of a small vision-language model, from parts to a folder."""
 
 from __future__ import annotations
 

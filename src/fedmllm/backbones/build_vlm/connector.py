@@ -1,4 +1,4 @@
-"""Training of the projector between a frozen tower and a frozen language model.
+"""Training of the projector between two frozen models.
 
 The questions about one picture share its prefix: a row is the prefix, then each question with its answer, and a question
 attends to the prefix and itself alone. Shapes: B pictures, L tokens, D width, V vocabulary, N label tokens.
@@ -195,7 +195,7 @@ class Connector:
             group["lr"] = self.settings.lr * schedule(self.step, self.settings.steps)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(loss), float((logits_NV.argmax(-1) == token_N).float().mean())
+        return loss.item(), float((logits_NV.argmax(-1) == token_N).float().mean())
 
     def _logits(self, scenes: Sequence[Scene], rng: Any) -> tuple[Tensor, Tensor]:
         packed = [pack(self.processor.tokenizer, questions(scene, rng), self._num_tokens) for scene in scenes]

@@ -1,4 +1,4 @@
-"""Weights of a vision tower and a language model, from installed packages or folders."""
+"""Weights of both parts, from installed packages or folders."""
 
 from __future__ import annotations
 
