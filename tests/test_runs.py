@@ -361,3 +361,12 @@ def test_a_full_disk_loses_nothing_and_a_read_only_one_is_said(tmp_path: Path) -
     assert "cannot be written" in full
     assert rounds == "rounds [1, 2, 3, 4, 5, 6]", done.stderr
     assert "cannot be written: Read-only file system" in read_only
+
+
+def test_centralised_training_sees_as_many_rows_a_round_as_all_clients_together(tmp_path: Path) -> None:
+    """36 rows in batches of 4: three steps of each of 3 clients; `max_steps` = 1 leaves 3 of the 9 steps."""
+    for max_steps, expected in ((0, 9), (1, 3), (2, 6)):
+        table = {"train": {**TABLE["train"], "max_steps": max_steps}, "cohort_size": 3, "num_rounds": 1}
+        run(experiment(**table, method="centralised"), tmp_path / str(max_steps))
+        (event,) = events(tmp_path / str(max_steps), "round")
+        assert [c["num_steps"] for c in event["clients"]] == [expected]

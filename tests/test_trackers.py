@@ -11,7 +11,7 @@ import pytest
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
-from fedmllm.runs.events import Event
+from fedmllm.runs.events import Ended, Event, Resumed, RoundEnd, Started
 from fedmllm.runs.record import read
 from fedmllm.runs.trackers import TRACKERS, Tracker, tracker
 from support.made_up import write_run
@@ -67,6 +67,48 @@ def test_trackio_keeps_local_files(run_folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     play("trackio", run_folder)
     assert [p for p in (tmp_path / "trackio").rglob("*") if p.is_file()]
+
+
+def replay_after_round_2(name: str, folder: Path) -> None:
+    """The events of a run that is killed after round 3 and resumed from the checkpoint of round 2."""
+    first, second = tracker(name, folder), tracker(name, folder)
+    events = [Event.from_json(line) for line in read(folder / "record.jsonl")]
+    start = events[0]
+    assert isinstance(start, Started)
+    for event in events:
+        if isinstance(event, Started | RoundEnd):
+            first(event)  # then it is killed: nothing closes it
+    sent = sum(e.up_bytes + e.down_bytes for e in events if isinstance(e, RoundEnd) and e.round <= 2)
+    second(start)
+    second(Resumed(2, 2, start.versions, start.device, [], sent))
+    for event in events:
+        if (isinstance(event, RoundEnd) and event.round > 2) or isinstance(event, Ended):
+            second(event)
+
+
+def test_tensorboard_counts_on_after_a_resume(run_folder: Path):
+    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+    replay_after_round_2("tensorboard", run_folder)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run_folder / "tensorboard"))
+    board.Reload()
+    assert [s.value for s in board.Scalars("cost/sent_bytes")][-1] == 3 * 2 * 262144
+
+
+def test_mlflow_continues_the_run_that_was_killed(run_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    mlflow = pytest.importorskip("mlflow", reason="the extra 'mlflow' is not installed")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(run_folder)
+    real = mlflow.start_run
+    monkeypatch.setattr(
+        mlflow, "start_run", lambda **named: (mlflow.tracking.fluent._active_run_stack.set([]), real(**named))[1]
+    )
+    replay_after_round_2("mlflow", run_folder)
+    with sqlite3.connect(run_folder / "mlflow.db") as base:
+        assert base.execute("select status from runs").fetchall() == [("FINISHED",)]
+        sent = base.execute("select value from metrics where key = 'cost/sent_bytes' and step = 3").fetchall()
+    assert {value for (value,) in sent} == {3.0 * 2 * 262144}
 
 
 def test_an_unknown_or_missing_tracker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,7 @@ from fedmllm.backbones.base import FromFolder, Precision
 from fedmllm.backbones.folder import family_of, load_model, quiet
 from fedmllm.backbones.hub_kernels import without_hub_kernels
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.storage import apply_umask
+from fedmllm.core.storage import apply_umask, make_folder, writing
 
 WEIGHTS = (
     "*.safetensors",
@@ -49,7 +49,10 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     Raises:
         FedmllmError: `out` exists, the base is held in four bits, or the adapter does not fit it.
     """
-    if out.exists():
+    with writing(out):
+        exists = out.exists()
+        make_folder(out.parent)
+    if exists:
         raise FedmllmError(f"{out} exists; name a folder that does not")
     family = family_of(base)
     if nf4.is_quantised(base):
@@ -63,8 +66,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
         warnings.simplefilter("ignore")
         model = load_model(base, family, spec, torch.device("cpu"))
         merged: Any = _merged(model, adapter).to(own)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+        with writing(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
             folder = Path(temporary) / "model"
             merged.save_pretrained(folder)
             _copy_others(base, folder)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.storage import writing
 
 site_app = typer.Typer(
     help="Take part in a federation with the data of this machine.", no_args_is_help=True, rich_markup_mode=None
@@ -76,8 +77,9 @@ def site_new(
         check_name(name)
     except ValueError as error:
         raise ConfigError(f"--name: got {name[:100]!r}; {error}") from None
-    public = make_site_key(folder / "site.key")
-    path.write_text(EXAMPLE.format(name=json.dumps(name, ensure_ascii=False), server=server), encoding="utf-8")
+    with writing(folder):
+        public = make_site_key(folder / "site.key")
+        path.write_text(EXAMPLE.format(name=json.dumps(name, ensure_ascii=False), server=server), encoding="utf-8")
     typer.echo(f"fill in {path}; send {public} to the server operator, and get ca.crt from there")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
 
 def make_folder(folder: Path) -> None:
     """A folder whose entry, and those of the parents made for it, are on the disk: a power cut does not take it away."""
-    if not folder.exists():
+    if folder.is_dir():
+        return
+    if not folder.parent.exists():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
 
 
 def sync(path: Path) -> None:
@@ -47,7 +50,8 @@ def write_atomically(path: Path, text: str) -> None:
         partial.replace(path)
         sync(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be read-only, or no folder
+            partial.unlink(missing_ok=True)
         raise FedmllmError(f"{path}: cannot be written: {error.strerror}") from error
 
 
@@ -82,6 +86,17 @@ def apply_umask(folder: Path) -> None:
     for file in folder.iterdir():
         if file.is_file():
             file.chmod(mode)
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Raise whatever the file system refuses within the block as a FedmllmError that names `place`."""
+    try:
+        yield
+    except OSError as error:
+        raise FedmllmError(f"{place}: cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise FedmllmError(f"{place}: cannot be written: {error}") from error
 
 
 DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.storage import make_folder, writing
 from fedmllm.core.types import Content, Example, Modality, Picture, Shard, Visible, answer_label
 from fedmllm.data.base import Dataset
 from fedmllm.scenarios.assign import assign, digest
@@ -147,7 +148,8 @@ def export(federation: Federation, folder: Path) -> list[Path]:
     A row is {id, image, conversations: [{role, content}]} with "<image>" where a picture goes, as the experiment's prompt
     puts it. What is hidden is not written. Beside it stand the parts that the conversation was made of.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        make_folder(folder)
     if old := sorted(folder.glob("client_*.json")):
         raise FedmllmError(f"{old[0]} exists; choose an empty folder")
     columns, files = columns_of(federation), []

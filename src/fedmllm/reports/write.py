@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedmllm.core.storage import write_atomically
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.storage import make_folder, write_atomically, writing
 from fedmllm.reports.findings import findings
 from fedmllm.reports.page import page
 from fedmllm.reports.reading import ReportData, read_results
@@ -26,6 +27,8 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
 
     Raises FedmllmError where there is no finished run.
     """
+    if out.is_dir():
+        raise FedmllmError(f"{out}: cannot be written: it is a folder; name a file")
     report = read_results(folders)
     stem = out.name.removesuffix(".html")  # "tiny-0.5" is a name, not a name and an ending
     texts = {
@@ -34,7 +37,8 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
         out.with_name(f"{stem}-results.csv"): results_csv(report.datasets),
         out.with_name(f"{stem}-costs.csv"): costs_csv(report.datasets, [costs(c) for c in report.datasets]),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        make_folder(out.parent)
     for path, text in texts.items():
         write_atomically(path, text)
     return list(texts)

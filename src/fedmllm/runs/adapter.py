@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from fedmllm.backbones.base import Backbone
 from fedmllm.backbones.frozen import installed, save_as
-from fedmllm.core.errors import FedmllmError
-from fedmllm.core.storage import sync
+from fedmllm.core.storage import make_folder, sync, writing
 from fedmllm.core.types import Params
 from fedmllm.runs.checkpoint import CONFIG
 
@@ -38,19 +33,19 @@ def save_adapter(backbone: Backbone, params: Params, final: Path) -> None:
         sync(final.parent)
 
 
-def adapter_config(backbone: Backbone) -> bytes:
-    """Return `adapter_config.json` as the backbone writes it beside its adapter."""
-    with tempfile.TemporaryDirectory() as folder:
-        backbone.save(Path(folder))
-        return (Path(folder) / CONFIG).read_bytes()
+def adapter_config(backbone: Backbone, folder: Path) -> bytes:
+    """Return `adapter_config.json` as the backbone writes it beside its adapter.
 
+    Args:
+        backbone: With an adapter.
+        folder: For temporary files, which are as large as the adapter: the folder of the checkpoints, since the system's
+            temporary folder may be small.
 
-@contextlib.contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Raise what the disk refuses as an error that names the place."""
-    try:
-        yield
-    except OSError as error:
-        raise FedmllmError(f"{place}: cannot be written: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise FedmllmError(f"{place}: cannot be written: {error}") from error
+    Raises:
+        FedmllmError: There is no room.
+    """
+    with writing(folder):
+        make_folder(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".round-config-") as temporary:
+            backbone.save(Path(temporary))
+            return (Path(temporary) / CONFIG).read_bytes()

@@ -47,7 +47,7 @@ class Checkpointer:
             FedmllmError: The checkpoint before could not be written.
         """
         if not self._checkpoints:
-            config = adapter_config(self._inputs.backbone)
+            config = adapter_config(self._inputs.backbone, self._folder.checkpoints)
             keep = self._inputs.experiment.checkpoint.keep
             self._checkpoints = Checkpoints(self._folder.checkpoints, keep, config, self._sync)
         run_state = RunState(

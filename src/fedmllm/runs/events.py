@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Self, TypeAlias
 
 from fedmllm.core.errors import FedmllmError
@@ -40,7 +40,9 @@ class Event:
         if kind is None:
             raise FedmllmError(f"event: got {line.get('event')!r}; allowed: {', '.join(cls.kinds)}")
         table = renamed(line)
-        if missing := [f.name for f in fields(kind) if f.name not in table and f.default is MISSING]:
+        if missing := [
+            f.name for f in fields(kind) if f.name not in table and f.default is f.default_factory is MISSING
+        ]:
             raise FedmllmError(f"event {kind.kind}: missing: {', '.join(missing)}")
         return kind(**{f.name: table[f.name] for f in fields(kind) if f.name in table})
 
@@ -81,7 +83,7 @@ class Started(Event):
     clients: list[dict[str, Any]]
     num_skipped: int
     skipped: list[str]  # the first ones
-    plugins: list[dict[str, str]]  # module, file and digest of all that is not shipped with the package
+    plugins: list[dict[str, str]] = field(default_factory=list)  # of all code outside the package
     notes: Sequence[str] = ()  # findings about the rows, such as pictures that are in training and test
 
 
@@ -95,6 +97,7 @@ class Resumed(Event):
     versions: Mapping[str, str]
     device: Mapping[str, Any]
     changed: list[str]  # versions and devices that differ: the last bits of what follows may differ, too
+    sent_bytes: int = 0  # up and down, in the rounds done
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,11 @@ class RunFolder:
             rows = json.loads(self.summary.read_bytes())["rows"]
             if not rows or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("no rows")
+            for row in rows:
+                if not (row["value"] is None or (type(row["value"]) in (int, float) and math.isfinite(row["value"]))):
+                    raise ValueError(f"value: got {str(row['value'])[:60]!r}")
+        except OSError as error:
+            raise FedmllmError(f"{self.summary}: cannot be read: {error.strerror}") from None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise FedmllmError(
                 f"{self.summary}: not a summary ({type(error).__name__}: {error}); "

@@ -17,11 +17,12 @@ import torch
 from fedmllm.backbones.base import Backbone
 from fedmllm.config.engine import Engine as EngineSettings
 from fedmllm.config.experiment import Experiment
+from fedmllm.config.train import Train
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.types import Example, Params, Shard, answer_label, visible_of
 from fedmllm.data.overlap import overlap
 from fedmllm.data.pictures import check_rows, check_shards
-from fedmllm.federation.client import Clients, RowStore
+from fedmllm.federation.client import Clients, RowStore, planned_steps
 from fedmllm.federation.rounds import Engine
 from fedmllm.runs.events import Started
 from fedmllm.runs.fingerprint import rows_digest
@@ -77,15 +78,20 @@ class Inputs:
             start=backbone.lora(),
         )
 
-    def clients(self, num_rounds: float, shards: Sequence[Shard] | None = None) -> Clients:
-        """The clients as local training sees them, for a run of so many rounds; 5.56 rounds end within the sixth."""
+    def clients(self, num_rounds: float) -> Clients:
+        """Return the clients as local training uses them; for method "centralised" one client that holds all rows.
+
+        Args:
+            num_rounds: Of the federation; 5.56 rounds end within the sixth.
+        """
         e, whole = self.experiment, math.ceil(num_rounds)
+        train, shards = (e.train, self.shards) if e.method != "centralised" else pooled(e.train, self.shards)
         return Clients(
             backbone=self.backbone,
             objective=e.objective,
-            train=e.train,
+            train=train,
             store=RowStore(self.backbone, e.prompt, self.train),
-            shards=shards or self.shards,
+            shards=shards,
             modalities=e.data.modalities(),
             num_rounds=whole,
             last_share=num_rounds - whole + 1,
@@ -100,6 +106,20 @@ class Inputs:
         """Of the rows with their pictures, of who holds and sees which of them, and of the frozen model."""
         rows = rows_digest(self.train, self.validation, self.test)
         return {"rows": rows, "partition": digest(self.shards, self.train), "base": self.backbone.digest}
+
+
+def pooled(train: Train, shards: Sequence[Shard]) -> tuple[Train, tuple[Shard, ...]]:
+    """Return the settings and the one client of centralised training.
+
+    The client holds all rows, hidden as they are on the clients. With `train.max_steps` it may make as many steps a round
+    as all clients together, so that it sees as many rows.
+    """
+    rows = tuple(row for shard in shards for row in shard.rows)
+    visible = tuple(mask for shard in shards for mask in shard.visible)
+    if train.max_steps:
+        steps = sum(planned_steps(train, len(shard.rows)) for shard in shards if shard.rows)
+        train = train.model_copy(update={"max_steps": steps})
+    return train, (Shard(0, rows, visible),)
 
 
 def start_engine(settings: EngineSettings, clients: Clients) -> Engine:

@@ -96,10 +96,7 @@ def local(session: Session) -> list[dict[str, Any]]:
 
 def centralised(session: Session) -> list[dict[str, Any]]:
     """All rows in one place, hidden as they are on the clients, with the experiment's budget."""
-    shards = session.inputs.shards
-    rows = tuple(row for shard in shards for row in shard.rows)
-    visible = tuple(mask for shard in shards for mask in shard.visible)
-    params, _ = session.federation(baseline_rounds(session.experiment, shards), [0], [Shard(0, rows, visible)])
+    params, _ = session.federation(baseline_rounds(session.experiment, session.inputs.shards), [0])
     session.save(params)
     return session.rows([session.evaluator.test(params)])
 

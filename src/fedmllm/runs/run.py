@@ -84,8 +84,11 @@ def execute(experiment: Experiment, begin: Resume, record: Record, sinks: Sequen
     if start:
         state = start.run_state
         before = {"versions": state.versions, "device": state.device}
+        sent = state.totals.up_bytes + state.totals.down_bytes
         now: dict[str, Any] = {"versions": versions(), "device": device(inputs.backbone)}
-        session.emit(Resumed(state.round, state.totals.num_rounds, **now, changed=differences(before, now)))
+        session.emit(
+            Resumed(state.round, state.totals.num_rounds, **now, changed=differences(before, now), sent_bytes=sent)
+        )
     elif empty := [shard.client for shard in inputs.shards if not shard.rows]:
         session.emit(EmptyClients(empty, "these clients hold no row and are never asked"))
     try:

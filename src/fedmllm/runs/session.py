@@ -9,7 +9,7 @@ from typing import Any
 
 from fedmllm.algorithms.objectives import FedProx, TaskLoss
 from fedmllm.algorithms.server_optimizers import FedAvg
-from fedmllm.core.types import Params, Shard
+from fedmllm.core.types import Params
 from fedmllm.federation.client_state import ClientStateStore
 from fedmllm.federation.rounds import Progress, cohorts, federate
 from fedmllm.runs import checkpoint
@@ -71,7 +71,6 @@ class Session:
         self,
         budget: float,
         members: Sequence[int],
-        shards: Sequence[Shard] | None = None,
         client: int | None = None,
         start: Params | None = None,
     ) -> tuple[Params, int]:
@@ -80,7 +79,6 @@ class Session:
         Args:
             budget: Rounds of the federation, those before a stop included; 5.56 rounds end within the sixth.
             members: The clients; if the method is not "federated", all of them take part in every round.
-            shards: The rows of the clients, if they are not those of `inputs`.
             client: Whose training alone it is, for the methods "local" and "personal".
             start: The adapter before the first round, if it is not the untrained one: that of the phase before.
 
@@ -90,7 +88,7 @@ class Session:
         e, inputs = self.experiment, self.inputs
         federated = e.federates and client is None
         aggregator = e.server() if client is None else FedAvg()
-        clients = replace(inputs.clients(budget, shards), aggregator=aggregator)
+        clients = replace(inputs.clients(budget), aggregator=aggregator)
         if start is not None:
             objective = FedProx(mu=e.personal.mu) if e.personal.mu else TaskLoss()
             clients = replace(clients, objective=objective, availability=Always())

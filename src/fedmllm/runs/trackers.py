@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import nearest
+from fedmllm.core.storage import write_atomically
 from fedmllm.core.text import flat
-from fedmllm.runs.events import Ended, Evaluated, Event, RoundEnd, Started, Stopped
+from fedmllm.runs.events import Ended, Evaluated, Event, Resumed, RoundEnd, Started, Stopped
 
 
 class Tracker(ABC):
@@ -42,6 +44,9 @@ class Tracker(ABC):
         prefix = "" if client is None else f"client-{client}/"
         if isinstance(event, Started):
             self.begin(event.run_id, flat(event.settings))
+        elif isinstance(event, Resumed):
+            self._round, self._sent = event.round, event.sent_bytes
+            self.resume(event.round)
         elif isinstance(event, RoundEnd):
             self._round = event.round
             self._sent += event.up_bytes + event.down_bytes
@@ -53,9 +58,25 @@ class Tracker(ABC):
         elif isinstance(event, Ended | Stopped):
             self.finish(failed=isinstance(event, Stopped))
 
+    def same_run(self, new: str = "", replace: bool = False) -> str:
+        """Return the library's id of this run, kept in the run's folder so that a resumed run continues it.
+
+        Args:
+            new: Kept and returned if there is none so far, or if `replace` is set; "" = none.
+        """
+        path = self.folder / f".{self.extra}-run"
+        if path.exists() and not replace:
+            return path.read_text(encoding="utf-8").strip()
+        if new:
+            write_atomically(path, new)
+        return new
+
     @abstractmethod
     def begin(self, run_id: str, settings: Mapping[str, Any]) -> None:
         """A run with flat settings starts."""
+
+    def resume(self, round_: int) -> None:  # noqa: B027 - a library that keeps nothing by round needs nothing
+        """The run that began before continues after a round: what was logged of later rounds is logged again."""
 
     @abstractmethod
     def log(self, round_: int, values: Mapping[str, float]) -> None:
@@ -83,10 +104,17 @@ class TensorBoard(Tracker):
     needs, extra = "tensorboard.compat.proto.event_pb2", "tensorboard"
 
     def begin(self, run_id: str, settings: Mapping[str, Any]) -> None:
-        module: Any = importlib.import_module("torch.utils.tensorboard")
-        self._writer = module.SummaryWriter(str(self.folder / "tensorboard"))
+        self._open()
         lines = "\n".join(f"    {key} = {value}" for key, value in settings.items())
         self._writer.add_text("settings", f"    run_id = {run_id}\n{lines}")
+
+    def resume(self, round_: int) -> None:
+        self._writer.close()
+        self._open(purge_step=round_ + 1)
+
+    def _open(self, purge_step: int | None = None) -> None:
+        module: Any = importlib.import_module("torch.utils.tensorboard")
+        self._writer = module.SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
 
     def log(self, round_: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
@@ -106,6 +134,8 @@ class WandB(Tracker):
             project=os.environ.get("WANDB_PROJECT", "fedmllm"),
             mode=os.environ.get("WANDB_MODE", "offline"),
             name=run_id,
+            id=self.same_run(uuid.uuid4().hex),
+            resume="allow",
             config=dict(settings),
             dir=str(self.folder),
         )
@@ -127,11 +157,22 @@ class MLflow(Tracker):
         if "MLFLOW_TRACKING_URI" not in os.environ:
             self.library.set_tracking_uri(f"sqlite:///{self.folder.resolve() / 'mlflow.db'}")
         self.library.set_experiment("fedmllm")
-        self.library.start_run(run_name=run_id)
+        known = self.same_run()
+        if known and self._is_there(known):
+            self.library.start_run(run_id=known)
+        else:
+            self.same_run(self.library.start_run(run_name=run_id).info.run_id, replace=True)
         self.library.log_params({key: str(value)[:500] for key, value in settings.items()})
 
     def log(self, round_: int, values: Mapping[str, float]) -> None:
         self.library.log_metrics(dict(values), step=round_)
+
+    def _is_there(self, run: str) -> bool:
+        try:
+            self.library.get_run(run)
+        except self.library.exceptions.MlflowException:  # it was deleted, or lies on another server
+            return False
+        return True
 
     def finish(self, failed: bool) -> None:
         self.library.end_run(status="FAILED" if failed else "FINISHED")
@@ -144,7 +185,7 @@ class Trackio(Tracker):
 
     def begin(self, run_id: str, settings: Mapping[str, Any]) -> None:
         project = os.environ.get("TRACKIO_PROJECT", "fedmllm")
-        self.library.init(project=project, name=run_id, config=dict(settings), resume="never")
+        self.library.init(project=project, name=run_id, config=dict(settings), resume="allow")
 
     def log(self, round_: int, values: Mapping[str, float]) -> None:
         self.library.log(dict(values), step=round_)

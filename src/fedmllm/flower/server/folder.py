@@ -16,7 +16,7 @@ from pydantic import Field
 
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import Spec, validate
-from fedmllm.core.storage import write_atomically
+from fedmllm.core.storage import write_atomically, writing
 from fedmllm.flower.processes import binary, environment
 from fedmllm.flower.request import check_name
 from fedmllm.scenarios.partitions import in_order
@@ -100,7 +100,8 @@ class Server:
         if (folder / SETTINGS).exists():
             raise FedmllmError(f"{folder / SETTINGS} exists; choose another folder")
         validate(Listen, {"port": port, "gate": gate}, "")
-        make_authority(folder, hosts)
+        with writing(folder):
+            make_authority(folder, hosts)
         settings = f'host = "127.0.0.1"\nport = {port}\ngate = "{gate}"\n'
         (folder / SETTINGS).write_text(settings, encoding="utf-8")
         (folder / "app").mkdir()

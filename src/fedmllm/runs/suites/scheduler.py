@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedmllm.core.errors import FedmllmError
+from fedmllm.core.storage import make_folder, writing
 from fedmllm.runs.events import Ended, Evaluated, Event, RoundEnd
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.suites.suite import Cell, Suite
@@ -81,7 +82,8 @@ def run_suite(
     A further process is started only while all of them, each as large as the largest seen, fit into `budget_bytes`. A
     cell that fails, or whose process dies, is named in `State.failed`; the others go on, unless the first five all fail.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        make_folder(folder)
     with exclusive_lock(folder):
         suite.save(folder)
         waiting = [cell for cell in suite.cells if not RunFolder(folder / cell.run_id).is_finished]
@@ -105,7 +107,9 @@ def run_suite(
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
     """Two suites in one folder would delete each other's cells."""
-    with (folder / ".lock").open("w") as lock:
+    with writing(folder / ".lock"):
+        file = (folder / ".lock").open("w")
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
