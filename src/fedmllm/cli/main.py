@@ -16,6 +16,7 @@ from fedmllm.cli import federation as site_cli
 from fedmllm.cli.build_vlm import build_vlm
 from fedmllm.cli.models import doctor, estimate, export
 from fedmllm.cli.options import ExperimentFile, Set, Verbs, keep_argument_help
+from fedmllm.cli.predict import predict
 from fedmllm.cli.suites import compare, report, suite
 from fedmllm.core.errors import ConfigError, FedmllmError
 
@@ -90,6 +91,7 @@ app.command(short_help="Do two runs differ by more than noise?")(compare)
 app.command(short_help="Check a model folder.")(doctor)
 app.command(name="build-vlm", short_help="Build a small vision-language model from packages.")(build_vlm)
 app.command(short_help="Memory and traffic, from config.json alone.")(estimate)
+app.command(short_help="Predict the answers of new rows.")(predict)
 app.command(short_help="Merge a run's adapter into its model.")(export)
 
 
