@@ -167,7 +167,7 @@ class Table(Dataset):
             raise ConfigError(f'data.columns.answer: got ""; rows of the {split} split need answers')
         named = own or self.train
         rows = self._read(named, split == "test" and bool(own), self.on_bad_row)
-        rows = self._with_answers(rows, named)
+        rows = self._with_answers(rows, named) if self.columns.answer else rows
         examples = rows.examples
         if named == self.train and (split != "test" or not own):
             examples = tuple(e for e in examples if self._split_of(e) == split)
