@@ -129,6 +129,67 @@ def tables() -> Inputs:
     )
 
 
+def conversations() -> Inputs:
+    """Lists of conversations whose marks and pictures correspond or not."""
+    marks = st.sampled_from(
+        ["<image>", "<image_0>", "<image_1>", "<IMAGE>", "<video>", "<img>a.png</img>", "?", "\n", "word "]
+    )
+    text = st.lists(marks, max_size=4).map("".join)
+    role = st.sampled_from(["user", "human", "assistant", "gpt", "system", "robot"])
+    turn = st.fixed_dictionaries({"role": role, "content": st.one_of(text, text, text, VALUES)})
+    pair = st.tuples(text, text).map(
+        lambda texts: [{"from": "human", "value": texts[0]}, {"from": "gpt", "value": texts[1] or "x"}]
+    )
+    turns = st.one_of(
+        st.lists(pair, min_size=1, max_size=3).map(lambda pairs: [t for p in pairs for t in p]),
+        st.lists(turn, max_size=4),
+    )
+    names = st.sampled_from(["a.png", "b.png", None, "", "../a.png"])
+    image = st.one_of(
+        names,
+        st.lists(names, max_size=3),
+        st.dictionaries(st.sampled_from(["<image_0>", "<image_1>", "image", "x"]), names, max_size=2),
+        VALUES,
+    )
+    more = st.dictionaries(
+        st.sampled_from(["id", "video", "images", "question", "choices", "answer"]), VALUES, max_size=2
+    )
+    row = st.builds(lambda table, image, turns: {**table, "image": image, "conversations": turns}, more, image, turns)
+    return st.lists(row, min_size=1, max_size=4).map(as_json)
+
+
+def folder_trees() -> Inputs:
+    """Lists of paths below an image folder: labels, hidden files, metadata in odd places, files of other kinds."""
+    folders = st.lists(
+        st.sampled_from(["cat", "dog", ".hidden", "__MACOSX", "caf\u00e9", "cafe\u0301", "sub"]), max_size=3
+    )
+    files = [
+        "1.png",
+        "2.JPG",
+        "._1.png",
+        "3.avif",
+        "notes.txt",
+        "metadata.csv",
+        "Metadata.CSV",
+        "metadata.jsonl",
+        ".DS_Store",
+    ]
+    path = st.builds(lambda where, name: "/".join([*where, name]), folders, st.sampled_from(files))
+    return st.lists(path, min_size=1, max_size=8, unique=True).map(as_json)
+
+
+def picture_values() -> Inputs:
+    """Pictures of 16-bit, 32-bit and float values: {type, values}."""
+    kinds = {"uint16": (0, 2**16 - 1), "int32": (-(2**31), 2**31 - 1), "float32": (None, None)}
+
+    def of(kind: str) -> st.SearchStrategy[dict[str, Any]]:
+        low, high = kinds[kind]
+        value = st.floats(width=32) if low is None else st.integers(low, high)
+        return st.fixed_dictionaries({"type": st.just(kind), "values": st.lists(value, min_size=4, max_size=12)})
+
+    return st.one_of(*map(of, kinds)).map(as_json)
+
+
 def headers() -> Inputs:
     """safetensors files whose header says odd things: other names, types, shapes, offsets, lengths."""
     numbers = st.sampled_from([0, 1, 2, 3, 6, 24, 2**31, 2**40, 2**63, 2**64, -1])

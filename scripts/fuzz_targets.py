@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from fuzz_inputs import (
     EXPERIMENT,
@@ -24,9 +25,12 @@ from fuzz_inputs import (
     as_json,
     books,
     checkpoint_files,
+    conversations,
     experiment_line,
+    folder_trees,
     headers,
     mutated,
+    picture_values,
     pictures,
     resealed,
     tables,
@@ -41,6 +45,8 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.images import open_image
 from fedmllm.core.types import ClientUpdate
 from fedmllm.data.hateful_memes import HatefulMemes
+from fedmllm.data.imagefolder import contents_of
+from fedmllm.data.prompts import Plain
 from fedmllm.data.table import Columns, Table
 from fedmllm.federation.rounds import Progress, federate
 from fedmllm.runs import checkpoint, record
@@ -100,6 +106,45 @@ def check_published(content: bytes, folder: Path) -> None:
 def check_picture(content: bytes, folder: Path) -> None:
     (folder / "a").write_bytes(content)
     open_image(folder / "a", "rows.csv:2")
+
+
+def check_conversations(content: bytes, folder: Path) -> None:
+    """Every conversation gives rows, or a message that names its place."""
+    (folder / "rows.json").write_bytes(content)
+    rows = Table(root=folder, train="rows.json", na_values=(), on_bad_row="skip").load("train")
+    places = " ".join([*(f"{e.where} " for e in rows.examples), *(f"{message} " for message in rows.skipped)])
+    for index in range(len(json.loads(content))):
+        assert f"[{index}]" in places, f"row {index} was dropped"
+    for example in rows.examples:
+        number = sum(len(content) for content in example.fields.values() if isinstance(content, tuple))
+        assert not example.pieces or len(example.pieces) == number + 1
+        Plain().render(example, frozenset({"image"}))
+
+
+def check_folder_tree(content: bytes, folder: Path) -> None:
+    """Every file of an image folder is a row, or it is counted."""
+    top = folder / "train"
+    for name in json.loads(content):
+        path = top / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("file_name,answer\n" if name.lower().endswith("csv") else "")
+    contents = contents_of(top)
+    found = [*contents.images, *contents.metadata, *contents.hidden, *contents.others]
+    assert sorted(path.as_posix() for path in found) == sorted(json.loads(content))
+    rows = Table(root=folder, train="train", question="?", on_bad_row="skip").load("train")
+    counted = len(contents.images) - len(rows.examples) - len(rows.skipped)
+    unlisted = [note for note in rows.notes if "in no metadata file" in note]
+    assert counted == sum(int(note.split(": ")[1].split()[0]) for note in unlisted)
+
+
+def check_picture_values(content: bytes, folder: Path) -> None:
+    """More than one value gives more than one grey level, in the same order; or the picture is refused."""
+    table = json.loads(content)
+    values = np.array([table["values"]], dtype=table["type"])
+    Image.fromarray(values).save(folder / "a.tif")
+    grey = np.asarray(open_image(folder / "a.tif", "rows.csv:2"))[0, :, 0]
+    assert (np.diff(grey[np.argsort(values[0], kind="stable")].astype(int)) >= 0).all()
+    assert (len(set(values[0].tolist())) > 1) == (len(set(grey.tolist())) > 1)
 
 
 def check_adapter(content: bytes, folder: Path) -> None:
@@ -167,6 +212,9 @@ TARGETS = [
     Target("override", 0.03, mutated(b"aggregator.lr=1e-2", b"data.name=table", b"train.lr=[1]"), check_override),
     *[Target(f"rows-{ending}", 0.04, mutated(seed), check_rows(ending)) for ending, seed in ROWS.items()],
     Target("hateful-memes", 0.05, mutated(ROWS["jsonl"]), check_published),
+    Target("conversations", 0.08, conversations(), check_conversations),
+    Target("folder-tree", 0.05, folder_trees(), check_folder_tree),
+    Target("picture-values", 0.04, picture_values(), check_picture_values),
     Target("picture", 0.10, mutated(*pictures()), check_picture),
     Target("adapter", 0.12, mutated(FILES[checkpoint.ADAPTER]), check_adapter),
     Target("adapter-header", 0.12, headers(), check_adapter),

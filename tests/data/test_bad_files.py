@@ -1,4 +1,4 @@
-"""Parquet files, conversations and image folders that are broken or hold what nobody expects."""
+"""Parquet files, conversations and image folders that are broken or unusual."""
 
 from __future__ import annotations
 

@@ -33,19 +33,19 @@ def test_show_as_json_needs_no_image(tmp_path: Path) -> None:
     """The form is that of issue 3: ids as in the file, one flag a row and modality."""
     rawsets.hateful_memes(tmp_path, 300)
     toml = experiment(tmp_path, tail='[partition]\nname = "published"\n[scenario]\nname = "missing"\nrate = 0.5\n')
-    shown = json.loads(invoke("show", toml, "--json").stdout)
-    assert shown.keys() == {"clients", "digest"}
-    assert sorted(i for client in shown["clients"] for i in client["ids"]) == list(range(300))
-    for number, client in enumerate(shown["clients"]):
-        assert list(client) == ["client", "ids", "image", "text"]
+    found = json.loads(invoke("show", toml, "--json").stdout)
+    assert found.keys() == {"clients", "digest"}
+    assert sorted(i for client in found["clients"] for i in client["ids"]) == list(range(300))
+    for number, client in enumerate(found["clients"]):
+        assert list(client) == ["client", "name", "ids", "image", "text"]
         assert client["client"] == number
         assert len(client["image"]) == len(client["text"]) == len(client["ids"])
         assert set(client["image"] + client["text"]) <= {"0", "1"}
     again = json.loads(invoke("show", toml, "--json").stdout)
-    assert again == shown
+    assert again == found
     other = json.loads(invoke("show", toml, "--json", "--set", "scenario.rate=0.3").stdout)
-    assert other["digest"] != shown["digest"]
-    assert [c["ids"] for c in other["clients"]] == [c["ids"] for c in shown["clients"]]
+    assert other["digest"] != found["digest"]
+    assert [c["ids"] for c in other["clients"]] == [c["ids"] for c in found["clients"]]
 
 
 def test_show_counts_rows_labels_and_modalities(tmp_path: Path) -> None:
@@ -53,12 +53,12 @@ def test_show_counts_rows_labels_and_modalities(tmp_path: Path) -> None:
     toml = experiment(
         tmp_path, tail='[partition]\nname = "iid"\nnum_clients = 3\n[scenario]\nname = "cross"\nnum_image_clients = 1\n'
     )
-    text = invoke("show", toml).stdout
+    text = CliRunner(env={"COLUMNS": "120"}).invoke(app, ["show", str(toml)], catch_exceptions=False).stdout
     assert "not-hateful" in text
     assert "digest" in text
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert [row[1] for row in cells] == ["10", "10", "10"]
-    assert sorted(row[4:7] for row in cells) == [["0", "10", "0"], ["0", "10", "0"], ["10", "0", "0"]]
+    assert sorted(row[4:8] for row in cells) == [["0", "0", "10", "0"], ["0", "0", "10", "0"], ["0", "10", "0", "0"]]
     assert sum(int(row[3]) for row in cells) == 10  # a third of the rows is hateful
 
 
@@ -77,9 +77,9 @@ def test_show_of_six_cameras(tmp_path: Path) -> None:
     toml = experiment(
         tmp_path, "drivelm", '[partition]\nname = "by-column"\ncolumn = "scene"\n[scenario]\nname = "missing"\n'
     )
-    shown = json.loads(invoke("show", toml, "--json").stdout)
-    assert list(shown["clients"][0]) == ["client", "ids", *rawsets.CAMERAS]
-    assert shown["clients"][0]["ids"][0] == "scene0/frame0/perception/0"
+    found = json.loads(invoke("show", toml, "--json").stdout)
+    assert list(found["clients"][0]) == ["client", "name", "ids", *rawsets.CAMERAS]
+    assert found["clients"][0]["ids"][0] == "scene0/frame0/perception/0"
 
 
 def test_plot_draws_a_picture(tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ def test_the_golden_prompts(tmp_path: Path, golden, name: str, prompt: Prompt) -
             f"{written(prompt.render(e, visible))}\n--- options: {list(prompt.options(e))}, target: {prompt.target(e)!r}\n"
             for e in representatives(tuple(rows))
         ]
-        shown = "+".join(m for m in data.modalities() if m in visible) or "nothing"
-        golden(f"prompts/{name}/{prompt.name}/{shown}.txt", "\n".join(blocks))
+        fields = "+".join(m for m in data.modalities() if m in visible) or "nothing"
+        golden(f"prompts/{name}/{prompt.name}/{fields}.txt", "\n".join(blocks))
 
 
 def test_agnostic_words_all_four_cases_alike() -> None:

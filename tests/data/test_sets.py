@@ -21,7 +21,7 @@ def load(name: str, root: Path, split: str = "train", **settings):
 
 
 def test_vqa_rad_has_1797_and_451_rows_and_its_images_are_sound(shared: Path) -> None:
-    """Counts: SOURCE.md beside the files. 314 of the 315 images are used by a row."""
+    """Counts: SOURCE.md next to the files. 314 of the 315 images are used by a row."""
     root = shared / "data" / "vqa_rad"
     train, test = (load("vqa-rad", root, split).examples for split in ("train", "test"))
     assert (len(train), len(test)) == (1797, 451)

@@ -43,7 +43,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_seed_draws_the_same_bytes(kind, tmp_path, monkeypatch):
     first = files(kind(**SMALL).folder())
-    monkeypatch.setenv("FEDMLLM_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("FEDMLLM_CACHE", str(tmp_path / "other"))
     assert files(kind(**SMALL).folder()) == first
     assert files(kind(**SMALL, seed=1).folder()) != first
 

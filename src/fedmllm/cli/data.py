@@ -65,11 +65,14 @@ def show(
 
     with without_collector():
         federation = Federation.of(Experiment.load(experiment, set_ or []))
+        federation = federation if as_json else federation.with_test()
         text = json.dumps(federation.to_json(), ensure_ascii=False) if as_json else ""
     if plot_file:
         plot(federation, plot_file)
     for message in federation.skipped:
         typer.echo(f"left out: {message}", err=True)
+    for note in federation.notes:
+        typer.echo(f"note: {note}", err=True)
     if as_json:
         typer.echo(text)
     else:

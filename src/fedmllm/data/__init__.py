@@ -1,1 +1,1 @@
-"""Data sets: what a row is, how it is read and how it becomes a prompt."""
+"""Data sets, their readers, and prompts."""

@@ -1,4 +1,4 @@
-"""Answers of multiple-choice rows: words or numbers, in one reading for the whole column."""
+"""Answers of multiple-choice rows, in one reading per column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of the embedded world: captions with a tone, tweets with a theme. The texts beside `scenes`."""
+"""Texts of the embedded world: captions with a tone, themed tweets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Meaning of the cells of a user's own rows: missing values, choices, groups."""
+"""Meaning of cells: missing values, choices, groups."""
 
 from __future__ import annotations
 

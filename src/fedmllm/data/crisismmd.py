@@ -1,4 +1,4 @@
-"""CrisisMMD v2.0 (Alam et al., arXiv:1805.00713; splits of arXiv:2004.11838), humanitarian task: 8 classes of tweets."""
+"""CrisisMMD v2.0, humanitarian task. Alam et al., arXiv:1805.00713; splits of arXiv:2004.11838."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ class CrisisMMD(Dataset):
 
     name: Literal["crisismmd"] = "crisismmd"
     root: Path
+    """Folder of the set."""
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("image", "text")

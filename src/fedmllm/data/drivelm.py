@@ -1,4 +1,4 @@
-"""DriveLM-nuScenes (Sima et al., arXiv:2312.14150): questions about keyframes that six cameras of a car see."""
+"""DriveLM-nuScenes: questions about keyframes of six cameras. Sima et al., arXiv:2312.14150."""
 
 from __future__ import annotations
 
@@ -56,9 +56,13 @@ class DriveLM(Dataset):
 
     name: Literal["drivelm"] = "drivelm"
     root: Path
+    """Folder of the set."""
     tasks: tuple[Task, ...] = Field(("perception", "prediction", "planning", "behavior"), min_length=1)
-    test_rate: float = Field(0.1, gt=0, lt=1)  # share of the scenes kept for the test
-    validation_rate: float = Field(0.0, ge=0, lt=1)  # share of the other scenes kept out of training
+    """Kinds of questions."""
+    test_rate: float = Field(0.1, gt=0, lt=1)
+    """Share of the scenes that are held out as test rows."""
+    validation_rate: float = Field(0.0, ge=0, lt=1)
+    """Share of the other scenes that are held out as validation rows."""
 
     def modalities(self) -> tuple[Modality, ...]:
         return CAMERAS
@@ -165,8 +169,8 @@ def _options(question: str, where: str) -> tuple[str, dict[str, str]]:
     """Split "Why? Please select ... options: A. x B. y" into the question and {"A": "x", "B": "y"}, in order of the letters.
 
     Raises:
-        DataError: The letters are not A, B, ..., each once, or two options have the same text: the options cannot be told
-            apart from letters inside their texts.
+        DataError: The letters are not A, B, ..., each once, or two options have the same text: the options cannot be
+            distinguished from letters inside their texts.
     """
     head, _, tail = question.partition(ASK)
     before, *rest = _LETTER.split(tail.strip())

@@ -1,4 +1,4 @@
-"""Files of a user's own rows: which ones a name or pattern means, their form, and their readers."""
+"""Files of a user's own rows: names, patterns, forms, readers."""
 
 from __future__ import annotations
 

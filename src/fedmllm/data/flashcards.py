@@ -1,4 +1,4 @@
-"""Medical flashcards of MedAlpaca (Han et al., arXiv:2304.08247): open questions without images, for training only."""
+"""Medical flashcards of MedAlpaca, for training only. Han et al., arXiv:2304.08247."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class Flashcards(Dataset):
 
     name: Literal["flashcards"] = "flashcards"
     root: Path
-    validation_rate: float = Field(0.0, ge=0, lt=1)  # share of the cards kept out of training
+    """Folder of the set."""
+    validation_rate: float = Field(0.0, ge=0, lt=1)
+    """Share of the cards that are held out as validation rows."""
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("text",)

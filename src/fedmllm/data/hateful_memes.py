@@ -1,4 +1,4 @@
-"""Hateful Memes (Kiela et al., arXiv:2005.04790): is a meme, a picture with words on it, hateful?"""
+"""Hateful Memes: pictures with words. Kiela et al., arXiv:2005.04790."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class HatefulMemes(Dataset):
 
     name: Literal["hateful-memes"] = "hateful-memes"
     root: Path
+    """Folder of the set."""
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("image", "text")

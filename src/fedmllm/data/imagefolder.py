@@ -1,4 +1,4 @@
-"""Image folders in the form of Hugging Face datasets: `metadata.*` files, or a subfolder per label."""
+"""Image folders, with metadata files or a subfolder per label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image marks in a row's text: "<image>", and numbered ones such as "<image_00>"."""
+"""Image marks in a row's text, such as `<image>` and `<image_00>`."""
 
 from __future__ import annotations
 

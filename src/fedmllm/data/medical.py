@@ -1,4 +1,4 @@
-"""The medical federation of FedMLLM (arXiv:2411.14717): image questions of VQA-RAD, text questions of the flashcards."""
+"""The medical federation of FedMLLM: VQA-RAD and flashcards. arXiv:2411.14717."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedmllm.data.vqa_rad import METRICS, VqaRad
 
 
 class Medical(Dataset):
-    """Trained on VQA-RAD and the flashcards, tested on VQA-RAD and SLAKE; `columns["set"]` says which row is whose."""
+    """Trained on VQA-RAD and the flashcards, tested on VQA-RAD and SLAKE; `columns["set"]` names the set of each row."""
 
     source: ClassVar[Source] = Source(
         title="The medical federation of FedMLLM: VQA-RAD, MedAlpaca flashcards, SLAKE",
@@ -33,11 +33,17 @@ class Medical(Dataset):
 
     name: Literal["medical"] = "medical"
     root: Path
+    """Folder of the three sets."""
     vqa_rad: Path = Path("vqa_rad")
+    """Folder of VQA-RAD, absolute or under `root`."""
     flashcards: Path = Path("flashcards")
+    """Folder of the flashcards."""
     slake: Path = Path("slake")
+    """Folder of SLAKE."""
     tests: tuple[Literal["vqa-rad", "slake"], ...] = Field(("vqa-rad", "slake"), min_length=1)
-    validation_rate: float = Field(0.0, ge=0, lt=1)  # share of the training images and cards kept out of training
+    """Sets that are tested on."""
+    validation_rate: float = Field(0.0, ge=0, lt=1)
+    """Share of the training images and cards that are held out as validation rows."""
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("image", "text")

@@ -1,4 +1,4 @@
-"""Rows of files, each with its place, and checked access to their cells.
+"""Rows of files with their places, and checked cells.
 
 Every reader (here those of JSON; delimited.py, excel.py and parquet_files.py have the others) yields (where, row), or
 (where, DataError) for a row that is broken by itself, so that `collect` can fail or skip as the user asked. Files are
@@ -90,7 +90,7 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def decoded(path: Path, number: int, raw: bytes) -> str | DataError:
-    """The line as text, or what is wrong with it."""
+    """The line as text, or a DataError that names its first bad byte."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -160,7 +160,7 @@ def json_text(path: Path) -> str:
 def half_character(value: object, source: str) -> str:
     """Half of a character in a JSON value ("\\ud83d" without its other half), if there is one, else "".
 
-    JSON can write it, but it is no text: neither a file nor a digest can hold it. `source` is what `value` was read from.
+    JSON can write it, but it is not text: neither a file nor a digest can hold it. `source` is what `value` was read from.
     """
     if not _HALF.search(source):
         return ""
@@ -308,7 +308,7 @@ def inside(path: Path, folder: Path, place: str) -> None:
 
 
 def readable(name: str, folder: str) -> str:
-    """The name of a file, which is going to be an id or a client: bytes that are no UTF-8 are refused."""
+    """The name of a file, which becomes an id or a client: bytes that are not UTF-8 are refused."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""The visual vocabulary of the embedded world: small cartoons with four attributes, drawn with PIL.
+"""Pictures of the embedded world: small cartoons with four attributes.
 
 Both synthetic data sets and the pre-training of the embedded model draw their pictures here, so that a model which
 can read these attributes has seen the vocabulary but none of the questions that the sets ask.
@@ -38,7 +38,7 @@ _COLOUR: dict[str, Rgb] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Place, size and clutter are drawn besides and carry no meaning."""
+    """Content of a picture. Place, size and clutter are random and carry no meaning."""
 
     sky: str
     thing: str

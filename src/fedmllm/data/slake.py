@@ -1,4 +1,4 @@
-"""SLAKE (Liu et al., arXiv:2102.09542): questions about radiology images, in English and Chinese."""
+"""SLAKE: questions about radiology images in two languages. Liu et al., arXiv:2102.09542."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class Slake(Dataset):
 
     name: Literal["slake"] = "slake"
     root: Path
+    """Folder of the set."""
     language: Literal["en", "zh"] = "en"
+    """Language of the questions."""
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("image",)

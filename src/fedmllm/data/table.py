@@ -1,4 +1,4 @@
-"""A user's own rows: files of any common form, with their columns mapped in the TOML."""
+"""A user's own rows, with their columns mapped in the TOML."""
 
 from __future__ import annotations
 

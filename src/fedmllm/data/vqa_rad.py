@@ -1,13 +1,14 @@
-"""VQA-RAD (Lau et al., doi:10.1038/sdata.2018.251): questions that clinicians asked about radiology images."""
+"""VQA-RAD: clinicians' questions about radiology images. Lau et al., doi:10.1038/sdata.2018.251."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import (
@@ -34,7 +35,9 @@ COLUMNS = ("image_organ", "question_type", "phrase_type", "image_name", "evaluat
 class VqaRad(Dataset):
     """Both forms on disk: the one public file, or trainset.json + testset.json (as MEVF and later work use it).
 
-    "frame" rows are left out. There is no validation split: `validation_rate` of the training images can be held out.
+    "frame" rows are left out. There is no validation split: `validation_rate` of the training images can be held out. In the
+    official split, 446 of the 451 test rows have a picture that training rows have too; `split = "picture"` keeps all rows of a
+    picture together.
     """
 
     source: ClassVar[Source] = Source(
@@ -49,7 +52,13 @@ class VqaRad(Dataset):
 
     name: Literal["vqa-rad"] = "vqa-rad"
     root: Path
-    validation_rate: float = Field(0.0, ge=0, lt=1)  # share of the training images kept out of training
+    """Folder of the set."""
+    split: Annotated[Literal["official", "picture"], ADDED_LATER] = "official"
+    """Test rows of the published split, or all rows of a share of the pictures."""
+    test_rate: Annotated[float, Field(gt=0, lt=1), ADDED_LATER] = 0.2
+    """Share of the pictures that are held out as test rows, with `split = "picture"`."""
+    validation_rate: float = Field(0.0, ge=0, lt=1)
+    """Share of the (other) training images that are held out as validation rows."""
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("image",)
@@ -61,22 +70,33 @@ class VqaRad(Dataset):
         return (self.root,)
 
     def load(self, split: Split) -> Rows:
-        own = "testset.json" if split == "test" else "trainset.json"
-        path = find(self.root, own, PUBLIC, hint=hint(self.name))
+        by_picture = self.split == "picture"
+        of_test = split == "test"
+        names = ("trainset.json", "testset.json") if by_picture else ("testset.json" if of_test else "trainset.json",)
+        paths = list(dict.fromkeys(find(self.root, name, PUBLIC, hint=hint(self.name)) for name in names))
         images = next((self.root / n for n in ("images", "VQA_RAD Image Folder") if (self.root / n).is_dir()), None)
         folder = images or self.root / "images"
-        prefix = "test_" if split == "test" and path.name == PUBLIC else ""
-        wanted = (f"{prefix}freeform", f"{prefix}para")
+        prefixes = ("", "test_") if by_picture else ("test_" if of_test and paths[0].name == PUBLIC else "",)
+        wanted = {f"{prefix}{phrase}" for prefix in prefixes for phrase in ("freeform", "para")}
 
         def make(where: str, row: Row) -> Example | None:
             if str(row.get("phrase_type", "")).strip() not in wanted:
                 return None
             example = self._example(where, row, folder)
-            if split != "test" and held_out(self.validation_rate, example.columns["image_name"]) == (split == "train"):
-                return None
-            return example
+            return example if self._split_of(example, of_test) == split else None
 
-        return filled(collect(json_rows(path), make, self.on_bad_row), path, split)
+        known: dict[str | int, str] = {}
+        loaded = [collect(json_rows(path), make, self.on_bad_row, known) for path in paths]
+        rows = Rows(sum((r.examples for r in loaded), ()), sum((r.skipped for r in loaded), ()))
+        return filled(rows, paths[0], split)
+
+    def _split_of(self, example: Example, is_official_test: bool) -> Split:
+        image = example.columns["image_name"]
+        if self.split == "picture" and held_out(self.test_rate, f"test/{image}"):
+            return "test"
+        if self.split == "official" and is_official_test:
+            return "test"
+        return "validation" if held_out(self.validation_rate, image) else "train"
 
     def _example(self, where: str, row: Row, folder: Path) -> Example:
         number = take_id(row, "qid", where)

@@ -1,5 +1,6 @@
-"""What a user may ask about the data of an experiment before anything is trained: who holds what, as text, JSON, a picture
-or files that other code bases read. Needs no image file and loads no torch.
+"""Rows and modalities of clients, as text, JSON, picture or files.
+
+Opens no image.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import json
 import os
 import textwrap
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.storage import make_folder, writing
 from fedmllm.core.types import Content, Example, Modality, Picture, Shard, Visible, answer_label
 from fedmllm.data.base import Dataset
+from fedmllm.data.marks import MARK
+from fedmllm.data.overlap import overlap
+from fedmllm.data.reading import is_there, listed
 from fedmllm.scenarios.assign import assign, digest
 
 if TYPE_CHECKING:
@@ -27,19 +31,44 @@ FORM = ("id", "image", "conversations", "client", "question", "choices", "answer
 
 @dataclass(frozen=True)
 class Federation:
-    """The training rows of an experiment and who holds them."""
+    """The training rows of an experiment, the clients that hold them, and the test rows.
+
+    Attributes:
+        experiment: Its settings.
+        examples: The training rows.
+        skipped: One message per bad training row that was left out.
+        shards: The clients' rows and masks.
+        test: The test rows; () if there are none, or if they cannot be read.
+        notes: Findings about the rows, such as pictures that are in training and test.
+    """
 
     experiment: Experiment
     examples: tuple[Example, ...]
     skipped: tuple[str, ...]
     shards: tuple[Shard, ...]
+    test: tuple[Example, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, experiment: Experiment) -> Federation:
         rows = experiment.data.load("train")
         modalities = experiment.data.modalities()
         shards = assign(rows.examples, modalities, experiment.partition, experiment.scenario, experiment.seed)
-        return cls(experiment, rows.examples, rows.skipped, shards)
+        return cls(experiment, rows.examples, rows.skipped, shards, notes=rows.notes)
+
+    def with_test(self) -> Federation:
+        """The federation with its test rows, their overlap with the training rows, and the number of missing files."""
+        data = self.experiment.data
+        try:
+            test = data.load("test")
+        except FedmllmError as error:
+            return replace(self, notes=(*self.notes, f"no test rows: {error}"))
+        paths = {path: None for row in (*self.examples, *test.examples) for path in _paths(row)}
+        missing = [path for path in paths if not is_there(path)]
+        lost = f"{len(missing)} of {len(paths)} image files are not there: {listed(missing[:5])}"
+        shared = overlap(self.examples, test.examples, data.group_column())
+        notes = dict.fromkeys((*self.notes, *test.notes, *test.skipped, *shared, *([lost] if missing else [])))
+        return replace(self, test=test.examples, notes=tuple(notes))
 
     @property
     def digest(self) -> str:
@@ -50,13 +79,14 @@ class Federation:
         return [Counter(answer_label(self.examples[row]) for row in shard.rows) for shard in self.shards]
 
     def to_json(self) -> dict[str, Any]:
-        """{"clients": [{"client", "ids", one string of 0/1 per modality}], "digest"}: a flag a row, ids as in the file."""
+        """{"clients": [{"client", "name", "ids", one string of 0/1 per modality}], "digest"}; ids as in the file."""
         modalities = self.experiment.data.modalities()
         different = {visible for shard in self.shards for visible in shard.visible}
         flags = {m: {visible: "1" if m in visible else "0" for visible in different} for m in modalities}
         clients = [
             {
                 "client": shard.client,
+                "name": shard.name or str(shard.client),
                 "ids": [self.examples[row].id for row in shard.rows],
                 **{m: "".join(map(flags[m].__getitem__, shard.visible)) for m in modalities},
             }
@@ -65,27 +95,38 @@ class Federation:
         return {"clients": clients, "digest": self.digest}
 
     def to_table(self) -> Table:
-        """Per client: rows, rows a label (the most frequent ones), rows that show each modality, rows that show none."""
+        """Per client: rows, rows per label (the most frequent ones), rows per pattern of visible modalities."""
         from rich.table import Table
 
         modalities, counts = self.experiment.data.modalities(), self.labels()
         total = sum(counts, Counter())
         columns = [label for label, _ in total.most_common(8)]
+        patterns = self._patterns(modalities)
         e = self.experiment
         table = Table(title=f"{e.data.name}: {e.partition.name} partition, {e.scenario.name}", caption=self._caption())
-        for name in ("client", "rows", *columns, *(["other"] if len(total) > 8 else []), *modalities, "none"):
+        for name in ("client", "rows", *columns, *(["other"] if len(total) > 8 else []), *patterns):
             table.add_column(name, justify="right", overflow="fold")
         for shard, count in zip(self.shards, counts, strict=True):
-            shown = Counter(modality for visible in shard.visible for modality in visible)
-            cells = [shard.client, len(shard.rows), *(count[label] for label in columns)]
+            visible = Counter(shard.visible)
+            cells: list[object] = [shard.name or shard.client, len(shard.rows), *(count[label] for label in columns)]
             cells += [sum(count.values()) - sum(count[label] for label in columns)] if len(total) > 8 else []
-            cells += [*(shown[m] for m in modalities), sum(not visible for visible in shard.visible)]
+            cells += [sum(visible[mask] for mask in masks) for masks in patterns.values()]
             table.add_row(*map(str, cells))
         return table
 
+    def _patterns(self, modalities: tuple[Modality, ...]) -> dict[str, list[Visible]]:
+        """Heading -> masks that it counts: "image+text", "image only", "none"; with many modalities, one heading each."""
+        seen = {mask for shard in self.shards for mask in shard.visible}
+        if len(modalities) > 2:
+            return {**{m: [mask for mask in seen if m in mask] for m in modalities}, "none": [frozenset()]}
+        single = {f"{m} only" if len(modalities) > 1 else m: [frozenset({m})] for m in modalities}
+        whole = {"+".join(modalities): [frozenset(modalities)]} if len(modalities) > 1 else {}
+        return {**whole, **single, "none": [frozenset()]}
+
     def _caption(self) -> str:
         skipped = f", {len(self.skipped)} bad rows left out" if self.skipped else ""
-        lines = [f"{len(self.examples)} rows{skipped}; digest {self.digest}"]
+        test = f", {len(self.test)} test rows" if self.test else ""
+        lines = [f"{len(self.examples)} rows{skipped}{test}; digest {self.digest}"]
         for visible, metrics in self.ceilings().items():
             best = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             lines.append(f"best expected on rows with {visible}: {best}")
@@ -97,6 +138,10 @@ class Federation:
         modalities = data.modalities()
         wanted = {"all": frozenset(modalities), **{m: frozenset({m}) for m in modalities if len(modalities) > 1}}
         return {name: dict(found) for name, visible in wanted.items() if (found := data.ceilings(visible))}
+
+
+def _paths(row: Example) -> list[Path]:
+    return [path for content in row.fields.values() if isinstance(content, tuple) for path in content]
 
 
 def plot(federation: Federation, path: Path) -> None:
@@ -146,7 +191,7 @@ def export(federation: Federation, folder: Path) -> list[Path]:
     """Write client_K.json for each client, in the conversation form, and data.toml, which reads the folder back in.
 
     A row is {id, image, conversations: [{role, content}]} with "<image>" where a picture goes, as the experiment's prompt
-    puts it. What is hidden is not written. Beside it stand the parts that the conversation was made of.
+    puts it. Hidden modalities are not written. A row also holds the parts that the conversation was made of.
     """
     with writing(folder):
         make_folder(folder)
@@ -198,17 +243,18 @@ def exported(
     content = ""
     for part in conversation.parts:
         if isinstance(part, Picture):
-            content += "<image>\n"
+            content += MARK if example.pieces else f"{MARK}\n"
         else:
             content += part.removeprefix("\n") if content.endswith("\n") else part
-    shown = example.visible_fields(visible)
+    fields = example.visible_fields(visible)
     turns = [
         {"role": "user", "content": content},
         {"role": "assistant", "content": experiment.prompt.target(example)},
     ]
     image = images[0] if len(images) == 1 else images or None
-    form = (example.id, image, turns, client, example.question, list(example.choices), example.answer)
-    own = {column: written(shown.get(modality)) for modality, column in columns.items() if column != "image"}
+    question = MARK.join(example.pieces) if example.pieces and images else example.question
+    form = (example.id, image, turns, client, question, list(example.choices), example.answer)
+    own = {column: written(fields.get(modality)) for modality, column in columns.items() if column != "image"}
     return {**dict(zip(FORM, form, strict=True)), **own}
 
 

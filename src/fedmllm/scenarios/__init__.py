@@ -1,1 +1,1 @@
-"""Which client holds and sees which rows, and which clients respond."""
+"""Partitions, modality scenarios, availability of clients."""

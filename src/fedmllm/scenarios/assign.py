@@ -1,4 +1,4 @@
-"""Partition rows over clients, then hide modalities. Pure: same rows and seed, same shards. Loads no torch."""
+"""Shards: rows partitioned over clients, with modalities hidden. Pure."""
 
 from __future__ import annotations
 
@@ -36,14 +36,27 @@ def assign(
     scenario: Scenario,
     seed: int,
 ) -> tuple[Shard, ...]:
-    """One shard a client, in client order: its rows and what each of them still shows.
+    """Partition rows over clients and mask them.
 
-    A row shows what the scenario leaves of what the row has. Every row lands on exactly one client, or on none if the
-    scenario drops incomplete rows; a client may get none. Everything random comes from `seed`, except under `Published`,
-    whose streams are fixed.
+    Every row lands on exactly one client, or on none if the scenario drops incomplete rows; a client may get none. Everything
+    random comes from `seed`, except under `Published`, whose streams are fixed.
+
+    Args:
+        examples: The training rows.
+        modalities: Of the data set, in order.
+        partition: Rule that gives rows to clients.
+        scenario: Rule that hides modalities.
+        seed: Seed of the experiment.
+
+    Returns:
+        One shard per client, in client order. A row's mask holds what the scenario leaves of what the row has.
+
+    Raises:
+        DataError: There are no rows.
+        ConfigError: The rows name their clients, but the partition simulates others.
     """
     if not examples:
-        raise DataError("no rows to give out: the training split is empty")
+        raise DataError("the training split is empty: there are no rows to partition")
     if any("client" in example.columns for example in examples):
         refuse_simulation(partition)
     if isinstance(partition, Published):
@@ -66,7 +79,7 @@ def assign(
 
 
 def refuse_simulation(partition: Partition) -> None:
-    """Rows that name their clients are a real federation: only they say who holds what."""
+    """Raise ConfigError for a simulated partition of rows that name their clients: these are a real federation."""
     if not (isinstance(partition, ByColumn) and partition.column == "client"):
         raise ConfigError(
             f"partition: got {partition.name!r}, but the rows name their clients; "
@@ -75,15 +88,15 @@ def refuse_simulation(partition: Partition) -> None:
 
 
 def show_only(examples: Sequence[Example], visible: Visible) -> tuple[Visible, ...]:
-    """Masks for rows that belong to no client (a test set): of each row, what is in `visible`."""
+    """Masks of test rows, which belong to no client: of each row, the modalities in `visible`."""
     return tuple(visible & frozenset(example.fields) for example in examples)
 
 
 def digest(shards: Sequence[Shard], examples: Sequence[Example]) -> str:
-    """sha256 (16 hex digits) of who holds which ids and what they show: equal exactly if partition and masks are."""
+    """sha256 (16 hex digits) of the clients' ids and masks: equal exactly if partition and masks are."""
     sha = hashlib.sha256()
-    shown = {v: "".join(f"\x1f{m}" for m in sorted(v)) for v in {v for shard in shards for v in shard.visible}}
+    codes = {v: "".join(f"\x1f{m}" for m in sorted(v)) for v in {v for shard in shards for v in shard.visible}}
     for shard in shards:
-        rows = [f"{examples[row].id}{shown[v]}\x1e" for row, v in zip(shard.rows, shard.visible, strict=True)]
+        rows = [f"{examples[row].id}{codes[v]}\x1e" for row, v in zip(shard.rows, shard.visible, strict=True)]
         sha.update(f"client\x1f{shard.client}\x1e{''.join(rows)}".encode())
     return sha.hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Which of the asked clients finish a round, and how much of it they get done. Loads no torch.
+"""Availability of clients: dropouts and stragglers.
 
-Sites of a real federation drop out and lag; a benchmark in which everybody always answers does not say what that costs.
+Sites of a real federation drop out and lag; a benchmark with clients that always respond hides the cost of that.
 """
 
 from __future__ import annotations
@@ -17,15 +17,24 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class Availability(Named):
-    """How reliable the clients are. Every (round, client) has a stream of its own, so neither cohort nor engine matters."""
+    """Reliability of the clients. Every (round, client) has its own random stream, so neither cohort nor engine matters."""
 
     @abstractmethod
     def share(self, seed: int, round_: int, client: int) -> float:
-        """Share of its steps in the round that the client gets done if asked, 0..1; 0 = it drops out."""
+        """Share of its local steps that a sampled client completes.
+
+        Args:
+            seed: Seed of the experiment.
+            round_: Round, from 1.
+            client: Number of the client.
+
+        Returns:
+            0 to 1; 0 = the client drops out.
+        """
 
 
 class Always(Availability):
-    """Everybody who is asked answers in full."""
+    """Every sampled client completes the round."""
 
     name: Literal["always"] = "always"
 
@@ -34,21 +43,24 @@ class Always(Availability):
 
 
 class Unreliable(Availability):
-    """An asked client drops out with `drop_rate`; else, with `straggle_rate`, it only gets `straggle_share` of its steps done.
+    """A sampled client drops out with `drop_rate`; otherwise, with `straggle_rate`, it completes `straggle_share` of its steps.
 
-    A client that drops out has received the adapter and sends nothing. A straggler sends what it has when the round ends,
+    A client that drops out has received the adapter and sends nothing. A straggler sends its state at the end of the round,
     as in FedProx (Li et al., arXiv:1812.06127, section 5.2): its first steps at the rates that all of its steps would have.
     """
 
     name: Literal["unreliable"] = "unreliable"
     drop_rate: Rate = 0.0
+    """Probability that a sampled client drops out of a round."""
     straggle_rate: Rate = 0.0
+    """Probability that a client which does not drop out is a straggler."""
     straggle_share: float = Field(0.5, gt=0, le=1)
+    """Share of its steps that a straggler completes."""
 
     @model_validator(mode="after")
     def _someone_answers(self) -> Unreliable:
         if self.drop_rate == 1:
-            raise ValueError("drop_rate = 1 leaves nobody to learn from; give less than 1")
+            raise ValueError("drop_rate = 1 leaves no client to learn from; give less than 1")
         return self
 
     def share(self, seed: int, round_: int, client: int) -> float:

@@ -1,6 +1,6 @@
-"""What each row still shows on the client that holds it. A scenario hides; it never rewrites data.
+"""Modality scenarios: masks over the rows. A scenario hides; it never rewrites data.
 
-`hide` is ours, for any number of modalities. `hide_as_published` gives the masks of FedMLLM (arXiv:2411.14717) from the
+`hide` works for any number of modalities. `hide_as_published` gives the masks of FedMLLM (arXiv:2411.14717) from the
 streams that its public code uses: N = numpy.random.RandomState(42) (legacy) and R = random.Random(42).
 """
 
@@ -29,16 +29,33 @@ PUBLISHED_SEED = 42
 
 
 class Scenario(Named):
-    """Who sees what."""
+    """A rule that hides modalities of the clients' rows."""
 
     drops_incomplete: ClassVar[bool] = False  # True: a client does not keep a row that lacks a modality
 
     def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
-        """Raise ConfigError where these settings do not fit; `num_clients` 0 = known only when the rows are there."""
+        """Check the settings against the experiment.
+
+        Args:
+            modalities: Of the data set.
+            num_clients: Number of clients; 0 = known only when the rows are read.
+
+        Raises:
+            ConfigError: A setting does not fit.
+        """
 
     @abstractmethod
     def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
-        """One mask a row of every client. Pure: same rows and seed, same masks."""
+        """Mask the rows. Pure: the same rows and seed give the same masks.
+
+        Args:
+            rows: Per client, the indices of its rows.
+            modalities: Of the data set, in order.
+            seed: Seed of the experiment.
+
+        Returns:
+            Per client, one mask per row: the modalities that stay visible.
+        """
 
     def hide_as_published(self, rows: Rows) -> Masks:
         """The published masks, bit for bit; only scenarios of the paper have them."""
@@ -66,7 +83,9 @@ class Missing(Scenario):
 
     name: Literal["missing"] = "missing"
     rate: Rate = 0.3
+    """Probability that a row loses a modality."""
     rates: dict[str, Rate] = Field(default_factory=dict)
+    """Other probabilities for single modalities: { CAM_BACK = 0.9 }."""
 
     def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
         known(self.rates, modalities, "scenario.rates")
@@ -99,12 +118,14 @@ class Missing(Scenario):
 class Cross(Scenario):
     """Each client sees one modality only: `num_image_clients` the image, the others the text.
 
-    `clients` says it for any set of modalities: how many clients see each; the numbers add up to the clients.
+    `clients` holds for any set of modalities: the number of clients that see each; the numbers add up to all clients.
     """
 
     name: Literal["cross"] = "cross"
     num_image_clients: NonNegativeInt = 5
+    """Number of clients that see the image; the others see the text."""
     clients: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    """Number of clients that see each modality: { CAM_FRONT = 7, CAM_BACK = 3 }."""
 
     def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
         if num_clients:
@@ -121,9 +142,9 @@ class Cross(Scenario):
 
     def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         counts = self._counts(modalities, len(rows))
-        shown = [frozenset({m}) for m in modalities for _ in range(counts.get(m, 0))]
+        masks = [frozenset({m}) for m in modalities for _ in range(counts.get(m, 0))]
         order = stream(seed, "cross").permutation(len(rows)).tolist()
-        of_client = dict(zip(order, shown, strict=True))
+        of_client = dict(zip(order, masks, strict=True))
         return [[of_client[client]] * len(own) for client, own in enumerate(rows)]
 
     def _image_and_text(self, modalities: tuple[Modality, ...], num_clients: int) -> dict[str, int]:
@@ -155,6 +176,7 @@ class Hybrid(Scenario):
 
     name: Literal["hybrid"] = "hybrid"
     keep_rate: Rate = 0.7
+    """Probability that a client keeps a modality."""
 
     def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         masks: Masks = []
@@ -186,4 +208,4 @@ def known(table: dict[str, float] | dict[str, int], modalities: tuple[Modality, 
     """Refuse a modality that the rows of this set cannot have."""
     for modality in table:
         if modality not in modalities:
-            raise ConfigError(f"{place}.{modality}: no such modality here; allowed: {', '.join(modalities)}")
+            raise ConfigError(f"{place}.{modality}: unknown modality; allowed: {', '.join(modalities)}")

@@ -1,4 +1,4 @@
-"""Which client holds which row."""
+"""Partitions: rules that give each row to one client."""
 
 from __future__ import annotations
 
@@ -55,13 +55,16 @@ class Dirichlet(Partition):
     """Label skew (arXiv:1909.06335): the rows of a label go to the clients in shares drawn from Dirichlet(alpha).
 
     The label of a row is its answer, or "(open)" if it has no choices; or its value in `column`, if one is named.
-    Large alpha: all clients alike; small alpha: most labels sit with few clients, and some clients may stay empty.
+    Large alpha: all clients alike; small alpha: few clients hold most labels, and some clients may stay empty.
     """
 
     name: Literal["dirichlet"] = "dirichlet"
     alpha: PositiveFloat = 0.5
+    """Concentration; small = strong label skew."""
     num_clients: PositiveInt = 10
+    """Number of clients."""
     column: str = ""
+    """Column whose values are the labels; "" = the answer."""
 
     def split(self, examples: Sequence[Example], seed: int) -> Split:
         groups: dict[str, list[int]] = {}
@@ -84,6 +87,7 @@ class Iid(Partition):
 
     name: Literal["iid"] = "iid"
     num_clients: PositiveInt = 10
+    """Number of clients."""
 
     def split(self, examples: Sequence[Example], seed: int) -> Split:
         order = stream(seed, "partition", "iid").permutation(len(examples))

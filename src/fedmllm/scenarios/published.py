@@ -1,7 +1,7 @@
-"""The partitions of FedMLLM's public code (arXiv:2411.14717, github 1xbq1/FedMLLM), so that clients hold the same rows.
+"""Partitions of FedMLLM's public code (arXiv:2411.14717, github 1xbq1/FedMLLM).
 
-Streams: N = numpy.random.RandomState (legacy), R = random.Random; seeds 42, and 41 for the medical federation. The seed
-of the experiment plays no part.
+Clients hold the published rows. Streams: N = numpy.random.RandomState (legacy), R = random.Random; seeds 42, and 41 for the
+medical federation. The seed of the experiment plays no part.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Published(Partition):
 
     name: Literal["published"] = "published"
     alpha: PositiveFloat = 0.5
+    """Concentration of the published partition; the medical federation has none."""
     num_clients: PositiveInt = 10
+    """Number of clients."""
 
     def split(self, examples: Sequence[Example], seed: int) -> Split:
         """Dirichlet over labels in order of first appearance; see `lift` for clients whose share is below one row."""
@@ -86,7 +88,7 @@ def only_set(examples: Sequence[Example]) -> str:
 def lift(counts: list[int], place: str) -> None:
     """Lift counts below 1 to 1, in client order, each by taking 1 from the first client that has more than 1.
 
-    The list of donors is made once per pass; a donor that falls to 1 leaves it; passes repeat until nobody is below 1.
+    The list of donors is made once per pass; a donor that falls to 1 leaves it; passes repeat until no count is below 1.
     """
     if sum(counts) < len(counts):  # the reference loops for ever here
         raise DataError(
