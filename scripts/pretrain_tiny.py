@@ -3,8 +3,8 @@
     python scripts/pretrain_tiny.py            # about ten minutes on two cores
     python scripts/pretrain_tiny.py --steps 50 --vision-steps 50 --out runs/tiny   # a trial
 
-Two stages. Vision first: the tower and the resampler learn to tell the scenes' attributes through linear heads, because a
-language model that starts beside an untrained tower learns to ignore the picture. Then language, with the pictures' features
+Two stages. Vision first: the tower and the resampler learn to separate the scenes' attributes through linear heads, because a
+language model that starts with an untrained tower learns to ignore the picture. Then language, with the pictures' features
 frozen and kept. Writes the folder in the hub's layout and a JSON log of settings, times and accuracies.
 """
 
@@ -121,7 +121,7 @@ def train_vision(model: Any, scenes: Sequence[Scene], pixels: Tensor, num_steps:
 
 @torch.no_grad()
 def vision_accuracy(heads: nn.ModuleDict, feats: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of held-out pictures whose attribute the linear head tells."""
+    """Share of held-out pictures whose attribute the linear head predicts."""
     found = {}
     for name, values in ATTRIBUTES.items():
         guesses = heads[name](feats.flatten(1)).argmax(1).tolist()

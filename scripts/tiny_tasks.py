@@ -57,7 +57,7 @@ LABEL_WORDS = tuple(sorted({word.strip("_").lower() for word in ENGLISH.split()}
 
 @dataclass(frozen=True)
 class Inputs:
-    """A scene, a text beside it, and every attribute of either: name -> value."""
+    """A scene, its text, and every attribute of either: name -> value."""
 
     scene: Scene
     text: str
@@ -103,7 +103,7 @@ class Sample:
 
 
 def inputs(scene: Scene, rng: np.random.Generator) -> Inputs:
-    """A text beside the scene, a caption or a tweet, and what may be asked about the two."""
+    """A scene with a caption or a tweet, and the attributes that may be asked for."""
     facts = {"sky": scene.sky, "color": scene.colour, "thing": scene.thing, "face": scene.face}
     facts["kind"] = kind = KINDS.get(scene.thing, "goods")
     if rng.random() < 0.6:
@@ -121,7 +121,7 @@ def inputs(scene: Scene, rng: np.random.Generator) -> Inputs:
 
 
 def sample(index: int, scene: Scene, rng: np.random.Generator, lettered: float) -> Sample:
-    """One question about the scene and a text beside it; `lettered` is the share of multiple-choice frames."""
+    """One question about the scene and its text; `lettered` is the share of multiple-choice frames."""
     here = inputs(scene, rng)
     form = ("pair" if rng.random() < 0.75 else "list") if rng.random() < lettered else "open"
     weights = {name: weight for name, weight in FORMS[form].items() if name in here.facts}
@@ -134,9 +134,9 @@ def sample(index: int, scene: Scene, rng: np.random.Generator, lettered: float) 
     fields = {"image": (Path("scene.png"),), "text": here.text}
     example = Example(str(index), fields, question, choices, answer, "corpus")
     prompt: Prompt = Agnostic() if rng.random() < 0.3 else Plain()
-    shown = index if "image" in visible else -1
+    pool_index = index if "image" in visible else -1
     task = f"{form}:{name}" if known else "unknown"
-    return Sample(shown, prompt.render(example, visible), prompt.target(example), task)
+    return Sample(pool_index, prompt.render(example, visible), prompt.target(example), task)
 
 
 Frame = tuple[str, tuple[str, ...], str]  # question, choices, answer

@@ -68,8 +68,12 @@ def test_tuning_reads_no_test_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     asked: list[str] = []
     load = SyntheticVerdict.load
     monkeypatch.setattr(SyntheticVerdict, "load", lambda self, split: (asked.append(split), load(self, split))[1])
-    run(Experiment.parse({**SMALL, "method": "zero-shot", "evaluate": {"rows": "validation"}}), tmp_path / "a")
+    rows = run(
+        Experiment.parse({**SMALL, "method": "zero-shot", "evaluate": {"rows": "validation"}}), tmp_path / "a"
+    ).rows
     assert set(asked) == {"train", "validation"}
+    ceilings = {row["metric"]: row["ceiling"] for row in rows if "ceiling" in row}
+    assert ceilings == SyntheticVerdict().ceilings(frozenset(MODALITIES))
     with pytest.raises(ConfigError, match='got select = "validation", the same rows'):
         Experiment.parse({**SMALL, "evaluate": {"rows": "validation", "select": "validation", "every": 1}})
 

@@ -19,7 +19,8 @@ ALL: frozenset[str] = frozenset(get_args(Capability))
 
 
 class Engine(Named):
-    """How the clients of a round are computed. An engine changes place and speed, never the result."""
+    """How the clients of a round are computed. An engine changes place and speed; results agree up to the
+    order of float32 sums."""
 
     import_path: ClassVar[str]
     """ "module:Class"; Class(settings, clients) is called as (round, {client: what it receives}) -> updates. A plug-in's module

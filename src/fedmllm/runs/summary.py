@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedmllm.config.experiment import Experiment
+from fedmllm.core.types import visible_of
 from fedmllm.runs.costs import Totals, peaks
 from fedmllm.runs.evaluator import Scores
 
@@ -14,7 +15,7 @@ from fedmllm.runs.evaluator import Scores
 def summary_rows(
     experiment: Experiment, results: Sequence[Scores], totals: Totals, wall_s: float
 ) -> list[dict[str, Any]]:
-    """Return one row per metric and set of visible modalities.
+    """Return one row per metric and set of visible modalities, with the metric's ceiling if the data set knows it.
 
     Args:
         experiment: What was run.
@@ -39,10 +40,13 @@ def summary_rows(
     }
     rows = []
     for visible, metrics in results[0].items():
+        ceilings = e.data.ceilings(visible_of(visible, e.data.modalities()))
         for name in metrics:
             values = [v for result in results if (v := result[visible][name]) is not None]
             spread = {"std": statistics.stdev(values) if len(values) > 1 else None, "n": len(values)}
             value = statistics.fmean(values) if values else None
-            about = {"metric": name, "value": value, **spread, "visible": visible}
+            about: dict[str, Any] = {"metric": name, "value": value, **spread, "visible": visible}
+            if name in ceilings:
+                about["ceiling"] = ceilings[name]
             rows.append({**head, "seed": e.seed, **about, **cost, "run_id": e.run_id()})
     return rows
