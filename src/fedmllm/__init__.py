@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedmllm.data.prompts import Prompt
     from fedmllm.reports.compare import compare
     from fedmllm.reports.write import write_report as report
+    from fedmllm.runs.predict import predict
     from fedmllm.runs.result import RunResult, load_run
     from fedmllm.runs.run import run
     from fedmllm.runs.suites.scheduler import run_suite
@@ -54,6 +55,7 @@ _PLACES = {
     "load_plugins": "fedmllm.core.plugins",
     "load_run": "fedmllm.runs.result",
     "metric": "fedmllm.core.metrics",
+    "predict": "fedmllm.runs.predict",
     "report": "fedmllm.reports.write:write_report",
     "run": "fedmllm.runs.run",
     "run_suite": "fedmllm.runs.suites.scheduler",
@@ -81,6 +83,7 @@ __all__ = [
     "load_plugins",
     "load_run",
     "metric",
+    "predict",
     "report",
     "run",
     "run_suite",
