@@ -1,4 +1,4 @@
-"""Files that grow by whole pieces and are cut back to a checkpoint's length. Loads no torch."""
+"""Append-only files that can be cut to a checkpoint's length."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""A run's state after a round, on disk: written whole or not at all, read back to the bit or refused. No pickle anywhere.
+"""Checkpoints of a run: its state after a round, on disk.
+
+A checkpoint is written whole or not at all, and read back to the bit or refused. There is no pickle.
 
 checkpoints/round-0007/adapter_model.safetensors   the global adapter: with adapter_config.json a folder that PEFT loads
                        state.safetensors           the aggregator's memory, tensor "KEY/NAME"; absent where it has none
-                       state.json                  all else (`Book`); digests of the others and of itself: damage is seen
+                       state.json                  all else (`RunState`); digests of the others and of itself: damage is seen
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class RunState(Spec):
     client: NonNegativeInt | None  # whose federation of one it is, for method "local"
     totals: Totals
     results: tuple[dict[str, dict[str, float | None]], ...]  # of the clients that are done, for method "local"
-    best: Best | None  # before this round was judged
+    best: Best | None  # before this round was evaluated
     wall_s: NonNegativeFloat
     record_bytes: NonNegativeInt  # length of record.jsonl up to and with this round's line
     prediction_bytes: NonNegativeInt = 0  # length of predictions.jsonl.gz
@@ -177,7 +179,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def sealed(run_state: RunState) -> bytes:
-    """`state.json`: the book with the digest of all else in it."""
+    """`state.json`: the run state with the digest of all else in it."""
     text = run_state.model_copy(update={"digest": ""}).model_dump_json(indent=1).encode()
     return text.replace(_digest_line(""), _digest_line(hashlib.sha256(text).hexdigest()))
 

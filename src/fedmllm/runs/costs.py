@@ -1,4 +1,4 @@
-"""Costs of a run: totals over its rounds, and peak memory on the host and on an accelerator."""
+"""Costs of a run: totals over its rounds, and peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events of a run: what a record, a progress bar and a tracker receive. Loads no torch."""
+"""Events of a run, for its record and other sinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run must share with the one that it continues: its settings and the content of its rows. Loads no torch."""
+"""Digests of rows and differences of settings, for the resume check."""
 
 from __future__ import annotations
 

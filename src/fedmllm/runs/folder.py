@@ -1,4 +1,4 @@
-"""Files of a run's folder and their names. Loads no torch."""
+"""Files of a run's folder and their names."""
 
 from __future__ import annotations
 

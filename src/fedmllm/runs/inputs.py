@@ -1,4 +1,4 @@
-"""What an experiment is about, loaded once; and the engine that its settings name."""
+"""Inputs of an experiment, loaded once, and its engine."""
 
 from __future__ import annotations
 

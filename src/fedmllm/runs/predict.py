@@ -1,4 +1,4 @@
-"""Predictions for new rows: with the adapter of a run, or with any adapter that fits the model."""
+"""Predictions for new rows, with the adapter of a run."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ def predict(
         raise ConfigError(f"--out: got {target.name!r}; allowed endings: {', '.join(FORMATS)}")
     place, settings = adapter_of(Path(source), experiment, client)
     examples = table_of(settings, Path(rows), columns or {}).load("test").examples
-    shown = visible_of(visible, settings.data.modalities())
+    kept = visible_of(visible, settings.data.modalities())
     backbone = settings.backbone.load(settings.seed)
     if place:
         backbone.set_lora(read_adapter(place, backbone.lora()))
     # Rows of about one length share a batch; the chunks keep that and let the progress be seen.
-    order = sorted(range(len(examples)), key=lambda i: (len(settings.prompt.render(examples[i], shown).text), i))
+    order = sorted(range(len(examples)), key=lambda i: (len(settings.prompt.render(examples[i], kept).text), i))
     made: dict[int, Prediction] = {}
     for start in range(0, len(order), CHUNK):
         chunk = order[start : start + CHUNK]
-        found = predict_rows(backbone, settings.prompt, [examples[i] for i in chunk], shown, settings.evaluate)
+        found = predict_rows(backbone, settings.prompt, [examples[i] for i in chunk], kept, settings.evaluate)
         made |= dict(zip(chunk, found, strict=True))
         if progress:
             progress(len(made), len(order))
-    result = [as_row(made[i], shown) for i in range(len(examples))]
+    result = [as_row(made[i], kept) for i in range(len(examples))]
     if target:
         write_rows(result, target)
     return result

@@ -1,4 +1,4 @@
-"""Predictions of every evaluation of a run, row by row, in one small file. Loads no torch.
+"""Predictions of a run's evaluations, row by row, in one file.
 
 `predictions.jsonl.gz` is gzip over JSON lines; equal runs have equal bytes. The first line holds the test rows, each
 further line one evaluation of them in the same order:

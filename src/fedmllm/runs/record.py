@@ -1,4 +1,4 @@
-"""Record of a run: its events as JSON lines. Loads no torch."""
+"""Record of a run: its events as JSON lines."""
 
 from __future__ import annotations
 

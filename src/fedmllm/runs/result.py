@@ -1,4 +1,4 @@
-"""Result of a run: its rows, adapter and history, at hand after `run` or read back from a folder. Loads no torch."""
+"""Result of a run: rows, adapter and history."""
 
 from __future__ import annotations
 

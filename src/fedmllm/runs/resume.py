@@ -1,4 +1,4 @@
-"""Continuation of a stopped run: what its folder holds, and whether the experiment at hand may continue it."""
+"""Continuation of a stopped run from its last checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trackers as sinks of a run's events: TensorBoard, Weights & Biases, MLflow, Trackio.
+"""Trackers as sinks: TensorBoard, Weights & Biases, MLflow, Trackio.
 
 Each needs its own package (`pip install 'fedmllm[tensorboard]'`), works without a network, and receives the same numbers under
 the same names: "both/auc", "round/loss", "cost/up_bytes", by round. The record remains the reference.

@@ -1,4 +1,4 @@
-"""Run the cells of a suite over several processes: what is finished is kept, a killed suite goes on. Loads no torch."""
+"""Run the cells of a suite over several processes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run_suite(
     """Run every cell that has no summary yet into `folder/RUN_ID`; at most `num_jobs` at a time.
 
     A further process is started only while all of them, each as large as the largest seen, fit into `budget_bytes`. A
-    cell that fails, or whose process dies, is named in `State.failed`; the others go on, unless the first five all fail.
+    cell that fails, or whose process dies, is named in `State.failed`; the others continue, unless the first five all fail.
     """
     with writing(folder):
         make_folder(folder)

@@ -1,4 +1,4 @@
-"""A suite: one base experiment and a matrix of small changes to it; each cell is an Experiment. Loads no torch.
+"""A suite: one base experiment and a matrix of changes.
 
     title = "..."
     extends = "other.toml"              # optional: start from another suite file, in the same folder
@@ -93,7 +93,7 @@ class Suite:
         return cls(str(table.get("title") or path.stem), tuple(cells.values()))
 
     def save(self, folder: Path) -> None:
-        """Write `suite.json`: what a report needs to know besides the records."""
+        """Write `suite.json`: what a report needs to know in addition to the records."""
         cells = [{"run_id": cell.run_id, "labels": dict(cell.labels)} for cell in self.cells]
         write_atomically(folder / SUITE, json.dumps({"title": self.title, "cells": cells}, indent=1))
 

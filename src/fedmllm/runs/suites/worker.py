@@ -1,4 +1,4 @@
-"""Process that runs one cell of a suite after another, connected to the scheduler by a pipe."""
+"""Process that runs one cell of a suite after another."""
 
 from __future__ import annotations
 
