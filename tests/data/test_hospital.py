@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rawsets
 from typer.testing import CliRunner
 
 from fedmllm.cli.data import app
@@ -18,6 +17,7 @@ from fedmllm.data.base import Dataset
 from fedmllm.data.overlap import overlap
 from fedmllm.reports.data import Federation
 from fedmllm.runs.inputs import about_client
+from support import rawsets
 
 COLUMNS = {"id": "case", "image": "scan", "text": "report", "answer": "label", "client": "site"}
 

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rawsets
 from PIL import Image
-from tables import as_parquet
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, DataError
@@ -20,6 +18,8 @@ from fedmllm.core.types import Example, Picture
 from fedmllm.data.base import Rows
 from fedmllm.data.pictures import check_rows
 from fedmllm.data.prompts import Agnostic, FromFile, Plain
+from support import rawsets
+from support.tables import as_parquet
 
 IMAGE = frozenset({"image"})
 
