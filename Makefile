@@ -17,7 +17,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 docs: $(VENV)/.dev
-	$(VENV)/bin/mkdocs build --strict --quiet
+	$(VENV)/bin/mkdocs build --strict
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -1,10 +1,10 @@
-"""The diffs of docs/extend are real: each is applied to a copy of the tree, and its commands run there."""
+"""Pages of the documentation: the plug-ins of docs/extend run, settings on the pages are settings."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -45,29 +45,41 @@ def test_settings_on_the_pages_are_settings(tmp_path: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_diff_applies_and_its_commands_run(page: Path, tmp_path: Path):
-    tree = tmp_path / "tree"
-    for part in ("src", "tests", "experiments", "pyproject.toml"):
-        place = ROOT / part
-        copy = shutil.copytree if place.is_dir() else shutil.copy
-        tree.mkdir(exist_ok=True)
-        copy(place, tree / part)
-    (diff,) = blocks(page, "diff")
-    (tmp_path / "page.diff").write_text(diff)
-    subprocess.run(["git", "apply", str(tmp_path / "page.diff")], cwd=tree, check=True)
-    (commands,) = blocks(page, "sh")
-    for command in commands.splitlines():
-        program, *arguments = command.split()
-        module = {"fedmllm": "fedmllm.cli", "pytest": "pytest"}[program]
-        environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
+def test_a_page_is_a_plugin_outside_the_package_and_its_commands_run(page: Path, tmp_path: Path):
+    for language in ("python", "toml", "jsonl"):
+        for block in blocks(page, language):
+            first, _, rest = block.partition("\n")
+            file = tmp_path / first.removeprefix("# ")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(rest if language == "jsonl" else block)
+    commands = [["-m", "fedmllm.cli", *line.split()[1:]] for code in blocks(page, "sh") for line in code.splitlines()]
+    commands += [["-c", code] for code in blocks(page, "py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    for command in commands:
         done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            cwd=tree,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    if "experiments" in diff and page.stem != "dataset":
-        assert list(tree.glob("runs/*/summary.json"))
+    folders = list(tmp_path.glob("runs/*/record.jsonl"))
+    assert len(folders) == len(commands)
+    for folder in folders:
+        head = json.loads(folder.read_text().splitlines()[0])
+        assert [plugin["module"] for plugin in head["plugins"]] == [next(tmp_path.glob("*.py")).stem]
+
+
+def test_a_suite_trains_with_an_aggregator_of_a_file(tmp_path: Path):
+    page = ROOT / "docs/extend/aggregator.md"
+    (tmp_path / "fedamsgrad.py").write_text(blocks(page, "python")[0])
+    base = tomllib.loads(blocks(page, "toml")[0])
+    tables = ""
+    for key in ("data", "partition", "train"):
+        tables += f"[base.{key}]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in base[key].items())
+    (tmp_path / "suite.toml").write_text(
+        f'imports = ["fedamsgrad.py"]\n[base]\nnum_rounds = 1\n{tables}[matrix]\n'
+        '[matrix.methods]\nAMSGrad = { aggregator = "fedamsgrad" }\n'
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "fedmllm.cli", "suite", "suite.toml", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*/summary.json"))) == 1

@@ -1,4 +1,4 @@
-"""`fedmllm data`: where to get a set, what an experiment's clients hold, and the same as files for other code bases."""
+"""`fedmllm data`: sources of data sets, splits over clients, exports."""
 
 from __future__ import annotations
 

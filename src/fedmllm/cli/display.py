@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: bars that follow a run's events, and the table of its summary. Loads no torch."""
+"""Progress bars of a run in the terminal, and the table of its summary."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> N
     for cells in kept:
         if before not in ("", cells["scenario"]):
             table.add_section()
-        shown = {**cells, "scenario": "" if cells["scenario"] == before else cells["scenario"]}
+        visible = {**cells, "scenario": "" if cells["scenario"] == before else cells["scenario"]}
         before = cells["scenario"]
-        table.add_row(*(v for k, v in shown.items() if k not in shared))
+        table.add_row(*(v for k, v in visible.items() if k not in shared))
     if shared:
         print("; ".join(f"{k}: {', '.join(v.splitlines())}" for k, v in shared.items()))
     Console().print(table)

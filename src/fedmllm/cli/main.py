@@ -50,14 +50,14 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Override the experiment's seed.", min=0)] = None,
     out: Out = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
+        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
     ] = False,
     engine: Annotated[
         str | None, typer.Option(help="in-process, stacked or flower-simulation.", metavar="NAME")
     ] = None,
     num_actors: Annotated[int | None, typer.Option(help="Ray actors of flower-simulation.", min=1)] = None,
     track: Annotated[
-        list[str] | None, typer.Option(help="Also tell: tensorboard, wandb, mlflow, trackio.", metavar="NAME")
+        list[str] | None, typer.Option(help="Also log to: tensorboard, wandb, mlflow, trackio.", metavar="NAME")
     ] = None,
 ) -> None:
     """Run one experiment: data x scenario x prompt x backbone x objective x aggregator x rounds."""
@@ -76,7 +76,7 @@ def run(
         with Bars() as bars:
             rows = start(settings, folder, [bars, *trackers], resume)
     except KeyboardInterrupt:
-        typer.echo(f"stopped; the same with --out {folder} --resume goes on from the last finished round", err=True)
+        typer.echo(f"stopped; the same with --out {folder} --resume continues from the last finished round", err=True)
         raise typer.Exit(130) from None
     show_table(rows)
     typer.echo(f"record: {folder}")
@@ -85,7 +85,7 @@ def run(
 app.add_typer(data_cli.app, short_help="Data sets: sources, splits, export.")
 app.add_typer(site_cli.site_app, name="site")
 app.add_typer(site_cli.server_app, name="server")
-app.command(short_help="Run a matrix of experiments, or go on with one.")(suite)
+app.command(short_help="Run a matrix of experiments, or resume one.")(suite)
 app.command(short_help="Page and tables from the records of runs.")(report)
 app.command(short_help="Do two runs differ by more than noise?")(compare)
 app.command(short_help="Check a model folder.")(doctor)
@@ -100,7 +100,7 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: an error of ours is a message and a code (2 = settings, 1 = anything else), never a traceback."""
+    """Entry point: a FedmllmError is a message and a code (2 = settings, 1 = anything else), never a traceback."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets its code, not a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

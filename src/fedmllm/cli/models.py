@@ -1,4 +1,4 @@
-"""The verbs about models: doctor, estimate, export. Loads no torch before a verb is called.
+"""The verbs about models: doctor, estimate, export.
 
 Mount with `app.command()(doctor)` and so on.
 """

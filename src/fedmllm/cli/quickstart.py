@@ -1,4 +1,4 @@
-"""The first minutes: `quickstart.toml` as a suite, and one table of what it found."""
+"""`fedmllm quickstart`: the suite `quickstart.toml` and one table of its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A suite in the terminal: one live table, or plain lines where the output is a file. Loads no torch."""
+"""Progress of a suite: a live table, or lines if the output is a file."""
 
 from __future__ import annotations
 

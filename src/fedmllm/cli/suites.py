@@ -1,4 +1,4 @@
-"""The verbs over many runs: suite, report, compare. Loads no torch."""
+"""The verbs over many runs: suite, report, compare."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def suite(
     memory_gb: Memory = 0.0,
     dry: Dry = False,
 ) -> None:
-    """Run a matrix of experiments; started again, it goes on with what is not finished."""
+    """Run a matrix of experiments; started again, it resumes with the unfinished cells."""
     from fedmllm.cli.suite_display import SuiteTable, clock
     from fedmllm.runs.folder import SUMMARY, RunFolder
     from fedmllm.runs.suites.scheduler import physical_bytes, run_suite
@@ -39,8 +39,8 @@ def suite(
     ours = {cell.run_id for cell in loaded.cells}
     if others := sum(path.parent.name not in ours for path in folder.glob(f"*/{SUMMARY}")):
         typer.echo(
-            f"{folder} also holds {others} finished runs that are no cell of {suite_file} as it is now; a report of the folder "
-            "shows them too",
+            f"{folder} also holds {others} finished runs that are not cells of {suite_file}; a report of the folder "
+            "includes them",
             err=True,
         )
     if dry:
@@ -54,7 +54,7 @@ def suite(
         with SuiteTable(len(loaded.cells)) as table:
             state = run_suite(loaded, folder, jobs, num_threads, budget, table)
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on with what is not finished", err=True)
+        typer.echo("stopped; the same command resumes with the unfinished cells", err=True)
         raise typer.Exit(130) from None
     took = clock(sum(s for seconds in state.seconds.values() for s in seconds) / jobs)
     typer.echo(f"{loaded.title}: {state.finished} of {len(loaded.cells)} cells finished ({state.kept} kept), {took}")
@@ -67,7 +67,7 @@ def suite(
 
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of suites or runs.", metavar="DIR...")],
-    out: Annotated[Path, typer.Option(help="The page; tables are written beside it as .md and .csv.")] = Path(
+    out: Annotated[Path, typer.Option(help="The page; tables are written next to it as .md and .csv.")] = Path(
         "report.html"
     ),
 ) -> None:

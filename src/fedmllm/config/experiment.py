@@ -1,4 +1,4 @@
-"""An experiment as a frozen value, read from a TOML file or built from keywords."""
+"""An experiment as a frozen value: from a TOML file or from keywords."""
 
 from __future__ import annotations
 
@@ -271,8 +271,8 @@ class Experiment(Spec):
     def setting(self) -> str:
         """What distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split."""
         spec = self.partition if self.scenario.name == "aligned" else self.scenario
-        shown = {k: v for k, v in spec.model_dump(mode="json").items() if k not in ("name", "num_clients") and v}
-        words = [f"{k}={v}" for k, v in shown.items()]
+        settings = {k: v for k, v in spec.model_dump(mode="json").items() if k not in ("name", "num_clients") and v}
+        words = [f"{k}={v}" for k, v in settings.items()]
         if self.availability.name != "always":
             rates = self.availability.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
             words += [self.availability.name, *(f"{k}={v}" for k, v in rates.items())]
@@ -335,7 +335,7 @@ def check_engine(aggregator: Aggregator, engine: Engine, ranks: Sequence[int] = 
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The file's table; a BOM does no harm. Raises ConfigError where it cannot be read or is no TOML."""
+    """The file's table; a BOM does no harm. Raises ConfigError where it cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Settings as frozen values: Spec for a TOML table, Named for a family of tables picked by name."""
+"""Settings as frozen values: Spec for a table, Named for a family."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def checked(model: type[BaseModel], table: Mapping[str, object], place: str, mak
 
 
 def _no_numbers(model: type[BaseModel], table: Mapping[str, object], place: str) -> Iterator[str]:
-    """What pydantic would read as a number though it is none: TOML has types, and a slip is not guessed at."""
+    """What pydantic would read as a number although it is not one: TOML has types, and a slip is not guessed at."""
     for key, value in table.items():
         kind = model.model_fields[key].annotation if key in model.model_fields else None
         where = f"{place}.{key}".strip(".")

@@ -1,4 +1,4 @@
-"""Conformance checks for members of any family, and a small federation to try them on."""
+"""Conformance checks for members of any family, and a small federation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A small federation: clients of unequal size, one of them empty, pictures on a third of the rows."""
+"""A small federation.
+
+Its clients are of unequal size, one is empty, and a third of the rows have pictures.
+"""
 
 from __future__ import annotations
 
