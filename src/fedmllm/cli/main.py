@@ -17,6 +17,7 @@ from fedmllm.cli.build_vlm import build_vlm
 from fedmllm.cli.models import doctor, estimate, export
 from fedmllm.cli.options import ExperimentFile, Set, Verbs, keep_argument_help
 from fedmllm.cli.predict import predict
+from fedmllm.cli.settings import explain, schema
 from fedmllm.cli.suites import compare, report, suite
 from fedmllm.core.errors import ConfigError, FedmllmError
 
@@ -88,6 +89,8 @@ app.add_typer(site_cli.server_app, name="server")
 app.command(short_help="Run a matrix of experiments, or resume one.")(suite)
 app.command(short_help="Page and tables from the records of runs.")(report)
 app.command(short_help="Do two runs differ by more than noise?")(compare)
+app.command(short_help="Describe a table or a member of a family.")(explain)
+app.command(short_help="JSON Schema of an experiment file.")(schema)
 app.command(short_help="Check a model folder.")(doctor)
 app.command(name="build-vlm", short_help="Build a small vision-language model from packages.")(build_vlm)
 app.command(short_help="Memory and traffic, from config.json alone.")(estimate)
