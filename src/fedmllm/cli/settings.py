@@ -79,7 +79,8 @@ def json_schema() -> dict[str, Any]:
     from fedmllm.config.experiment import FAMILIES, Experiment
 
     members = [member for family in FAMILIES.values() for member in family.members.values()]
-    refs, whole = models_json_schema([(model, "validation") for model in (Experiment, *members)])
+    models: list[Any] = [Experiment, *members]
+    refs, whole = models_json_schema([(model, "validation") for model in models])
     definitions = whole["$defs"]
     top = definitions.pop(refs[Experiment, "validation"]["$ref"].rpartition("/")[2])
     for key, family in FAMILIES.items():
