@@ -15,6 +15,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python scripts/check_words.py
 
 docs: $(VENV)/.dev
 	$(VENV)/bin/mkdocs build --strict

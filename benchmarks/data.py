@@ -3,7 +3,7 @@
 python benchmarks/data.py > results/data.md
 
 Targets of issue 3: 13,608 CrisisMMD rows partitioned and masked in under 1 s; `data show` on any set under 2 s on 2 cores.
-On a machine that others use too, wall times say little: the CPU time of the same process stands beside them.
+On a machine that others use too, wall times say little: the CPU time of the same process is given next to them.
 """
 
 from __future__ import annotations

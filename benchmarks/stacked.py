@@ -60,7 +60,7 @@ def federation(backbone: TransformersBackbone, num_clients: int, num_rows: int) 
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """A client's rows, made anew whenever one is asked for, as the reference does."""
+    """A client's rows, made again at every access, as the reference does."""
 
     def __init__(self, clients: Clients, client: int) -> None:
         self._clients, self._shard = clients, clients.shards[client]
@@ -160,7 +160,7 @@ def engine(of: Any, settings: Any, clients: Clients) -> Callable[[int], None]:
 
 
 def timed(go: Callable[[int], None], round_: int) -> tuple[float, float]:
-    gc.collect()  # nobody clears up what the one before left: a Trainer leaves much
+    gc.collect()  # the previous Trainer leaves many objects behind
     wall, cpu = time.perf_counter(), time.process_time()
     go(round_)
     return time.perf_counter() - wall, time.process_time() - cpu

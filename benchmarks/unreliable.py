@@ -1,6 +1,6 @@
 """What bad and absent clients cost, on the embedded world: one client that sends noise; clients that drop out or straggle.
 
-python benchmarks/unreliable.py --seeds 2 > results/unreliable.md    # --out FOLDER keeps the runs, and goes on with those there
+python benchmarks/unreliable.py --seeds 2 > results/unreliable.md    # --out FOLDER keeps the runs and resumes those in it
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AGGREGATORS: dict[str, dict[str, Any]] = {
     "multi-krum, 1 bad, 3 kept": {"aggregator": {"name": "multi-krum", "num_kept": 3}},
 }
 ABSENCE: dict[str, dict[str, Any]] = {
-    "everybody answers": {},
+    "all clients respond": {},
     "drop out 20 %": {"drop_rate": 0.2},
     "drop out 50 %": {"drop_rate": 0.5},
     "straggle 50 %, half their steps": {"straggle_rate": 0.5, "straggle_share": 0.5},

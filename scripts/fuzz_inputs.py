@@ -238,7 +238,7 @@ def books() -> Inputs:
 
 
 def answers() -> Inputs:
-    """What a client tells of itself, and the numbers of its delta."""
+    """The metadata that a client reports, and the numbers of its delta."""
     names = st.sampled_from(["loss", "num_steps", "num_tokens", "time_s", "client", "norm", "x"])
     fine = st.integers(0, 9)
     amounts = st.one_of(fine, fine, fine, st.floats(), st.sampled_from([-1, 2**53, 2**64, 10**400]))

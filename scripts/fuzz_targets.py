@@ -154,7 +154,7 @@ def check_adapter(content: bytes, folder: Path) -> None:
 
 
 def check_book(content: bytes, folder: Path) -> None:
-    """Its own digest is put right where there is one: whoever changes a book can do that too."""
+    """Its own digest is put right where there is one: whoever changes a run state can do that too."""
     _write_checkpoint(folder, {checkpoint.RUN_STATE: content})
     checkpoint.read(folder / "round-0002", LIKE, FedAdam().init(LIKE))
 
@@ -165,12 +165,12 @@ def check_state(content: bytes, folder: Path) -> None:
 
 
 def check_answer(content: bytes, folder: Path) -> None:
-    told = json.loads(content)
-    flat = torch.tensor(told["delta"], dtype=torch.float32)
+    reply = json.loads(content)
+    flat = torch.tensor(reply["delta"], dtype=torch.float32)
     delta = dict(
         zip(LIKE, (flat[:6].reshape(2, 3), flat[6:].reshape(-1, 2) if len(flat) == 12 else flat[6:]), strict=True)
     )
-    lie = ClientUpdate(1, delta, told["num_examples"], told["metrics"])
+    lie = ClientUpdate(1, delta, reply["num_examples"], reply["metrics"])
     honest = ClientUpdate(0, LIKE, 1, {"loss": 0.5, "num_tokens": 3, "time_s": 0.1})
     begin, aggregator = Progress(0, LIKE, FedAdam().init(LIKE)), FedAdam()
     for policy in ("drop_client", "fail"):  # "fail" last: it is the one that raises
@@ -218,8 +218,8 @@ TARGETS = [
     Target("picture", 0.10, mutated(*pictures()), check_picture),
     Target("adapter", 0.12, mutated(FILES[checkpoint.ADAPTER]), check_adapter),
     Target("adapter-header", 0.12, headers(), check_adapter),
-    Target("checkpoint-book", 0.07, books(), check_book),
-    Target("checkpoint-book-bytes", 0.03, mutated(FILES[checkpoint.RUN_STATE]), check_book),
+    Target("checkpoint-state", 0.07, books(), check_book),
+    Target("checkpoint-state-bytes", 0.03, mutated(FILES[checkpoint.RUN_STATE]), check_book),
     Target("checkpoint-state", 0.05, st.one_of(mutated(FILES[checkpoint.STATE]), headers()), check_state),
     Target("client-answer", 0.06, answers(), check_answer),
     Target("record", 0.05, mutated(experiment_line()), check_record),

@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def start(experiment: Experiment, folder: Path) -> int:
-    """Run or go on with it in a child -> its process id."""
+    """Run or resume it in a child -> its process id."""
     child = os.fork()
     if child:
         return child
@@ -101,7 +101,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     places = ("adapter*/**/*.safetensors", "client_state/**/*.safetensors")
     files = [*(path for place in places for path in folder.glob(place)), *last.glob("*.safetensors")]
     events = [e for e in read(folder / "record.jsonl") if e["event"] in ("round", "eval", "validation", "end")]
-    shown = (
+    compared = (
         "event",
         "round",
         "cohort",
@@ -116,7 +116,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     rows = json.loads((folder / "summary.json").read_text())["rows"]
     return {
         "bytes": {str(path.relative_to(folder)): path.read_bytes() for path in files},
-        "events": [{key: e[key] for key in shown if key in e} for e in events],
+        "events": [{key: e[key] for key in compared if key in e} for e in events],
         "losses": [[c["loss"] for c in e["clients"]] for e in events if e["event"] == "round"],
         "rows": [{k: v for k, v in row.items() if not k.endswith("_s") and "peak" not in k} for row in rows],
     }

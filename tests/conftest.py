@@ -1,4 +1,4 @@
-"""No test reaches the network; `shared` is the folder of fixtures beside the checkout, where there is one."""
+"""No test reaches the network; `shared` is the folder of fixtures next to the checkout, if it exists."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def shared() -> Path:
     """`../shared`; a test that needs it is skipped where the checkout stands alone."""
     folder = Path(__file__).parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip("fixtures beside the checkout (../shared) are not here")
+        pytest.skip("the fixtures in ../shared are missing")
     return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--regenerate", action="store_true", help="write tests/golden/ anew, to be reviewed as a diff")
+    parser.addoption("--regenerate", action="store_true", help="write tests/golden/ again, to be reviewed as a diff")
 
 
 @pytest.fixture

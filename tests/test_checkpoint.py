@@ -93,7 +93,7 @@ def test_damage_is_seen_named_and_answered(name: str, damage: str, tmp_path: Pat
         path.write_bytes(b"")
     else:
         path.unlink()
-    with pytest.raises(FedmllmError, match=r"round-0002/.*go on from round-0001") as caught:
+    with pytest.raises(FedmllmError, match=r"round-0002/.*continue from round-0001") as caught:
         checkpoint.read(tmp_path / "round-0002", LIKE, FedAdam().init(LIKE))
     assert name in str(caught.value) or damage == "flip"
     checkpoint.read(tmp_path / "round-0001", LIKE, FedAdam().init(LIKE))
@@ -104,7 +104,7 @@ def test_damage_is_seen_named_and_answered(name: str, damage: str, tmp_path: Pat
     [
         (
             {"schema_version": 3, "new": 1},
-            "schema_version: got 3; this version of fedmllm reads 2; go on with the version",
+            "schema_version: got 3; this version of fedmllm reads 2; continue with the version",
         ),
         ({"schema_version": "3"}, "schema_version: "),
         ({"record_bytes": -1}, "record_bytes: "),
@@ -260,7 +260,7 @@ def test_a_write_that_fails_is_said_and_the_one_before_stays(tmp_path: Path) -> 
     code = textwrap.dedent(FULL).format(tests=str(Path(__file__).parent), folder=str(tmp_path / "c"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=False)
     assert "round-0002 cannot be written: File too large; the last one is " in done.stdout, done.stderr
-    assert "--resume goes on" in done.stdout
+    assert "--resume continues" in done.stdout
     assert not list((tmp_path / "c").glob(".*"))  # room for the last line of the record
     assert checkpoint.numbers(tmp_path / "c") == [1]
     checkpoint.read(tmp_path / "c" / "round-0001", LIKE, {})

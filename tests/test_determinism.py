@@ -62,7 +62,7 @@ def model_folder(folder: Path) -> dict[str, Any]:
     return {"backbone": {"name": "hf", "path": str(tiny_families.write("llava", folder / "model"))}}
 
 
-# What a member needs besides its name; one that is not here gets its name alone, so that a new one is tried at once.
+# What a member needs in addition to its name; one that is not here gets its name alone, so that a new one is tried at once.
 NEEDS: dict[tuple[str, str], Callable[[Path], dict[str, Any]]] = {
     ("partition", "published"): lambda folder: {**memes(folder), "partition": "published"},
     ("partition", "by-column"): lambda folder: {**own_rows(folder), "partition": "by-column"},
@@ -72,7 +72,7 @@ NEEDS: dict[tuple[str, str], Callable[[Path], dict[str, Any]]] = {
     },
     ("backbone", "hf"): model_folder,
 }
-ELSEWHERE = {  # where what needs processes of its own is compared byte for byte with in-process, which is tried here
+OTHER_TESTS = {  # where what needs processes of its own is compared byte for byte with in-process, which is tried here
     (
         "engine",
         "flower-simulation",
@@ -83,12 +83,12 @@ MEMBERS = [
     (family, name)
     for family, kind in FAMILIES.items()
     for name in sorted(kind.members)
-    if family != "data" and (family, name) not in ELSEWHERE
+    if family != "data" and (family, name) not in OTHER_TESTS
 ]
 
 
 def test_what_is_tested_elsewhere_is() -> None:
-    for (family, name), place in ELSEWHERE.items():
+    for (family, name), place in OTHER_TESTS.items():
         assert name in FAMILIES[family].members
         file, _, test = place.partition("::")
         assert f"def {test}" in (Path(__file__).parent / file).read_text()

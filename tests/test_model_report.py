@@ -67,7 +67,7 @@ def test_the_real_minicpm_v_2_6_from_its_configuration(real_2_6: Path) -> None:
     }
     assert sum(line.num_bytes for line in traffic if line.part == "a round") == 4 * sizes.num_trained * 2 * 2
     activations = next(line.num_bytes for line in memory if line.part == "activations")
-    assert 5e6 < activations / 1200 < 8e6  # bytes a token: on a GPU of 80 GB some 10,000 tokens beside the weights
+    assert 5e6 < activations / 1200 < 8e6  # bytes a token: on a GPU of 80 GB some 10,000 tokens next to the weights
     nf4 = footprint(real_2_6, FromFolder(path=str(real_2_6), precision=Precision(base="nf4"), device="cuda"))
     assert 5.8e9 < nf4.base_bytes < 6.2e9  # embeddings and head stay in bfloat16: 2.2 GB of it
 

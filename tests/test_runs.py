@@ -65,7 +65,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A federated run that nothing stopped, FedAdam, judged every round and selected on validation."""
+    """A federated run that nothing stopped, FedAdam, evaluated every round and selected on validation."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(adam(), folder)
     return folder
@@ -113,10 +113,10 @@ def test_the_adapter_is_one_that_peft_loads(whole: Path, tmp_path: Path) -> None
 
 
 def test_the_adapter_chosen_is_the_best_on_validation_and_the_record_says_which(whole: Path) -> None:
-    judged = events(whole, "validation")
-    assert [event["round"] for event in judged] == [1, 2, 3]
-    best = max(judged, key=lambda event: (event["value"], -event["round"]))
-    assert judged[-1]["best_round"] == best["round"]
+    validations = events(whole, "validation")
+    assert [event["round"] for event in validations] == [1, 2, 3]
+    best = max(validations, key=lambda event: (event["value"], -event["round"]))
+    assert validations[-1]["best_round"] == best["round"]
     assert same(adapter(whole), adapter(whole / "checkpoints", f"round-{best['round']:04d}"))
 
 
@@ -189,8 +189,8 @@ def test_other_settings_are_refused_and_named(whole: Path) -> None:
 
 
 def test_where_and_how_fast_may_change(whole: Path) -> None:
-    elsewhere = adam(engine={"name": "stacked", "clients": 3}, checkpoint={"keep": 1})
-    assert run(elsewhere, whole, resume=True)
+    other_engine = adam(engine={"name": "stacked", "clients": 3}, checkpoint={"keep": 1})
+    assert run(other_engine, whole, resume=True)
 
 
 def test_other_rows_or_another_base_are_refused_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(tmp_path: Pa
     assert last is not None
     tensors = last / "adapter_model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(FedmllmError, match=r"damaged.*go on from round-0001"):
+    with pytest.raises(FedmllmError, match=r"damaged.*continue from round-0001"):
         run(experiment(), folder, resume=True)
     shutil.rmtree(last)
     two = run(experiment(), folder, resume=True)
@@ -292,7 +292,7 @@ def test_ctrl_c_and_sigterm_leave_a_readable_record_and_a_way_on(number: int, tm
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume goes on" in said
+    assert "--resume continues" in said
     assert "Traceback" not in said
     assert events(tmp_path / "run")[-1]["event"] == "stopped"
     last = newest(tmp_path / "run" / "checkpoints")

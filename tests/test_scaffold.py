@@ -140,7 +140,7 @@ def test_a_missing_folder_of_a_started_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FedmllmError, match="the clients' state of rounds 1 to 3 is missing"):
         ClientStateStore(tmp_path / "client_state", finished=3)
     ClientStateStore(tmp_path / "client_state")
-    ClientStateStore(tmp_path / "client_state", finished=3)  # the folder is there: nobody kept anything
+    ClientStateStore(tmp_path / "client_state", finished=3)  # the folder is there: no client kept anything
 
 
 def adapters(folder: Path) -> list[bytes]:

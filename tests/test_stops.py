@@ -1,4 +1,4 @@
-"""A kill at every point, and files that somebody touched in between: a run goes on to the same bytes, or says why not."""
+"""A kill at every point, and files that somebody touched in between: a run resumes to the same bytes, or says why not."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_summary_of_nobody_knows_what_is_not_handed_out(tmp_path: Path) -> Non
 def test_a_record_that_was_replaced_is_refused(tmp_path: Path) -> None:
     folder = stopped(tmp_path / "run")
     record = folder / "record.jsonl"
-    record.write_bytes(b" " + record.read_bytes())  # longer than it was: the lines end elsewhere
+    record.write_bytes(b" " + record.read_bytes())  # longer than it was: the lines end at other places
     with pytest.raises(FedmllmError, match=r"record\.jsonl: was replaced since the checkpoint was written"):
         run(experiment(), folder, resume=True)
     record.write_bytes(record.read_bytes()[1:])

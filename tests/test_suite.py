@@ -148,8 +148,8 @@ def test_the_tiny_matrix_is_twelve_by_six_by_three():
     assert all(cell.experiment.backbone.name == "tiny" for cell in suite.cells)
 
 
-class Told:
-    """A display that keeps what it was told."""
+class Seen:
+    """A display that keeps what it was seen."""
 
     def __init__(self) -> None:
         self.cells: list[tuple[str, str]] = []
@@ -165,16 +165,16 @@ class Told:
 def test_two_processes_give_the_bytes_of_one(tmp_path: Path):
     from fedmllm.runs.run import run
 
-    suite, told = Suite.load(file(tmp_path, SMALL)), Told()
-    state = run_suite(suite, tmp_path / "out", 2, 1, 10**12, told)
+    suite, seen = Suite.load(file(tmp_path, SMALL)), Seen()
+    state = run_suite(suite, tmp_path / "out", 2, 1, 10**12, seen)
     assert (state.finished, state.kept, state.failed) == (8, 0, {})
-    assert told.most_jobs == 2
+    assert seen.most_jobs == 2
     cell = suite.cells[-1]
     run(cell.experiment, tmp_path / "alone")
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "out" / cell.run_id / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
     assert not (tmp_path / "out" / cell.run_id / "checkpoints").exists()
-    again = Told()
+    again = Seen()
     state = run_suite(suite, tmp_path / "out", 2, 1, 10**12, again)
     assert (state.finished, state.kept, again.cells) == (8, 8, [])
 
@@ -183,13 +183,13 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path):
     bad = SMALL.replace(
         '"Zero-shot" = { method = "zero-shot" }', '"Lost" = { data = { name = "hateful-memes", root = "/no" } }'
     )
-    state = run_suite(Suite.load(file(tmp_path, bad)), tmp_path / "out", 1, 1, 10**12, Told())
+    state = run_suite(Suite.load(file(tmp_path, bad)), tmp_path / "out", 1, 1, 10**12, Seen())
     assert (state.finished, len(state.failed)) == (4, 4)
     assert "DataError: /no: no such folder" in state.failed["whole · Lost · 0"]
 
 
 def test_a_process_that_dies_is_named_and_its_work_goes_on(tmp_path: Path):
-    class Killer(Told):
+    class Killer(Seen):
         def update(self, state: State) -> None:
             job = next((j for j in state.jobs if j.cell and isinstance(j.event, RoundEnd)), None)
             if job and not self.most_jobs:
@@ -200,7 +200,7 @@ def test_a_process_that_dies_is_named_and_its_work_goes_on(tmp_path: Path):
     state = run_suite(suite, tmp_path / "out", 1, 1, 10**12, Killer())
     assert (state.finished, len(state.failed)) == (7, 1)
     assert "exit code -9" in next(iter(state.failed.values()))
-    state = run_suite(suite, tmp_path / "out", 1, 1, 10**12, Told())
+    state = run_suite(suite, tmp_path / "out", 1, 1, 10**12, Seen())
     assert (state.finished, state.kept, state.failed) == (8, 7, {})
 
 
@@ -215,7 +215,7 @@ def test_a_process_that_dies_between_two_cells_costs_none(tmp_path: Path):
     cells = list(Suite.load(file(tmp_path, SMALL)).cells)
     state = State(waiting=cells, jobs=[job])
     assert not assign(job, cells[0], tmp_path)
-    poll(state, Told())
+    poll(state, Seen())
     assert (state.jobs, state.failed, len(state.waiting)) == ([], {}, 8)
 
 
@@ -235,7 +235,7 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_readable_records(tmp_path: Path):
     os.killpg(suite.pid, signal.SIGINT)  # as a terminal does: to the suite and its processes
     _, errors = suite.communicate(timeout=60)
     assert suite.returncode == 130
-    assert "the same command goes on with what is not finished" in errors
+    assert "the same command resumes with the unfinished cells" in errors
     assert "Traceback" not in errors
     for record in out.glob("*/record.jsonl"):
         assert list(read(record))
@@ -249,17 +249,17 @@ def test_a_killed_suite_goes_on_and_two_in_one_folder_are_refused(tmp_path: Path
     while not list(out.glob("*/summary.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     with pytest.raises(FedmllmError, match="another suite is running here"):
-        run_suite(Suite.load(path), out, 1, 1, 10**12, Told())
+        run_suite(Suite.load(path), out, 1, 1, 10**12, Seen())
     first.kill()
     first.wait()
     kept = len(list(out.glob("*/summary.json")))
-    state = run_suite(Suite.load(path), out, 1, 1, 10**12, Told())
+    state = run_suite(Suite.load(path), out, 1, 1, 10**12, Seen())
     assert state.finished == 8
     assert state.kept >= kept >= 1
     assert len(json.loads((out / "suite.json").read_text())["cells"]) == 8
 
 
-def test_runs_of_another_suite_in_the_folder_are_told(tmp_path: Path):
+def test_runs_of_another_suite_in_the_folder_are_seen(tmp_path: Path):
     from typer.testing import CliRunner
 
     from fedmllm.cli.main import app
@@ -268,10 +268,10 @@ def test_runs_of_another_suite_in_the_folder_are_told(tmp_path: Path):
     for name in (Suite.load(path).cells[0].run_id, "0123456789ab"):
         (out / name).mkdir(parents=True)
         (out / name / "summary.json").write_text("{}")
-    told = CliRunner().invoke(app, ["suite", str(path), "--dry", "--out", str(out)])
-    assert "also holds 1 finished runs that are no cell of" in told.stderr
-    assert told.stdout.count("finished") == 1
-    assert told.stdout.count("to run") == 7
+    seen = CliRunner().invoke(app, ["suite", str(path), "--dry", "--out", str(out)])
+    assert "also holds 1 finished runs that are not cells of" in seen.stderr
+    assert seen.stdout.count("finished") == 1
+    assert seen.stdout.count("to run") == 7
 
 
 def test_no_further_process_is_started_over_the_memory_budget():
@@ -296,5 +296,5 @@ def test_expected_time_goes_by_method(tmp_path: Path):
 def test_where_the_first_cells_all_fail_the_rest_is_not_tried(tmp_path: Path):
     bad = SMALL.replace('data = { name = "synthetic-irony", num_train = 40, num_validation = 10, num_test = 12 }', "")
     bad = bad.replace("[base]", '[base]\ndata = { name = "hateful-memes", root = "/no" }')
-    state = run_suite(Suite.load(file(tmp_path, bad)), tmp_path / "out", 1, 1, 10**12, Told())
+    state = run_suite(Suite.load(file(tmp_path, bad)), tmp_path / "out", 1, 1, 10**12, Seen())
     assert (state.finished, len(state.failed), len(state.waiting)) == (0, 5, 3)

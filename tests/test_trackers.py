@@ -1,4 +1,4 @@
-"""Every tracker takes a run's events without a network and gives back the numbers that it was told."""
+"""Every tracker takes a run's events without a network and gives back the numbers that it was given."""
 
 from __future__ import annotations
 
@@ -120,23 +120,23 @@ def test_an_unknown_or_missing_tracker_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_tracker_of_ones_own_is_a_sink(run_folder: Path):
-    class Told(Tracker):
-        needs, extra = "json", "told"
+    class Kept(Tracker):
+        needs, extra = "json", "kept"
 
         def begin(self, run_id, settings):
-            self.told = {"run_id": run_id, "alpha": settings["partition.alpha"]}
+            self.kept = {"run_id": run_id, "alpha": settings["partition.alpha"]}
 
         def log(self, round_, values):
-            self.told |= {f"{round_}:{k}": v for k, v in values.items()}
+            self.kept |= {f"{round_}:{k}": v for k, v in values.items()}
 
         def finish(self, failed):
-            self.told["failed"] = failed
+            self.kept["failed"] = failed
 
-    told = Told(run_folder)
+    kept = Kept(run_folder)
     for event in read(run_folder / "record.jsonl"):
-        told(Event.from_json(event))
-    assert told.told["alpha"] == 0.5
-    assert {"1:both/auc", "3:both/auc", "2:round/norm"} <= told.told.keys()
-    assert told.told["failed"] is False
-    assert json.dumps(told.told)
+        kept(Event.from_json(event))
+    assert kept.kept["alpha"] == 0.5
+    assert {"1:both/auc", "3:both/auc", "2:round/norm"} <= kept.kept.keys()
+    assert kept.kept["failed"] is False
+    assert json.dumps(kept.kept)
     assert os.environ.get("HF_HUB_OFFLINE") == "1"

@@ -130,7 +130,7 @@ def put_and_get(folder: str, failures: Any) -> None:
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
-    """Three write, read and evict the same keys at once, more than the folder may hold: nobody reads what was not put."""
+    """Three write, read and evict the same keys at once, more than the folder may hold: no process reads what was not put."""
     context = multiprocessing.get_context("fork")
     failures = context.Queue()
     workers = [context.Process(target=put_and_get, args=(str(tmp_path), failures)) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Progress bars of a run in the terminal, and the table of its summary."""
+"""Progress bars and the summary table of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `fedmllm predict`. Loads no torch before it is called."""
+"""The verb `fedmllm predict`."""
 
 from __future__ import annotations
 

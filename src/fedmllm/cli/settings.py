@@ -1,4 +1,4 @@
-"""`fedmllm explain` and `fedmllm schema`: the settings, from the classes that define them."""
+"""`fedmllm explain` and `fedmllm schema`: the settings and their allowed values."""
 
 from __future__ import annotations
 

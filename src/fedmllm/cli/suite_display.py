@@ -1,4 +1,4 @@
-"""Progress of a suite: a live table, or lines if the output is a file."""
+"""Progress of a suite: a live table, or plain lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An experiment as a frozen value: from a TOML file or from keywords."""
+"""An experiment as a frozen value, from TOML or keywords."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Types, settings, tensors, randomness and storage that every layer uses. Importing it loads no torch."""
+"""Types, settings, tensors, randomness and storage that every layer uses."""

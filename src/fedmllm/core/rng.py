@@ -1,4 +1,4 @@
-"""Randomness has a name and an owner: no global seeding, no order of consumption that depends on anything else."""
+"""Named, independent random streams."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def _line(model: type[BaseModel], place: str, error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{key}: missing; it is required"
     message = str(error["msg"]).removeprefix("Value error, ")
-    if not error["loc"]:  # a rule about several keys: the table as a whole is no help
+    if not error["loc"]:  # a rule about several keys: printing the whole table does not help
         return f"{key}: {message}" if key else message
     return f"{key}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
 

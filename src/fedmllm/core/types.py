@@ -1,4 +1,4 @@
-"""The nouns of the house: what every floor talks about. Loads no torch."""
+"""Core data types shared by every layer."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def save_adapter(backbone: Backbone, params: Params, final: Path) -> None:
 
 
 def adapter_config(backbone: Backbone, folder: Path) -> bytes:
-    """Return `adapter_config.json` as the backbone writes it beside its adapter.
+    """Return `adapter_config.json` as the backbone writes it next to its adapter.
 
     Args:
         backbone: With an adapter.

@@ -140,7 +140,7 @@ class Checkpoints:
             last = f"the last one is {self.path(left)}" if left is not None else "there is none yet"
             raise FedmllmError(
                 f"checkpoint {final} cannot be written: {error.strerror or error}; {last}. "
-                "When there is room again, --resume goes on from there"
+                "When there is room again, --resume continues from there"
             ) from error
 
     def _prune(self) -> None:
@@ -205,7 +205,7 @@ def read_run_state(folder: Path) -> RunState:
         if first["loc"] == ("schema_version",) and first["input"] in range(1, 1000):
             raise FedmllmError(
                 f"{path}: schema_version: got {first['input']}; this version of fedmllm reads 2; "
-                "go on with the version that wrote it, or choose another --out"
+                "continue with the version that wrote it, or choose another --out"
             ) from None
         place = ".".join(str(part) for part in first["loc"])[:200] or "whole file"
         raise FedmllmError(f"{path}: {place}: {first['msg']}{_advice(folder)}") from None
@@ -278,5 +278,5 @@ def _advice(folder: Path) -> str:
     others = [n for n in numbers(folder.parent) if folder.name != f"round-{n:04d}"]
     if others and others[-1] > int(found[1]):
         return ""  # not the one that a resume begins from
-    earlier = f"delete {folder} to go on from round-{others[-1]:04d}" if others else "there is no other checkpoint"
+    earlier = f"delete {folder} to continue from round-{others[-1]:04d}" if others else "there is no other checkpoint"
     return f"; {earlier}"

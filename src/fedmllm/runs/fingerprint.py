@@ -23,8 +23,8 @@ def rows_digest(*splits: Iterable[Example]) -> str:
             question = "\x1d".join(example.pieces) or example.question
             sha.update("\x1f".join([str(example.id), question, *example.choices, example.answer]).encode())
             for modality, content in example.fields.items():
-                shown = [content] if isinstance(content, str) else [_picture(path) for path in content]
-                sha.update("\x1f".join(["", modality, *shown]).encode())
+                parts = [content] if isinstance(content, str) else [_picture(path) for path in content]
+                sha.update("\x1f".join(["", modality, *parts]).encode())
             sha.update(b"\x1e")
     return sha.hexdigest()[:16]
 

@@ -38,7 +38,7 @@ class Record(AppendFile):
         """Cut the file after the first `num_bytes` bytes, which must be whole lines.
 
         Raises:
-            FedmllmError: The file is shorter than that, or a line ends elsewhere.
+            FedmllmError: The file is shorter than that, or no line ends there.
         """
         with self.path.open("rb") as file:
             file.seek(max(0, num_bytes - 1))

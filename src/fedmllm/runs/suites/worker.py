@@ -27,7 +27,7 @@ def work(pipe: Connection, num_threads: int) -> None:
     """Run the cells whose (settings, folder) come through a pipe until None comes; send a `Message` per event.
 
     A stopped cell continues from its last checkpoint. The error of a cell is sent, and the next cell runs; Ctrl-C and a
-    lost pipe end the process. The output of libraries to stderr goes to `worker.log` beside the cells.
+    lost pipe end the process. The output of libraries to stderr goes to `worker.log` in the suite's folder.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read by torch when it is loaded, below
