@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-import rawsets
 
 from fedmllm.core.errors import DataError
 from fedmllm.core.types import Prediction
 from fedmllm.data.easy_vqa import EasyVqa, accuracy_colour, accuracy_shape
+from support import rawsets
 
 
 def test_questions_reveal_colour_and_shape_of_their_picture(tmp_path: Path) -> None:
