@@ -202,7 +202,7 @@ def test_real_clients_are_not_simulated_over() -> None:
 @pytest.mark.parametrize(
     ("scenario", "message"),
     [
-        (Missing(rates={"imgae": 0.1}), "scenario.rates.imgae: no such modality here; allowed: image, text"),
+        (Missing(rates={"imgae": 0.1}), "scenario.rates.imgae: unknown modality; allowed: image, text"),
         (Cross(clients={"image": 1, "text": 1}), "adds up to 2, not 3 clients"),
         (Cross(num_image_clients=4), "scenario.num_image_clients: got 4; there are 3 clients"),
     ],
@@ -218,7 +218,7 @@ def test_cross_on_cameras_asks_for_numbers() -> None:
 
 
 def test_no_rows_no_federation() -> None:
-    with pytest.raises(DataError, match="no rows to give out"):
+    with pytest.raises(DataError, match="there are no rows to partition"):
         assign([], TWO, Iid(), Aligned(), 0)
 
 
