@@ -1,7 +1,7 @@
 """Write README's table of results, the reports and the pictures of docs/ from results/. CI runs it with --check.
 
-python scripts/readme_results.py            # table, reports (results/*.md, *.csv) and docs/radar.svg
-python scripts/readme_results.py --check    # write nothing; fail where a table is not what the records in results/ say
+python scripts/readme_results.py            # table and reports (results/*.md, *-results.csv, *-costs.csv)
+python scripts/readme_results.py --check    # write nothing; fail if a table differs from the records in results/
 python scripts/readme_results.py --shots    # also docs/report-*.png, with a chromium on the PATH
 """
 
@@ -13,46 +13,41 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 
-from fedmllm.reports.figures import looks, radar
+from fedmllm.reports.comparisons import mean_over_settings
 from fedmllm.reports.names import metric_label
-from fedmllm.reports.published import published_for
 from fedmllm.reports.reading import DatasetResults, read_results
-from fedmllm.reports.stats import Spread, mean_over_settings
+from fedmllm.reports.stats import Spread
 from fedmllm.reports.tables import result_table
-from fedmllm.reports.texts import spread_text
 from fedmllm.reports.write import write_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+BROWSER = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
+BROWSER += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 BEGIN, END = "<!-- results: written by scripts/readme_results.py -->", "<!-- end of results -->"
 
 
 def table(dataset: DatasetResults) -> str:
-    """Methods by scenario: means over its settings, then mean ± standard deviation over seeds; the published means."""
-    values, published = dataset.values(), published_for(dataset.data)
-    groups = {**dataset.scenarios, "all settings": dataset.settings}
+    """Methods by scenario: means over its settings, then mean ± standard deviation over seeds; bold: best federated."""
+    values, groups = dataset.values(), {**dataset.scenarios, "all settings": dataset.settings}
+    scale = result_table(dataset).scale
     spreads = {
         group: {
-            m: Spread.of(list(seeds.values()))
-            for m in dataset.methods
-            if (seeds := mean_over_settings(values, m, settings))
+            m: Spread.of(seeds.values()) for m in dataset.methods if (seeds := mean_over_settings(values, m, settings))
         }
         for group, settings in groups.items()
     }
-    head = [metric_label(dataset.metric) + ", %", *groups, *([f"published: {published.title}"] if published else [])]
+    head = [metric_label(dataset.metric) + (f", {scale.unit}" if scale.unit else ""), *groups]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for method in dataset.methods:
         cells = []
-        for group in groups:
-            of_group = spreads[group]
-            best = max(of_group, key=lambda m: of_group[m].mean, default="")
-            text = spread_text(of_group[method]) if method in of_group else ""
-            cells.append(f"**{text}**" if method == best else text)
-        theirs = published.values.get(method, {}) if published else {}
-        cells += [f"{sum(theirs.values()) / len(theirs):.1f}" if theirs else ""] if published else []
+        for of_group in spreads.values():
+            federated = [m for m in of_group if m in dataset.federated]
+            best = max(federated, key=lambda m: of_group[m].mean, default="")  # noqa: B023
+            text = scale.spread(of_group[method].mean, of_group[method].std) if method in of_group else ""
+            cells.append(f"**{text}**" if method == best and len(federated) > 1 else text)
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -64,23 +59,17 @@ def text_of(folders: list[Path]) -> str:
         report = read_results([folder])
         for dataset in report.datasets:
             settings = " + ".join(f"{len(s)} {name}" for name, s in dataset.scenarios.items())
-            parts.append(
-                f"{report.title}: {len(dataset.runs)} runs, {len(dataset.seeds)} seeds ({settings}).\n\n{table(dataset)}\n"
-            )
+            found = result_table(dataset)
+            least = found.detectable_mean
+            detect = f"; detectable difference over all settings: {100 * least:.1f} points" if least is not None else ""
+            about = f"{len(dataset.runs)} runs, {len(dataset.seeds)} seeds ({settings}){detect}"
+            parts.append(f"{report.title}: {about}.\n\n{table(dataset)}\n")
     note = (
-        "Mean over a scenario's settings ± standard deviation over seeds; bold is the highest mean, which may be within "
-        "noise: the reports under `results/` have every setting, the paired tests and the costs. Published numbers are "
-        "single runs of another model on real data; compare orderings."
+        "The embedded benchmark, not a result about a real MLLM. Mean over a scenario's settings ± standard deviation over "
+        "seeds; bold is the highest mean of the federated methods, which may be within noise: the reports under `results/` "
+        "have every setting, the paired tests, the published numbers of settings that agree, and the costs."
     )
     return "\n".join([*parts, note])
-
-
-def standalone(svg: str) -> str:
-    """An inline figure as a file of its own, with the page's colours of both themes."""
-    style = (files("fedmllm.reports") / "page/page.css").read_text(encoding="utf-8")
-    colours = style[: style.index("* {")]
-    head, _, rest = svg.partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{colours}</style>{rest}\n'
 
 
 def shots(page: Path) -> None:
@@ -90,16 +79,16 @@ def shots(page: Path) -> None:
         sys.exit("--shots: no chromium on the PATH (Debian: apt-get install chromium)")
     frame = page.with_name("phone.html")
     frame.write_text(
-        f"<body style='margin:0'><iframe src='{page.name}' width='390' height='1500' style='border:0'></iframe></body>"
+        f"<body style='margin:0'><iframe src='{page.name}' width='390' height='1200' style='border:0'></iframe></body>"
     )
     dark = ["--blink-settings=preferredColorScheme=0"]
     for name, source, size, options in (
-        ("light", page, "1280,1500", []),
-        ("dark", page, "1280,1500", dark),
-        ("phone", frame, "500,1500", ["--allow-file-access-from-files", "--virtual-time-budget=4000"]),
+        ("light", page, "1280,1200", []),
+        ("dark", page, "1280,1200", dark),
+        ("phone", frame, "500,1200", ["--allow-file-access-from-files", "--virtual-time-budget=4000"]),
     ):
         out = ROOT / f"docs/report-{name}.png"
-        command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *options]
+        command = [chromium, *BROWSER, f"--user-data-dir={page.parent / 'chromium'}", *options]
         subprocess.run(
             [*command, f"--window-size={size}", f"--screenshot={out}", source.as_uri()],
             check=True,
@@ -132,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for folder in folders:
             written = write_report([folder], Path(place) / f"{folder.name}.html")
-            for path in (path for path in written if path.suffix != ".html"):
+            for path in (p for p in written if p.suffix != ".html" and not p.name.endswith("-rounds.csv")):
                 kept = RESULTS / path.name
                 if not kept.exists() or kept.read_bytes() != path.read_bytes():
                     stale.append(str(kept.relative_to(ROOT)))
@@ -140,9 +129,6 @@ def main() -> None:
                     shutil.copy(path, kept)
             if arguments.check:
                 continue
-            dataset = read_results([folder]).datasets[0]
-            if picture := radar(result_table(dataset), looks(dataset), folder.name):
-                (ROOT / f"docs/radar-{folder.name}.svg").write_text(standalone(picture.svg), encoding="utf-8")
             if arguments.shots and folder == folders[0]:
                 shots(written[0])
     if arguments.check and stale:

@@ -30,6 +30,7 @@ def write_run(folder: Path, experiment: Experiment, num_clients: int = 10) -> No
     final = LEVEL[head["scenario"]] + SKILL.get(head["method"].split("+")[0], 0) + 0.02 * rng.standard_normal()
     if experiment.method == "zero-shot":
         final = 0.53
+    final = min(1.0, final)
     events: list[dict[str, Any]] = [_heading(experiment, rng, num_clients)]
     sent = client_s = 0.0
     federated = experiment.method == "federated"

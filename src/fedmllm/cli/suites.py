@@ -67,14 +67,18 @@ def suite(
 
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of suites or runs.", metavar="DIR...")],
-    out: Annotated[Path, typer.Option(help="The page; tables are written next to it as .md and .csv.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page, or a .md, .tex or .csv file. Default: report.html in the first folder."),
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="html (page, Markdown and CSV), markdown, latex or csv. Default: by --out.")
+    ] = "",
 ) -> None:
-    """One HTML page, Markdown and CSV tables from the records of runs."""
+    """Write an HTML page, Markdown, LaTeX and CSV tables from the records of runs."""
     from fedmllm.reports.write import write_report
 
-    for path in write_report(folders, out):
+    for path in write_report(folders, out, format_):
         typer.echo(str(path))
 
 

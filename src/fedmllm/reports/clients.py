@@ -21,12 +21,12 @@ def who_sees_what(dataset: DatasetResults, key: str) -> list[Picture]:
         clients = _clients(dataset, setting)
         stacks = {kind: [0] * len(clients) for kind in SHOWS}
         for i, client in enumerate(clients):
-            for shows, count in client["shows"].items():
-                stacks[kind_of(shows, 2)][i] += count
+            for visible, count in client.get("shows", client.get("visible", {})).items():
+                stacks[kind_of(visible, 2)][i] += count
         if sum(any(counts) for counts in stacks.values()) > 1:
             colours = {kind: SHOWS[kind] for kind in stacks}
             names = {kind: VISIBLE[kind] for kind in stacks}
-            found.append(_bars(setting, stacks, colours, names, f"{key}-sees-{number}"))
+            found.append(_bars(setting, stacks, colours, names, clients, f"{key}-sees-{number}"))
     return found
 
 
@@ -44,7 +44,9 @@ def label_skew(dataset: DatasetResults, key: str) -> list[Picture]:
         colours = {label: SERIES[i % len(SERIES)] for i, label in enumerate(labels)}
         same = [s for s in dataset.settings if str([c["labels"] for c in _clients(dataset, s)]) == digest]
         title = setting if len(same) == 1 else f"{setting} and {len(same) - 1} more settings"
-        found.append(_bars(title, stacks, colours, {label: label for label in labels}, f"{key}-labels-{number}"))
+        found.append(
+            _bars(title, stacks, colours, {label: label for label in labels}, clients, f"{key}-labels-{number}")
+        )
     return found
 
 
@@ -55,26 +57,32 @@ def labels_of(dataset: DatasetResults) -> dict[str, str]:
 
 
 def _clients(dataset: DatasetResults, setting: str) -> list[Mapping[str, Any]]:
-    runs = [run for run in dataset.pick(setting) if run.heading.get("clients")]
-    first = min(runs, key=lambda run: run.seed, default=None)
-    return list(first.heading["clients"]) if first else []
+    first = min((run for run in dataset.pick(setting) if run.clients), key=lambda run: run.seed, default=None)
+    return first.clients if first else []
 
 
 def _bars(
-    title: str, stacks: Mapping[str, Sequence[int]], colours: Mapping[str, str], names: Mapping[str, str], key: str
+    title: str,
+    stacks: Mapping[str, Sequence[int]],
+    colours: Mapping[str, str],
+    names: Mapping[str, str],
+    clients: Sequence[Mapping[str, Any]],
+    key: str,
 ) -> Picture:
-    num_clients = len(next(iter(stacks.values())))
+    sites = [str(client.get("name", client["client"])) for client in clients]
 
     def paint(axes: Axes) -> None:
-        below = [0] * num_clients
+        below = [0] * len(sites)
         for kind, counts in stacks.items():
             if any(counts):
-                axes.bar(range(num_clients), counts, bottom=below, color=colours[kind], width=0.78, linewidth=0)
+                axes.bar(range(len(sites)), counts, bottom=below, color=colours[kind], width=0.78, linewidth=0)
             below = [b + c for b, c in zip(below, counts, strict=True)]
-        axes.set_xticks(range(num_clients))
-        axes.set_xlabel("client")
+        if len(sites) <= 20:
+            long = max(map(len, sites), default=0) > 3
+            axes.set_xticks(range(len(sites)), [site[:8] for site in sites], rotation=40 if long else 0)
+        axes.set_xlabel("site")
         axes.set_ylabel("rows")
         axes.grid(visible=False, axis="x")
 
     words = "; ".join(f"{names[kind]}: {', '.join(map(str, counts))}" for kind, counts in stacks.items() if any(counts))
-    return draw(title, f"Rows of clients 0 to {num_clients - 1}. {words}", key, paint, (WIDTH, 2.0))
+    return draw(title, f"Rows of sites {', '.join(sites)}. {words}", key, paint, (WIDTH, 2.0))

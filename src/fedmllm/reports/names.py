@@ -1,4 +1,4 @@
-"""The words of tables and figures for what settings say."""
+"""Names of settings, methods and metrics in tables and figures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ SCENARIOS = {
     "missing": "Rows lose text or image at random",
     "cross": "Some clients see only images, the others only text",
     "hybrid": "Each client keeps each modality with some probability",
+}
+GROUPS = {  # scenario -> its name on the first screen
+    "aligned": "Complete rows",
+    "missing": "Random rows lack a modality",
+    "hybrid": "Mixed sites",
+    "cross": "Sites with one modality",
 }
 METHODS = {
     "zero-shot": "Zero-shot",
@@ -50,6 +56,24 @@ def setting_label(settings: Mapping[str, Any]) -> str:
         return f"p {100 * scenario['keep_rate']:g} %"
     words = [f"{k}={v}" for k, v in scenario.items() if k != "name" and v]
     return " ".join([name, *words])
+
+
+def setting_meaning(settings: Mapping[str, Any]) -> str:
+    """One line on a setting for its legend: "3 sites with images only, 7 with text only"."""
+    scenario, partition = settings["scenario"], settings["partition"]
+    name = scenario["name"]
+    if name == "missing" and not scenario.get("rates"):
+        return f"each row loses its text, and independently its image, with a chance of {100 * scenario['rate']:g} %"
+    if name == "hybrid":
+        return f"each site keeps each modality with a chance of {100 * scenario['keep_rate']:g} %"
+    if name == "cross" and not scenario.get("clients"):
+        images, total = scenario["num_image_clients"], partition.get("num_clients") or 0
+        return f"{images} sites with images only, {total - images if total > images else 'the others'} with text only"
+    if name == "aligned" and partition["name"] == "dirichlet":
+        skew = "nearly even" if partition["alpha"] >= 3 else "uneven" if partition["alpha"] >= 0.8 else "very uneven"
+        return f"labels are spread over sites by Dirichlet({partition['alpha']:g}): {skew}"
+    rates = ", ".join(f"{k} {v}" for k, v in (scenario.get("rates") or scenario.get("clients") or {}).items())
+    return f"{name}{f' ({rates})' if rates else ''}; rows are assigned to sites by the {partition['name']} partition"
 
 
 def method_label(settings: Mapping[str, Any], method: str, prompt: str) -> str:

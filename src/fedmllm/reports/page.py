@@ -11,28 +11,39 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedmllm.core.text import bytes_text
+from fedmllm.reports.answers import Answer, answers, groups, ranked
 from fedmllm.reports.clients import label_skew, labels_of, who_sees_what
-from fedmllm.reports.figures import MOST_DRAWN, Look, Picture, against_cost, curves, looks, panels, radar
-from fedmllm.reports.findings import Finding, findings, p_text
-from fedmllm.reports.names import SCENARIOS, VISIBLE, metric_label
+from fedmllm.reports.comparisons import Comparison, additions, all_pairs, declared
+from fedmllm.reports.figures import MOST_DRAWN, Look, Picture, against_cost, curves, looks, overview, panels
+from fedmllm.reports.names import SCENARIOS, VISIBLE, metric_label, setting_meaning
+from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
 from fedmllm.reports.reading import DatasetResults, ReportData
-from fedmllm.reports.stats import Versus, all_pairs
 from fedmllm.reports.svg import SHOWS, variable
-from fedmllm.reports.tables import CostRow, Matrix, ResultTable, costs, matrices, result_table
-from fedmllm.reports.texts import spread_text
+from fedmllm.reports.tables import (
+    CostRow,
+    Matrix,
+    PublishedTable,
+    ResultTable,
+    costs,
+    matrices,
+    published_table,
+    result_table,
+)
+from fedmllm.reports.texts import about_published, about_table, interval, no_tests, verdict
 
 
 @dataclass(frozen=True)
 class Section:
-    """Everything that the page shows of one dataset."""
+    """Everything that the page has on one data set."""
 
     dataset: DatasetResults
     table: ResultTable
     others: tuple[ResultTable, ...]  # further metrics
-    findings: list[Finding]
+    answers: list[Answer]
+    overview: Picture | None
+    meanings: dict[str, str]  # of the settings
     looks: dict[str, Look]
-    num_left_out: int  # methods that no figure shows, because another one with an addition is
-    radar: Picture | None
+    num_left_out: int  # methods that no figure has, because another one with an addition is there
     panels: list[Picture]
     curves: list[Picture]
     against_cost: list[Picture]
@@ -40,42 +51,53 @@ class Section:
     labels: list[Picture]
     label_colours: dict[str, str]
     matrices: list[Matrix]
+    first_matrix: str  # the method whose train x test table is open
     heat: tuple[float, float]  # lowest and highest mean of the matrices
-    pairs: list[Versus]
+    tests: dict[str, list[Comparison]]  # title -> tests that are corrected together
+    published: PublishedTable | None
     costs: list[CostRow]
 
 
-def section(dataset: DatasetResults, key: str) -> Section:
-    """Tables and figures of a dataset; `key` keeps its ids apart from other datasets'."""
-    table = result_table(dataset)
+def section(report: ReportData, dataset: DatasetResults, key: str) -> Section:
+    """Tables and figures of a data set; `key` keeps its ids distinct from those of other data sets."""
+    table, pairs, chart = result_table(dataset), all_pairs(dataset), groups(dataset)
     drawn = dataset if len(table.methods) <= MOST_DRAWN else dataset.plain()
     drawn_table, style = result_table(drawn), looks(drawn)
     trained = matrices(dataset)
     means = [spread.mean for matrix in trained for row in matrix.rows.values() for spread in row.values()]
-    metrics = [row["metric"] for row in dataset.runs[0].rows if row["metric"] not in (table.metric, "unparsed")]
+    metrics = [m for m in dataset.metrics if m != table.metric and m not in dataset.undefined]
+    best, _ = ranked(dataset, table)
+    claims = {
+        "Claims declared in the suite file": declared(dataset, report.claims),
+        "All pairs of methods": pairs,
+        "Additions to a method": additions(dataset),
+    }
     return Section(
         dataset=dataset,
         table=table,
-        others=tuple(result_table(dataset, metric) for metric in dict.fromkeys(metrics)),
-        findings=findings(dataset, table),
+        others=tuple(result_table(dataset, metric) for metric in metrics),
+        answers=answers(dataset, table, pairs, chart),
+        overview=overview(chart, table, f"{key}-overview"),
+        meanings={setting: setting_meaning(dataset.pick(setting)[0].settings) for setting in dataset.settings},
         looks=style,
         num_left_out=len(table.methods) - len(drawn_table.methods),
-        radar=radar(drawn_table, style, f"{key}-radar"),
-        panels=panels(drawn_table, style, f"{key}-panel"),
-        curves=curves(drawn, style, f"{key}-curve"),
-        against_cost=against_cost(drawn, style, f"{key}-cost"),
+        panels=panels(drawn, drawn_table, style, f"{key}-panel"),
+        curves=curves(drawn, drawn_table, style, f"{key}-curve"),
+        against_cost=against_cost(drawn, drawn_table, style, f"{key}-cost"),
         sees=who_sees_what(dataset, key),
         labels=label_skew(dataset, key),
         label_colours=labels_of(dataset),
         matrices=trained,
+        first_matrix=next((m for m in best if any(m == matrix.method for matrix in trained)), ""),
         heat=(min(means, default=0.0), max(means, default=1.0)),
-        pairs=all_pairs(dataset),
+        tests={title: several for title, several in claims.items() if several},
+        published=published_table(dataset, table),
         costs=costs(dataset),
     )
 
 
 def model_of(backbone: Mapping[str, Any]) -> str:
-    """The folder's name where the model lies in one: "MiniCPM-V-2_6"; else the backbone's."""
+    """The folder's name if the model is in one: "MiniCPM-V-2_6"; else the backbone's."""
     return PurePath(str(backbone.get("path") or "")).name or str(backbone["name"])
 
 
@@ -91,24 +113,34 @@ def page(report: ReportData) -> str:
     environment.globals.update(
         metric_label=metric_label,
         variable=variable,
-        spread_text=spread_text,
         bytes_text=bytes_text,
         p_text=p_text,
+        counted=counted,
+        about_table=lambda table: about_table(table).replace("**", "").replace("_second_", "second"),
+        about_published=about_published,
+        interval=interval,
+        no_tests=no_tests,
+        verdict=verdict,
         SCENARIOS=SCENARIOS,
         VISIBLE=VISIBLE,
         SHOWS=SHOWS,
+        DASH=DASH,
+        NB=NO_BREAK,
     )
     folder = files("fedmllm.reports") / "page"
     first = report.runs[0].heading
     return environment.get_template("page.html.j2").render(
         report=report,
-        sections=[section(dataset, f"c{i}") for i, dataset in enumerate(report.datasets)],
+        sections=[section(report, dataset, f"c{i}") for i, dataset in enumerate(report.datasets)],
         style=(folder / "page.css").read_text(encoding="utf-8"),
         script=(folder / "page.js").read_text(encoding="utf-8"),
-        versions=first["versions"],
-        device=first["device"],
+        versions=first.get("versions") or {},
+        device=first.get("device") or {},
+        digests=report.runs[0].digests,
         hours=sum(run.wall_s for run in report.runs) / 3600,
-        sent=bytes_text(sum(run.rows[0]["up_bytes"] + run.rows[0]["down_bytes"] for run in report.runs)),
+        sent=bytes_text(
+            sum((run.rows[0].get("up_bytes") or 0) + (run.rows[0].get("down_bytes") or 0) for run in report.runs)
+        ),
         seeds=sorted({run.seed for run in report.runs}),
         models=sorted({model_of(run.settings["backbone"]) for run in report.runs}),
     )

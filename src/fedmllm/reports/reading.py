@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmllm.config.experiment import Experiment
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.spec import current_keys
 from fedmllm.core.text import flat
-from fedmllm.reports.names import base_of, method_label, order_of, setting_label
+from fedmllm.reports.names import base_of, method_label, setting_label
+from fedmllm.reports.numerals import COUNTS
 from fedmllm.runs.folder import RECORD, SUMMARY
 from fedmllm.runs.record import Line, read
 from fedmllm.runs.suites.suite import SUITE
 
-NOTHING_ADDED = ("none", "plain", "-")  # labels of the axes other than `methods` that add nothing
-EXECUTION_ONLY = tuple(
-    f"{key}." for key in Experiment.execution_only()
-)  # where and how fast a run was computed: keys, or tables with all their keys
-Seeds = dict[int, float]  # seed -> value
+SEEDS = ("seed", "data.seed")  # settings that repeat a run instead of making it another one
+EXECUTION_ONLY = tuple(f"{key}." for key in Experiment.execution_only())  # keys, or tables with all their keys
+WORDS = ("run_id", "scenario", "method", "prompt", "metric", "visible")  # texts in a row of a summary
+
+
+class Draw(NamedTuple):
+    """The seed and the digests that two results must share to be paired."""
+
+    seed: int
+    rows: str = ""  # digest of the rows
+    variant: str = ""  # a partition or base model that differs from that of the other runs; "" = the usual one
+
+
+Seeds = dict[Draw, float]
 
 
 @dataclass(frozen=True)
@@ -29,17 +42,23 @@ class RunRecord:
     """One finished run, as a report needs it."""
 
     run_id: str
+    folder: Path
     data: str
     scenario: str
     setting: str  # as in the table: "alpha 5", "beta 30 %"
     method: str  # as in the table: "FedAdam", "FedAdam, agnostic"
-    seed: int
+    draw: Draw
     settings: Mapping[str, Any]
     heading: Line
     rounds: tuple[Line, ...]
     evals: tuple[Line, ...]
     rows: tuple[dict[str, Any], ...]
     wall_s: float
+    labels: Mapping[str, str] = field(default_factory=dict)  # axis -> label, in a suite
+
+    @property
+    def seed(self) -> int:
+        return self.draw.seed
 
     @property
     def federated(self) -> bool:
@@ -47,8 +66,26 @@ class RunRecord:
 
     @property
     def headline(self) -> tuple[str, str]:
-        """(metric, test modalities) of the main result."""
+        """(metric, visible modalities of the test rows) of the main result."""
         return self.rows[0]["metric"], self.rows[0]["visible"]
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        return {str(k): str(v) for k, v in dict(self.heading.get("digests") or {}).items()}
+
+    @property
+    def clients(self) -> list[Mapping[str, Any]]:
+        """Per client its labels and its rows by visible modalities; [] if the record does not have them."""
+        return list(self.heading.get("clients") or [])
+
+    @cached_property
+    def is_complete(self) -> bool | None:
+        """True if every training row has every modality; None if the record does not have it."""
+        counts = [client.get("shows", client.get("visible")) for client in self.clients]
+        kinds = {kind for of_client in counts if of_client for kind in of_client}
+        if not kinds:
+            return None
+        return kinds == {max(kinds, key=lambda kind: kind.count("+"))} and "none" not in kinds
 
     def value(self, metric: str, visible: str) -> float | None:
         found = [row["value"] for row in self.rows if (row["metric"], row["visible"]) == (metric, visible)]
@@ -63,12 +100,14 @@ class ReportData:
     runs: tuple[RunRecord, ...]
     unfinished: tuple[str, ...]  # folders with a record and no summary
     missing: int  # cells of the suites without a record
+    notes: tuple[str, ...] = ()  # runs that are not compared, and the reason
+    claims: tuple[Mapping[str, Any], ...] = ()  # declared in the suite files
 
     def of(self, data: str) -> DatasetResults:
         """The runs on one data set."""
         return DatasetResults(data, tuple(run for run in self.runs if run.data == data))
 
-    @property
+    @cached_property
     def datasets(self) -> list[DatasetResults]:
         return [self.of(data) for data in dict.fromkeys(run.data for run in self.runs)]
 
@@ -80,33 +119,54 @@ class DatasetResults:
     data: str
     runs: tuple[RunRecord, ...]
 
-    @property
+    @cached_property
     def settings(self) -> list[str]:
         return list(dict.fromkeys(run.setting for run in self.runs))
 
-    @property
+    @cached_property
     def methods(self) -> list[str]:
         return list(dict.fromkeys(run.method for run in self.runs))
+
+    @cached_property
+    def federated(self) -> list[str]:
+        """Methods that are federated; all others are baselines."""
+        return list(dict.fromkeys(run.method for run in self.runs if run.federated))
 
     def plain(self) -> DatasetResults:
         """Without the methods that are another one with an addition; a figure cannot show every combination."""
         methods = self.methods
         return replace(self, runs=tuple(run for run in self.runs if base_of(run.method, methods) is None))
 
-    @property
+    @cached_property
     def seeds(self) -> list[int]:
         return sorted({run.seed for run in self.runs})
 
-    @property
-    def metric(self) -> str:
-        return self.runs[0].headline[0]
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Of most runs, in their order; counts of rows are left out."""
+        return list(dict.fromkeys(r["metric"] for run in self.runs for r in run.rows if r["metric"] not in COUNTS))
 
-    @property
+    @cached_property
+    def metric(self) -> str:
+        """The first metric that is defined in any run."""
+        defined = [m for m in self.metrics if any(run.value(m, run.headline[1]) is not None for run in self.runs)]
+        return (defined or self.metrics or [self.runs[0].headline[0]])[0]
+
+    @cached_property
+    def undefined(self) -> list[str]:
+        """Metrics that no run defines, as AUC on test rows of one class."""
+        return [
+            m
+            for m in self.metrics
+            if all(r["value"] is None for run in self.runs for r in run.rows if r["metric"] == m)
+        ]
+
+    @cached_property
     def visible(self) -> str:
         """Visible modalities of the test rows in most runs; a baseline without a model reads none."""
         return Counter(run.headline[1] for run in self.runs).most_common(1)[0][0]
 
-    @property
+    @cached_property
     def scenarios(self) -> dict[str, list[str]]:
         """Scenario -> its settings."""
         found: dict[str, dict[str, None]] = {}
@@ -114,140 +174,161 @@ class DatasetResults:
             found.setdefault(run.scenario, {})[run.setting] = None
         return {scenario: list(settings) for scenario, settings in found.items()}
 
+    @cached_property
+    def num_test(self) -> int | None:
+        """Test rows; None if runs differ in it."""
+        found = {run.heading.get("num_test") for run in self.runs}
+        return next(iter(found)) if len(found) == 1 else None
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str], list[RunRecord]]:
+        found: defaultdict[tuple[str, str], list[RunRecord]] = defaultdict(list)
+        for run in self.runs:
+            found[run.setting, run.method].append(run)
+        return dict(found)
+
     def pick(self, setting: str | None = None, method: str | None = None) -> list[RunRecord]:
+        if setting is not None and method is not None:
+            return self._cells.get((setting, method), [])
         return [r for r in self.runs if setting in (None, r.setting) and method in (None, r.method)]
 
     def values(self, metric: str = "", visible: str = "") -> dict[tuple[str, str], Seeds]:
-        """(setting, method) -> seed -> value; each run's own headline where nothing else is asked for."""
+        """(setting, method) -> draw -> value; by default of the main metric, on each run's own test rows."""
         found: defaultdict[tuple[str, str], Seeds] = defaultdict(dict)
         for run in self.runs:
-            head = run.headline
-            value = run.value(metric or head[0], visible or head[1])
+            value = run.value(metric or self.metric, visible or run.headline[1])
             if value is not None:
-                found[run.setting, run.method][run.seed] = value
+                found[run.setting, run.method][run.draw] = value
         return dict(found)
 
 
 def read_results(folders: Sequence[Path]) -> ReportData:
-    """Every run at or below the folders, once each by run id, as the suite's order has it.
+    """Every run in the folders, at any depth, in the order of their suites.
 
-    Raises FedmllmError for a folder that is missing or has no finished run, and for a record that cannot be read.
+    A run that is found twice with the same results is taken once. Runs of one id with other rows, partition or base model
+    stay apart, and are never paired.
+
+    Raises FedmllmError for a folder that is missing, cannot be read or has no finished run, and for a damaged file.
     """
+    from fedmllm.reports.grouping import arrange
+
     titles: dict[str, None] = {}
     labels: dict[str, dict[str, str]] = {}
-    runs: dict[str, RunRecord] = {}
+    claims: list[Mapping[str, Any]] = []
+    runs: list[RunRecord] = []
     unfinished: list[str] = []
     for folder in folders:
         if not folder.is_dir():
-            raise FedmllmError(f"{folder}: no such folder; give folders of runs or suites")
-        for path in sorted(folder.rglob(SUITE)):
-            title, of_suite = read_suite(path)
+            raise FedmllmError(f"{folder}: not a folder; give folders of runs or suites")
+        suites, records = _find(folder)
+        for path in suites:
+            title, of_suite, of_claims = read_suite(path)
             titles[title] = None
             labels |= of_suite
-        for path in sorted(folder.rglob(RECORD)):
-            if not (path.parent / SUMMARY).exists():
+            claims += of_claims
+        for path in records:
+            if os.path.lexists(path.parent / SUMMARY):
+                runs.append(read_run(path.parent))
+            else:
                 unfinished.append(str(path.parent))
-                continue
-            run = read_run(path.parent)
-            runs.setdefault(run.run_id, run)
     if not runs:
         raise FedmllmError(f"{', '.join(map(str, folders))}: no finished run (a folder with {RECORD} and {SUMMARY})")
-    named = apart(in_order(label(runs.values(), labels), list(labels)))
+    arranged, notes = arrange(runs, labels)
     started = {
-        *runs,
+        *(run.run_id for run in runs),
         *(Path(folder).name for folder in unfinished),
-    }  # a suite's cell lies in a folder named by its run id
-    lacking = sum(run_id not in started for run_id in labels)
-    return ReportData(" + ".join(titles) or "Federated fine-tuning: results", tuple(named), tuple(unfinished), lacking)
+    }  # cells are named by run id
+    missing = sum(run_id not in started for run_id in labels)
+    title = " + ".join(titles) or "Federated fine-tuning: results"
+    return ReportData(title, tuple(arranged), tuple(unfinished), missing, tuple(notes), tuple(claims))
 
 
-def read_suite(path: Path) -> tuple[str, dict[str, dict[str, str]]]:
-    """Title, and run id -> labels. Raises FedmllmError naming the file."""
+def _find(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(suite files, records) in a folder, sorted."""
+
+    def refuse(error: OSError) -> None:
+        raise FedmllmError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+    found: tuple[list[Path], list[Path]] = ([], [])
+    for place, _, names in os.walk(folder, onerror=refuse):
+        for paths, name in zip(found, (SUITE, RECORD), strict=True):
+            paths += [Path(place) / name] if name in names else []
+    if (folder / SUITE).is_dir():
+        raise FedmllmError(f"{folder / SUITE}: a folder; it should be a suite's list of cells")
+    return sorted(found[0]), sorted(found[1])
+
+
+def read_suite(path: Path) -> tuple[str, dict[str, dict[str, str]], list[Mapping[str, Any]]]:
+    """Title, run id -> labels, and declared claims. Raises FedmllmError naming the file."""
     try:
         suite = json.loads(path.read_text(encoding="utf-8"))
-        return str(suite["title"]), {cell["run_id"]: dict(cell["labels"]) for cell in suite["cells"]}
-    except (KeyError, TypeError, ValueError) as error:
+        labels = {str(c["run_id"]): {str(k): str(v) for k, v in c["labels"].items()} for c in suite["cells"]}
+        return str(suite["title"]), labels, [dict(claim) for claim in suite.get("claims", [])]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FedmllmError(f"{path}: not a suite's list of cells: {type(error).__name__}: {error}") from None
 
 
 def read_run(folder: Path) -> RunRecord:
-    """One run's folder. Raises FedmllmError naming the file."""
-    path = folder / SUMMARY
+    """One run's folder. Raises FedmllmError naming the folder."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = [_row(row) for row in json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["rows"]]
         events = list(read(folder / RECORD))
         heading = next(event for event in events if event["event"] == "experiment")
-        settings, row = heading["settings"], rows[0]
+        settings, row = current_keys(Experiment, heading["settings"], str(folder / RECORD)), rows[0]
+        digests = heading.get("digests") or {}
         return RunRecord(
             run_id=row["run_id"],
-            data=settings["data"]["name"],
+            folder=folder,
+            data=settings["data"]["name"],  # type: ignore[index]
             scenario=row["scenario"],
             setting=setting_label(settings),
             method=method_label(settings, row["method"], row["prompt"]),
-            seed=row["seed"],
+            draw=Draw(int(row["seed"]), str(digests.get("rows", ""))),
             settings=settings,
             heading=heading,
-            rounds=tuple(e for e in events if e["event"] == "round"),
-            evals=tuple(e for e in events if e["event"] == "eval"),
+            rounds=tuple(_round(e) for e in events if e["event"] == "round"),
+            evals=tuple(_eval(e) for e in events if e["event"] == "eval"),
             rows=tuple(rows),
-            wall_s=row["wall_s"],
+            wall_s=float(row["wall_s"]),
         )
-    except (KeyError, IndexError, StopIteration, TypeError, json.JSONDecodeError) as error:
+    except ConfigError:
+        raise
+    except StopIteration:
+        raise FedmllmError(f"{folder}: not a run's record and summary: {RECORD} has no settings") from None
+    except (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FedmllmError(f"{folder}: not a run's record and summary: {type(error).__name__}: {error}") from None
 
 
-def label(runs: Iterable[RunRecord], labels: Mapping[str, Mapping[str, str]]) -> list[RunRecord]:
-    """Runs under the words of their suite: the axis `settings` names the row, all other axes but seeds the column.
-
-    A word that says that nothing was added is left out: "FedAdam" with the strategy "none" is FedAdam.
-    """
-    counts: defaultdict[str, set[str]] = defaultdict(set)
-    for of_run in labels.values():
-        for axis, word in of_run.items():
-            counts[axis].add(word)
-    named = []
-    for run in runs:
-        of_run = labels.get(run.run_id, {})
-        column = [
-            w
-            for a, w in of_run.items()
-            if a == "methods"
-            or (a not in ("settings", "seeds") and len(counts[a]) > 1 and w.lower() not in NOTHING_ADDED)
-        ]
-        setting, method = of_run.get("settings", run.setting), ", ".join(column) or run.method
-        named.append(replace(run, setting=setting, method=method))
-    return named
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a summary, checked: texts are texts, everything else is a finite number or null."""
+    for key in WORDS:
+        if not isinstance(row[key], str):
+            raise TypeError(f"{key}: got {str(row[key])[:60]!r}; it must be a text")
+    if type(row["seed"]) is not int or type(row["wall_s"]) not in (int, float):
+        raise TypeError(f"seed, wall_s: got {row['seed']!r}, {row['wall_s']!r}; they must be numbers")
+    for key in row.keys() - {*WORDS, "setting"}:
+        _number(row[key], key)
+    return {"value": row["value"], **row}
 
 
-def in_order(runs: list[RunRecord], suite: Sequence[str]) -> list[RunRecord]:
-    """As the suite has them; runs without a suite by scenario, setting and method."""
-    place = {run_id: number for number, run_id in enumerate(suite)}
-    return sorted(
-        runs, key=lambda r: (place.get(r.run_id, len(place)), order_of(r.scenario, r.setting), r.method, r.seed)
-    )
+def _number(value: object, key: str) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    if value is not None and not is_number:  # the comparison is False for NaN
+        raise ValueError(f"{key}: got {str(value)[:60]!r}; it must be a finite number or null")
 
 
-def apart(runs: list[RunRecord]) -> list[RunRecord]:
-    """Runs that would share a place in the table but differ in what was asked get that into their method's name.
+def _round(event: Line) -> Line:
+    for key in ("round", "up_bytes", "down_bytes", "wall_s"):
+        _number(event[key], f"{RECORD}: round: {key}")
+    return event
 
-    A method that has such a name in one setting has it in all of them, so that it stays one column.
-    """
-    same: defaultdict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
-    for run in runs:
-        same[run.data, run.setting, run.method].append(asked(run.settings))
-    odd: defaultdict[tuple[str, str], dict[str, None]] = defaultdict(dict)
-    for (data, _, method), several in same.items():
-        for key in dict.fromkeys(key for one in several for key in one):
-            if any(one.get(key) != several[0].get(key) for one in several):
-                odd[data, method][key] = None
-    named = []
-    for run in runs:
-        own, keys = asked(run.settings), odd[run.data, run.method]
-        suffix = f" ({', '.join(f'{key}={own[key]}' for key in keys if key in own)})" if keys else ""
-        named.append(replace(run, method=run.method + suffix))
-    return named
+
+def _eval(event: Line) -> Line:
+    for name, value in event["metrics"].items():
+        _number(value, f"{RECORD}: eval: {name}")
+    return {**event, "visible": str(event["visible"])}
 
 
 def asked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What may change results: the flat settings without the seed and without `HOW`."""
-    return {k: v for k, v in flat(settings).items() if k != "seed" and not f"{k}.".startswith(EXECUTION_ONLY)}
+    """Flat settings that can change results; without seeds and `Experiment.execution_only()`."""
+    return {k: v for k, v in flat(settings).items() if k not in SEEDS and not f"{k}.".startswith(EXECUTION_ONLY)}

@@ -1,15 +1,20 @@
-"""Spread over seeds, and tests of methods paired by seed.
+"""Spread over seeds, paired tests, detectable differences.
 
-A seed fixes rows, partition and masks, so methods are compared seed by seed.
+A seed fixes rows, partition, masks and cohorts, so methods are compared seed by seed. A statistic without a meaning is None:
+the test of a single seed, or of differences that do not vary.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from fedmllm.reports.reading import DatasetResults, Seeds
+K = TypeVar("K", bound=Hashable)
+LEVEL, POWER = 0.05, 0.8
+NO_SPREAD = 1e-9  # standard deviations below are rounding: 0.9 - 0.5 is not 0.8 - 0.4 in binary
+MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -21,15 +26,24 @@ class Spread:
     n: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    def of(cls, values: Iterable[float]) -> Spread:
+        found = list(values)
+        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
+
+    @property
+    def half(self) -> float | None:
+        """Half of the 95 % interval of the mean (Student's t); None for one seed, or without any spread."""
+        if self.std is None or self.std < NO_SPREAD:
+            return None
+        return float(_quantile(self.n - 1, 0.975) * self.std / self.n**0.5)
 
 
 @dataclass(frozen=True)
 class Paired:
     """a - b over the seeds that both have: mean, 95 % interval and p of Student's paired t-test (two-sided).
 
-    `p`, `low` and `high` are None for fewer than two seeds: nothing can be said about noise then.
+    `p`, `low` and `high` are None for fewer than two seeds, and for differences that are all alike: then the noise between
+    seeds is unknown, and a test has no meaning.
     """
 
     difference: float
@@ -37,34 +51,27 @@ class Paired:
     high: float | None
     p: float | None
     n: int
+    std: float | None = None  # of the differences
 
-    @property
-    def verdict(self) -> str:
-        """What may be claimed at the 5 % level."""
-        if self.p is None:
-            return "one seed: no test"
-        if self.p >= 0.05:
-            return "within noise"
-        return "higher" if self.difference > 0 else "lower"
+    def needed(self, level: float = LEVEL) -> int | None:
+        """Seeds for which a true difference of this size is found with 80 % power; None if unknown or over 10,000."""
+        return None if self.std is None else seeds_needed(self.difference, self.std, level)
 
 
-def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired | None:
-    """Student's paired t-test over shared seeds; None where they share none."""
-    seeds = sorted(a.keys() & b.keys())
-    if not seeds:
+def paired(a: Mapping[K, float], b: Mapping[K, float]) -> Paired | None:
+    """Student's paired t-test over shared keys, which are seeds; None if none is shared."""
+    differences = [a[seed] - b[seed] for seed in a if seed in b]
+    if not differences:
         return None
-    differences = [a[seed] - b[seed] for seed in seeds]
     mean, n = statistics.fmean(differences), len(differences)
-    if n < 2:
+    std = statistics.stdev(differences) if n > 1 else None
+    if std is None or std < NO_SPREAD:
         return Paired(mean, None, None, None, n)
-    from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats takes a second to load
+    from scipy.special import stdtr  # Student's t; scipy.stats takes a second to load
 
-    error = statistics.stdev(differences) / n**0.5
-    if error == 0:
-        return Paired(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
-    half = float(stdtrit(n - 1, 0.975)) * error
-    p = float(2 * stdtr(n - 1, -abs(mean / error)))
-    return Paired(mean, mean - half, mean + half, p, n)
+    error = std / n**0.5
+    half = _quantile(n - 1, 0.975) * error
+    return Paired(mean, mean - half, mean + half, float(2 * stdtr(n - 1, -abs(mean / error))), n, std)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -77,59 +84,47 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-@dataclass(frozen=True)
-class Versus:
-    """Two methods over all settings that both have."""
-
-    a: str
-    b: str
-    paired: Paired  # of the means over settings, one pair a seed
-    p_holm: float | None  # corrected for all pairs of the dataset
-    wins: int  # (setting, seed) cells in which a is strictly above b
-    cells: int
-    stable: tuple[str, ...]  # settings in which a is above b for every seed
-    reversed: tuple[str, ...]  # settings in which b is above a for every seed
+def pooled_std(tests: Iterable[Paired | None]) -> tuple[float, int] | None:
+    """(root mean variance of the differences, fewest seeds) of several paired tests; None if none has a spread."""
+    known = [(test.std, test.n) for test in tests if test and test.std is not None]
+    if not known:
+        return None
+    return statistics.fmean(std**2 for std, _ in known) ** 0.5, min(n for _, n in known)
 
 
-def mean_over_settings(values: Mapping[tuple[str, str], Seeds], method: str, settings: Sequence[str]) -> Seeds:
-    """seed -> mean over the settings; a seed that lacks one of them is left out."""
-    columns = [values.get((setting, method), {}) for setting in settings]
-    shared = set.intersection(*(set(column) for column in columns)) if columns else set()
-    return {seed: statistics.fmean(column[seed] for column in columns) for seed in sorted(shared)}
+def detectable(std: float, n: int, level: float = LEVEL) -> float:
+    """Smallest true difference that a paired t-test over `n` seeds finds with 80 % power.
+
+    (t(1 - level/2) + t(0.8)) std / sqrt(n) with n - 1 degrees of freedom, the usual approximation of the non-central t.
+
+    Args:
+        std: Standard deviation of the paired differences.
+        n: Seeds, at least 2.
+        level: Two-sided level of the test.
+    """
+    return float((_quantile(n - 1, 1 - level / 2) + _quantile(n - 1, POWER)) * std / n**0.5)
 
 
-def all_pairs(dataset: DatasetResults, metric: str = "", visible: str = "") -> list[Versus]:
-    """Every pair of methods, the better one first, the best method's pairs first."""
-    values = dataset.values(metric, visible)
-    methods = sorted(dataset.methods, key=lambda m: -_overall(values, m))
-    found: list[Versus] = []
-    for i, a in enumerate(methods):
-        for b in methods[i + 1 :]:
-            shared = [s for s in dataset.settings if (s, a) in values and (s, b) in values]
-            test = paired(mean_over_settings(values, a, shared), mean_over_settings(values, b, shared))
-            if test is None:
-                continue
-            pairs = {
-                s: [(values[s, a][k], values[s, b][k]) for k in values[s, a].keys() & values[s, b].keys()]
-                for s in shared
-            }
-            flat = [pair for several in pairs.values() for pair in several]
-            found.append(
-                Versus(
-                    a=a,
-                    b=b,
-                    paired=test,
-                    p_holm=None,
-                    wins=sum(x > y for x, y in flat),
-                    cells=len(flat),
-                    stable=tuple(s for s, several in pairs.items() if several and all(x > y for x, y in several)),
-                    reversed=tuple(s for s, several in pairs.items() if several and all(x < y for x, y in several)),
-                )
-            )
-    corrected = holm({f"{v.a}|{v.b}": v.paired.p for v in found if v.paired.p is not None})
-    return [Versus(**{**v.__dict__, "p_holm": corrected.get(f"{v.a}|{v.b}")}) for v in found]
+def seeds_needed(difference: float, std: float, level: float = LEVEL) -> int | None:
+    """Fewest seeds for which `difference` is detectable; None if over 10,000."""
+    low, high = 2, MOST_SEEDS
+    if not difference or detectable(std, high, level) > abs(difference):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if detectable(std, middle, level) <= abs(difference) else (middle + 1, high)
+    return low
 
 
-def _overall(values: Mapping[tuple[str, str], Seeds], method: str) -> float:
-    own = [value for (_, m), seeds in values.items() if m == method for value in seeds.values()]
-    return statistics.fmean(own) if own else 0.0
+def _quantile(freedom: int, probability: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, probability))
+
+
+def mean_of(columns: Sequence[Mapping[K, float]]) -> dict[K, float]:
+    """Seed -> mean over the columns; a seed that one of them lacks is left out."""
+    if not columns:
+        return {}
+    shared = [seed for seed in columns[0] if all(seed in column for column in columns)]
+    return {seed: statistics.fmean(column[seed] for column in columns) for seed in shared}

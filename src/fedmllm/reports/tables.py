@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 
+from fedmllm.reports.comparisons import mean_over_settings
+from fedmllm.reports.numerals import Scale, scale_of
 from fedmllm.reports.published import Published, published_for
 from fedmllm.reports.reading import DatasetResults, RunRecord, Seeds
-from fedmllm.reports.stats import Paired, Spread, holm, mean_over_settings, paired
+from fedmllm.reports.stats import LEVEL, Spread, detectable, holm, paired, pooled_std
 
 ALL = "mean over settings"
 
@@ -20,73 +23,178 @@ class Cell:
     spread: Spread
     mark: str = ""  # "best", "second" or ""
 
-    @property
-    def text(self) -> str:
-        """Percent: "97.3 ± 0.4"."""
-        std = f" ± {100 * self.spread.std:.1f}" if self.spread.std is not None else ""
-        return f"{100 * self.spread.mean:.1f}{std}"
-
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One setting: a cell a method, and whether the first place is more than noise."""
+    """One setting: a cell a method.
+
+    Marks are given to federated methods with the same seeds: a baseline is not a candidate, and means of other seeds have no
+    order.
+    """
 
     scenario: str
     setting: str
     cells: Mapping[str, Cell]
-    lead: Paired | None  # best minus second, paired over seeds
-    p_holm: float | None  # of the lead, corrected for all rows of the table
-    published: Mapping[str, float]  # percent, in the paper's own setting of this name
-
-    @property
-    def is_clear(self) -> bool:
-        return self.p_holm is not None and self.p_holm < 0.05
+    is_clear: (
+        bool  # whether the first place is above the second, corrected for all pairs of federated methods in the table
+    )
+    uneven: bool  # whether methods have different seeds
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """The main table of a dataset."""
+    """The main table of a data set's results."""
 
     metric: str
     visible: str
+    scale: Scale
     methods: tuple[str, ...]
     rows: tuple[ResultRow, ...]
     overall: ResultRow | None  # over the settings that every method has
-    published: Published | None
+    detectable_row: float | None  # difference of two federated methods in one setting that the seeds can detect
+    detectable_mean: float | None  # the same for the mean over settings
+    num_seeds: int
 
 
 def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -> ResultTable:
-    """Mean, std and n over seeds of every setting and method; best and second; the published columns."""
+    """Mean, std and n over seeds of every setting and method; best and second of the federated methods."""
     values = dataset.values(metric, visible)
     metric, visible = metric or dataset.metric, visible or dataset.visible
-    published = published_for(dataset.data)
+    scale = scale_of(metric, [v for seeds in values.values() for v in seeds.values()])
     methods = tuple(m for m in dataset.methods if any((s, m) in values for s in dataset.settings))
-    rows = []
-    for scenario, settings in dataset.scenarios.items():
-        for setting in settings:
-            own = {m: values[setting, m] for m in methods if (setting, m) in values}
-            theirs = {m: row[setting] for m, row in (published.values if published else {}).items() if setting in row}
-            if own:
-                rows.append(_row(scenario, setting, own, theirs))
-    corrected = holm({row.setting: row.lead.p for row in rows if row.lead and row.lead.p is not None})
-    rows = [ResultRow(**{**row.__dict__, "p_holm": corrected.get(row.setting)}) for row in rows]
-    whole = {m: mean_over_settings(values, m, [row.setting for row in rows]) for m in methods}
-    whole = {m: seeds for m, seeds in whole.items() if seeds}
-    overall = None
-    if len(rows) > 1 and whole:
-        means = published.values if published else {}
-        overall = _row("", ALL, whole, {m: statistics.fmean(row.values()) for m, row in means.items()})
-        overall = ResultRow(**{**overall.__dict__, "p_holm": overall.lead.p if overall.lead else None})
-    return ResultTable(metric, visible, methods, tuple(rows), overall, published)
+    own = {
+        (scenario, setting): {m: values[setting, m] for m in methods if (setting, m) in values}
+        for scenario, settings in dataset.scenarios.items()
+        for setting in settings
+    }
+    own = {place: of_row for place, of_row in own.items() if of_row}
+    whole = {m: seeds for m in methods if (seeds := mean_over_settings(values, m, [s for _, s in own]))}
+    if len(own) > 1 and whole:
+        own["", ALL] = whole
+    rows = {place: _row(*place, of_row, dataset.federated, scale) for place, of_row in own.items()}
+    rows = _with_clear_leads(rows, own, dataset.federated)
+    overall = rows.pop(("", ALL), None)
+    federated = [m for m in methods if m in dataset.federated]
+    return ResultTable(
+        metric=metric,
+        visible=visible,
+        scale=scale,
+        methods=methods,
+        rows=tuple(rows.values()),
+        overall=overall,
+        detectable_row=_detectable([seeds for place, seeds in own.items() if place[1] != ALL], federated),
+        detectable_mean=_detectable([whole], federated),
+        num_seeds=max((len(seeds) for of_row in own.values() for seeds in of_row.values()), default=0),
+    )
 
 
-def _row(scenario: str, setting: str, own: Mapping[str, Seeds], theirs: Mapping[str, float]) -> ResultRow:
-    spreads = {method: Spread.of(list(seeds.values())) for method, seeds in own.items()}
-    ranked = sorted(spreads, key=lambda method: -spreads[method].mean)
-    marks = dict(zip(ranked, ("best", "second"), strict=False)) if len(ranked) > 1 else {}
-    lead = paired(own[ranked[0]], own[ranked[1]]) if len(ranked) > 1 else None
+def _row(scenario: str, setting: str, own: Mapping[str, Seeds], federated: Sequence[str], scale: Scale) -> ResultRow:
+    spreads = {method: Spread.of(seeds.values()) for method, seeds in own.items()}
+    candidates = [m for m in own if m in federated]
+    uneven = len({frozenset(seeds) for seeds in own.values()}) > 1
+    marks: dict[str, str] = {}
+    if len(candidates) > 1 and len({frozenset(own[m]) for m in candidates}) == 1:
+        ranked = sorted(candidates, key=lambda m: spreads[m].mean, reverse=scale.higher_is_better)
+        if spreads[ranked[0]].mean != spreads[ranked[1]].mean:
+            marks = dict(zip(ranked, ("best", "second"), strict=False))
     cells = {method: Cell(spread, marks.get(method, "")) for method, spread in spreads.items()}
-    return ResultRow(scenario, setting, cells, lead, None, theirs)
+    return ResultRow(scenario, setting, cells, False, uneven)
+
+
+Place = tuple[str, str]
+
+
+def _with_clear_leads(
+    rows: dict[Place, ResultRow], own: Mapping[Place, Mapping[str, Seeds]], federated: Sequence[str]
+) -> dict[Place, ResultRow]:
+    """First places are chosen on the same results as they are tested on, so the family is every pair in every row."""
+    p_values: dict[str, float] = {}
+    for place, of_row in own.items():
+        for a, b in combinations([m for m in of_row if m in federated], 2):
+            test = paired(of_row[a], of_row[b])
+            if test and test.p is not None:
+                p_values[f"{place}|{frozenset((a, b))}"] = test.p
+    adjusted = holm(p_values)
+    found = {}
+    for place, row in rows.items():
+        first = {mark: method for method, cell in row.cells.items() if (mark := cell.mark)}
+        key = f"{place}|{frozenset((first.get('best'), first.get('second')))}"
+        found[place] = replace(row, is_clear=adjusted.get(key, 1.0) < LEVEL)
+    return found
+
+
+def _detectable(rows: Sequence[Mapping[str, Seeds]], federated: Sequence[str]) -> float | None:
+    """Pooled over all pairs of federated methods of the rows; None without two of them and two seeds."""
+    pooled = pooled_std(
+        paired(of_row[a], of_row[b])
+        for of_row in rows
+        for a, b in combinations([m for m in of_row if m in federated], 2)
+    )
+    return detectable(*pooled) if pooled else None
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """Ours and published percents in one setting that agrees."""
+
+    setting: str
+    ours: Mapping[str, str]
+    published: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """Published numbers next to ours, in the settings that agree alone."""
+
+    source: Published
+    methods: tuple[str, ...]
+    rows: tuple[PublishedRow, ...]
+    mean: Mapping[str, float]  # published, over the rows of this table
+    agreeing: int  # orderings of two methods in a setting that are the same here
+    stable: int  # of them, for every seed
+    num_stable: int  # orderings that are the same for every seed here, whatever was published
+    num_orderings: int
+
+
+def published_table(dataset: DatasetResults, table: ResultTable) -> PublishedTable | None:
+    """None if nothing is published for the data set, or no setting agrees."""
+    source = published_for(dataset.data)
+    if source is None or dataset.metric != table.metric:
+        return None
+    values, rows = dataset.values(), []
+    orderings: list[tuple[bool, bool]] = []
+    for row in table.rows:
+        theirs = source.of(dataset.pick(row.setting)[0].settings)
+        if theirs:
+            ours = {m: table.scale.spread(c.spread.mean, c.spread.std) for m, c in row.cells.items() if m in theirs}
+            rows.append(PublishedRow(row.setting, ours, theirs))
+            orderings += _orderings(row.setting, values, theirs)
+    if not rows:
+        return None
+    methods = tuple(rows[0].published)
+    return PublishedTable(
+        source=source,
+        methods=methods,
+        rows=tuple(rows),
+        mean={m: statistics.fmean(row.published[m] for row in rows) for m in methods},
+        agreeing=sum(same for same, _ in orderings),
+        stable=sum(same for same, is_stable in orderings if is_stable),
+        num_stable=sum(is_stable for _, is_stable in orderings),
+        num_orderings=len(orderings),
+    )
+
+
+def _orderings(
+    setting: str, values: Mapping[tuple[str, str], Seeds], theirs: Mapping[str, float]
+) -> list[tuple[bool, bool]]:
+    """(same direction as published?, same direction in every seed?) of each pair of methods."""
+    found = []
+    for a, b in combinations([m for m in theirs if (setting, m) in values], 2):
+        ours = [x - values[setting, b][k] for k, x in values[setting, a].items() if k in values[setting, b]]
+        published = theirs[a] - theirs[b]
+        if ours and published and (mean := statistics.fmean(ours)):
+            found.append((mean * published > 0, all(d * mean > 0 for d in ours) and len(ours) > 1))
+    return found
 
 
 @dataclass(frozen=True)
@@ -98,7 +206,7 @@ class CostRow:
     num_rounds: float
     up_bytes: float
     down_bytes: float
-    lora_share: float | None  # of the bytes sent, LoRA tensors; None where nothing was sent
+    lora_share: float | None  # of the bytes sent, LoRA tensors; None if nothing was sent
     client_s: float
     server_s: float
     wall_s: float
@@ -139,7 +247,7 @@ def _costs(method: str, runs: list[RunRecord]) -> CostRow:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Train setting x what test rows show: means over seeds of one method."""
+    """Train setting x visible modalities of the test rows: means over seeds of one method."""
 
     method: str
     columns: tuple[str, ...]
@@ -147,7 +255,7 @@ class Matrix:
 
 
 def matrices(dataset: DatasetResults) -> list[Matrix]:
-    """One a method; none where only one kind of test was made."""
+    """One a method; none if only one kind of test was made."""
     columns = tuple(dict.fromkeys(row["visible"] for run in dataset.runs for row in run.rows))
     if len(columns) < 2:
         return []
@@ -158,7 +266,7 @@ def matrices(dataset: DatasetResults) -> list[Matrix]:
         for setting in dataset.settings:
             own = {v: by_visible[v].get((setting, method)) for v in columns}
             if all(own.values()):
-                rows[setting] = {v: Spread.of(list(seeds.values())) for v, seeds in own.items() if seeds}
+                rows[setting] = {v: Spread.of(seeds.values()) for v, seeds in own.items() if seeds}
         if rows:
             found.append(Matrix(method, columns, rows))
     return found

@@ -1,68 +1,151 @@
-"""The tables as Markdown and CSV."""
+"""The tables as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from fedmllm.core.text import bytes_text
-from fedmllm.reports.findings import p_text
+from fedmllm.reports.comparisons import Comparison
 from fedmllm.reports.names import VISIBLE, metric_label
-from fedmllm.reports.reading import DatasetResults
-from fedmllm.reports.stats import Spread, Versus, paired
-from fedmllm.reports.tables import CostRow, Matrix, ResultRow, ResultTable
-
-NOTE = (
-    "Percent, mean ± standard deviation over seeds. **Best**, _second_; ≈: the lead of the first place is within noise "
-    "(paired t-test over seeds, Holm over the rows, 5 %)."
-)
+from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, p_text
+from fedmllm.reports.reading import DatasetResults, RunRecord
+from fedmllm.reports.stats import Spread, paired
+from fedmllm.reports.tables import CostRow, Matrix, PublishedTable, ResultRow, ResultTable
 
 
-def results_markdown(table: ResultTable, num_seeds: int) -> str:
-    """The main table; published numbers in columns of their own."""
-    theirs = list(table.published.values) if table.published else []
-    head = ["scenario", "setting", *table.methods, *(f"published: {m}" for m in theirs)]
-    lines = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))]
+def results_markdown(table: ResultTable) -> str:
+    """The main table."""
+    lines = _head(["scenario", "setting"], table.methods)
     for row in (*table.rows, *([table.overall] if table.overall else [])):
-        values = [_cell(row, method) for method in table.methods]
-        published = [f"{row.published[m]:.1f}" if m in row.published else "" for m in theirs]
-        lines.append(_line([row.scenario, row.setting, *values, *published]))
-    shows, seeds = VISIBLE.get(table.visible, table.visible), "seed" if num_seeds == 1 else "seeds"
-    about = f"{metric_label(table.metric)}, test rows show {shows}; {num_seeds} {seeds}. {NOTE}"
-    if table.published:
-        p = table.published
-        other = "" if p.same_data else " Published numbers are of another model and data; compare orderings."
-        about += f" Published: {p.title}, {p.metric}, {p.model} ({p.source}). {p.note}{other}"
-    return "\n".join(lines) + f"\n\n{about}\n"
+        lines.append(_line([row.scenario, row.setting, *(_cell(row, method, table.scale) for method in table.methods)]))
+    return "\n".join(lines) + f"\n\n{about_table(table)}\n"
 
 
-def _cell(row: ResultRow, method: str) -> str:
+def about_table(table: ResultTable) -> str:
+    """The caption of the main table: metric, seeds, marks, and the difference that could be detected."""
+    unit = " in percent" if table.scale.unit == "%" else ""
+    seeds = (
+        f"mean ± standard deviation over {counted(table.num_seeds, 'seed')}"
+        if table.num_seeds > 1
+        else "one seed: no tests"
+    )
+    parts = [
+        f"{_upper(metric_label(table.metric))}{unit}; test rows with {VISIBLE.get(table.visible, table.visible)}; {seeds}."
+    ]
+    if any(cell.mark for row in table.rows for cell in row.cells.values()):
+        parts.append("**Best** and _second_ federated method.")
+        if table.num_seeds > 1:
+            parts.append(
+                "≈: the lead of the best is not established (paired t-test over seeds, Holm over all pairs, 5 %)."
+            )
+    if any(row.uneven for row in table.rows):
+        parts.append("n: seeds of a cell in rows whose methods have different seeds; these methods are not ranked.")
+    if table.detectable_row is not None:
+        mean = ""
+        if table.overall and table.detectable_mean is not None:
+            mean = f" and {table.scale.difference(table.detectable_mean).lstrip('+')} in the mean over settings"
+        one = table.scale.difference(table.detectable_row).lstrip("+")
+        parts.append(f"Detectable difference of two methods (80 % power): {one} in one setting{mean}.")
+    return " ".join(parts).replace(" %", f"{NO_BREAK}%")
+
+
+def _cell(row: ResultRow, method: str, scale: Scale) -> str:
     if method not in row.cells:
-        return ""
+        return DASH
     cell = row.cells[method]
-    text = {"best": f"**{cell.text}**", "second": f"_{cell.text}_"}.get(cell.mark, cell.text)
-    return text + (" ≈" if cell.mark == "best" and not row.is_clear else "")
+    text = scale.spread(cell.spread.mean, cell.spread.std)
+    text = {"best": f"**{text}**", "second": f"_{text}_"}.get(cell.mark, text)
+    text += f"{NO_BREAK}≈" if cell.mark == "best" and not row.is_clear and cell.spread.n > 1 else ""
+    return text + (f"{NO_BREAK}(n={cell.spread.n})" if row.uneven else "")
+
+
+def results_latex(table: ResultTable, title: str) -> str:
+    """The main table for `\\usepackage{booktabs}`: methods as rows if there are more settings than methods."""
+    rows = (*table.rows, *([table.overall] if table.overall else []))
+    head = " & ".join(["Setting", *map(_tex, table.methods)])
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{table}",
+        "\\centering",
+        f"\\caption{{{_tex(title)}: {_tex(about_table(table).replace('**', '').replace('_', ''))}}}",
+        f"\\begin{{tabular}}{{l{'r' * len(table.methods)}}}",
+        "\\toprule",
+        f"{head} \\\\",
+        "\\midrule",
+    ]
+    for row in rows:
+        lines += ["\\midrule"] if row is table.overall else []
+        lines.append(
+            " & ".join([_tex(row.setting), *(_tex_cell(row, m, table.scale) for m in table.methods)]) + " \\\\"
+        )
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+
+
+def _tex_cell(row: ResultRow, method: str, scale: Scale) -> str:
+    if method not in row.cells:
+        return "--"
+    cell = row.cells[method]
+    text = _tex(scale.spread(cell.spread.mean, cell.spread.std))
+    return {"best": f"\\textbf{{{text}}}", "second": f"\\underline{{{text}}}"}.get(cell.mark, text)
+
+
+def _tex(text: str) -> str:
+    """The text with TeX's own characters escaped."""
+    special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    special |= {c: f"\\{c}" for c in "&%$#_{}"}
+    special |= {
+        "±": "$\\pm$",
+        NO_BREAK: "~",
+        "\N{MINUS SIGN}": "$-$",
+        DASH: "--",
+        "≈": "$\\approx$",
+        "<": "$<$",
+        ">": "$>$",
+    }
+    return "".join(special.get(c, c) for c in text)
+
+
+def published_markdown(table: PublishedTable) -> str:
+    """Published numbers next to ours, of the settings that agree."""
+    ours = [m for m in table.methods if any(m in row.ours for row in table.rows)]
+    lines = _head(["setting"], [*(f"here: {m}" for m in ours), *(f"published: {m}" for m in table.methods)])
+    for row in table.rows:
+        published = [f"{row.published[m]:.1f}" for m in table.methods]
+        lines.append(_line([row.setting, *(row.ours.get(m, DASH) for m in ours), *published]))
+    if len(table.rows) > 1:
+        lines.append(
+            _line(["mean of these settings", *("" for _ in ours), *(f"{table.mean[m]:.1f}" for m in table.methods)])
+        )
+    return "\n".join(lines) + f"\n\n{about_published(table)}\n"
+
+
+def about_published(table: PublishedTable) -> str:
+    """Source, and agreement of orderings with its chance level."""
+    p = table.source
+    text = f"Published: {p.title}, {p.metric}, {p.model} ({p.source}). {p.note}"
+    text += "" if p.same_data else " They are of another model and of real data: only orderings can be compared."
+    if table.num_orderings:
+        text += (
+            f" Of {table.num_orderings} published orderings of two methods in a setting, {table.agreeing} are the same "
+            f"here; by chance it would be {table.num_orderings / 2:g}."
+        )
+    if table.num_stable:
+        text += (
+            f" Of the {table.num_stable} that are the same for every seed here, {table.stable} agree (by chance "
+            f"{table.num_stable / 2:g})."
+        )
+    return text
 
 
 def costs_markdown(rows: Sequence[CostRow]) -> str:
-    """What a run of each method costs."""
-    head = [
-        "method",
-        "runs",
-        "rounds",
-        "up",
-        "down",
-        "LoRA of it",
-        "client s",
-        "server s",
-        "wall s",
-        "peak memory",
-        "tokens",
-    ]
-    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    """Costs of a run of each method."""
+    names = ["runs", "rounds", "up", "down", "LoRA of it", "client s", "server s", "wall s", "peak memory", "tokens"]
+    lines = _head(["method"], names)
     for r in rows:
-        share = "" if r.lora_share is None else f"{100 * r.lora_share:.0f} %"
+        share = DASH if r.lora_share is None else f"{100 * r.lora_share:.0f}{NO_BREAK}%"
         words = [
             r.method,
             f"{r.num_runs}",
@@ -81,81 +164,158 @@ def costs_markdown(rows: Sequence[CostRow]) -> str:
     )
 
 
-def matrix_markdown(matrix: Matrix) -> str:
+def matrix_markdown(matrix: Matrix, scale: Scale) -> str:
     """Train setting x test modalities of one method."""
-    lines = [
-        _line(["trained on", *(VISIBLE.get(c, c) for c in matrix.columns)]),
-        _line(["---", *["---:"] * len(matrix.columns)]),
-    ]
-    lines += [
-        _line([setting, *(spread_text(cells[c]) for c in matrix.columns)]) for setting, cells in matrix.rows.items()
-    ]
+    lines = _head(["trained on"], [VISIBLE.get(c, c) for c in matrix.columns])
+    for setting, cells in matrix.rows.items():
+        lines.append(_line([setting, *(scale.spread(cells[c].mean, cells[c].std) for c in matrix.columns)]))
     return "\n".join(lines) + "\n"
 
 
-def pairs_markdown(pairs: Sequence[Versus]) -> str:
-    """Every pair of methods over all settings."""
-    head = ["higher", "lower", "difference", "p", "p (Holm)", "cells won", "stable", "reversed"]
-    lines = [_line(head), _line(["---", "---", *["---:"] * (len(head) - 2)])]
-    for v in pairs:
-        words = [v.a, v.b, f"{100 * v.paired.difference:+.1f}", p_text(v.paired.p), p_text(v.p_holm)]
-        lines.append(_line([*words, f"{v.wins} of {v.cells}", f"{len(v.stable)}", f"{len(v.reversed)}"]))
-    return "\n".join(lines) + (
-        "\n\nDifference in points of the mean over settings, paired t-test over seeds. Stable: the first is above the second "
-        "for every seed; reversed: below for every seed; all other settings change with the seed.\n"
+def comparisons_markdown(tests: Sequence[Comparison], scale: Scale) -> str:
+    """Tests of differences, with what each establishes."""
+    if tests and all(c.test.p is None for c in tests):
+        return f"{no_tests(tests)}\n"
+    lines = _head(
+        ["higher", "lower", "difference"],
+        ["95 % interval", "p", "p (Holm)", "cells won", "stable", "reversed", "established"],
     )
+    for c in tests:
+        cells = [f"{c.wins} of {c.cells}", f"{len(c.stable)}", f"{len(c.reversed)}"] if c.cells else [DASH] * 3
+        words = [
+            c.higher,
+            c.lower,
+            scale.difference(c.test.difference),
+            interval(c, scale),
+            p_text(c.test.p),
+            p_text(c.p_holm),
+        ]
+        lines.append(_line([*words, *cells, verdict(c)]))
+    return "\n".join(lines) + (
+        "\n\nPaired t-test over seeds, of the mean over settings; Holm over the tests of this table. Stable: settings in which "
+        "the first is above the second for every seed; reversed: below for every seed.\n"
+    )
+
+
+def no_tests(tests: Sequence[Comparison]) -> str:
+    """The reason that none of the comparisons has a test."""
+    n = max(c.test.n for c in tests)
+    return (
+        "One seed: no tests."
+        if n == 1
+        else f"{counted(n, 'shared seed')} without any spread in the differences: no tests."
+    )
+
+
+def interval(comparison: Comparison, scale: Scale) -> str:
+    """95 % interval of the difference."""
+    test = comparison.test
+    return DASH if test.low is None or test.high is None else scale.interval(test.low, test.high)
+
+
+def verdict(comparison: Comparison) -> str:
+    """ "yes", "against", or "not with 3 seeds, about 12 needed"."""
+    c = comparison
+    if c.p_holm is None:
+        return "no test: one seed" if c.test.n < 2 else "no test: no spread over seeds"
+    if c.is_established:
+        return "yes, but most cells are against it" if c.cells and c.disagrees else "yes"
+    if c.p_holm < 0.05:
+        return "the opposite"
+    needed = "over 10,000" if c.needed is None else f"about {c.needed:,}"
+    return f"not with {counted(c.test.n, 'seed')}, {needed} needed"
 
 
 def results_csv(datasets: Sequence[DatasetResults]) -> str:
-    """One line a data set, setting, method, test modalities and metric."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["data", "scenario", "setting", "method", "test_shows", "metric", "mean", "std", "n", "seeds", "p_vs_best"]
-    )
-    for dataset in datasets:
-        kinds = dict.fromkeys((row["metric"], row["visible"]) for run in dataset.runs for row in run.rows)
-        scenario = {setting: name for name, settings in dataset.scenarios.items() for setting in settings}
-        for metric, visible in kinds:
-            values = dataset.values(metric, visible)
-            best: dict[str, str] = {}
-            for setting, method in values:
-                held = best.setdefault(setting, method)
-                if _mean(values[setting, method]) > _mean(values[setting, held]):
-                    best[setting] = method
-            for (setting, method), seeds in values.items():
-                s = Spread.of(list(seeds.values()))
-                test = paired(values[setting, best[setting]], seeds) if best[setting] != method else None
-                p = "" if test is None or test.p is None else f"{test.p:.4g}"
-                std = "" if s.std is None else f"{s.std:.6g}"
-                names = [dataset.data, scenario[setting], setting, method, visible, metric]
-                writer.writerow([*names, f"{s.mean:.6g}", std, s.n, " ".join(map(str, sorted(seeds))), p])
-    return buffer.getvalue()
+    """One line a data set, setting, method, test modalities and metric; p against the best federated method, uncorrected."""
+    head = ["data", "scenario", "setting", "method", "test_shows", "metric", "mean", "std", "n", "seeds", "p_vs_best"]
+    return _csv(head, (line for dataset in datasets for line in _result_lines(dataset)))
+
+
+def _result_lines(dataset: DatasetResults) -> Iterator[list[Any]]:
+    kinds = dict.fromkeys((row["metric"], row["visible"]) for run in dataset.runs for row in run.rows)
+    scenario = {setting: name for name, settings in dataset.scenarios.items() for setting in settings}
+    for metric, visible in kinds:
+        values = dataset.values(metric, visible)
+        means = {place: Spread.of(seeds.values()).mean for place, seeds in values.items()}
+        best: dict[str, str] = {}
+        for setting, method in values:
+            if method in dataset.federated:
+                best[setting] = max(best.get(setting, method), method, key=lambda m: means[setting, m])
+        for (setting, method), seeds in values.items():
+            s, first = Spread.of(seeds.values()), best.get(setting, method)
+            test = paired(values[setting, first], seeds) if first != method else None
+            p = "" if test is None or test.p is None else f"{test.p:.4g}"
+            std = "" if s.std is None else f"{s.std:.6g}"
+            names = [dataset.data, scenario[setting], setting, method, visible, metric]
+            yield [*names, f"{s.mean:.6g}", std, s.n, " ".join(str(draw.seed) for draw in sorted(seeds)), p]
 
 
 def costs_csv(datasets: Sequence[DatasetResults], rows: Sequence[Sequence[CostRow]]) -> str:
     """One line a data set and method, in plain numbers (bytes, seconds)."""
-    buffer = io.StringIO()
     fields = list(CostRow.__dataclass_fields__)
+    lines = (
+        [dataset.data, *(_plain(getattr(row, field)) for field in fields)]
+        for dataset, of_dataset in zip(datasets, rows, strict=True)
+        for row in of_dataset
+    )
+    return _csv(["data", *fields], lines)
+
+
+ROUND = ("round", "client", "lr", "up_bytes", "down_bytes", "server_s", "wall_s")
+
+
+def rounds_csv(datasets: Sequence[DatasetResults]) -> str:
+    """One line a round of a run: its costs, its mean loss, and the metrics of the global adapter after it, if evaluated."""
+    kinds = dict.fromkeys(
+        (name, event["visible"]) for d in datasets for run in d.runs for event in run.evals for name in event["metrics"]
+    )
+    head = ["data", "setting", "method", "seed", "run_id", *ROUND, "num_clients", "num_dropped", "loss"]
+    head += [f"{name} ({visible})" for name, visible in kinds]
+    return _csv(head, (line for d in datasets for run in d.runs for line in _round_lines(run, list(kinds))))
+
+
+def _round_lines(run: RunRecord, kinds: Sequence[tuple[str, str]]) -> Iterator[list[Any]]:
+    scores: dict[tuple[Any, Any], dict[tuple[str, str], Any]] = {}
+    for event in run.evals:
+        at = scores.setdefault((event.get("client"), event.get("round")), {})
+        at |= {(name, event["visible"]): value for name, value in event["metrics"].items()}
+    for event in run.rounds:
+        clients = event.get("clients") or []
+        rows = sum(c.get("num_examples") or 0 for c in clients)
+        losses = [(c.get("num_examples") or 0, c["loss"]) for c in clients if isinstance(c.get("loss"), (int, float))]
+        loss = sum(n * value for n, value in losses) / rows if rows and len(losses) == len(clients) else None
+        found = scores.get((event.get("client"), event["round"]), {})
+        values = [event.get(key) for key in ROUND]
+        about = [run.data, run.setting, run.method, run.seed, run.run_id]
+        counts = [len(clients), len(event.get("dropped") or []) + len(event.get("dropped_out") or []), loss]
+        yield [*about, *map(_plain, [*values, *counts, *(found.get(kind) for kind in kinds)])]
+
+
+def _plain(value: Any) -> Any:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _csv(head: Sequence[str], lines: Iterator[list[Any]]) -> str:
+    buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["data", *fields])
-    for dataset, of_dataset in zip(datasets, rows, strict=True):
-        for row in of_dataset:
-            values = [getattr(row, field) for field in fields]
-            writer.writerow(
-                [dataset.data, *("" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in values)]
-            )
+    writer.writerow(head)
+    writer.writerows(lines)
     return buffer.getvalue()
 
 
-def spread_text(spread: Spread) -> str:
-    """Percent: "97.3 ± 0.4"."""
-    return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.std:.1f}" if spread.std is not None else "")
+def settings_markdown(meanings: Mapping[str, str]) -> str:
+    """A legend of the settings."""
+    return "\n".join(f"- {setting}: {meaning}" for setting, meaning in meanings.items()) + "\n"
 
 
-def _mean(seeds: dict[int, float]) -> float:
-    return sum(seeds.values()) / len(seeds)
+def _head(words: Sequence[str], numbers: Sequence[str]) -> list[str]:
+    return [_line([*words, *numbers]), _line(["---"] * len(words) + ["---:"] * len(numbers))]
 
 
 def _line(words: Sequence[str]) -> str:
     return "| " + " | ".join(word.replace("|", "\\|") for word in words) + " |"
+
+
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,42 +1,69 @@
-"""`fedmllm report`: an HTML page, and its tables as Markdown and CSV."""
+"""`fedmllm report`: an HTML page, and its tables as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import make_folder, write_atomically, writing
-from fedmllm.reports.findings import findings
+from fedmllm.reports.answers import answers, groups
+from fedmllm.reports.comparisons import additions, all_pairs, declared
+from fedmllm.reports.names import setting_meaning
 from fedmllm.reports.page import page
-from fedmllm.reports.reading import ReportData, read_results
-from fedmllm.reports.stats import all_pairs
-from fedmllm.reports.tables import costs, matrices, result_table
+from fedmllm.reports.reading import DatasetResults, ReportData, read_results
+from fedmllm.reports.tables import costs, matrices, published_table, result_table
 from fedmllm.reports.texts import (
+    comparisons_markdown,
     costs_csv,
     costs_markdown,
     matrix_markdown,
-    pairs_markdown,
+    published_markdown,
     results_csv,
+    results_latex,
     results_markdown,
+    rounds_csv,
+    settings_markdown,
 )
 
+FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".tex": "latex", ".csv": "csv"}
+CSV = ("-results.csv", "-costs.csv", "-rounds.csv")
+ENDINGS: dict[str, tuple[str, ...]] = {
+    "html": (".html", ".md", *CSV),
+    "markdown": (".md",),
+    "latex": (".tex",),
+    "csv": CSV,
+}
 
-def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Read the folders' runs; write OUT.html, OUT.md, OUT-results.csv and OUT-costs.csv -> these paths.
 
-    Raises FedmllmError where there is no finished run.
+def write_report(folders: Sequence[Path], out: Path | None = None, format_: str = "") -> list[Path]:
+    """Read the runs in the folders; write a report.
+
+    Args:
+        folders: Folders of runs or suites.
+        out: The page, as in `results/page.html`; its ending names the format. Default: `report.html` in the first folder.
+        format_: "html" (page, Markdown and CSV files), "markdown", "latex", "csv"; "" = that of `out`.
+
+    Returns:
+        The files written: OUT.html, OUT.md, OUT-results.csv, OUT-costs.csv and OUT-rounds.csv for "html".
+
+    Raises:
+        FedmllmError: There is no finished run, the format is unknown, or a file cannot be written.
     """
-    if out.is_dir():
+    if out is not None and out.is_dir():
         raise FedmllmError(f"{out}: cannot be written: it is a folder; name a file")
     report = read_results(folders)
-    stem = out.name.removesuffix(".html")  # "tiny-0.5" is a name, not a name and an ending
-    texts = {
-        out.with_name(f"{stem}.html"): page(report),
-        out.with_name(f"{stem}.md"): markdown(report),
-        out.with_name(f"{stem}-results.csv"): results_csv(report.datasets),
-        out.with_name(f"{stem}-costs.csv"): costs_csv(report.datasets, [costs(c) for c in report.datasets]),
+    out, format_ = _place(out or folders[0] / "report", format_)
+    makers = {
+        ".html": lambda: page(report),
+        ".md": lambda: markdown(report),
+        ".tex": lambda: latex(report),
+        "-results.csv": lambda: results_csv(report.datasets),
+        "-costs.csv": lambda: costs_csv(report.datasets, [costs(d) for d in report.datasets]),
+        "-rounds.csv": lambda: rounds_csv(report.datasets),
     }
+    texts = {out.with_name(f"{out.name}{ending}"): makers[ending]() for ending in ENDINGS[format_]}
     with writing(out):
         make_folder(out.parent)
     for path, text in texts.items():
@@ -44,19 +71,56 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     return list(texts)
 
 
+def _place(out: Path, format_: str) -> tuple[Path, str]:
+    """(path without its ending, format). "tiny-0.5" is a name, not a name and an ending. Raises FedmllmError."""
+    if not out.name or os.path.isdir(out):  # False if the path is too long
+        raise FedmllmError(f"{out}: cannot be written: it is a folder; give the name of a page, as in report.html")
+    ending = out.suffix.lower()
+    if ending in FORMATS:
+        named = FORMATS[ending]
+        if format_ and format_ != named:
+            raise FedmllmError(
+                f"--out {out}: the ending {ending} is {named}, but --format is {format_}; change one of them"
+            )
+        return out.with_name(out.name[: -len(ending)]), named
+    if ending[1:].isalpha():
+        raise FedmllmError(f"--out {out}: unknown ending {ending}; allowed: {', '.join(FORMATS)}")
+    if format_ and format_ not in ENDINGS:
+        raise FedmllmError(f"--format {format_}: unknown format; allowed: {', '.join(ENDINGS)}")
+    return out, format_ or "html"
+
+
 def markdown(report: ReportData) -> str:
     """The whole report as Markdown, without its figures."""
-    parts = [f"# {report.title}\n"]
+    parts = [f"# {report.title}\n", *(f"- {note}\n" for note in report.notes)]
     for dataset in report.datasets:
-        table = result_table(dataset)
-        parts.append(f"## {dataset.data}\n")
-        parts.append("\n".join(f"- {f.text} {f.detail}".rstrip() for f in findings(dataset, table)) + "\n")
-        parts.append(results_markdown(table, len(dataset.seeds)))
-        parts.append("### Which orderings hold\n")
-        parts.append(pairs_markdown(all_pairs(dataset)))
-        for matrix in matrices(dataset):
-            parts.append(f"### What was missing in training x what test rows show: {matrix.method}\n")
-            parts.append(matrix_markdown(matrix))
-        parts.append("### Costs of a run\n")
-        parts.append(costs_markdown(costs(dataset)))
+        parts += _section(report, dataset)
     return "\n".join(parts)
+
+
+def _section(report: ReportData, dataset: DatasetResults) -> list[str]:
+    table, pairs = result_table(dataset), all_pairs(dataset)
+    parts = [f"## {dataset.data}\n"]
+    found = answers(dataset, table, pairs, groups(dataset))
+    parts += ["\n".join(f"- **{answer.question}.** {answer.text}" for answer in found) + "\n"]
+    if table.rows:
+        parts.append(results_markdown(table))
+    parts.append("### Settings\n")
+    parts.append(settings_markdown({s: setting_meaning(dataset.pick(s)[0].settings) for s in dataset.settings}))
+    if claims := declared(dataset, report.claims):
+        parts += ["### Declared claims\n", comparisons_markdown(claims, table.scale)]
+    if pairs:
+        parts += ["### Pairs of methods\n", comparisons_markdown(pairs, table.scale)]
+    if added := additions(dataset):
+        parts += ["### Additions to a method\n", comparisons_markdown(added, table.scale)]
+    for matrix in matrices(dataset):
+        parts.append(f"### Missing in training x visible in test rows: {matrix.method}\n")
+        parts.append(matrix_markdown(matrix, table.scale))
+    if published := published_table(dataset, table):
+        parts += ["### Published numbers, settings that agree\n", published_markdown(published)]
+    return [*parts, "### Costs of a run\n", costs_markdown(costs(dataset))]
+
+
+def latex(report: ReportData) -> str:
+    """The main table of each data set."""
+    return "\n".join(results_latex(result_table(dataset), dataset.data) for dataset in report.datasets)

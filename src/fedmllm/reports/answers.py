@@ -1,0 +1,235 @@
+"""First screen of a report: three sentences and the groups of its chart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedmllm.reports.comparisons import Comparison, mean_over_settings
+from fedmllm.reports.names import GROUPS, base_of, metric_label
+from fedmllm.reports.numerals import NO_BREAK, Scale, counted, listed
+from fedmllm.reports.reading import DatasetResults, Seeds
+from fedmllm.reports.stats import LEVEL, Paired, Spread, mean_of, paired
+from fedmllm.reports.tables import ResultTable
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question of the first screen, and its answer in one sentence."""
+
+    question: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings of one kind: the mean over the federated methods, and over each baseline."""
+
+    name: str
+    settings: tuple[str, ...]
+    federated: Seeds
+    methods: Mapping[str, Seeds]
+    baselines: Mapping[str, Seeds]
+    is_complete: bool  # rows with every modality: what the others are compared with
+    loss: Paired | None = None  # against the complete group, over the federated methods
+
+    @property
+    def spread(self) -> Spread:
+        return Spread.of(self.federated.values())
+
+
+def groups(dataset: DatasetResults) -> list[Group]:
+    """Complete rows, random rows, mixed sites, one-modality sites: those that the runs have, over the methods in all.
+
+    The complete group has the settings whose rows are split over sites as in the others, if there are any, so that the cost
+    of label skew is not counted with that of missing data.
+    """
+    scenarios = [s for s in (*GROUPS, *dataset.scenarios) if s in dataset.scenarios]
+    chosen = {name: _alike(dataset, name) for name in dict.fromkeys(scenarios)}
+    values, plain = dataset.values(), dataset.plain()
+    complete = next((n for n in chosen if n == "aligned" and _is_complete(dataset, chosen[n])), None)
+    methods = [m for m in plain.federated if all(mean_over_settings(values, m, s) for s in chosen.values())]
+    found: list[Group] = []
+    for scenario, settings in chosen.items():
+        of_method = {m: mean_over_settings(values, m, settings) for m in methods}
+        federated = mean_of(list(of_method.values()))
+        if federated:
+            baselines = {m: mean_over_settings(values, m, settings) for m in plain.methods if m not in plain.federated}
+            name = (
+                GROUPS.get(scenario, scenario) if scenario != "aligned" or scenario == complete else "Rows as they are"
+            )
+            whole = found[0].federated if found and found[0].is_complete else None
+            loss = paired(federated, whole) if whole else None
+            baselines = {m: seeds for m, seeds in baselines.items() if seeds}
+            found.append(Group(name, tuple(settings), federated, of_method, baselines, scenario == complete, loss))
+    return found
+
+
+def _alike(dataset: DatasetResults, scenario: str) -> list[str]:
+    """Settings of a scenario; of aligned, those that are split as in another scenario, if there are any."""
+    settings = dataset.scenarios[scenario]
+    if scenario != "aligned":
+        return settings
+    split = {s: dataset.pick(s)[0].settings["partition"] for s in dataset.settings}
+    others = [split[s] for name, several in dataset.scenarios.items() if name != "aligned" for s in several]
+    return [s for s in settings if split[s] in others] or settings
+
+
+def _is_complete(dataset: DatasetResults, settings: Sequence[str]) -> bool:
+    return all(run.is_complete is not False for setting in settings for run in dataset.pick(setting)[:1])
+
+
+def ranked(dataset: DatasetResults, table: ResultTable) -> tuple[dict[str, Seeds], list[str]]:
+    """(federated methods over the draws that all of them have, best first; methods without a shared draw, left out)."""
+    values = dataset.values(table.metric)
+    overall = {m: mean_over_settings(values, m, dataset.settings) for m in table.methods if m in dataset.federated}
+    kept: list[str] = []
+    for method in sorted(overall, key=lambda m: -len(overall[m])):  # most seeds first
+        if mean_of([overall[m] for m in (*kept, method)]):
+            kept.append(method)
+    shared = mean_of([overall[m] for m in kept])
+    found = {m: {draw: overall[m][draw] for draw in shared} for m in kept}
+    ordered = sorted(found, key=lambda m: _mean(found[m]), reverse=table.scale.higher_is_better)
+    return {m: found[m] for m in ordered}, [m for m in overall if m not in found]
+
+
+def answers(
+    dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison], chart: Sequence[Group]
+) -> list[Answer]:
+    """What to use, what missing data costs, how sure that is."""
+    if dataset.metric in dataset.undefined:
+        name = metric_label(dataset.metric)
+        reason = " (AUC needs test rows of both classes)" if dataset.metric.startswith("auc") else ""
+        return [
+            Answer("Result", f"{name} is not defined on the test rows of these runs{reason}: there is no comparison.")
+        ]
+    found = [
+        Answer("What to use", _use(dataset, table, pairs)),
+        Answer("What missing data costs", _costs(table.scale, chart)),
+    ]
+    found.append(Answer("How sure this is", _certainty(dataset, table, pairs)))
+    return [answer for answer in found if answer.text]
+
+
+def _use(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison]) -> str:
+    federated, left_out = ranked(dataset, table)
+    scale, name, num = table.scale, metric_label(table.metric), len(dataset.settings)
+    over = f" on average over {num} settings" if num > 1 else ""
+    if not federated:
+        listing = [f"{m} {scale.value(_mean(s))}" for m in table.methods if (s := _of(dataset, table, m))]
+        return (
+            f"No federated method is here in every setting; {name} of the baselines: {listed(listing)}."
+            if listing
+            else ""
+        )
+    methods, means = list(federated), [_mean(seeds) for seeds in federated.values()]
+    best = _established(methods, pairs)
+    baselines = _baselines(dataset, table, mean_of(list(federated.values())), pairs if best else ())
+    omitted = f" {listed(left_out)}: no seed shared with the others, so not compared." if left_out else ""
+    if len(methods) == 1:
+        only = "" if left_out else ", the only federated method here,"
+        reached = f"{scale.value(means[0])} {name}{over}"
+        return f"{methods[0]}{only} reaches {reached}{baselines}.{omitted}"
+    if best:
+        leads = min(abs(means[0] - mean) for mean in means[1:])
+        return (
+            f"Use {best}: {scale.value(means[0])} {name}{over}, at least {scale.difference(leads).lstrip('+')} above the other "
+            f"{len(methods) - 1} federated methods{baselines}.{omitted}"
+        )
+    reach = f"{scale.number(min(means))} to {scale.value(max(means))} {name}{over}"
+    names = (
+        listed(sorted(methods, key=dataset.methods.index))
+        if len(methods) < 6
+        else f"the {len(methods)} federated methods"
+    )
+    reason = "no tests" if all(c.test.p is None for c in pairs) else "none is established as the best"
+    return f"Any of {names}: they reach {reach}; {reason}{baselines}.{omitted}"
+
+
+def _established(methods: Sequence[str], pairs: Sequence[Comparison]) -> str:
+    """The method that is above every other federated one, in its mean and in most cells; "" if there is none."""
+    first = methods[0]
+    above = {c.lower: c for c in pairs if c.higher == first}
+    rest = [above.get(m) for m in methods[1:]]
+    return first if rest and all(c and c.is_established and not c.disagrees for c in rest) else ""
+
+
+def _of(dataset: DatasetResults, table: ResultTable, method: str) -> Seeds:
+    return mean_over_settings(dataset.values(table.metric), method, dataset.settings)
+
+
+def _baselines(dataset: DatasetResults, table: ResultTable, mean: Seeds, pairs: Sequence[Comparison]) -> str:
+    """ "; Local 57.6 %, Zero-shot 55.9 %"."""
+    found = []
+    for method in table.methods:
+        if method not in dataset.federated and base_of(method, table.methods) is None:
+            own = _of(dataset, table, method)
+            if test := paired(mean, own):
+                shared = {draw: own[draw] for draw in own if draw in mean}
+                sure = "" if test.p is None or test.p < LEVEL else ", difference not established"
+                found.append(f"{method} {table.scale.value(_mean(shared))}{sure}")
+    return f"; {listed(found)}" if found else ""
+
+
+def _costs(scale: Scale, chart: Sequence[Group]) -> str:
+    complete = next((group for group in chart if group.is_complete), None)
+    if complete is None:
+        return ""
+    found = []
+    for group in chart:
+        if group.loss is not None:
+            unsure = group.loss.p is not None and group.loss.p >= LEVEL
+            name = group.name[0].lower() + group.name[1:]
+            amount = scale.difference(group.loss.difference).replace(f"{NO_BREAK}points", "")
+            found.append(f"{name} {amount}" + (" (not established)" if unsure else ""))
+    if not found:
+        return ""
+    start = scale.value(complete.spread.mean)
+    return f"From {start} on complete rows, split over sites alike: {listed(found)} {scale.points}, mean of federated methods."
+
+
+def _certainty(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison]) -> str:
+    scale = table.scale
+    if table.num_seeds < 2:
+        parts = ["One seed: no tests, and differences may be noise"]
+    elif table.detectable_mean is not None:
+        least = scale.difference(table.detectable_mean).lstrip("+")
+        parts = [
+            f"With {counted(table.num_seeds, 'seed')}, methods that differ by less than {least} cannot be separated"
+        ]
+        federated = [c for c in pairs if {c.higher, c.lower} <= set(dataset.federated) and not c.is_established]
+        if federated and federated[0].needed:
+            c = federated[0]
+            parts[0] += f" ({c.higher} and {c.lower}: about {counted(c.needed or 0, 'seed')} needed)"
+    else:
+        parts = [counted(table.num_seeds, "seed")]
+    if error := sampling_error(dataset, table):
+        alike = (
+            " that all seeds share" if len({run.draw.rows for run in dataset.runs}) == 1 and table.num_seeds > 1 else ""
+        )
+        parts.append(f"the {counted(dataset.num_test or 0, 'test row')}{alike} alone leave ±{NO_BREAK}{error}")
+    return "; ".join(parts) + "."
+
+
+def sampling_error(dataset: DatasetResults, table: ResultTable) -> str:
+    """Half of the 95 % interval from drawing the test rows, near the mean of the table: "6.5 points".
+
+    AUC: Hanley and McNeil (Radiology 143, 1982) with as many rows of either class. Accuracy: binomial. Other metrics: "".
+    """
+    values = [cell.spread.mean for row in table.rows for m, cell in row.cells.items() if m in dataset.federated]
+    if not dataset.num_test or not values:
+        return ""
+    mean, n = sum(values) / len(values), dataset.num_test
+    if table.metric == "auc":
+        q1, q2, half = mean / (2 - mean), 2 * mean**2 / (1 + mean), n / 2
+        variance = (mean * (1 - mean) + (half - 1) * (q1 + q2 - 2 * mean**2)) / half**2
+    elif table.metric == "accuracy":
+        variance = mean * (1 - mean) / n
+    else:
+        return ""
+    error = 1.96 * max(0.0, variance) ** 0.5
+    return table.scale.difference(error).lstrip("+")
+
+
+def _mean(seeds: Seeds) -> float:
+    return sum(seeds.values()) / len(seeds)
