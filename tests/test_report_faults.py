@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import write_run
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
@@ -19,7 +20,6 @@ from fedmllm.reports.numerals import MINUS, NO_BREAK, scale_of
 from fedmllm.reports.reading import DatasetResults, read_results
 from fedmllm.reports.tables import published_table, result_table
 from fedmllm.reports.write import markdown, write_report
-from made_up import write_run
 
 ROOT = Path(__file__).parents[1]
 CASES = ROOT / "../shared/cases/runs"

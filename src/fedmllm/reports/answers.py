@@ -1,4 +1,4 @@
-"""First screen of a report: three sentences and the groups of its chart."""
+"""First screen of a report: three sentences and a chart."""
 
 from __future__ import annotations
 

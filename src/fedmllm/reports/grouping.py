@@ -1,4 +1,4 @@
-"""Runs under the names of a table, and which of them may be paired."""
+"""Runs by table label, and the pairing rule."""
 
 from __future__ import annotations
 

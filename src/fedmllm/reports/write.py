@@ -1,8 +1,7 @@
-"""`fedmllm report`: an HTML page, and its tables as Markdown, CSV and LaTeX."""
+"""`fedmllm report`: an HTML page, Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,8 +50,6 @@ def write_report(folders: Sequence[Path], out: Path | None = None, format_: str 
     Raises:
         FedmllmError: There is no finished run, the format is unknown, or a file cannot be written.
     """
-    if out is not None and out.is_dir():
-        raise FedmllmError(f"{out}: cannot be written: it is a folder; name a file")
     report = read_results(folders)
     out, format_ = _place(out or folders[0] / "report", format_)
     makers = {
@@ -73,7 +70,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, format_: str 
 
 def _place(out: Path, format_: str) -> tuple[Path, str]:
     """(path without its ending, format). "tiny-0.5" is a name, not a name and an ending. Raises FedmllmError."""
-    if not out.name or os.path.isdir(out):  # False if the path is too long
+    if not out.name or _is_folder(out):
         raise FedmllmError(f"{out}: cannot be written: it is a folder; give the name of a page, as in report.html")
     ending = out.suffix.lower()
     if ending in FORMATS:
@@ -88,6 +85,13 @@ def _place(out: Path, format_: str) -> tuple[Path, str]:
     if format_ and format_ not in ENDINGS:
         raise FedmllmError(f"--format {format_}: unknown format; allowed: {', '.join(ENDINGS)}")
     return out, format_ or "html"
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # the path is too long
+        return False
 
 
 def markdown(report: ReportData) -> str:
