@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import write_run
+from support.made_up import write_run
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
