@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.made_up import write_run
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
@@ -20,6 +19,7 @@ from fedmllm.reports.numerals import MINUS, NO_BREAK, scale_of
 from fedmllm.reports.reading import DatasetResults, read_results
 from fedmllm.reports.tables import published_table, result_table
 from fedmllm.reports.write import markdown, write_report
+from support.made_up import write_run
 
 ROOT = Path(__file__).parents[1]
 CASES = ROOT / "../shared/cases/runs"
