@@ -47,7 +47,7 @@ def test_defaults_are_the_published_protocol() -> None:
         ({**GOOD, "aggregator": "krum"}, r"cohort_size: got 2; krum needs 5 updates a round"),
         ({**GOOD, "cohort_size": 11}, r"cohort_size: got 11; at most partition.num_clients = 10"),
         ({**GOOD, "scenario": {"name": "cross", "num_image_clients": 11}}, r"num_image_clients: got 11; .* 10 clients"),
-        ({**GOOD, "scenario": {"name": "missing", "rates": {"sound": 0.5}}}, r"scenario.rates.sound: no such modality"),
+        ({**GOOD, "scenario": {"name": "missing", "rates": {"sound": 0.5}}}, r"scenario.rates.sound: unknown modality"),
         ({**GOOD, "evaluate": {"visible": "sound"}}, r"evaluate.visible: got 'sound'; allowed: all, none, image, text"),
     ],
 )

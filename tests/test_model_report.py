@@ -188,5 +188,5 @@ def test_a_configuration_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         '{"model_type": "llava", "text_config": {"model_type": "qwen2", "hidden_size": "x"}}'
     )
-    with pytest.raises(FedmllmError, match=r"config\.json: no model \(llava\) can be made of it"):
+    with pytest.raises(FedmllmError, match=r"config\.json: a model \(llava\) cannot be built from it"):
         footprint(tmp_path, FromFolder(path=str(tmp_path)))

@@ -209,6 +209,6 @@ def test_every_verb_loads_plugins(tmp_path: Path):
     write(tmp_path / "half.py", HALF, cls="Half", name="half", doc="")
     (tmp_path / "x.toml").write_text('aggregator = "half"\ndata = "synthetic-irony"\n')
     command = [sys.executable, "-m", "fedmllm.cli", "data", "show", str(tmp_path / "x.toml")]
-    assert b"allowed: fedadagrad" in subprocess.run(command, capture_output=True, check=False).stderr
+    assert b"allowed: fed-plora" in subprocess.run(command, capture_output=True, check=False).stderr
     done = subprocess.run([*command, "--import", "half.py"], capture_output=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

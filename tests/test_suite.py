@@ -99,7 +99,7 @@ def test_equal_experiments_stand_once(tmp_path: Path):
         (("rate = 0.5", "rate = 1.5"), "scenario.rate: got 1.5"),
         (("seeds = [0, 1]", 'seeds = ["a"]'), "matrix.seeds: got .*whole numbers"),
         (("[matrix.settings]", "[matrix.settings]\nx = 3"), "matrix.settings: got .*label = "),
-        (("[base]", "[bas]"), "bas: unknown key; allowed: title, extends, base, matrix; did you mean 'base'"),
+        (("[base]", "[bas]"), "bas: unknown key; allowed: title, extends, imports, base, matrix; did you mean 'base'"),
         (('title = "small"', 'title = "small'), "not a TOML file"),
         (('title = "small"', 'extends = "suite.toml"'), "extends itself"),
         (('title = "small"', 'extends = "none.toml"'), "none.toml: cannot be read: No such file"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from tiny_families import tokenizer
+from support.tiny_families import tokenizer
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from fedmllm.backbones.base import FromFolder

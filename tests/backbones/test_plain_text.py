@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_configs import FAMILIES
+from support.family_configs import FAMILIES
 from PIL import Image
-from tiny_families import PORTS
+from support.tiny_families import PORTS
 
 from fedmllm.backbones.base import FromFolder
 from fedmllm.backbones.hf import TransformersBackbone, load_folder

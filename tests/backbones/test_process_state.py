@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import write
+from support.tiny_families import write
 
 from fedmllm.backbones.base import Tiny
 from fedmllm.backbones.hf import TransformersBackbone

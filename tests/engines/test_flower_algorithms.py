@@ -127,7 +127,7 @@ def in_process(rows: Federation, folder: Path, changes: list[str]) -> str:
     return adapter(folder / "one")
 
 
-SHARING = sorted({"ffa-lora", "fedsa-lora"} & set(Aggregator.members))
+SHARING = ["ffa-lora", "rolora"]
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedadam", "scaffold", "feddyn", "fednova", *SHARING])

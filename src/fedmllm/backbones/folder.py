@@ -87,6 +87,11 @@ def load_base(spec: FromFolder) -> tuple[PreTrainedModel, Any, Callable[[], str]
     return model, processor, lambda: digest(folder)
 
 
+def device_named(name: str) -> torch.device:
+    """The device of `backbone.device`, whether this machine has it or not; "auto" as in `device_of`."""
+    return device_of(name) if name == "auto" else torch.device(name)
+
+
 def device_of(name: str) -> torch.device:
     """The device of `backbone.device`; "auto" is the first CUDA device, otherwise the CPU.
 

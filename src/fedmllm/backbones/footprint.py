@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fedmllm.backbones import nf4
 from fedmllm.backbones.base import BackboneSpec
 from fedmllm.backbones.dropout import Seeds
-from fedmllm.backbones.folder import DTYPES, LOADING_ERRORS, OURS, device_of, family_of, quiet
+from fedmllm.backbones.folder import DTYPES, LOADING_ERRORS, OURS, device_named, family_of, quiet
 from fedmllm.backbones.lora import add_lora, decoder_name, parameters_by_saved_name
 from fedmllm.core.errors import FedmllmError
 
@@ -85,7 +85,7 @@ def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
     family = family_of(folder)
     model = _empty(folder, family)
     parts = _parts(model, family, spec)
-    dtype = nf4.compute_dtype(device_of(spec.device)) if spec.precision.base == "nf4" else DTYPES[spec.precision.base]
+    dtype = nf4.compute_dtype(device_named(spec.device)) if spec.precision.base == "nf4" else DTYPES[spec.precision.base]
     name = decoder_name(model)
     config = model.config.get_text_config()
     peft, seeds = add_lora(model.to(dtype), spec.lora, 0, "")
@@ -147,7 +147,7 @@ def _parts(model: PreTrainedModel, family: str, spec: BackboneSpec) -> tuple[Par
 
 def _plain_bytes(spec: BackboneSpec) -> int:
     if spec.precision.base == "nf4":
-        return nf4.compute_dtype(device_of(spec.device)).itemsize
+        return nf4.compute_dtype(device_named(spec.device)).itemsize
     return DTYPES[spec.precision.base].itemsize
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmllm.backbones.base import FromFolder
-from fedmllm.backbones.folder import device_of, find
+from fedmllm.backbones.folder import device_named, find
 from fedmllm.backbones.footprint import Footprint, footprint
 from fedmllm.backbones.hf import load_folder
 from fedmllm.backbones.model_checks import Check, checkup
@@ -81,7 +81,7 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[Line], list[Line]]
         ),
         Line("logits", logits * rows, f"{rows} row(s) of {LABEL_TOKENS} label tokens"),
     ]
-    if device_of(spec.device).type == "cpu":  # they are kept on the host, wherever the model is
+    if device_named(spec.device).type == "cpu":  # they are kept on the host, wherever the model is
         memory.append(Line("kept image features", spec.keep_image_features_mb * 2**20, "at most"))
     traffic = [
         Line("down, a client", sizes.payload_bytes),
@@ -112,7 +112,7 @@ def print_estimate(experiment: Experiment, as_json: bool = False, console: Conso
         if last is not None:
             table.add_row("together", _size(last), "workspace of the libraries (0.5 to 2 GB on CUDA) not counted")
         console.print(table)
-    if device_of(experiment.backbone.device).type != "cpu":
+    if device_named(experiment.backbone.device).type != "cpu":
         console.print(
             f"also on the host: {_size(experiment.backbone.keep_image_features_mb * 2**20)} of image features"
         )
