@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from support.tiny_families import tokenizer
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from fedmllm.backbones.base import FromFolder
@@ -25,6 +24,7 @@ from fedmllm.backbones.hf import load_folder
 from fedmllm.backbones.model_checks import checkup
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.types import Conversation, Picture
+from support.tiny_families import tokenizer
 
 SIZE = 28
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.family_configs import FAMILIES
 from PIL import Image
-from support.tiny_families import PORTS
 
 from fedmllm.backbones.base import FromFolder
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
 from fedmllm.backbones.plain_text import SENTINEL, control_strings
 from fedmllm.core.errors import DataError
 from fedmllm.core.types import Conversation, Picture
+from support.family_configs import FAMILIES
+from support.tiny_families import PORTS
 
 Loaded = Callable[[str], TransformersBackbone]
 ALL = [*FAMILIES, *PORTS]

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny_families import write
 
 from fedmllm.backbones.base import Tiny
 from fedmllm.backbones.hf import TransformersBackbone
@@ -22,6 +21,7 @@ from fedmllm.backbones.kv_cache import cache_argument
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import write_tensors
 from fedmllm.core.types import Conversation
+from support.tiny_families import write
 
 IMPORTS = """
 import importlib, json, logging, pkgutil, sys

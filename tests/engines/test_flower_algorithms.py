@@ -19,7 +19,6 @@ pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from flower_federation import NAMES, Federation
 
-from fedmllm.algorithms.base import Aggregator
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import digest, flatten, manifest_digest

@@ -66,7 +66,7 @@ def load(folder: Path, **options: Any) -> tuple[MiniCPMV2ForConditionalGeneratio
     return model, MiniCPMV2Processor.from_pretrained(folder)
 
 
-def ask(pictures: list[Any], question: str = "What organ is visible?") -> list[dict[str, Any]]:
+def ask(pictures: list[Any], question: str = "What organ is shown?") -> list[dict[str, Any]]:
     parts = [{"type": "image", "image": picture} for picture in pictures]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 

@@ -85,7 +85,9 @@ def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
     family = family_of(folder)
     model = _empty(folder, family)
     parts = _parts(model, family, spec)
-    dtype = nf4.compute_dtype(device_named(spec.device)) if spec.precision.base == "nf4" else DTYPES[spec.precision.base]
+    dtype = (
+        nf4.compute_dtype(device_named(spec.device)) if spec.precision.base == "nf4" else DTYPES[spec.precision.base]
+    )
     name = decoder_name(model)
     config = model.config.get_text_config()
     peft, seeds = add_lora(model.to(dtype), spec.lora, 0, "")
