@@ -37,6 +37,8 @@ def test_help_is_complete_plain_text_of_80_columns(path: tuple[str, ...]):
     assert max(map(len, text.splitlines())) <= 80
     words = "".join(text.split())  # wherever a line was broken
     for parameter in VERBS[path].params:
+        if getattr(parameter, "hidden", False):  # the name of an earlier release
+            continue
         assert parameter.help, f"{parameter.name} has no help"
         assert "".join(parameter.help.split()) in words, parameter.name
     for name, inner in getattr(VERBS[path], "commands", {}).items():

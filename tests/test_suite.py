@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.runs.events import RoundEnd
+from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.record import read
 from fedmllm.runs.suites.scheduler import Job, State, assign, poll, run_suite, start_workers
 from fedmllm.runs.suites.suite import Suite, merge
@@ -89,7 +91,27 @@ settings = ["half"]
 
 def test_equal_experiments_stand_once(tmp_path: Path):
     twice = SMALL + '"FedAdam again" = { aggregator = { name = "fedadam", lr = 1e-3 } }\n'
-    assert len(Suite.load(file(tmp_path, twice)).cells) == 8
+    suite = Suite.load(file(tmp_path, twice))
+    assert (len(suite.cells), suite.left_out) == (8, ())  # the same settings to the last: nothing is lost
+
+
+def test_cells_that_differ_only_in_how_they_run_are_named(tmp_path: Path):
+    from typer.testing import CliRunner
+
+    from fedmllm.cli.main import app
+
+    engines = SMALL.replace('"half" = {', '"in process" = { engine = "in-process" }\n"half" = {')
+    path = file(tmp_path, engines)
+    suite = Suite.load(path)
+    assert len(suite.cells) == 8
+    assert [(left.cell.label, left.kept.label) for left in suite.left_out[:2]] == [
+        ("in process · Zero-shot · 0", "whole · Zero-shot · 0"),
+        ("in process · FedAdam · 0", "whole · FedAdam · 0"),
+    ]
+    assert "engine.name" in suite.left_out[0].keys
+    done = CliRunner().invoke(app, ["suite", str(path), "--dry-run", "--out", str(tmp_path / "out")])
+    assert f"{path}: 4 cells differ from an earlier one only in settings that do not change results" in done.stderr
+    assert "  in process · FedAdam · 1 (kept: whole · FedAdam · 1)" in done.stderr.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -267,11 +289,84 @@ def test_runs_of_another_suite_in_the_folder_are_seen(tmp_path: Path):
     path, out = file(tmp_path, SMALL), tmp_path / "out"
     for name in (Suite.load(path).cells[0].run_id, "0123456789ab"):
         (out / name).mkdir(parents=True)
-        (out / name / "summary.json").write_text("{}")
+        RunFolder(out / name).write_rows([{"value": 0.5, "wall_s": 30.0}])
     seen = CliRunner().invoke(app, ["suite", str(path), "--dry", "--out", str(out)])
+    assert seen.exit_code == 0
     assert "also holds 1 finished runs that are not cells of" in seen.stderr
-    assert seen.stdout.count("finished") == 1
-    assert seen.stdout.count("to run") == 7
+    *cells, counts, _ = seen.stdout.splitlines()
+    assert ["finished" in line for line in cells] == [True] + [False] * 7
+    assert counts == "cells: 8, finished: 1, to run: 7"
+
+
+def plan(path: Path, out: Path, *options: str) -> list[str]:
+    """The last two lines of a dry run: cells and time."""
+    from typer.testing import CliRunner
+
+    from fedmllm.cli.main import app
+
+    done = CliRunner().invoke(app, ["suite", str(path), "--dry-run", "--out", str(out), *options])
+    assert done.exit_code == 0, done.output
+    return done.stdout.splitlines()[-2:]
+
+
+def test_a_dry_run_estimates_the_time_from_finished_cells_of_the_same_method(tmp_path: Path):
+    path, out = file(tmp_path, SMALL), tmp_path / "out"
+    assert plan(path, out) == [
+        "cells: 8, finished: 0, to run: 8",
+        "estimated time: unknown: no cell of these methods is finished",
+    ]
+    cells = Suite.load(path).cells
+    for cell, wall_s in ((cells[1], 90.0), (cells[3], 110.0)):  # both with FedAdam and seed 0
+        (out / cell.run_id).mkdir(parents=True)
+        RunFolder(out / cell.run_id).write_rows([{"value": 0.5, "wall_s": wall_s}])
+    assert plan(path, out)[1] == "estimated time: more than 3:20: unknown for 4 cells (zero-shot)"
+    only = ["--only", "fedadam", "--only", "HAL"]
+    assert plan(path, out, *only) == ["cells: 2, finished: 1, to run: 1", "estimated time: 1:40"]
+    assert (
+        plan(path, out, "--only", "FedAdam", "--jobs", "2")[1] == "estimated time: 1:40"
+    )  # two cells of 100 s at once
+    assert plan(path, out, *only, "--only", "0") == ["cells: 1, finished: 1, to run: 0", "estimated time: 0:00"]
+
+
+def test_only_matches_whole_labels_before_parts_and_lists_the_labels_if_nothing_fits(tmp_path: Path):
+    text = SMALL.replace('"whole" = {}', '"alpha 0.1" = {}').replace('"half" =', '"alpha 0.1 half" =')
+    suite = Suite.load(file(tmp_path, text))
+    assert [cell.label for cell in suite.select(["ALPHA 0.1", "1", "adam"])] == ["alpha 0.1 · FedAdam · 1"]
+    assert len(suite.select(["alpha"])) == len(suite.select([])) == 8
+    labels = "settings: alpha 0.1, alpha 0.1 half; methods: Zero-shot, FedAdam; seeds: 0, 1"
+    with pytest.raises(
+        ConfigError, match=f"--only: got 'FedYogi', which is not in any label; labels of small: {labels}"
+    ):
+        suite.select(["half", "FedYogi"])
+    with pytest.raises(ConfigError, match=f"no cell has a label for each of 'FedAdam', 'zero'; .*{labels}"):
+        suite.select(["FedAdam", "zero"])
+    with pytest.raises(ConfigError, match="got ' ', which is not in any label"):
+        suite.select([" "])
+
+
+def test_chosen_cells_run_with_a_tracker_each_and_the_folder_keeps_the_labels_of_all(tmp_path: Path):
+    """Both cells run in one process; MLflow's address of the first must not receive the second."""
+    pytest.importorskip("mlflow", reason="the extra 'mlflow' is not installed")
+    suite = Suite.load(file(tmp_path, SMALL))
+    chosen, out = suite.select(["Zero-shot", "0"]), tmp_path / "out"
+    state = run_suite(suite, out, 1, 1, 10**12, Seen(), chosen, ["mlflow"])
+    assert (state.finished, state.failed) == (2, {})
+    for cell in chosen:
+        with sqlite3.connect(out / cell.run_id / "mlflow.db") as base:
+            assert base.execute("select name, status from runs").fetchall() == [(cell.run_id, "FINISHED")]
+    assert len(json.loads((out / "suite.json").read_text())["cells"]) == 8
+
+
+def test_an_unknown_tracker_is_refused_before_anything_runs(tmp_path: Path):
+    from typer.testing import CliRunner
+
+    from fedmllm.cli.main import app
+
+    path, out = file(tmp_path, SMALL), tmp_path / "out"
+    done = CliRunner().invoke(app, ["suite", str(path), "--out", str(out), "--track", "tensorbord"])
+    assert isinstance(done.exception, ConfigError)
+    assert "did you mean 'tensorboard'" in str(done.exception)
+    assert not out.exists()
 
 
 def test_no_further_process_is_started_over_the_memory_budget():

@@ -15,7 +15,7 @@ from fedmllm.cli import data as data_cli
 from fedmllm.cli import federation as site_cli
 from fedmllm.cli.build_vlm import build_vlm
 from fedmllm.cli.models import doctor, estimate, export
-from fedmllm.cli.options import ExperimentFile, Set, Verbs, keep_argument_help
+from fedmllm.cli.options import ExperimentFile, Set, Track, Verbs, keep_argument_help
 from fedmllm.cli.predict import predict
 from fedmllm.cli.settings import explain, schema
 from fedmllm.cli.suites import compare, report, suite
@@ -57,9 +57,8 @@ def run(
         str | None, typer.Option(help="in-process, stacked or flower-simulation.", metavar="NAME")
     ] = None,
     num_actors: Annotated[int | None, typer.Option(help="Ray actors of flower-simulation.", min=1)] = None,
-    track: Annotated[
-        list[str] | None, typer.Option(help="Also log to: tensorboard, wandb, mlflow, trackio.", metavar="NAME")
-    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads; 0 = the usable cores, or 1 on a busy machine.", min=0)] = 0,
+    track: Track = None,
 ) -> None:
     """Run one experiment: data x scenario x prompt x backbone x objective x aggregator x rounds."""
     from fedmllm.config.experiment import Experiment
@@ -68,11 +67,14 @@ def run(
     overrides = [*(set_ or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
     settings = Experiment.load(experiment, overrides)  # every setting is checked before torch is loaded
     from fedmllm.cli.display import Bars, show_table
+    from fedmllm.cli.threads import set_threads
+    from fedmllm.runs.folder import RunFolder
     from fedmllm.runs.run import run as start
     from fedmllm.runs.trackers import tracker
 
     folder = out or Path("runs") / settings.run_id()
     trackers = [tracker(name, folder) for name in track or []]
+    set_threads(threads, [RunFolder(folder).record] if resume else [])
     try:
         with Bars() as bars:
             rows = start(settings, folder, [bars, *trackers], resume)

@@ -14,6 +14,10 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: --set scenario.rate=0.5", metavar="A.B=V")
 ]
 
+Track = Annotated[
+    list[str] | None, typer.Option(help="Also log to: tensorboard, wandb, mlflow, trackio.", metavar="NAME")
+]
+
 
 class Verbs(typer.core.TyperGroup):
     """Group of commands whose every command, also in groups within it, has the option `--import`."""

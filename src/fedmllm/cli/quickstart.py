@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from fedmllm.cli.display import show_table
 from fedmllm.cli.suite_display import SuiteTable
 from fedmllm.core.errors import FedmllmError
+from fedmllm.core.machine import usable_bytes, usable_cores
 from fedmllm.runs.folder import RunFolder
-from fedmllm.runs.suites.scheduler import physical_bytes, run_suite
+from fedmllm.runs.suites.scheduler import run_suite
 from fedmllm.runs.suites.suite import Suite
 
 SUITE = Path(__file__).with_name("quickstart.toml")
@@ -25,7 +25,7 @@ def quickstart(out: Path | None) -> list[dict[str, Any]]:
     folder = out or Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
     suite, began = Suite.load(SUITE), time.perf_counter()
     with SuiteTable(len(suite.cells)) as table:
-        state = run_suite(suite, folder, num_cores(), 1, int(0.8 * physical_bytes()), table)
+        state = run_suite(suite, folder, usable_cores(), 1, int(0.8 * usable_bytes()), table)
     if state.failed:
         raise FedmllmError("\n".join(f"{label}: {reason}" for label, reason in state.failed.items()))
     rows: list[dict[str, Any]] = []
@@ -36,8 +36,3 @@ def quickstart(out: Path | None) -> list[dict[str, Any]]:
     print(f"{len(suite.cells)} runs in {time.perf_counter() - began:.0f} s; records and adapters: {folder}")
     print(f"a page of it: fedmllm report {folder}")
     return rows
-
-
-def num_cores() -> int:
-    """Cores that this process may use: fewer than the machine's where it was given only some."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

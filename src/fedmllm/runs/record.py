@@ -49,6 +49,15 @@ class Record(AppendFile):
         super().truncate(num_bytes)
 
 
+def recorded_threads(path: Path) -> int:
+    """Return the threads with which a run started; 0 if its record cannot be read or does not hold them."""
+    try:
+        device = next(read(path), {}).get("device")
+    except FedmllmError:  # no record, or a damaged one, which the run itself reports
+        return 0
+    return int(device.get("threads", 0)) if isinstance(device, dict) else 0
+
+
 def _lock(descriptor: int) -> bool:
     """Lock the file for this process; the lock ends with the process. False if another process holds it."""
     try:

@@ -7,10 +7,11 @@ the same names: "both/auc", "round/loss", "cost/up_bytes", by round. The record 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Tracker(ABC):
         try:
             self.library: Any = importlib.import_module(self.needs)
         except ImportError:
-            raise ConfigError(f"tracker {self.extra}: not installed; pip install 'fedmllm[{self.extra}]'") from None
+            raise _missing(self.extra) from None
         self._sent = 0
         self._round = 0
 
@@ -152,10 +153,12 @@ class MLflow(Tracker):
     """MLflow; an SQLite file in RUN/mlflow.db unless MLFLOW_TRACKING_URI names a server."""
 
     needs, extra = "mlflow", "mlflow"
+    _sets_uri = False
 
     def begin(self, run_id: str, settings: Mapping[str, Any]) -> None:
         if "MLFLOW_TRACKING_URI" not in os.environ:
             self.library.set_tracking_uri(f"sqlite:///{self.folder.resolve() / 'mlflow.db'}")
+            self._sets_uri = True
         self.library.set_experiment("fedmllm")
         known = self.same_run()
         if known and self._is_there(known):
@@ -176,6 +179,8 @@ class MLflow(Tracker):
 
     def finish(self, failed: bool) -> None:
         self.library.end_run(status="FAILED" if failed else "FINISHED")
+        if self._sets_uri:  # the library keeps it in the environment, and the process may run another experiment
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 class Trackio(Tracker):
@@ -194,7 +199,7 @@ class Trackio(Tracker):
         self.library.finish()
 
 
-TRACKERS: dict[str, Callable[[Path], Tracker]] = {
+TRACKERS: dict[str, type[Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
@@ -204,6 +209,22 @@ TRACKERS: dict[str, Callable[[Path], Tracker]] = {
 
 def tracker(name: str, folder: Path) -> Tracker:
     """The tracker of that name for a run in `folder`. Raises ConfigError for an unknown or missing one."""
-    if name not in TRACKERS:
-        raise ConfigError(f"--track: got {name!r}; allowed: {', '.join(TRACKERS)}{nearest(name, list(TRACKERS))}")
+    check_trackers([name])
     return TRACKERS[name](folder)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that each tracker exists and that its package is installed, without loading it.
+
+    Raises:
+        ConfigError: A name is unknown, or a package is missing.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"--track: got {name!r}; allowed: {', '.join(TRACKERS)}{nearest(name, list(TRACKERS))}")
+        if importlib.util.find_spec(TRACKERS[name].needs.split(".")[0]) is None:
+            raise _missing(name)
+
+
+def _missing(extra: str) -> ConfigError:
+    return ConfigError(f"tracker {extra}: not installed; pip install 'fedmllm[{extra}]'")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,9 +74,18 @@ class Display(Protocol):
 
 
 def run_suite(
-    suite: Suite, folder: Path, num_jobs: int, num_threads: int, budget_bytes: int, display: Display
+    suite: Suite,
+    folder: Path,
+    num_jobs: int,
+    num_threads: int,
+    budget_bytes: int,
+    display: Display,
+    cells: Sequence[Cell] | None = None,
+    track: Sequence[str] = (),
 ) -> State:
     """Run every cell that has no summary yet into `folder/RUN_ID`; at most `num_jobs` at a time.
+
+    `cells` are those to run (default: all of the suite), and `track` names the trackers of each cell.
 
     A further process is started only while all of them, each as large as the largest seen, fit into `budget_bytes`. A
     cell that fails, or whose process dies, is named in `State.failed`; the others continue, unless the first five all fail.
@@ -86,12 +94,13 @@ def run_suite(
         make_folder(folder)
     with exclusive_lock(folder):
         suite.save(folder)
-        waiting = [cell for cell in suite.cells if not RunFolder(folder / cell.run_id).is_finished]
-        done = len(suite.cells) - len(waiting)
+        cells = suite.cells if cells is None else cells
+        waiting = [cell for cell in cells if not RunFolder(folder / cell.run_id).is_finished]
+        done = len(cells) - len(waiting)
         state = State(waiting, finished=done, kept=done)
         try:
             while state.waiting or any(job.cell for job in state.jobs):
-                start_workers(state, num_jobs, num_threads, budget_bytes)
+                start_workers(state, num_jobs, num_threads, budget_bytes, track)
                 for job in state.jobs:
                     if job.cell is None and state.waiting and assign(job, state.waiting[0], folder):
                         state.waiting.pop(0)
@@ -117,7 +126,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def start_workers(state: State, num_jobs: int, num_threads: int, budget_bytes: int) -> None:
+def start_workers(state: State, num_jobs: int, num_threads: int, budget_bytes: int, track: Sequence[str] = ()) -> None:
     """Start processes while cells wait, jobs are free and memory allows."""
     while len(state.jobs) < min(num_jobs, len(state.jobs) + len(state.waiting)):
         largest = max((job.host_bytes for job in state.jobs), default=0)
@@ -128,7 +137,7 @@ def start_workers(state: State, num_jobs: int, num_threads: int, budget_bytes: i
             return
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, num_threads), daemon=True)
+        process = context.Process(target=work, args=(theirs, num_threads, tuple(track)), daemon=True)
         process.start()
         theirs.close()
         state.jobs.append(Job(process, ours))
@@ -189,8 +198,3 @@ def shutdown(jobs: Sequence[Job]) -> None:
         job.process.join(timeout=10)
         if job.process.is_alive():
             job.process.kill()
-
-
-def physical_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

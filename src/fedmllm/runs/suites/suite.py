@@ -32,6 +32,7 @@ from fedmllm.config.experiment import Experiment, imports_of, read_toml
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import current_keys, nearest
 from fedmllm.core.storage import write_atomically
+from fedmllm.core.text import flat
 
 SUITE = "suite.json"
 KEYS = ("title", "extends", "imports", "base", "matrix")
@@ -51,11 +52,21 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A cell that gives the results of an earlier one, because they differ only in how they run."""
+
+    cell: Cell
+    kept: Cell
+    keys: tuple[str, ...]  # settings in which they differ
+
+
+@dataclass(frozen=True)
 class Suite:
     """The cells in the order in which they run; equal experiments stand here once."""
 
     title: str
     cells: tuple[Cell, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> Suite:
@@ -70,6 +81,7 @@ class Suite:
             base = {**base, "imports": imports}
         axes, skips = matrix(table.get("matrix"), path)
         cells: dict[str, Cell] = {}
+        left_out: list[LeftOut] = []
         errors: dict[str, None] = {}
         for combination in itertools.product(*(axis.items() for axis in axes.values())):
             words = {axis: label for axis, (label, _) in zip(axes, combination, strict=True)}
@@ -85,17 +97,60 @@ class Suite:
                 errors.update(dict.fromkeys(str(error).splitlines()))
                 continue
             cell = Cell(labels, experiment, experiment.run_id())
-            cells.setdefault(cell.run_id, cell)
+            kept = cells.setdefault(cell.run_id, cell)
+            if keys := differing(kept.experiment, experiment):
+                left_out.append(LeftOut(cell, kept, keys))
         if errors:
             raise ConfigError("\n".join(f"{path}: {line}" for line in errors))
         if not cells:
             raise ConfigError(f"{path}: the matrix has no cell")
-        return cls(str(table.get("title") or path.stem), tuple(cells.values()))
+        return cls(str(table.get("title") or path.stem), tuple(cells.values()), tuple(left_out))
+
+    def select(self, words: Sequence[str]) -> tuple[Cell, ...]:
+        """Return the cells that have a label for each word.
+
+        Args:
+            words: A label, or a part of one if no label of the suite equals it; upper and lower case are the same.
+
+        Raises:
+            ConfigError: A word matches no label, or no cell has a label for each word; the message lists the labels.
+        """
+        axes: dict[str, dict[str, None]] = {}
+        for cell in self.cells:
+            for axis, label in cell.labels.items():
+                axes.setdefault(axis, {})[label] = None
+        known = "; ".join(f"{axis}: {', '.join(labels)}" for axis, labels in axes.items())
+        chosen = self.cells
+        for word in words:
+            found = matching(word, [label for labels in axes.values() for label in labels])
+            if not found:
+                raise ConfigError(f"--only: got {word!r}, which is not in any label; labels of {self.title}: {known}")
+            chosen = tuple(cell for cell in chosen if not found.isdisjoint(cell.labels.values()))
+        if not chosen:
+            raise ConfigError(
+                f"--only: no cell has a label for each of {', '.join(map(repr, words))}; labels of {self.title}: {known}"
+            )
+        return chosen
 
     def save(self, folder: Path) -> None:
         """Write `suite.json`: what a report needs to know in addition to the records."""
         cells = [{"run_id": cell.run_id, "labels": dict(cell.labels)} for cell in self.cells]
         write_atomically(folder / SUITE, json.dumps({"title": self.title, "cells": cells}, indent=1))
+
+
+def matching(word: str, labels: Sequence[str]) -> set[str]:
+    """Labels that equal the word, or that contain it if none does: "0" is the seed 0 and not "alpha 0.5" too."""
+    word = word.strip().casefold()
+    equal = {label for label in labels if label.casefold() == word}
+    return equal or {label for label in labels if word and word in label.casefold()}
+
+
+def differing(one: Experiment, other: Experiment) -> tuple[str, ...]:
+    """Dotted keys in which two experiments differ."""
+    if one is other:
+        return ()
+    left, right = (flat(experiment.model_dump(mode="json")) for experiment in (one, other))
+    return tuple(key for key in {**left, **right} if left.get(key) != right.get(key))
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

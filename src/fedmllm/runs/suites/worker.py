@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -23,17 +24,19 @@ class Message:
     error: str | None = None  # set when the cell is done; "" = without an error
 
 
-def work(pipe: Connection, num_threads: int) -> None:
+def work(pipe: Connection, num_threads: int, track: Sequence[str] = ()) -> None:
     """Run the cells whose (settings, folder) come through a pipe until None comes; send a `Message` per event.
 
     A stopped cell continues from its last checkpoint. The error of a cell is sent, and the next cell runs; Ctrl-C and a
-    lost pipe end the process. The output of libraries to stderr goes to `worker.log` in the suite's folder.
+    lost pipe end the process. The output of libraries goes to `worker.log` in the suite's folder. Each cell has its own
+    trackers, of the names in `track`.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read by torch when it is loaded, below
     from fedmllm.config.experiment import Experiment
     from fedmllm.runs.costs import host_peak_bytes
     from fedmllm.runs.run import run
+    from fedmllm.runs.trackers import tracker
 
     def send(event: Event) -> None:
         pipe.send(Message(host_peak_bytes(), event))
@@ -41,10 +44,11 @@ def work(pipe: Connection, num_threads: int) -> None:
     try:
         while (order := pipe.recv()) is not None:
             settings, folder = order[0], RunFolder(Path(order[1]))
-            keep_stderr(folder.path.parent / "worker.log")
+            keep_output(folder.path.parent / "worker.log")
             error = ""
             try:
-                run(Experiment.parse(settings), folder.path, [send], resume=True)
+                trackers = [tracker(name, folder.path) for name in track]
+                run(Experiment.parse(settings), folder.path, [send, *trackers], resume=True)
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a finished cell needs none
             except (BrokenPipeError, EOFError):
                 return
@@ -62,7 +66,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def keep_stderr(path: Path) -> None:
-    """Send this process's stderr to a file: progress bars of libraries would tear the live table."""
+def keep_output(path: Path) -> None:
+    """Send this process's stdout and stderr to a file: lines of libraries and trackers would tear the live table."""
     with path.open("a") as file:
-        os.dup2(file.fileno(), 2)
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
