@@ -38,11 +38,19 @@ class Aggregator(Named):
     """True if the rank of `result` grows with the rounds."""
 
     def least_updates(self) -> int:
-        """Least number of updates for which the formula is defined."""
+        """Least number of updates for which the formula is defined.
+
+        Returns:
+            A number of clients, at least 1.
+        """
         return 1
 
     def label(self) -> str:
-        """The name in tables."""
+        """The name in tables.
+
+        Returns:
+            The TOML name, with that of the nested server optimizer if there is one.
+        """
         return self.name
 
     def init(self, params: Params) -> State:
@@ -50,6 +58,9 @@ class Aggregator(Named):
 
         Args:
             params: The adapter before any training.
+
+        Returns:
+            Named sets of tensors; {} if the algorithm has no state.
         """
         return {}
 
@@ -61,11 +72,21 @@ class Aggregator(Named):
             state: The server's state before the round.
             at: The round.
             client: One of `at.cohort`.
+
+        Returns:
+            The adapter to start from, what trains, and the tensors sent in addition.
         """
         return Sent(params)
 
     def returned_extra(self, sent: Sent) -> Params:
-        """Names and shapes of the tensors that `finish` returns to the server; {} = none."""
+        """Names and shapes of the tensors that `finish` returns to the server; {} = none.
+
+        Args:
+            sent: As `sends` made it.
+
+        Returns:
+            Tensors whose values are not read.
+        """
         return {}
 
     @abstractmethod
@@ -87,7 +108,15 @@ class Aggregator(Named):
         """
 
     def result(self, params: Params, state: State) -> Params:
-        """The global model as one adapter, of any rank: evaluated, saved and exported."""
+        """The global model as one adapter, of any rank: evaluated, saved and exported.
+
+        Args:
+            params: The global adapter.
+            state: The server's state.
+
+        Returns:
+            LoRA tensors under PEFT's saved names.
+        """
         return params
 
     def personal(self, params: Params, state: State, client: int, kept: Params) -> Params | None:
@@ -98,6 +127,9 @@ class Aggregator(Named):
             state: The server's state.
             client: Whose model.
             kept: The client's own state, {} if it has none.
+
+        Returns:
+            LoRA tensors under PEFT's saved names, or None.
         """
         return None
 
@@ -109,6 +141,9 @@ class Aggregator(Named):
             view: The client and the model.
             sent: As `sends` made it.
             kept: What the client kept in its last round that counted; {} if there is none.
+
+        Returns:
+            What each local optimizer step adds to the gradients.
         """
         return LocalRule()
 

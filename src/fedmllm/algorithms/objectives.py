@@ -32,7 +32,15 @@ class Objective(Named):
 
     @abstractmethod
     def prox_mu(self, tensor: str, client: ClientView) -> float:
-        """mu of one LoRA tensor; 0 = no proximal term."""
+        """mu of one LoRA tensor; 0 = no proximal term.
+
+        Args:
+            tensor: Saved name of the LoRA tensor.
+            client: The client and the model.
+
+        Returns:
+            The weight mu >= 0 of mu / 2 * ||w - w(global)||^2.
+        """
 
 
 class TaskLoss(Objective):

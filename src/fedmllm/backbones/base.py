@@ -123,6 +123,9 @@ class BackboneSpec(Named):
         Args:
             seed: Source of LoRA's A; B is zero.
 
+        Returns:
+            The model, ready to encode, train and evaluate.
+
         Raises:
             ConfigError: A setting does not fit the model or this machine.
             FedmllmError: The model cannot be loaded.
@@ -187,12 +190,26 @@ class Backbone(ABC):
         """
 
     def needs_pixels(self, row: Row) -> bool:
-        """False if `row.images` may be dropped, because the output of the frozen tower for them is cached."""
+        """False if `row.images` may be dropped, because the output of the frozen tower for them is cached.
+
+        Args:
+            row: An encoded row.
+
+        Returns:
+            True if the pixels are still needed.
+        """
         return bool(row.images)
 
     @abstractmethod
     def collate(self, rows: Sequence[Row]) -> Batch:
-        """Rows as one batch, padded on the right, on the model's device."""
+        """Rows as one batch, padded on the right, on the model's device.
+
+        Args:
+            rows: Encoded rows, at least one.
+
+        Returns:
+            The batch that `loss` takes: "input_ids" [B, L] and what else the family reads.
+        """
 
     @abstractmethod
     def loss(self, batch: Batch, dropout_seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -233,11 +250,18 @@ class Backbone(ABC):
 
     @abstractmethod
     def lora(self) -> Params:
-        """A copy of the adapter under PEFT's saved names, float32, CPU."""
+        """A copy of the adapter under PEFT's saved names, float32, CPU.
+
+        Returns:
+            Saved name -> tensor, A [r, in] and B [out, r].
+        """
 
     @abstractmethod
     def set_lora(self, params: Params) -> None:
         """Load an adapter.
+
+        Args:
+            params: Tensors as in `lora()`.
 
         Raises:
             FedmllmError: Names or shapes are not exactly those of `lora()`.
@@ -245,12 +269,27 @@ class Backbone(ABC):
 
     @abstractmethod
     def layer_of(self, name: str) -> int | None:
-        """Layer of the language model, from 0, that holds the LoRA tensor of this saved name; None if none does."""
+        """Layer of the language model, from 0, that holds the LoRA tensor of this saved name; None if none does.
+
+        Args:
+            name: A name in `lora()`.
+
+        Returns:
+            The layer, or None.
+        """
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The live parameters behind `lora()`, by the same names."""
+        """The live parameters behind `lora()`, by the same names.
+
+        Returns:
+            Saved name -> parameter on the model's device.
+        """
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the adapter to `folder`, which is made, as a PEFT folder: `PeftModel.from_pretrained(base, folder)`."""
+        """Write the adapter to `folder`, which is made, as a PEFT folder: `PeftModel.from_pretrained(base, folder)`.
+
+        Args:
+            folder: The folder; existing files of an adapter are replaced.
+        """

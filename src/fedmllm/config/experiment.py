@@ -200,15 +200,27 @@ class Experiment(Spec):
         return self.method in ("federated", "personal")
 
     def server(self) -> Aggregator:
-        """The aggregator; FedAvg for a baseline, which has one client at a time."""
+        """The aggregator; FedAvg for a baseline, which has one client at a time.
+
+        Returns:
+            The aggregator that folds the updates.
+        """
         return self.aggregator if self.federates else FedAvg()
 
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that are computed: those of the data set, its headline first, and `evaluate.metrics`."""
+        """Names of the metrics that are computed: those of the data set, its headline first, and `evaluate.metrics`.
+
+        Returns:
+            Names without repetition.
+        """
         return tuple(dict.fromkeys([*self.data.metrics(), *self.evaluate.metrics]))
 
     def plugins(self) -> tuple[PluginSource, ...]:
-        """Return the origins of all that is not shipped with the package: `imports`, members and metrics."""
+        """Return the origins of all that is not shipped with the package: `imports`, members and metrics.
+
+        Returns:
+            One origin per module or file, with its digest.
+        """
         named = [spec for spec in self.specs() if isinstance(spec, Named)]
         bases = [base for spec in named for base in type(spec).__mro__ if issubclass(base, Named) and base is not Named]
         found = [source_of_import(name) for name in self.imports]
@@ -222,6 +234,9 @@ class Experiment(Spec):
         Args:
             table: Keys and values as in an experiment file, or as `dump` gives them.
             place: Beginning of each line of an error message, such as the file's name.
+
+        Returns:
+            The experiment.
 
         Raises:
             ConfigError: A key or value is not allowed; the message lists all of them.
@@ -240,6 +255,9 @@ class Experiment(Spec):
             path: The file. Plug-ins that it names by relative paths are searched in its folder.
             overrides: Changes of single keys, "a.b=value" in TOML; a bare word counts as a string.
 
+        Returns:
+            The experiment.
+
         Raises:
             ConfigError: The file cannot be read, is not TOML or is a suite, or a key or value is not allowed.
         """
@@ -255,11 +273,19 @@ class Experiment(Spec):
         return cls.parse(table, str(path))
 
     def run_id(self) -> str:
-        """Twelve hex digits: equal for experiments that must give equal results."""
+        """Twelve hex digits: equal for experiments that must give equal results.
+
+        Returns:
+            The first twelve digits of the SHA-256 of `identity()`.
+        """
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
 
     def method_name(self) -> str:
-        """Name in tables: the aggregator or the baseline, and the objective and a plug-in engine if there are any."""
+        """Name in tables: the aggregator or the baseline, and the objective and a plug-in engine if there are any.
+
+        Returns:
+            A name such as "fedadam" or "fedavg+fedprox".
+        """
         if self.method in ("zero-shot", "majority"):
             return self.method
         head = self.aggregator.label() if self.federates else self.method
@@ -269,7 +295,11 @@ class Experiment(Spec):
         return "+".join([head, *objective, *engine])
 
     def setting(self) -> str:
-        """What distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split."""
+        """What distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split.
+
+        Returns:
+            Key=value pairs separated by blanks, or a member's name.
+        """
         spec = self.partition if self.scenario.name == "aligned" else self.scenario
         settings = {k: v for k, v in spec.model_dump(mode="json").items() if k not in ("name", "num_clients") and v}
         words = [f"{k}={v}" for k, v in settings.items()]

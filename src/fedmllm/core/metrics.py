@@ -16,7 +16,17 @@ PLUGIN_METRICS: dict[str, PluginSource] = {}  # origin of the metrics that are n
 
 
 def metric(f: Metric) -> Metric:
-    """Add a function to the metrics, under its own name. Raises ConfigError if another one has that name."""
+    """Add a function to the metrics, under its own name.
+
+    Args:
+        f: Predictions -> value, or None if the rows do not define it.
+
+    Returns:
+        The function itself, so that this is a decorator.
+
+    Raises:
+        ConfigError: Another function has that name.
+    """
     name, old = f.__name__, METRICS.get(f.__name__)
     if old and (old.__module__, old.__qualname__) != (f.__module__, f.__qualname__):
         raise ConfigError(f"metric {name!r} is defined twice: in {old.__module__} and in {f.__module__}; rename one")

@@ -50,6 +50,9 @@ def load_plugins(names: Iterable[str], place: str, folder: Path | None = None) -
         place: Beginning of an error message: the option, or the file and its key.
         folder: What relative paths count from; the current folder by default.
 
+    Returns:
+        Module names as given, and absolute paths.
+
     Raises:
         ConfigError: A file or module does not exist, or fails while it is imported.
     """

@@ -76,29 +76,55 @@ class Dataset(Named):
 
     @abstractmethod
     def modalities(self) -> tuple[Modality, ...]:
-        """Modalities that a row of this set may have, in the order of flags and prompts."""
+        """Modalities that a row of this set may have, in the order of flags and prompts.
+
+        Returns:
+            Names such as "image" and "text".
+        """
 
     @abstractmethod
     def metrics(self) -> Sequence[str]:
-        """Names of the metrics that the set is evaluated by; the first is the headline."""
+        """Names of the metrics that the set is evaluated by; the first is the headline.
+
+        Returns:
+            At least one name, unless the set has no test rows.
+        """
 
     def ceilings(self, visible: Visible) -> Mapping[str, float]:
         """Metric -> the best expected value that any model can reach on rows of which it sees `visible`.
 
         Empty if the law of the labels is not known, as for every real set.
+
+        Args:
+            visible: Modalities that the model sees.
+
+        Returns:
+            Name of a metric -> its ceiling, in the unit of the metric.
         """
         return {}
 
     def client_column(self) -> str:
-        """The column that names each row's client, if the rows come from a real federation; else ""."""
+        """The column that names each row's client, if the rows come from a real federation; else "".
+
+        Returns:
+            A key of `Example.columns`, or "".
+        """
         return ""
 
     def group_column(self) -> str:
-        """The column of groups, such as patients, that must not be in two splits; else ""."""
+        """The column of groups, such as patients, that must not be in two splits; else "".
+
+        Returns:
+            A key of `Example.columns`, or "".
+        """
         return ""
 
     def folders(self) -> tuple[Path, ...]:
-        """The folders that hold the images; () if the set is embedded."""
+        """The folders that hold the images; () if the set is embedded.
+
+        Returns:
+            Paths, each of which may be missing.
+        """
         return ()
 
 

@@ -46,13 +46,23 @@ class Prompt(Named):
     def options(self, example: Example) -> tuple[str, ...]:
         """Texts that are scored, one per choice.
 
+        Args:
+            example: The row.
+
         Returns:
             The letter alone, "(A)", a prefix of `target`, so that the lengths of labels do not matter; () for an open question.
         """
         return tuple(f"({LETTERS[i]})" for i in range(len(example.choices)))
 
     def target(self, example: Example) -> str:
-        """The answer that is trained on: "(A) label" for a lettered question, the answer itself for an open one."""
+        """The answer that is trained on: "(A) label" for a lettered question, the answer itself for an open one.
+
+        Args:
+            example: The row.
+
+        Returns:
+            Text that follows the prompt in training.
+        """
         if not example.choices:
             return example.answer
         return f"({LETTERS[example.choices.index(example.answer)]}) {example.answer}"

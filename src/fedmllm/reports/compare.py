@@ -52,6 +52,13 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
 
     Runs over other rows are never paired, and neither are those of another partition or base model with equal settings.
 
+    Args:
+        a: Folders of runs, or of folders of runs: the first side.
+        b: The same: the second side.
+
+    Returns:
+        Differing settings, results with their paired tests, and the numbers of runs.
+
     Raises:
         FedmllmError: A folder has no finished run, runs would be paired twice, or the two sides share no metric.
     """

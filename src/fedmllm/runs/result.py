@@ -153,6 +153,9 @@ class RunResult(Sequence[dict[str, Any]]):
     def to_frame(self) -> pandas.DataFrame:
         """Return the rows as a pandas data frame.
 
+        Returns:
+            One row per metric and visibility, with the columns of `rows`.
+
         Raises:
             FedmllmError: pandas is not installed.
         """

@@ -58,7 +58,14 @@ class Scenario(Named):
         """
 
     def hide_as_published(self, rows: Rows) -> Masks:
-        """The published masks, bit for bit; only scenarios of the paper have them."""
+        """The published masks, bit for bit; only scenarios of the paper have them.
+
+        Args:
+            rows: Per client the indices of its rows.
+
+        Returns:
+            Per client and row the modalities that stay visible.
+        """
         raise ConfigError(f"scenario {self.name!r} has no published masks; pick another partition than 'published'")
 
 

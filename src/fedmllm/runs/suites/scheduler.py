@@ -85,10 +85,21 @@ def run_suite(
 ) -> State:
     """Run every cell that has no summary yet into `folder/RUN_ID`; at most `num_jobs` at a time.
 
-    `cells` are those to run (default: all of the suite), and `track` names the trackers of each cell.
-
     A further process is started only while all of them, each as large as the largest seen, fit into `budget_bytes`. A
     cell that fails, or whose process dies, is named in `State.failed`; the others continue, unless the first five all fail.
+
+    Args:
+        suite: The cells.
+        folder: Folder of the cells; made if it is missing.
+        num_jobs: Processes at a time.
+        num_threads: Threads of torch per process.
+        budget_bytes: Memory of all processes together.
+        display: Progress for a person.
+        cells: Cells to run; default: all of the suite.
+        track: Names of trackers, one of each per cell.
+
+    Returns:
+        Counts, failures by label and seconds per method.
     """
     with writing(folder):
         make_folder(folder)

@@ -72,7 +72,14 @@ class Suite:
     def load(cls, path: str | Path) -> Suite:
         """Read and check a suite file; nothing runs before every cell is a valid experiment.
 
-        Raises ConfigError naming the file, the cell's labels and each bad key.
+        Args:
+            path: The TOML file.
+
+        Returns:
+            The suite, with each distinct experiment once.
+
+        Raises:
+            ConfigError: A cell is not a valid experiment; the message has the file, its labels and each bad key.
         """
         path = Path(path)
         table = read(path)
@@ -112,6 +119,9 @@ class Suite:
         Args:
             words: A label, or a part of one if no label of the suite equals it; upper and lower case are the same.
 
+        Returns:
+            The cells in the order of the suite.
+
         Raises:
             ConfigError: A word matches no label, or no cell has a label for each word; the message lists the labels.
         """
@@ -133,7 +143,11 @@ class Suite:
         return chosen
 
     def save(self, folder: Path) -> None:
-        """Write `suite.json`: what a report needs to know in addition to the records."""
+        """Write `suite.json`: what a report needs to know in addition to the records.
+
+        Args:
+            folder: Folder of the cells.
+        """
         cells = [{"run_id": cell.run_id, "labels": dict(cell.labels)} for cell in self.cells]
         write_atomically(folder / SUITE, json.dumps({"title": self.title, "cells": cells}, indent=1))
 
