@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from fedmllm.cli.settings import explained, json_schema
 from fedmllm.config.experiment import FAMILIES, Experiment
 from fedmllm.core.errors import ConfigError
+from fedmllm.core.spec import Spec
 from fedmllm.runs.suites.suite import Suite
 
 ROOT = Path(__file__).parents[1]
@@ -50,3 +52,22 @@ def test_explain_gives_defaults_ranges_and_descriptions():
 
 def test_the_schema_has_every_key_of_an_experiment():
     assert {*Experiment.model_fields} <= {*json.loads(json.dumps(json_schema()))["properties"]}
+
+
+def described(kind: type[Spec]) -> Iterator[tuple[str, str]]:
+    """(key, description) of a table and the tables in it."""
+    for key, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Spec) and inner not in FAMILIES.values():
+            yield from described(inner)
+        elif key != "name":
+            yield f"{kind.__name__}.{key}", field.description or ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_setting_of_every_member_is_described(family: str) -> None:
+    members = [m for m in FAMILIES[family].members.values() if m.__module__.startswith("fedmllm.")]
+    settings = [setting for member in [Experiment, *members] for setting in described(member)]
+    assert [key for key, description in settings if len(description.split()) < 3] == []
+    for member in members:
+        assert member.model_fields["name"].default in explained(f"{family}.{member.model_fields['name'].default}")

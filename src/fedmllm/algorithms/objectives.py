@@ -57,7 +57,7 @@ class FedProx(Objective):
 
     name: Literal["fedprox"] = "fedprox"
     mu: NonNegativeFloat = 0.01
-    """Proximal weight."""
+    """Proximal weight of every tensor."""
 
     def prox_mu(self, tensor: str, client: ClientView) -> float:
         return self.mu

@@ -57,16 +57,16 @@ def _lines(spec: Any) -> list[str]:
     for key, part in spec.model_json_schema()["properties"].items():
         if key != "name":
             default = f" = {json.dumps(part['default'])}" if "default" in part else " (required)"
-            found += [f"  {key}{default}", f"      {_kind(part)}. {part.get('description', '')}".rstrip()]
+            found += [f"  {key}{default}", f"      {allowed_values(part)}. {part.get('description', '')}".rstrip()]
     return found if len(found) > 1 else ["", "  It has no keys."]
 
 
-def _kind(part: dict[str, Any]) -> str:
+def allowed_values(part: dict[str, Any]) -> str:
     """ "integer, > 0" from a property of a JSON Schema."""
     if "enum" in part or "const" in part:
         return "one of " + ", ".join(map(str, part.get("enum", [part.get("const")])))
     if "anyOf" in part:
-        return " or ".join(_kind(kind) for kind in part["anyOf"])
+        return " or ".join(allowed_values(kind) for kind in part["anyOf"])
     bounds = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
     ranges = [f"{sign} {part[key]:g}" for key, sign in bounds.items() if key in part]
     return ", ".join([part.get("type", "table"), *ranges])

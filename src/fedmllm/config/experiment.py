@@ -78,15 +78,15 @@ class Experiment(Spec):
     aggregator: SerializeAsAny[Aggregator] = FedAvg()
     """Server half of the algorithm."""
     train: Train = Train()
-    """Local training."""
+    """Settings of local training."""
     evaluate: Evaluate = Evaluate()
-    """Evaluation."""
+    """Settings of the evaluation."""
     update_filter: UpdateFilter = UpdateFilter()
     """Check of the clients' updates."""
     availability: SerializeAsAny[Availability] = Always()
     """Clients that drop out or straggle."""
     checkpoint: Annotated[Checkpointing, EXECUTION_ONLY] = Checkpointing()
-    """Checkpoints."""
+    """Settings of checkpoints."""
     method: Literal["federated", "zero-shot", "majority", "local", "centralised", "personal"] = "federated"
     """The federation, or a baseline."""
     budget: Annotated[Literal["equal-visits", "converged"], ADDED_LATER] = "equal-visits"

@@ -49,10 +49,14 @@ class EasyVqa(Dataset):
     )
 
     name: Literal["easy-vqa"] = "easy-vqa"
-    root: Path | None = None  # None: the installed package
-    choices: bool = False  # put the colours, the shapes or no/yes as lettered options; otherwise every question is open
-    num_train: NonNegativeInt = 0  # the first training rows; 0 = all
-    validation_rate: float = Field(0.0, ge=0, lt=1)  # share of the training pictures kept out of training
+    root: Path | None = None
+    """Folder of the set; none = the installed package `easy-vqa`."""
+    choices: bool = False
+    """Put the colours, the shapes or no/yes as lettered options; otherwise every question is open."""
+    num_train: NonNegativeInt = 0
+    """Number of training rows, the first ones; 0 = all."""
+    validation_rate: float = Field(0.0, ge=0, lt=1)
+    """Share of the training pictures that is held out for validation."""
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("image",)

@@ -92,9 +92,13 @@ class Synthetic(Dataset):
     """A set that is drawn once into the cache. The first rows of a split do not depend on how many are asked for."""
 
     seed: NonNegativeInt = 0
+    """Seed of the drawn rows."""
     num_train: PositiveInt = 800
+    """Number of training rows."""
     num_validation: PositiveInt = 100
+    """Number of validation rows."""
     num_test: PositiveInt = 300
+    """Number of test rows."""
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("image", "text")

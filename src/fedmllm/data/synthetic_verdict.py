@@ -46,9 +46,13 @@ class SyntheticVerdict(SyntheticMemes):
 
     name: Literal["synthetic-verdict"] = "synthetic-verdict"
     image_weight: float = 2.5
+    """Weight of face and sky in the log odds."""
     text_weight: float = 2.5
+    """Weight of tone and opening in the log odds."""
     interaction_weight: float = 1.0
-    noise: float = Field(0.0, ge=0, lt=0.5)  # share of the labels that are flipped
+    """Weight of the product of face and tone in the log odds."""
+    noise: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the labels that is flipped."""
 
     def row(self, rng: np.random.Generator) -> tuple[Scene, str, bool]:
         scene = Scene(pick(SKIES, rng), pick(THINGS, rng), pick(COLOURS, rng), pick(FACES, rng))

@@ -21,6 +21,7 @@ class CompleteOnly(Scenario):
 
     name: Literal["complete-only"] = "complete-only"
     of: SerializeAsAny[Scenario] = Missing()
+    """Scenario whose complete rows are kept."""
 
     @field_validator("of", mode="before")
     @classmethod
