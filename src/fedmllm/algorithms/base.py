@@ -29,6 +29,10 @@ class Aggregator(Named):
     optimizes: ClassVar[bool] = False
     """True if `apply` depends on the mean of the deltas alone, tensor by tensor: it can be another member's `server`."""
 
+    of_the_mean: ClassVar[bool] = False
+    """True if all that `apply` uses of a round is the clients' mean delta, nothing that they keep or return in addition, and
+    `sends` is the same for all: one private mean can take the clients' place (`privacy`)."""
+
     mixed_ranks: ClassVar[bool] = False
     """True if clients may have unequal ranks (`lora.ranks`)."""
     global_model: ClassVar[bool] = True

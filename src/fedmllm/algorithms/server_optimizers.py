@@ -24,6 +24,7 @@ class ServerOptimizer(Aggregator):
     """A step along the mean delta, tensor by tensor."""
 
     optimizes: ClassVar[bool] = True
+    of_the_mean: ClassVar[bool] = True
 
 
 class FedAvg(ServerOptimizer):

@@ -27,6 +27,7 @@ class FfaLora(Sharing):
     """A stays at its seeded initial value everywhere; B trains and travels (FFA-LoRA, arXiv:2403.12313)."""
 
     name: Literal["ffa-lora"] = "ffa-lora"
+    of_the_mean: ClassVar[bool] = True
 
     def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
         fixed = names_of(params, A)
@@ -40,6 +41,7 @@ class RoLora(Sharing):
     """
 
     name: Literal["rolora"] = "rolora"
+    of_the_mean: ClassVar[bool] = True
 
     def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
         return Sent(params, trains=frozenset(params) - names_of(params, A if at.number % 2 else B))

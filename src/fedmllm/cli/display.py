@@ -38,8 +38,8 @@ class Bars:
                 self._progress.console.print(f"note: {note}", markup=False, highlight=False)
             show(self._task, description="first round")
         elif isinstance(event, RoundEnd):
-            losses = [c["loss"] for c in event.clients]
-            note = f"loss {sum(losses) / len(losses):.3f}" if losses else "no update"
+            losses = [c["loss"] for c in event.clients if "loss" in c]
+            note = f"loss {sum(losses) / len(losses):.3f}" if losses else "" if event.clients else "no update"
             owner = "rounds" if event.client is None else f"client {event.client} alone"
             show(self._task, description=owner, completed=event.round, total=event.num_rounds, note=note)
         elif isinstance(event, Evaluated):

@@ -75,8 +75,9 @@ class FlowerSites(Engine):
     name: Literal["flower-sites"] = "flower-sites"
     import_path = "fedmllm.flower.server.server_app:Sites"
     supports = ALL
-    min_sites: PositiveInt = 1
-    """Usable responses that a round needs, if its cohort is that large."""
+    min_sites: NonNegativeInt = 1
+    """Usable responses that a round needs, if its cohort is that large; 0 = a round counts whoever responds, as privacy
+    "client-dp" requires."""
     attempts: PositiveInt = 3
     """Attempts at a round before the run stops."""
     round_timeout_s: PositiveFloat = 3600.0

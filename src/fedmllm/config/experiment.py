@@ -21,19 +21,22 @@ from pydantic import (
 )
 
 import fedmllm.algorithms
+import fedmllm.algorithms.privacy
 import fedmllm.data
 import fedmllm.scenarios
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import Objective, TaskLoss
+from fedmllm.algorithms.privacy.base import NoPrivacy, Privacy
+from fedmllm.algorithms.privacy.client_dp import ClientDp
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import BackboneSpec, Tiny
-from fedmllm.config.engine import Engine, Stacked
+from fedmllm.config.engine import Engine, FlowerSites, Stacked
 from fedmllm.config.train import Checkpointing, Evaluate, Personal, Train, UpdateFilter, one_or_several
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
 from fedmllm.core.plugins import PluginSource, load_entry_points, load_plugins, source_of_import
 from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec, checked, current_keys, nearest
-from fedmllm.core.types import visible_of
+from fedmllm.core.types import Params, State, visible_of
 from fedmllm.data.base import Dataset
 from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.scenarios.availability import Always, Availability
@@ -41,7 +44,7 @@ from fedmllm.scenarios.masks import Aligned, Scenario
 from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Partition
 
 # A new file in one of these packages adds its members; nothing else has to change.
-for _package in (fedmllm.algorithms, fedmllm.data, fedmllm.scenarios):
+for _package in (fedmllm.algorithms, fedmllm.algorithms.privacy, fedmllm.data, fedmllm.scenarios):
     for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
         importlib.import_module(_module.name)
 
@@ -54,6 +57,7 @@ FAMILIES: dict[str, type[Named]] = {
     "objective": Objective,
     "aggregator": Aggregator,
     "availability": Availability,
+    "privacy": Privacy,
     "engine": Engine,
 }
 
@@ -85,6 +89,8 @@ class Experiment(Spec):
     """Check of the clients' updates."""
     availability: SerializeAsAny[Availability] = Always()
     """Clients that drop out or straggle."""
+    privacy: Annotated[SerializeAsAny[Privacy], ADDED_LATER] = NoPrivacy()
+    """What is clipped and noised."""
     checkpoint: Annotated[Checkpointing, EXECUTION_ONLY] = Checkpointing()
     """Settings of checkpoints."""
     method: Literal["federated", "zero-shot", "majority", "local", "centralised", "personal"] = "federated"
@@ -100,8 +106,9 @@ class Experiment(Spec):
     """Rounds of the federation."""
     cohort_size: PositiveInt = 2
     """Clients that are sampled in a round."""
-    cohort: Literal["seeded", "reference"] = "seeded"
-    """Draw of a round's clients: from the seed, or as the published code draws among 10 clients."""
+    cohort: Literal["seeded", "reference", "poisson"] = "seeded"
+    """Draw of a round's clients: from the seed; as the published code draws among 10 clients; or each client with probability
+    cohort_size / number of clients by a secret key, for privacy "client-dp"."""
     seed: NonNegativeInt = 0
     """Seed of every random stream."""
     imports: Annotated[tuple[str, ...], EXECUTION_ONLY, BeforeValidator(one_or_several)] = ()
@@ -181,6 +188,16 @@ class Experiment(Spec):
         return self
 
     @model_validator(mode="after")
+    def _privacy_can_be_kept(self) -> Experiment:
+        if self.cohort == "poisson" and not self.privacy.central:
+            raise ValueError(
+                f'cohort: got "poisson", a secret draw, with privacy "{self.privacy.name}"; it is for: client-dp'
+            )
+        if isinstance(self.privacy, ClientDp):
+            check_client_dp(self, self.privacy)
+        return self
+
+    @model_validator(mode="after")
     def _clients_are_enough(self) -> Experiment:
         num_clients = self.partition.num_clients
         if self.federates and 0 < num_clients < self.cohort_size:
@@ -206,6 +223,17 @@ class Experiment(Spec):
             The aggregator that folds the updates.
         """
         return self.aggregator if self.federates else FedAvg()
+
+    def initial_state(self, params: Params) -> State:
+        """The server's state before the first round of the federation.
+
+        Args:
+            params: The adapter before any training.
+
+        Returns:
+            That of the aggregator, and that of the privacy mechanism.
+        """
+        return {**self.server().init(params), **self.privacy.init()}
 
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that are computed: those of the data set, its headline first, and `evaluate.metrics`.
@@ -362,6 +390,38 @@ def check_engine(aggregator: Aggregator, engine: Engine, ranks: Sequence[int] = 
             f"engine.name: got {engine.name!r}; {aggregator.name} needs {' and '.join(missing)}, "
             f"which it does not support; allowed: {', '.join(able)}"
         )
+
+
+def check_client_dp(experiment: Experiment, privacy: ClientDp) -> None:
+    """Raise ConfigError for every setting that would make the guarantee of client-dp false, and say what is allowed."""
+    e, aggregator = experiment, experiment.aggregator
+    if e.method != "federated":
+        raise ConfigError(f'privacy: got "client-dp" with method "{e.method}"; it is for: federated')
+    if not aggregator.of_the_mean:
+        members = ((n, cast("type[Aggregator]", member)) for n, member in Aggregator.members.items())
+        able = ", ".join(sorted(n for n, member in members if member.of_the_mean))
+        raise ConfigError(
+            f'privacy: "client-dp" releases one noisy mean; aggregator {aggregator.name} uses more of the clients than their '
+            f"mean update; allowed: {able}"
+        )
+    if e.update_filter.on_bad_update == "fail":
+        raise ConfigError(
+            'update_filter.on_bad_update: got "fail", which stops a run because of one client\'s data; with privacy '
+            '"client-dp" a bad update counts as zeros; allowed: drop_client'
+        )
+    if isinstance(e.engine, FlowerSites) and e.engine.min_sites:
+        raise ConfigError(
+            f"engine.min_sites: got {e.engine.min_sites}, which repeats a round that some sites did not answer; with privacy "
+            '"client-dp" a site that fails counts as zeros; allowed: 0'
+        )
+    if e.partition.num_clients and privacy.delta * e.partition.num_clients >= 1:
+        raise ConfigError(
+            f"privacy.delta: got {privacy.delta:g}; allowed: below 1 / partition.num_clients, 1 / {e.partition.num_clients}"
+        )
+    try:
+        privacy.noise_of_sum(e.cohort_size)
+    except ValueError as error:
+        raise ConfigError(f"privacy.{error}") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 from fedmllm.algorithms.base import Aggregator
+from fedmllm.algorithms.privacy.client_dp import NoisyMean
+from fedmllm.algorithms.privacy.noise import keyed_uniforms
 from fedmllm.config.train import UpdateFilter
 from fedmllm.core.errors import ConfigError, FedmllmError, NothingToAverage
 from fedmllm.core.rng import stream
@@ -63,6 +65,8 @@ def federate(
     seed: int = 0,
     num_clients: int = 0,
     ranks: Sequence[int] = (),
+    privacy: NoisyMean | None = None,
+    secret_cohorts: bool = False,
 ) -> Iterator[Progress]:
     """Yield the state after each round from `progress.round + 1` to `num_rounds`.
 
@@ -77,6 +81,8 @@ def federate(
         seed: Of the experiment.
         num_clients: That can be asked; 0 = as many as the cohort.
         ranks: Of the clients, in turn; () = all have the adapter's.
+        privacy: Makes one noisy update of a round's updates, which is all that the aggregator receives.
+        secret_cohorts: True if clients must not learn who else is asked.
 
     Raises:
         FedmllmError: an update may not be aggregated and `update_filter.on_bad_update` is "fail"; or the global adapter
@@ -89,11 +95,20 @@ def federate(
         dropped_out = [client for client in cohort if drops_out(round_, client)] if drops_out else []
         sends = Sends(aggregator, params, state, at, cohort)
         validator = UpdateValidator(update_filter, aggregator, sends, at, dropped_out)
+        released: dict[str, Any] = {}
         try:
             asked = Sends(aggregator, params, state, at, [k for k in cohort if k not in dropped_out])
-            products = Products(sends) if aggregator.global_model else None
-            checked = validator.checked(validator.timed(engine, asked))
+            # The quality of an aggregation is a number about the clients' own updates, so privacy leaves it out.
+            products = Products(sends) if aggregator.global_model and not privacy else None
+            known = replace(at, cohort=()) if secret_cohorts else at
+            checked: Iterable[ClientUpdate] = validator.checked(validator.timed(engine, known, asked))
+            own: State = {}
+            if privacy:
+                like = aggregator.sends(params, state, at, cohort[0] if cohort else 0).returned()
+                update, own, released = privacy(checked, round_, like, state)
+                checked = [update]
             params, state = aggregator.apply(params, state, at, products.watched(checked) if products else checked)
+            state = {**state, **own}
             quality = products.quality(aggregator.result(params, state)) if products else {}
         except NothingToAverage as error:
             quality = {}
@@ -106,7 +121,17 @@ def federate(
         wall_s = time.perf_counter() - began
         times = {"server_s": wall_s - validator.engine_s, "wall_s": wall_s}
         yield Progress(
-            round_, params, state, {"round": round_, "cohort": cohort, **validator.log(), **quality, **times}
+            round_,
+            params,
+            state,
+            {
+                "round": round_,
+                "cohort": cohort,
+                **validator.log(),
+                **quality,
+                **times,
+                **({"privacy": released} if released else {}),
+            },
         )
 
 
@@ -137,10 +162,10 @@ class UpdateValidator:
         self.engine_s = 0.0  # spent in the engine; the rest of a round is the server's own
         self.note = ""
 
-    def timed(self, engine: Engine, asked: Mapping[int, Sent]) -> Iterator[ClientUpdate | ClientFailure]:
+    def timed(self, engine: Engine, at: Round, asked: Mapping[int, Sent]) -> Iterator[ClientUpdate | ClientFailure]:
         """The engine's updates as they come, with its time counted, whether it computes them at once or one by one."""
         began = time.perf_counter()
-        for update in engine(self._at, asked) if asked else ():
+        for update in engine(at, asked) if asked else ():
             self.engine_s += time.perf_counter() - began
             yield update
             began = time.perf_counter()
@@ -235,15 +260,16 @@ def _printed(value: object) -> str:
 
 
 def cohorts(
-    rule: Literal["seeded", "reference"], clients: Sequence[int], size: int, seed: int
+    rule: Literal["seeded", "reference", "poisson"], clients: Sequence[int], size: int, seed: int, key: bytes = b""
 ) -> Callable[[int], list[int]]:
     """Round (from 1) -> the clients asked, ascending.
 
     Args:
         rule: "reference" is the published draw, the same for every seed: over all of 0..9, without those that hold no rows.
         clients: Those that hold rows.
-        size: Clients a round.
+        size: Clients a round; on average, if "poisson".
         seed: Of the draw "seeded".
+        key: Of the draw "poisson": 32 secret bytes.
 
     Raises:
         ConfigError: the draw is not possible with these clients.
@@ -263,4 +289,8 @@ def cohorts(
         drawn = random.Random(round_ - 1).sample(range(10), size)
         return sorted(client for client in drawn if client in clients)
 
-    return seeded if rule == "seeded" else reference
+    def poisson(round_: int) -> list[int]:
+        drawn = keyed_uniforms(key, len(clients), "cohort", round_) < size / len(clients)
+        return sorted(client for client, is_in in zip(clients, drawn, strict=True) if is_in)
+
+    return {"seeded": seeded, "reference": reference, "poisson": poisson}[rule]

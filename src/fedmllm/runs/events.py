@@ -142,6 +142,25 @@ class RoundEnd(Event):
 
 
 @dataclass(frozen=True)
+class Privatized(Event):
+    """A noisy mean was released."""
+
+    kind = "privacy"
+    round: int
+    clip: float
+    noise_std: float  # of each number of the mean
+    claim: str  # over all rounds so far, whatever the draw
+
+
+@dataclass(frozen=True)
+class Guaranteed(Event):
+    """What the run's privacy mechanism guarantees, with all that a claim has to name (`Guarantee.to_json`)."""
+
+    kind = "guarantee"
+    guarantee: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Evaluated(Event):
     """Metrics of an adapter on the test rows for one set of visible modalities."""
 

@@ -52,7 +52,7 @@ class Resume:
         if not self.place:
             return None
         of_all = checkpoint.read_run_state(self.place).client is None
-        state = inputs.experiment.server().init(inputs.start) if of_all else {}  # one client alone: FedAvg
+        state = inputs.experiment.initial_state(inputs.start) if of_all else {}  # one client alone: FedAvg
         at = checkpoint.read(self.place, inputs.start, state)
         if odd := differences(at.run_state.digests, inputs.digests):
             raise ConfigError(

@@ -34,7 +34,8 @@ class Selection:
             folder = at.folder.with_name(f"round-{self.best.number:04d}")
             try:
                 start, aggregator = self._evaluator.inputs.start, self._aggregator
-                best = read(folder, start, aggregator.init(start))
+                state = {**aggregator.init(start), **self._evaluator.inputs.experiment.privacy.init()}
+                best = read(folder, start, state)
                 self.params = aggregator.result(best.params, best.state)
             except FedmllmError as error:
                 raise FedmllmError(f"{error}; {at.folder} names it as the best so far. Choose another --out") from None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fedmllm.algorithms.objectives import FedProx, TaskLoss
+from fedmllm.algorithms.privacy.client_dp import ClientDp
+from fedmllm.algorithms.privacy.guarantee import Guarantee
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.core.types import Params
 from fedmllm.federation.client_state import ClientStateStore
@@ -18,10 +20,11 @@ from fedmllm.runs.checkpoint import Checkpoint
 from fedmllm.runs.checkpointer import Checkpointer, is_due
 from fedmllm.runs.costs import Totals
 from fedmllm.runs.evaluator import Evaluator, Scores
-from fedmllm.runs.events import EngineNote, RoundEnd, Sink, fan_out
+from fedmllm.runs.events import EngineNote, Guaranteed, RoundEnd, Sink, fan_out
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.inputs import Inputs, start_engine
 from fedmllm.runs.predictions import PredictionFile
+from fedmllm.runs.privacy import CentralPrivacy, privacy_event
 from fedmllm.runs.record import Record
 from fedmllm.runs.selection import Selection
 from fedmllm.runs.summary import summary_rows
@@ -53,6 +56,7 @@ class Session:
         self._checkpointer = Checkpointer(inputs, folder, record, self._predictions)
         self._start = start
         self._last: Progress | None = None  # of the federation just finished
+        self._guarantee: Guarantee | None = None
         self._client_state: ClientStateStore | None = None
         self._totals = start.run_state.totals if start else Totals()
         self._began = time.perf_counter() - (start.run_state.wall_s if start else 0.0)
@@ -94,8 +98,16 @@ class Session:
             clients = replace(clients, objective=objective, availability=Always())
         before = inputs.start if start is None else start
         num_rounds = clients.num_rounds
-        draw = cohorts(e.cohort, members, e.cohort_size, e.seed) if federated else lambda _: list(members)
-        begin = Progress(0, before, aggregator.init(before))
+
+        def cohort(key: bytes) -> Callable[[int], list[int]]:
+            return cohorts(e.cohort, members, e.cohort_size, e.seed, key)
+
+        central = None
+        if isinstance(e.privacy, ClientDp):
+            resumed = self._start is not None
+            central = CentralPrivacy(e, e.privacy, self.folder.path, len(members), cohort, resumed)
+        draw = central.draw if central else cohort(b"") if federated else lambda _: list(members)
+        begin = Progress(0, before, {**aggregator.init(before), **e.privacy.init()})
         selection = Selection(self.evaluator, aggregator, client)
         if (at := self._start) and at.run_state.client == client:
             begin = Progress(at.run_state.round, at.params, at.state)
@@ -122,10 +134,16 @@ class Session:
             e.seed,
             len(members),
             e.backbone.lora.ranks if federated else (),
+            central.mean if central else None,
+            central is not None and central.secret_cohorts,
         ):
             self._totals = self._totals.plus(progress.log)
             lr = clients.round_lr(progress.round)
-            self.emit(RoundEnd(**progress.log, lr=lr, num_rounds=num_rounds, client=client))
+            log = central.public_log(progress.log) if central else progress.log
+            self.emit(RoundEnd(**log, lr=lr, num_rounds=num_rounds, client=client))
+            if central:
+                spent = central.guarantee(progress.round, count_draw=False)
+                self.emit(privacy_event(progress.round, progress.log["privacy"], spent))
             if clients.state:
                 clients.state.discard(progress.round, [entry["client"] for entry in progress.log["dropped"]])
                 clients.state.prune(checkpoint.numbers(self.folder.checkpoints))
@@ -135,6 +153,7 @@ class Session:
             self._evaluate(progress, num_rounds, selection)
         self._checkpointer.wait()
         self._last, self._client_state = progress, clients.state
+        self._guarantee = central.guarantee(progress.round) if central else None
         if selection.params is not None and selection.best:
             return selection.params, selection.best.round
         return aggregator.result(progress.params, progress.state), progress.round
@@ -163,7 +182,12 @@ class Session:
 
     def rows(self, results: Sequence[Scores]) -> list[dict[str, Any]]:
         """Return the rows of the summary."""
-        return summary_rows(self.experiment, results, self._totals, self.wall_s)
+        rows = summary_rows(self.experiment, results, self._totals, self.wall_s)
+        if self._guarantee:
+            about = self._guarantee.to_json()
+            self.emit(Guaranteed(about))
+            rows = [{**row, "epsilon": about["epsilon"], "privacy": about["claim"]} for row in rows]
+        return rows
 
     def sync(self) -> None:
         """Wait until record and predictions are on the disk."""

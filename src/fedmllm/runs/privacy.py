@@ -1,0 +1,169 @@
+"""Secret keys and the ledger of a run with privacy.
+
+`noise.key` and `cohort.key` in the run's folder hold 32 bytes each, readable by their owner alone. They are never copied
+into a record, checkpoint or summary: noise that others can compute does not protect. `releases.jsonl` has a line per noisy
+release with a tag; the same round with the same tag is the same release.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import stat
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedmllm.algorithms.privacy.client_dp import ClientDp, NoisyMean
+from fedmllm.algorithms.privacy.guarantee import Guarantee
+from fedmllm.algorithms.privacy.noise import KEY_BYTES, public_key
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.storage import sync
+from fedmllm.runs.events import Privatized
+
+NOISE_KEY, COHORT_KEY, RELEASES = "noise.key", "cohort.key", "releases.jsonl"
+PUBLIC = ("client", "up_bytes", "down_bytes")  # of a client's entry in the record
+
+
+class CentralPrivacy:
+    """Keys, releases and guarantee of a run with privacy "client-dp".
+
+    Args:
+        experiment: What runs.
+        settings: Its privacy.
+        folder: Of the run.
+        members: Clients that can be drawn.
+        draw: Makes the function (round -> clients asked) from the cohort key.
+        resumed: Whether the run continues from a checkpoint: then its key must be there.
+
+    Raises:
+        ConfigError: delta is too large for the number of clients.
+        FedmllmError: A key file is missing, damaged or readable by others.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        settings: ClientDp,
+        folder: Path,
+        num_clients: int,
+        draw: Callable[[bytes], Callable[[int], list[int]]],
+        resumed: bool,
+    ) -> None:
+        if settings.delta * num_clients >= 1:
+            raise ConfigError(
+                f"privacy.delta: got {settings.delta:g}; allowed: below 1 / number of clients, 1 / {num_clients}"
+            )
+        self._experiment, self._settings, self._num_clients = experiment, settings, num_clients
+        self.secret_cohorts = experiment.cohort == "poisson"
+        public = public_key(experiment.seed)
+        simulated = settings.simulate_noise
+
+        def key(name: str) -> bytes:
+            return public if simulated else secret_key(folder / name, resumed)
+
+        self.draw = draw(key(COHORT_KEY) if self.secret_cohorts else b"")
+        self._releases = Releases(folder / RELEASES)
+        self.mean = NoisyMean(settings, experiment.cohort_size, key(NOISE_KEY), self._releases.add)
+
+    def guarantee(self, round_: int, count_draw: bool = True) -> Guarantee:
+        """What holds after a round, over all releases so far. Without `count_draw` epsilon is quick and may be too large."""
+        counts = self._releases.counts
+        if self.secret_cohorts:
+            most = sum(counts[done] for done in range(1, round_ + 1))
+        else:
+            asked = Counter(k for done in range(1, round_ + 1) for k in self.draw(done) for _ in range(counts[done]))
+            most = max(asked.values(), default=0)
+        e = self._experiment
+        outside: tuple[str, ...] = ()
+        if e.evaluate.select == "validation":
+            outside += ("the validation rows, which pick the adapter",)
+        if self.secret_cohorts:
+            outside += ("the number of clients of each round, by the bytes in the record",)
+        return self._settings.guarantee(
+            e.cohort_size, self._num_clients, most, self.secret_cohorts, outside, count_draw
+        )
+
+    def public_log(self, log: Mapping[str, Any]) -> dict[str, Any]:
+        """A round's log without the numbers about single clients, and without who was asked if that is a secret."""
+        table = {key: value for key, value in log.items() if key != "privacy"}
+        table["clients"] = [{k: entry[k] for k in PUBLIC} for entry in log["clients"]]
+        if self.secret_cohorts:
+            table |= {"cohort": [], "clients": [], "dropped": []}
+            table.pop("dropped_out", None)
+        return table
+
+
+def privacy_event(round_: int, entry: Mapping[str, Any], guarantee: Guarantee) -> Privatized:
+    """The record's line about a release."""
+    return Privatized(round_, entry["clip"], entry["noise_std"], guarantee.claim())
+
+
+class Releases:
+    """The noisy releases of a run, on disk before they are used."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tags: set[tuple[int, str]] = set()
+        if path.exists():
+            try:
+                content = path.read_bytes()
+                if not content.endswith(b"\n"):  # a kill cut the last line: that release was never used
+                    content = content[: content.rfind(b"\n") + 1]
+                    os.truncate(path, len(content))
+                for line in content.splitlines():
+                    entry = json.loads(line)
+                    self._tags.add((int(entry["round"]), str(entry["tag"])))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise FedmllmError(
+                    f"{path}: cannot be read ({type(error).__name__}: {error}); without it the releases cannot be counted"
+                ) from None
+
+    @property
+    def counts(self) -> Counter[int]:
+        """Round -> releases."""
+        return Counter(round_ for round_, _ in self._tags)
+
+    def add(self, round_: int, tag: str) -> None:
+        """Note a release. A round that is computed again with equal updates is the same release."""
+        if (round_, tag) in self._tags:
+            return
+        self._tags.add((round_, tag))
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"round": round_, "tag": tag}) + "\n")
+        sync(self._path)
+
+
+def secret_key(path: Path, must_exist: bool = False) -> bytes:
+    """Read a key file; make one if there is none.
+
+    Args:
+        path: The file. It is made with mode 0600.
+        must_exist: Refuse to make one: a run that continues needs the key that it began with.
+
+    Returns:
+        32 bytes.
+
+    Raises:
+        FedmllmError: The file is missing, has another length, or others may read it.
+    """
+    if not path.exists():
+        if must_exist:
+            raise FedmllmError(
+                f"{path}: missing: a run with secret noise cannot be resumed without its key; choose another --out"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        raise FedmllmError(f"{path}: mode is {mode:04o}, others can read the key; allowed: 0600. Choose another --out")
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise FedmllmError(f"{path}: {len(key)} bytes; a key has {KEY_BYTES}. Choose another --out")
+    return key
