@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fedmllm.runs.suites.suite import Suite
     from fedmllm.scenarios.availability import Availability
     from fedmllm.scenarios.masks import Scenario
+    from fedmllm.scenarios.modalities.completion import Completion
     from fedmllm.scenarios.partitions import Partition
 
     __version__: str
@@ -39,6 +40,7 @@ _PLACES = {
     "Availability": "fedmllm.scenarios.availability",
     "Backbone": "fedmllm.backbones.base",
     "BackboneSpec": "fedmllm.backbones.base",
+    "Completion": "fedmllm.scenarios.modalities.completion",
     "ConfigError": "fedmllm.core.errors",
     "DataError": "fedmllm.core.errors",
     "Dataset": "fedmllm.data.base",
@@ -66,6 +68,7 @@ __all__ = [
     "Availability",
     "Backbone",
     "BackboneSpec",
+    "Completion",
     "ConfigError",
     "DataError",
     "Dataset",

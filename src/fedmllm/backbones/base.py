@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from fedmllm.core.errors import FedmllmError
 from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec
 from fedmllm.core.types import Conversation, Params
 
@@ -199,6 +200,51 @@ class Backbone(ABC):
             True if the pixels are still needed.
         """
         return bool(row.images)
+
+    def token_vectors(self, text: str) -> tuple[list[int], Tensor]:
+        """Tokens of a text and their vectors in the frozen model. Optional: some completions need it.
+
+        Args:
+            text: Any text; no string in it becomes a control token.
+
+        Returns:
+            The tokens [L], and their input embeddings [L, D], float32, CPU.
+
+        Raises:
+            FedmllmError: The backbone does not offer it.
+        """
+        raise FedmllmError(f"{type(self).__name__} gives no token vectors, which this completion needs")
+
+    def picture_vectors(self, path: Path) -> Tensor:
+        """Output of the frozen vision tower for a picture. Optional: some completions need it.
+
+        Args:
+            path: The picture.
+
+        Returns:
+            The vectors that take the places of its image tokens [Q, D], float32, CPU.
+
+        Raises:
+            FedmllmError: The backbone does not offer it.
+        """
+        raise FedmllmError(f"{type(self).__name__} gives no picture vectors, which this completion needs")
+
+    def generate_frozen(self, prompts: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+        """Greedy answers of the model without its adapter; the adapter is the same afterwards.
+
+        Args:
+            prompts: The rows.
+            max_new_tokens: Longest answer in tokens.
+
+        Returns:
+            One text a prompt, without special tokens.
+        """
+        before = self.lora()
+        self.set_lora({name: t.new_zeros(t.shape) if "lora_B" in name else t for name, t in before.items()})
+        try:
+            return self.generate(prompts, max_new_tokens)
+        finally:
+            self.set_lora(before)
 
     @abstractmethod
     def collate(self, rows: Sequence[Row]) -> Batch:

@@ -26,7 +26,7 @@ from fedmllm.backbones.encode import IGNORED, Encoder
 from fedmllm.backbones.hub_kernels import without_hub_kernels
 from fedmllm.backbones.lora import adapter_config, add_lora, copy_of, decoder_name, load_into, parameters_by_saved_name
 from fedmllm.core.storage import write_tensors
-from fedmllm.core.types import Conversation, Params
+from fedmllm.core.types import Conversation, Params, Picture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,6 +105,16 @@ class TransformersBackbone(Backbone):
 
     def needs_pixels(self, row: Row) -> bool:
         return not self.features.has(row)
+
+    def token_vectors(self, text: str) -> tuple[list[int], Tensor]:
+        ids = self.encoder.answer_ids(text)
+        with torch.no_grad():
+            vectors_LD = self.base.get_input_embeddings()(torch.tensor(ids, dtype=torch.int64, device=self.device))
+        return ids, vectors_LD.float().cpu()
+
+    def picture_vectors(self, path: Path) -> Tensor:
+        with torch.no_grad():
+            return self.features.vectors(self.encoder.prompt(Conversation((Picture(path), "?"))))
 
     def collate(self, rows: Sequence[Row], left: bool = False) -> Batch:
         """Tokens padded on the right, or on the left if `left`, on the model's device; pictures stay with their rows."""

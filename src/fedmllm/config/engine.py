@@ -8,12 +8,13 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from fedmllm.core.spec import Named
 
-Capability = Literal["client-state", "extra", "partial", "frozen-adapter", "mixed-ranks", "scale"]
-"""What an algorithm may need of an engine.
+Capability = Literal["client-state", "extra", "partial", "frozen-adapter", "mixed-ranks", "scale", "completion"]
+"""What an algorithm or an experiment may need of an engine.
 
 client-state: what a client keeps reaches its next round. extra: other tensors than the adapter travel both ways.
 partial: some tensors of the adapter neither train nor travel. frozen-adapter: an additive adapter of any rank that does
-not train. mixed-ranks: clients of unequal LoRA rank. scale: a factor of the trained adapter's product.
+not train. mixed-ranks: clients of unequal LoRA rank. scale: a factor of the trained adapter's product. completion: rows
+that are filled or converted, and public rows.
 """
 ALL: frozenset[str] = frozenset(get_args(Capability))
 
@@ -74,7 +75,7 @@ class FlowerSites(Engine):
 
     name: Literal["flower-sites"] = "flower-sites"
     import_path = "fedmllm.flower.server.server_app:Sites"
-    supports = ALL
+    supports = ALL - {"completion"}  # a request to a site names neither a completion nor public rows
     min_sites: NonNegativeInt = 1
     """Usable responses that a round needs, if its cohort is that large; 0 = a round counts whoever responds, as privacy
     "client-dp" requires."""

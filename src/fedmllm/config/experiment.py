@@ -24,6 +24,7 @@ import fedmllm.algorithms
 import fedmllm.algorithms.privacy
 import fedmllm.data
 import fedmllm.scenarios
+import fedmllm.scenarios.modalities
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.algorithms.privacy.base import NoPrivacy, Privacy
@@ -31,6 +32,7 @@ from fedmllm.algorithms.privacy.client_dp import ClientDp
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import BackboneSpec, Tiny
 from fedmllm.config.engine import Engine, FlowerSites, Stacked
+from fedmllm.config.public import Public
 from fedmllm.config.train import Checkpointing, Evaluate, Personal, Train, UpdateFilter, one_or_several
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
@@ -41,10 +43,17 @@ from fedmllm.data.base import Dataset
 from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.scenarios.availability import Always, Availability
 from fedmllm.scenarios.masks import Aligned, Scenario
+from fedmllm.scenarios.modalities.completion import Completion, Nothing
 from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Partition
 
 # A new file in one of these packages adds its members; nothing else has to change.
-for _package in (fedmllm.algorithms, fedmllm.algorithms.privacy, fedmllm.data, fedmllm.scenarios):
+for _package in (
+    fedmllm.algorithms,
+    fedmllm.algorithms.privacy,
+    fedmllm.data,
+    fedmllm.scenarios,
+    fedmllm.scenarios.modalities,
+):
     for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
         importlib.import_module(_module.name)
 
@@ -58,6 +67,7 @@ FAMILIES: dict[str, type[Named]] = {
     "aggregator": Aggregator,
     "availability": Availability,
     "privacy": Privacy,
+    "completion": Completion,
     "engine": Engine,
 }
 
@@ -91,6 +101,10 @@ class Experiment(Spec):
     """Clients that drop out or straggle."""
     privacy: Annotated[SerializeAsAny[Privacy], ADDED_LATER] = NoPrivacy()
     """What is clipped and noised."""
+    completion: Annotated[SerializeAsAny[Completion], ADDED_LATER] = Nothing()
+    """Filling or conversion of missing modalities."""
+    public: Annotated[Public, ADDED_LATER] = Public()
+    """Rows that all clients may read."""
     checkpoint: Annotated[Checkpointing, EXECUTION_ONLY] = Checkpointing()
     """Settings of checkpoints."""
     method: Literal["federated", "zero-shot", "majority", "local", "centralised", "personal"] = "federated"
@@ -200,9 +214,53 @@ class Experiment(Spec):
     @model_validator(mode="after")
     def _clients_are_enough(self) -> Experiment:
         num_clients = self.partition.num_clients
-        if self.federates and 0 < num_clients < self.cohort_size:
-            raise ValueError(f"cohort_size: got {self.cohort_size}; at most partition.num_clients = {num_clients}")
+        if self.federates and 0 < num_clients < self.cohort_size - self.public.client:
+            more = " + 1 public client" if self.public.client else ""
+            raise ValueError(
+                f"cohort_size: got {self.cohort_size}; at most partition.num_clients = {num_clients}{more}"
+            )
         self.scenario.check(self.data.modalities(), num_clients)
+        return self
+
+    @model_validator(mode="after")
+    def _public_rows_are_read(self) -> Experiment:
+        completion, public = self.completion, self.public
+        if completion.needs_public and not public.rows:
+            raise ValueError(
+                f"public.rows: got 0; completion {completion.name!r} needs public rows. Without a row that shows all "
+                "modalities, how they go together cannot be known"
+            )
+        if public.rows and not (completion.needs_public or public.client):
+            raise ValueError(
+                f"public: no effect with completion = {completion.name!r}; set public.client = true, or a completion "
+                "that reads public rows"
+            )
+        if public.client and self.method in ("local", "personal"):
+            raise ValueError(f"public.client: got true for method {self.method!r}, whose mean is over real clients")
+        own = public.data is None or public.data == self.data
+        if public.rows and own and (self.evaluate.select == "validation" or self.evaluate.rows == "validation"):
+            raise ValueError(
+                "public: its rows are the validation rows, which evaluate.select or evaluate.rows reads; set public.data"
+            )
+        if public.rows and own and public.split == "train":
+            raise ValueError("public.split: got 'train' of the set whose training rows the clients hold")
+        return self
+
+    @model_validator(mode="after")
+    def _completion_suits_the_engine_and_the_adapter(self) -> Experiment:
+        if self.completion == Nothing() and not self.public.rows:
+            return self
+        if "completion" not in self.engine.supports:
+            able = sorted(n for n, e in Engine.members.items() if "completion" in cast("type[Engine]", e).supports)
+            raise ValueError(
+                f"engine.name: got {self.engine.name!r}, which supports neither completion nor public rows; "
+                f"allowed: {', '.join(able)}"
+            )
+        if self.completion.reads_model and self.backbone.lora.train_extra:
+            raise ValueError(
+                f"backbone.lora.train_extra: got {list(self.backbone.lora.train_extra)}; completion "
+                f"{self.completion.name!r} reads the frozen model, which must not be trained"
+            )
         return self
 
     @model_validator(mode="after")
@@ -319,8 +377,10 @@ class Experiment(Spec):
         head = self.aggregator.label() if self.federates else self.method
         head = f"personal-{head}" if self.method == "personal" else head
         objective = [] if self.objective.name == "task" else [self.objective.name]
+        completion = [] if self.completion.name == "none" else [self.completion.label()]
+        public = ["public-client"] if self.public.client else []
         engine = [self.engine.name] if self.engine.plugin else []  # it may change results
-        return "+".join([head, *objective, *engine])
+        return "+".join([head, *objective, *completion, *public, *engine])
 
     def setting(self) -> str:
         """What distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split.

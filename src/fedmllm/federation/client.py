@@ -38,6 +38,7 @@ from fedmllm.core.types import (
 from fedmllm.data.prompts import Prompt
 from fedmllm.federation.client_state import ClientStateStore
 from fedmllm.scenarios.availability import Always, Availability
+from fedmllm.scenarios.modalities.completion import Completer
 
 ALWAYS = Always()
 FEDAVG = FedAvg()
@@ -45,10 +46,19 @@ ROWS_KEPT_BYTES = 512 * 2**20
 
 
 class RowStore:
-    """Encoded rows, cached while memory allows: preprocessing costs as much as a small model's step."""
+    """Encoded rows, cached while memory allows: preprocessing costs as much as a small model's step.
 
-    def __init__(self, backbone: Backbone, prompt: Prompt, examples: Sequence[Example]) -> None:
-        self._backbone, self._prompt, self._examples = backbone, prompt, examples
+    Args:
+        backbone: The model that reads the rows.
+        prompt: How they are worded.
+        examples: All training rows.
+        completer: Fills or converts them before they are worded; None = they stay as they are.
+    """
+
+    def __init__(
+        self, backbone: Backbone, prompt: Prompt, examples: Sequence[Example], completer: Completer | None = None
+    ) -> None:
+        self._backbone, self._prompt, self._examples, self._completer = backbone, prompt, examples, completer
         self._cache = RowCache(ROWS_KEPT_BYTES)
 
     def row(self, index: int, visible: Visible) -> Row:
@@ -58,11 +68,19 @@ class RowStore:
         if row is None:
             example = self._examples[index]
             try:
+                if self._completer:
+                    example, visible = self._completer(example, visible, training=True)
                 row = self._backbone.encode(self._prompt.render(example, visible), self._prompt.target(example))
             except FedmllmError as error:
                 raise type(error)(f"{example.where}, id {example.id}: {error}") from None
             self._cache.put(key, row, lambda _, old: not self._backbone.needs_pixels(old))
         return row
+
+    def warm(self, shards: Sequence[Shard]) -> None:
+        """Let the completion compute at once what the rows of these clients need."""
+        if self._completer:
+            pairs = [pair for shard in shards for pair in zip(shard.rows, shard.visible, strict=True)]
+            self._completer.warm([(self._examples[row], visible) for row, visible in pairs], training=True)
 
 
 @dataclass(frozen=True)

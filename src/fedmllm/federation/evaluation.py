@@ -16,16 +16,30 @@ from fedmllm.core.errors import DataError, FedmllmError
 from fedmllm.core.metrics import METRICS
 from fedmllm.core.types import Conversation, Example, Prediction, Visible
 from fedmllm.data.prompts import Prompt
+from fedmllm.scenarios.modalities.completion import Completer
 
 T = TypeVar("T")
 A = TypeVar("A")
 
 
 def predict(
-    backbone: Backbone, prompt: Prompt, examples: Sequence[Example], visible: Visible, settings: Evaluate
+    backbone: Backbone,
+    prompt: Prompt,
+    examples: Sequence[Example],
+    visible: Visible,
+    settings: Evaluate,
+    completer: Completer | None = None,
 ) -> list[Prediction]:
-    """One prediction a row, in the order of the rows; rows are batched with others of about their length."""
-    conversations = [prompt.render(example, visible) for example in examples]
+    """One prediction a row, in the order of the rows; rows are batched with others of about their length.
+
+    A completer fills or converts what the model sees of a row; options, answers and predictions stay those of the row.
+    """
+    if completer:
+        completer.warm([(example, visible) for example in examples], training=False)
+        completed = [completer(example, visible, training=False) for example in examples]
+        conversations = [prompt.render(example, present) for example, present in completed]
+    else:
+        conversations = [prompt.render(example, visible) for example in examples]
     closed = [i for i, example in enumerate(examples) if example.choices]
     opened = [i for i, example in enumerate(examples) if not example.choices]
     made: dict[int, Prediction] = {}

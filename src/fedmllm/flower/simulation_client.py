@@ -67,6 +67,7 @@ def train(message: Message, context: Context) -> Message:
     job = cast("Job", cloudpickle.loads(pickled))
     torch.set_num_threads(job.threads)
     clients, initial = of_actor(job)
+    clients.store.warm([job.shard])
     sent = job.header.sent(unpack(message.content, job.header.like()), initial)
     kept = safetensors.torch.load(job.kept) if job.kept else {}
     update, state = clients.train_one(job.shard.client, job.at, sent, kept)

@@ -47,7 +47,8 @@ class Evaluator:
         """Return the predictions of an adapter for some rows."""
         e, backbone = self.inputs.experiment, self.inputs.backbone
         with installed(backbone, params):
-            return predict(backbone, e.prompt, rows, visible_of(visible, e.data.modalities()), e.evaluate)
+            present = visible_of(visible, e.data.modalities())
+            return predict(backbone, e.prompt, rows, present, e.evaluate, self.inputs.completer)
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float | None]:
         """Return metric -> value; None if the rows do not define it."""

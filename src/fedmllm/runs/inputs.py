@@ -7,7 +7,7 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
@@ -28,6 +28,7 @@ from fedmllm.runs.events import Started
 from fedmllm.runs.fingerprint import rows_digest
 from fedmllm.scenarios.assign import assign, digest
 from fedmllm.scenarios.availability import Always
+from fedmllm.scenarios.modalities.completion import Completer, Nothing, Site, hidden_slots
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Inputs:
     shards: tuple[Shard, ...]
     backbone: Backbone
     start: Params  # the adapter before any training
+    public: tuple[Example, ...] = ()  # complete rows that all clients may read
+    completer: Completer | None = None  # None: rows stay as they are
 
     @classmethod
     def load(cls, experiment: Experiment) -> Inputs:
@@ -59,23 +62,35 @@ class Inputs:
         if experiment.evaluate.rows == "validation" and not test.examples:
             raise ConfigError(f"evaluate.rows: got 'validation', but {data.name} has no validation rows; allowed: test")
         shards = assign(train.examples, modalities, experiment.partition, experiment.scenario, experiment.seed)
-        shards, bad_train, of_train = check_shards(train.examples, shards, data.on_bad_row)
+        read = [unmasked(shard, modalities) for shard in shards] if experiment.completion.sees_hidden else shards
+        checked, bad_train, of_train = check_shards(train.examples, read, data.on_bad_row)
+        shards = checked if read is shards else masked_as(shards, checked)
+        public = experiment.public.load(data) if experiment.public.rows else ()
+        of_public = public_notes(experiment, shards, train.examples, public, test.examples[:limit])
         test_rows, bad_test, of_test = check_rows(test.examples[:limit], evaluated, data.on_bad_row)
         validation, bad_validation, _ = check_rows(validation[:limit], evaluated, data.on_bad_row)
         shared = overlap(train.examples, test_rows, data.group_column())
+        rows = train.examples
+        if experiment.public.client:
+            held = range(len(rows), len(rows) + len(public))
+            mask = frozenset(modalities)
+            shards = (*shards, Shard(len(shards), tuple(held), (mask,) * len(public), "public"))
+            rows = (*rows, *public)
         if not test_rows and experiment.metrics():  # a server of real sites may have no test rows
             raise DataError(f"{data.name}: no usable test row")
         backbone = experiment.backbone.load(experiment.seed)
         return cls(
             experiment=experiment,
-            train=train.examples,
+            train=rows,
             validation=validation,
             test=test_rows,
             skipped=(*train.skipped, *test.skipped, *bad_train, *bad_test, *bad_validation),
-            notes=tuple(dict.fromkeys((*train.notes, *test.notes, *of_train, *of_test, *shared))),
+            notes=tuple(dict.fromkeys((*train.notes, *test.notes, *of_train, *of_test, *shared, *of_public))),
             shards=shards,
             backbone=backbone,
             start=backbone.lora(),
+            public=public,
+            completer=completer_of(experiment, backbone, public),
         )
 
     def clients(self, num_rounds: float) -> Clients:
@@ -90,7 +105,7 @@ class Inputs:
             backbone=self.backbone,
             objective=e.objective,
             train=train,
-            store=RowStore(self.backbone, e.prompt, self.train),
+            store=RowStore(self.backbone, e.prompt, self.train, self.completer),
             shards=shards,
             modalities=e.data.modalities(),
             num_rounds=whole,
@@ -105,7 +120,57 @@ class Inputs:
     def digests(self) -> dict[str, str]:
         """Of the rows with their pictures, of who holds and sees which of them, and of the frozen model."""
         rows = rows_digest(self.train, self.validation, self.test)
-        return {"rows": rows, "partition": digest(self.shards, self.train), "base": self.backbone.digest}
+        public = {"public": rows_digest(self.public)} if self.public else {}
+        return {"rows": rows, "partition": digest(self.shards, self.train), "base": self.backbone.digest, **public}
+
+
+def completer_of(experiment: Experiment, backbone: Backbone, public: tuple[Example, ...]) -> Completer | None:
+    """Return what fills or converts rows; None if they stay as they are.
+
+    Args:
+        experiment: Its completion and seed.
+        backbone: The frozen model.
+        public: Complete public rows.
+    """
+    e = experiment
+    if e.completion == Nothing():
+        return None
+    ordered = tuple(sorted(public, key=lambda row: str(row.id)))
+    return Completer(e.completion, Site(backbone, ordered, e.data.modalities(), e.seed))
+
+
+def public_notes(
+    experiment: Experiment,
+    shards: Sequence[Shard],
+    train: Sequence[Example],
+    public: Sequence[Example],
+    test: Sequence[Example],
+) -> list[str]:
+    """Return findings about completion and public rows for the record."""
+    e = experiment
+    notes = [f"public rows: {note}" for note in overlap(public, test, e.data.group_column())]
+    if e.completion.name == "none":
+        return notes
+    hidden = hidden_slots(shards, e.data.modalities())
+    slots = ", ".join(f"{number} x {modality}" for modality, number in hidden.items()) or "none"
+    source = f" from {len(public)} public rows" if e.completion.needs_public else ""
+    notes.append(f"completion {e.completion.label()}{source}; hidden in the training rows: {slots}")
+    if e.completion.sees_hidden:
+        notes.append(f"completion {e.completion.name} gets what the masks hide: a bound, not a method")
+    if e.completion.leaks:
+        notes.append(f"completion {e.completion.name}: what it fills into training rows can give their answers away")
+    return [*notes, *e.completion.notes(train, public)]
+
+
+def unmasked(shard: Shard, modalities: Sequence[str]) -> Shard:
+    """Return the shard with nothing hidden."""
+    return replace(shard, visible=(frozenset(modalities),) * len(shard.rows))
+
+
+def masked_as(shards: Sequence[Shard], kept: Sequence[Shard]) -> tuple[Shard, ...]:
+    """Return the rows of `kept` with the masks that they have in `shards`."""
+    masks = [dict(zip(shard.rows, shard.visible, strict=True)) for shard in shards]
+    return tuple(replace(s, visible=tuple(m[row] for row in s.rows)) for s, m in zip(kept, masks, strict=True))
 
 
 def pooled(train: Train, shards: Sequence[Shard]) -> tuple[Train, tuple[Shard, ...]]:

@@ -17,6 +17,7 @@ from fedmllm.data.table import Table
 from fedmllm.federation.evaluation import predict as predict_rows
 from fedmllm.runs.checkpoint import read_adapter
 from fedmllm.runs.folder import RunFolder
+from fedmllm.runs.inputs import completer_of
 from fedmllm.runs.predictions import choice_probabilities
 from fedmllm.runs.record import read
 
@@ -64,12 +65,16 @@ def predict(
     backbone = settings.backbone.load(settings.seed)
     if place:
         backbone.set_lora(read_adapter(place, backbone.lora()))
+    public = settings.public.load(settings.data) if settings.public.rows and settings.completion.at_test() else ()
+    completer = completer_of(settings, backbone, public) if settings.completion.at_test() else None
     # Rows of about one length share a batch; the chunks keep that and let the progress be seen.
     order = sorted(range(len(examples)), key=lambda i: (len(settings.prompt.render(examples[i], kept).text), i))
     made: dict[int, Prediction] = {}
     for start in range(0, len(order), CHUNK):
         chunk = order[start : start + CHUNK]
-        found = predict_rows(backbone, settings.prompt, [examples[i] for i in chunk], kept, settings.evaluate)
+        found = predict_rows(
+            backbone, settings.prompt, [examples[i] for i in chunk], kept, settings.evaluate, completer
+        )
         made |= dict(zip(chunk, found, strict=True))
         if progress:
             progress(len(made), len(order))

@@ -115,6 +115,8 @@ class Session:
             self._evaluate(begin, num_rounds, selection)  # whatever the record held after the checkpoint is cut off
         if "client-state" in aggregator.needs:
             clients = replace(clients, state=ClientStateStore(self.folder.client_state, begin.round))
+        if not e.engine.name.startswith("flower"):  # its actors do it for their own clients
+            clients.store.warm(clients.shards)
         engine = start_engine(e.engine, clients)
         if note := getattr(engine, "note", ""):
             self.emit(EngineNote(note))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedmllm.testing.completions import Leak, check_completion, leak_probe
 from fedmllm.testing.conformance import (
     check_aggregator,
     check_engine,
@@ -17,8 +18,10 @@ __all__ = [
     "COHORT",
     "MODALITIES",
     "SIZES",
+    "Leak",
     "assert_same",
     "check_aggregator",
+    "check_completion",
     "check_engine",
     "check_metric",
     "check_objective",
@@ -28,5 +31,6 @@ __all__ = [
     "examples",
     "federation",
     "flat",
+    "leak_probe",
     "perturbed",
 ]

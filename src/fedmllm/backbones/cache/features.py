@@ -112,6 +112,12 @@ class ImageFeatures:
         """True if the row's pixels are not needed: it has none, or its features are cached."""
         return not row.image_key or row.image_key in self._cache
 
+    def vectors(self, row: Row) -> Tensor:
+        """All vectors of a row's pictures behind each other [Q, D], float32, CPU."""
+        output = self._features(row)
+        main = output if isinstance(output, Tensor) else next(iter(output.values()), output)
+        return torch.cat([t.detach().float().cpu().flatten(0, -2) for t in _tensors(main)])
+
     def _features(self, row: Row) -> Any:
         if row.image_key in self._cache:
             return _map(self._cache[row.image_key], lambda t: t.to(self._device))

@@ -1,0 +1,1 @@
+"""Missing modalities: members that complete or convert rows."""

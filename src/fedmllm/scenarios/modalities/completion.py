@@ -1,0 +1,226 @@
+"""Interface of completions, and the rules that hold for all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+from fedmllm.core.errors import FedmllmError
+from fedmllm.core.spec import Named
+from fedmllm.core.types import Conversation, Example, Modality, Shard, Visible
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FrozenModel(Protocol):
+    """What a completion may use of the backbone. Nothing of it depends on the adapter."""
+
+    digest: str
+
+    def token_vectors(self, text: str) -> tuple[list[int], Tensor]:
+        """Return the tokens of a text [L] and their input embeddings [L, D]."""
+
+    def picture_vectors(self, path: Path) -> Tensor:
+        """Return the vision tower's output for a picture [Q, D]."""
+
+    def generate_frozen(self, prompts: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+        """Return greedy answers of the model without its adapter."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a completion works with: at a client, or at the server for test rows.
+
+    Attributes:
+        model: The frozen model.
+        public: Complete public rows, in the order of their ids; () = none.
+        modalities: Of the data set, in order.
+        seed: Of the experiment.
+    """
+
+    model: FrozenModel
+    public: tuple[Example, ...]
+    modalities: tuple[Modality, ...]
+    seed: int
+
+
+class Filling(ABC):
+    """A completion at work. `fill` is a pure function of the row, the settings and the `Site`."""
+
+    def warm(self, examples: Sequence[Example], training: bool) -> None:
+        """Compute at once what later calls of `fill` need. Optional.
+
+        Args:
+            examples: Rows as `fill` will get them.
+            training: As `fill` will get it.
+        """
+        return
+
+    @abstractmethod
+    def fill(self, example: Example, training: bool) -> Example:
+        """Add modalities to a row.
+
+        Args:
+            example: The row with the fields that its mask leaves; hidden content is not in it. Outside training its answer is
+                "" and its columns are {}.
+            training: False for a row that is evaluated.
+
+        Returns:
+            The row with more fields, or the same object if nothing can be added.
+        """
+
+
+class Completion(Named):
+    """A rule that fills, or converts, modalities of a row before it becomes a prompt.
+
+    Masks, shards and digests stay as they are. A completion sees of a row what its mask leaves, and the answer of training
+    rows only (`Completer`).
+    """
+
+    needs_public: ClassVar[bool] = False
+    """True if it reads public rows (`[public]`)."""
+    reads_model: ClassVar[bool] = True
+    """True if it uses the frozen model, which must then not be trained in part (`lora.train_extra`)."""
+    sees_hidden: ClassVar[bool] = False
+    """True for a control that gets what the mask hides. The record says so."""
+    leaks: ClassVar[bool] = False
+    """True if filled training content can give the answer away by itself (`fedmllm.testing.leak_probe`). The record says so."""
+    converts: ClassVar[bool] = False
+    """True if rows without a gap are changed, too."""
+
+    def at_test(self) -> bool:
+        """Whether rows that are evaluated are completed.
+
+        Returns:
+            False unless a member says otherwise: without the answer a completion adds no information about it.
+        """
+        return False
+
+    def label(self) -> str:
+        """The name in tables: with the settings that differ from their defaults.
+
+        Returns:
+            A name such as "retrieve" or "retrieve(label=none)".
+        """
+        set_ = {k: v for k, v in self.model_dump(mode="json", exclude_defaults=True).items() if k != "name"}
+        return f"{self.name}({','.join(f'{k}={v}' for k, v in set_.items())})" if set_ else self.name
+
+    def notes(self, train: Sequence[Example], public: Sequence[Example]) -> Sequence[str]:
+        """Findings about the rows for the record.
+
+        Args:
+            train: Training rows.
+            public: Public rows.
+
+        Returns:
+            One sentence each.
+        """
+        return ()
+
+    @abstractmethod
+    def prepare(self, site: Site) -> Filling:
+        """Make ready to fill rows.
+
+        Args:
+            site: Frozen model, public rows, modalities and seed.
+
+        Returns:
+            The filling.
+
+        Raises:
+            ConfigError: A setting does not fit the site.
+        """
+
+
+class Nothing(Completion):
+    """Rows stay as they are: a missing modality is left out of the prompt."""
+
+    name: Literal["none"] = "none"
+    reads_model = False
+
+    def prepare(self, site: Site) -> Filling:
+        return _Unchanged()
+
+
+class _Unchanged(Filling):
+    def fill(self, example: Example, training: bool) -> Example:
+        return example
+
+
+class Completer:
+    """Applies a completion to rows, under the rules that hold for every member.
+
+    Args:
+        completion: The member.
+        site: What it works with.
+    """
+
+    def __init__(self, completion: Completion, site: Site) -> None:
+        self._completion, self._modalities = completion, site.modalities
+        self._filling = completion.prepare(site)
+
+    def __call__(self, example: Example, visible: Visible, training: bool) -> tuple[Example, Visible]:
+        """Return the row as it is rendered, and what it shows. A row without a gap is returned as it is.
+
+        Args:
+            example: The whole row.
+            visible: What its mask leaves.
+            training: False for a row that is evaluated.
+
+        Raises:
+            FedmllmError: The completion took a modality away without `converts`, or added one that the set does not have.
+        """
+        given = self._given(example, visible, training)
+        if given is None:
+            return example, visible
+        filled = self._filling.fill(given, training)
+        if filled is given:
+            return example, visible
+        odd = sorted(set(filled.fields) - set(self._modalities))
+        lost = [] if self._completion.converts else sorted(set(given.fields) - set(filled.fields))
+        if odd or lost:
+            fault = f"adds {odd}, allowed: {', '.join(self._modalities)}" if odd else f"takes away {lost}"
+            raise FedmllmError(f"{example.where}, id {example.id}: completion {self._completion.name} {fault}")
+        fields = {m: filled.fields[m] for m in self._modalities if m in filled.fields}
+        row = replace(filled, answer=example.answer, columns=example.columns) if not training else filled
+        return replace(row, id=example.id, where=example.where, fields=fields), frozenset(fields)
+
+    def warm(self, rows: Sequence[tuple[Example, Visible]], training: bool) -> None:
+        """Let the completion compute at once what these rows need.
+
+        Args:
+            rows: Rows and their masks.
+            training: False for rows that are evaluated.
+        """
+        given = (self._given(example, visible, training) for example, visible in rows)
+        self._filling.warm([example for example in given if example is not None], training)
+
+    def _given(self, example: Example, visible: Visible, training: bool) -> Example | None:
+        """What the completion gets of a row; None = the row is not its business."""
+        present = example.visible_fields(visible)
+        if not training and not self._completion.at_test():
+            return None
+        if not self._completion.converts and all(m in present for m in self._modalities):
+            return None
+        fields = example.fields if self._completion.sees_hidden else present
+        given = replace(example, fields=fields)
+        return given if training else replace(given, answer="", columns={})
+
+
+def hidden_slots(shards: Sequence[Shard], modalities: Sequence[Modality]) -> dict[Modality, int]:
+    """Count the training rows that do not show a modality.
+
+    Args:
+        shards: All clients.
+        modalities: Of the data set.
+
+    Returns:
+        Modality -> number of rows, without zeros.
+    """
+    hidden = Counter(m for shard in shards for visible in shard.visible for m in modalities if m not in visible)
+    return {m: hidden[m] for m in modalities if hidden[m]}
