@@ -31,6 +31,7 @@ class Example:
     where: str  # file:line, or file and index: what an error message names
     columns: Mapping[str, str] = field(default_factory=dict)  # for natural splits and metrics: organ, answer_type
     pieces: tuple[str, ...] = ()  # the question between its pictures, one more than pictures; () = these come first
+    announced: frozenset[Modality] = frozenset()  # texts that a prompt puts under their modality's name, not "Text"
 
     def visible_fields(self, visible: Visible) -> dict[Modality, Content]:
         """The modalities that the row has and a mask leaves, in the row's own order."""
@@ -187,16 +188,20 @@ class Prediction:
 
 
 def visible_of(text: str, modalities: tuple[Modality, ...]) -> Visible:
-    """What a test row shows: "all" (or "both"), "none", or modalities joined by "+"."""
+    """What a test row shows: "all" (or "both"), "none", modalities joined by "+", or "all-" with modalities that are hidden."""
     if text in ("all", "both"):
         return frozenset(modalities)
     if text == "none":
         return frozenset()
-    named = frozenset(text.split("+"))
+    hides = text.startswith("all-") and text not in modalities
+    named = frozenset(text.removeprefix("all-").split("-") if hides else text.split("+"))
     if not named <= set(modalities):
         allowed = ", ".join(["all", "none", *modalities])
-        raise ConfigError(f"evaluate.visible: got {text!r}; allowed: {allowed}, or modalities joined by '+'")
-    return named
+        raise ConfigError(
+            f"evaluate.visible: got {text!r}; allowed: {allowed}, modalities joined by '+', "
+            f"or all but some: 'all-{modalities[0]}'"
+        )
+    return frozenset(modalities) - named if hides else named
 
 
 def answer_label(example: Example) -> str:

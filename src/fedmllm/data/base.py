@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from fedmllm.core.spec import Named
 from fedmllm.core.types import Example, Modality, Visible
@@ -118,6 +118,19 @@ class Dataset(Named):
             A key of `Example.columns`, or "".
         """
         return ""
+
+    def table_settings(self) -> dict[str, Any]:
+        """Settings of the data set `table` that read further rows of this kind, for predictions.
+
+        Returns:
+            Keys of `table`, at least `columns`. By default each modality is a column of its name: "text" a text, any other one
+            pictures.
+        """
+        images = [m for m in self.modalities() if m != "text"]
+        columns: dict[str, Any] = (
+            {"image": "image" if images == ["image"] else {m: m for m in images}} if images else {}
+        )
+        return {"columns": columns | ({"text": "text"} if "text" in self.modalities() else {})}
 
     def folders(self) -> tuple[Path, ...]:
         """The folders that hold the images; () if the set is embedded.

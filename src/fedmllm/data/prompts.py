@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import string
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,7 +21,7 @@ from fedmllm.core.types import Content, Conversation, Example, Modality, Picture
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PLACEHOLDERS = {
     "images": "where the pictures go; without it they come first",
-    "text": "the text of the row, if it is visible",
+    "text": "the visible texts of the row; lab values and the like under their names",
     "question": "the question",
     "options": 'the lettered options, one a line: "(A) label"; nothing for an open question',
     "modalities": 'the visible modalities: "text and image", "front and back cameras"; nothing if none is visible',
@@ -102,13 +102,13 @@ def _conversation(
     example: Example, fields: dict[Modality, Content], instruction: str, question: Sequence[Part]
 ) -> Conversation:
     """Pictures, then text; or the pictures in the question. An open question is put as it is, whatever the strategy."""
-    texts = [content for content in fields.values() if isinstance(content, str)]
+    texts = texts_of(example, fields, "Text: " if example.choices else "")
     first = [] if any(isinstance(part, Picture) for part in question) else pictures(example, fields)
     if not example.choices:
         asked = asked_parts(example, fields)
         between = ["\n"] if texts and any(asked) else []
         return Conversation((*first, *joined(["\n".join(texts), *between, *asked])))
-    before = "\n".join([instruction, *(f"Text: {text}" for text in texts), "Question: "])
+    before = "\n".join([instruction, *texts, "Question: "])
     after = "\n".join(["", "Options:", *option_lines(example), "The best answer is:"])
     return Conversation((*first, *joined([before, *question, after])))
 
@@ -152,11 +152,25 @@ def pictures(example: Example, fields: dict[Modality, Content]) -> list[Part]:
     return parts
 
 
+def texts_of(example: Example, fields: Mapping[Modality, Content], heading: str) -> list[str]:
+    """The visible texts: announced ones under the modality's name, "Labs: crp 4.1", the others after `heading`."""
+    return [
+        f"{spoken(m)[:1].upper()}{spoken(m)[1:]}: {content}" if m in example.announced else f"{heading}{content}"
+        for m, content in fields.items()
+        if isinstance(content, str)
+    ]
+
+
+def spoken(modality: Modality) -> str:
+    """The name of a modality in a sentence: "prior_report" -> "prior report"."""
+    return modality.replace("_", " ")
+
+
 def in_words(modalities: Sequence[Modality]) -> str:
     """ "text and image", "front, back left and back cameras": as a person would list them, text first."""
     cameras = [m.removeprefix("CAM_").replace("_", " ").lower() for m in modalities if m.startswith("CAM_")]
     words = [m for m in ("text", "image") if m in modalities]
-    words += [m.replace("_", " ") for m in modalities if m not in ("text", "image") and not m.startswith("CAM_")]
+    words += [spoken(m) for m in modalities if m not in ("text", "image") and not m.startswith("CAM_")]
     if cameras:
         words.append(f"{_enumerated(cameras)} camera{'s' if len(cameras) > 1 else ''}")
     return _enumerated(words)
@@ -271,7 +285,7 @@ def _fill(lines: Sequence[Line], example: Example, fields: dict[Modality, Conten
     first = [] if "images" in names else images
     values: dict[str, list[Part]] = {
         "images": images,
-        "text": ["\n".join(content for content in fields.values() if isinstance(content, str))],
+        "text": ["\n".join(texts_of(example, fields, ""))],
         "question": asked,
         "options": ["\n".join(option_lines(example))],
         "modalities": [in_words(tuple(fields))],

@@ -20,6 +20,7 @@ from fedmllm.data.files import IMAGE_COLUMN, File, Form, Options, files_of, form
 from fedmllm.data.imagefolder import METADATA
 from fedmllm.data.marks import MARK, as_list, marks_in, pictures_of, split_at_marks
 from fedmllm.data.reading import Row, as_id, collect, filled, held_out, listed, picture, quoted, take_text
+from fedmllm.data.render import Render, readings
 
 SHORT_TEXT = 12  # characters of a text that may stand for a missing one
 SPLIT_WORDS: Mapping[str, Split] = {
@@ -48,6 +49,20 @@ class Columns(Spec):
     """Column that names the site of each row: a real federation, for which no partition is simulated."""
     keep: tuple[str, ...] = ()
     """Further columns for natural splits and results by group: the scanner, the ward."""
+    series: Annotated[dict[str, str | tuple[str, ...]], ADDED_LATER] = Field(default_factory=dict)
+    """Columns of numbers or lists of numbers, one or several a modality: { labs = ["crp", "hb"], speed = "speed" }."""
+    variants: Annotated[dict[str, str | tuple[str, ...]], ADDED_LATER] = Field(default_factory=dict)
+    """Columns of gene variants: one for variants of any gene ("KRAS G12D; TP53 R175H"), or a column per gene."""
+    announced: Annotated[tuple[str, ...], ADDED_LATER] = ()
+    """Kinds of text that a prompt puts under their name, "Prior report: ...", not "Text: ...". Series and variants are."""
+
+    def numbers(self) -> dict[Modality, tuple[str, ...]]:
+        """Modality -> its columns of numbers."""
+        return {m: (names,) if isinstance(names, str) else names for m, names in self.series.items()}
+
+    def genes(self) -> dict[Modality, tuple[str, ...]]:
+        """Modality -> its columns of gene variants."""
+        return {m: (names,) if isinstance(names, str) else names for m, names in self.variants.items()}
 
 
 class Table(Dataset):
@@ -111,6 +126,8 @@ class Table(Dataset):
     """Sheet of an Excel workbook; "" = the only one that has rows."""
     na_values: Annotated[tuple[str, ...], ADDED_LATER] = NA_VALUES
     """Words that mean a missing value in any mapped column but the id; a blank cell always does."""
+    render: Annotated[Render, ADDED_LATER] = Render()
+    """How series and variants are written."""
     judged_by: tuple[str, ...] = ("accuracy", "token_f1")
     """Names of the metrics; the first is the headline."""
 
@@ -132,6 +149,7 @@ class Table(Dataset):
     def _is_complete(self) -> Table:
         for named in filter(None, (self.train, self.validation, self.test)):
             form_of(named, self.form)
+        self._check_modalities()
         if not self.modalities():
             raise ConfigError('data.columns: name the column of the images or texts: columns = { image = "scan" }')
         ways = {"test": self.test, "test_rate": self.test_rate, "test_column": self.test_column}
@@ -139,8 +157,34 @@ class Table(Dataset):
             raise ConfigError(f"data.{given[1]}: data.{given[0]} is given too; keep one of them")
         return self
 
+    def _check_modalities(self) -> None:
+        c = self.columns
+        for modality, count in Counter(self.modalities()).items():
+            if count > 1:
+                raise ConfigError(f"data.columns: two kinds of columns are called {modality!r}; rename one modality")
+        for modality in c.announced:
+            if modality not in (allowed := by_modality(c.text, "text")):
+                raise ConfigError(f"data.columns.announced: got {modality!r}; allowed: {listed(allowed)}")
+        for key, columns in (("series", c.numbers()), ("variants", c.genes())):
+            for modality, names in columns.items():
+                if not names or "" in names or len(set(names)) < len(names):
+                    raise ConfigError(f"data.columns.{key}.{modality}: name one or more columns, each once")
+        for modality, names in c.genes().items():
+            if len(names) == 1 and not self.render.genes:
+                raise ConfigError(
+                    f"data.render.genes: missing; name the genes whose variants in {names[0]!r} may be written "
+                    f"(data.columns.variants.{modality})"
+                )
+        numbers = {name for names in c.numbers().values() for name in names}
+        for key in ("units", "ranges", "step_s"):
+            if odd := sorted(getattr(self.render, key).keys() - numbers):
+                raise ConfigError(
+                    f"data.render.{key}.{odd[0]}: no such column of numbers; there are: {listed(sorted(numbers))}"
+                )
+
     def modalities(self) -> tuple[Modality, ...]:
-        return (*self._image_columns(), *by_modality(self.columns.text, "text"))
+        c = self.columns
+        return (*self._image_columns(), *by_modality(c.text, "text"), *c.series, *c.variants)
 
     def _image_columns(self) -> dict[Modality, str]:
         return by_modality(self.columns.image or IMAGE_COLUMN.get(form_of(self.train, self.form), ""), "image")
@@ -215,7 +259,14 @@ class Table(Dataset):
     def _options(self, files: Sequence[File], named: str) -> Options:
         c = self.columns
         images = tuple(self._image_columns().values())
-        mapped = {*images, *by_modality(c.text, "text").values(), *c.keep, self.group, self.test_column}
+        mapped = {
+            *images,
+            *by_modality(c.text, "text").values(),
+            *self._readings(),
+            *c.keep,
+            self.group,
+            self.test_column,
+        }
         return Options(
             images=images,
             columns=frozenset(mapped | {c.id or "id", c.question, c.choices, c.answer, c.client}),
@@ -225,6 +276,11 @@ class Table(Dataset):
             delimiter=self.delimiter,
             sheet=self.sheet,
         )
+
+    def _readings(self) -> dict[str, None]:
+        """Columns of numbers and variants."""
+        columns = (*self.columns.numbers().values(), *self.columns.genes().values())
+        return dict.fromkeys(name for names in columns for name in names)
 
     def _labels(self, files: Sequence[File], named: str) -> tuple[str, ...]:
         """Labels of the training folders, the choices of every row; () if `choices` names them, or no file is a folder."""
@@ -246,11 +302,12 @@ class Table(Dataset):
 
     def _check_columns(self, seen: Mapping[str, str], path: Path, own_test: bool) -> None:
         """Raise DataError if no row has a column that is mapped: a modality's, or one that is not called as by default."""
-        optional = {"image", "text", "keep", *(["client"] if own_test else [])}
+        optional = {"image", "text", "keep", "series", "variants", "announced", *(["client"] if own_test else [])}
         default = Columns()
         named = {key: getattr(self.columns, key) for key in sorted(Columns.model_fields) if key not in optional}
         named = {key: column for key, column in named.items() if column != getattr(default, key)}
         mapped = {**self._image_columns(), **by_modality(self.columns.text, "text"), **named}
+        mapped |= {name: name for name in self._readings()}
         for key, column in mapped.items():
             if column and column not in seen:
                 raise DataError(
@@ -305,6 +362,7 @@ class Table(Dataset):
             where=where,
             columns={"set": self.name, **self._groups(row, place, file, own_test)},
             pieces=pieces,
+            announced=frozenset((*self.columns.announced, *self.columns.series, *self.columns.variants)),
         )
 
     def _na(self, file: File) -> tuple[str, ...]:
@@ -325,6 +383,9 @@ class Table(Dataset):
         for modality, name in by_modality(self.columns.text, "text").items():
             if not file.is_empty(row.get(name), self.na_values):
                 fields[modality] = take_text(row, name, place)
+        if self._readings():
+            c, na = self.columns, self._na(file)
+            fields |= readings(row, c.numbers(), c.genes(), self.render, lambda cell: is_missing(cell, na), place)
         if not asked and not question and not any(isinstance(content, str) for content in fields.values()):
             raise DataError(f"{place}: no question: neither a column {column!r} nor data.question")
         return question, fields, pieces

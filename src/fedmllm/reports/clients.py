@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedmllm.reports.figures import WIDTH, Picture, draw, kind_of
-from fedmllm.reports.names import VISIBLE
+from fedmllm.reports.names import TWO, VISIBLE
 from fedmllm.reports.reading import DatasetResults
 from fedmllm.reports.svg import SERIES, SHOWS
 
@@ -15,8 +15,18 @@ if TYPE_CHECKING:
 
 
 def who_sees_what(dataset: DatasetResults, key: str) -> list[Picture]:
-    """One picture a setting, of the first seed: rows of each client by visible modalities; empty if all rows are alike."""
+    """One picture a setting, of the first seed: rows of each client by visible modalities; empty if all rows are alike.
+
+    With other modalities than image and text: for each modality the share of each client's rows that show it.
+    """
     found = []
+    if set(dataset.modalities) - set(TWO):
+        for number, setting in enumerate(dataset.settings):
+            clients = _clients(dataset, setting)
+            shares = {m: [_share(client, m) for client in clients] for m in dataset.modalities}
+            if len({share for of_modality in shares.values() for share in of_modality}) > 1:
+                found.append(_lanes(setting, shares, clients, f"{key}-sees-{number}"))
+        return found
     for number, setting in enumerate(dataset.settings):
         clients = _clients(dataset, setting)
         stacks = {kind: [0] * len(clients) for kind in SHOWS}
@@ -28,6 +38,42 @@ def who_sees_what(dataset: DatasetResults, key: str) -> list[Picture]:
             names = {kind: VISIBLE[kind] for kind in stacks}
             found.append(_bars(setting, stacks, colours, names, clients, f"{key}-sees-{number}"))
     return found
+
+
+def _share(client: Mapping[str, Any], modality: str) -> float:
+    shows: Mapping[str, int] = client.get("shows", client.get("visible", {}))
+    total = sum(shows.values())
+    return sum(n for names, n in shows.items() if modality in names.split("+")) / total if total else 0.0
+
+
+def _lanes(
+    title: str, shares: Mapping[str, Sequence[float]], clients: Sequence[Mapping[str, Any]], key: str
+) -> Picture:
+    """A lane of bars for each modality, the first one on top."""
+    sites = [str(client.get("name", client["client"])) for client in clients]
+
+    def paint(axes: Axes) -> None:
+        for lane, (modality, of_client) in enumerate(reversed(list(shares.items()))):
+            axes.bar(
+                range(len(sites)), [0.86 * s for s in of_client], bottom=lane, color=SERIES[0], width=0.78, linewidth=0
+            )
+            axes.annotate(
+                modality, (-0.5, lane + 0.43), (-4, 0), textcoords="offset points", ha="right", va="center", fontsize=8
+            )
+        axes.set_yticks(range(len(shares) + 1), [""] * (len(shares) + 1))
+        axes.set_xlim(-0.5, len(sites) - 0.5)
+        axes.set_ylim(0, len(shares))
+        axes.set_xlabel("site")
+        axes.grid(visible=False, axis="x")
+
+    words = "; ".join(f"{m}: {', '.join(f'{s:.0%}' for s in of_client)}" for m, of_client in shares.items())
+    return draw(
+        title,
+        f"Share of rows of sites {', '.join(sites)} that show {words}",
+        key,
+        paint,
+        (WIDTH, 1 + 0.3 * len(shares)),
+    )
 
 
 def label_skew(dataset: DatasetResults, key: str) -> list[Picture]:

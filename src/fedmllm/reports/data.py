@@ -129,14 +129,19 @@ class Federation:
         lines = [f"{len(self.examples)} rows{skipped}{test}; digest {self.digest}"]
         for visible, metrics in self.ceilings().items():
             best = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            lines.append(f"best expected on rows with {visible}: {best}")
+            lines.append(f"best expected on rows with {visible.replace('all-', 'all but ')}: {best}")
         return "\n".join(lines)
 
     def ceilings(self) -> dict[str, dict[str, float]]:
-        """Visible modalities ("all", each alone) -> metric -> the best expected value; {} if the label law is unknown."""
+        """Visible modalities -> metric -> the best expected value; {} if the label law is unknown.
+
+        "all", "all-labs" (everything but the labs; with more than two modalities), and each modality alone.
+        """
         data = self.experiment.data
         modalities = data.modalities()
-        wanted = {"all": frozenset(modalities), **{m: frozenset({m}) for m in modalities if len(modalities) > 1}}
+        wanted = {"all": frozenset(modalities)}
+        wanted |= {f"all-{m}": frozenset(modalities) - {m} for m in modalities if len(modalities) > 2}
+        wanted |= {m: frozenset({m}) for m in modalities if len(modalities) > 1}
         return {name: dict(found) for name, visible in wanted.items() if (found := data.ceilings(visible))}
 
 
@@ -278,6 +283,9 @@ def _reading_back(federation: Federation, folder: Path, columns: dict[Modality, 
     }
     tables = ['id = "id"', 'client = "client"']
     tables += [f"{key} = {_toml_table(table)}" for key, table in mapped.items() if table]
+    announced = {m for example in federation.examples for m in example.announced}
+    if names := [_toml(m) for m in mapped["text"] if m in announced]:
+        tables.append(f"announced = [{', '.join(names)}]")
     images = f"images = {_toml(os.path.commonpath(folders))}\n" if folders else ""
     return (
         f"# {federation.experiment.data.name}, as `fedmllm data export` wrote it; digest {federation.digest}\n"

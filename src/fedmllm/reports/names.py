@@ -8,8 +8,8 @@ from typing import Any
 
 SCENARIOS = {
     "aligned": "Every row complete; only labels differ between clients",
-    "missing": "Rows lose text or image at random",
-    "cross": "Some clients see only images, the others only text",
+    "missing": "Rows lose modalities at random",
+    "cross": "Clients see different modalities, most often one each",
     "hybrid": "Each client keeps each modality with some probability",
 }
 GROUPS = {  # scenario -> its name on the first screen
@@ -39,6 +39,7 @@ METRICS = {
     "token_f1": "token F1",
 }
 VISIBLE = {"both": "text and image", "all": "everything", "image": "image only", "text": "text only", "none": "nothing"}
+TWO = ("image", "text")  # modalities of the published settings
 
 
 def setting_label(settings: Mapping[str, Any]) -> str:
@@ -54,14 +55,45 @@ def setting_label(settings: Mapping[str, Any]) -> str:
         return f"I{images}:T{partition['num_clients'] - images}" if "num_clients" in partition else f"I{images}"
     if name == "hybrid":
         return f"p {100 * scenario['keep_rate']:g} %"
+    if name == "cross":
+        return f"cross {_listed(scenario['clients'])}"
+    if name == "missing":
+        return (
+            f"beta {100 * scenario['rate']:g} %, {_listed({m: f'{100 * r:g} %' for m, r in scenario['rates'].items()})}"
+        )
     words = [f"{k}={v}" for k, v in scenario.items() if k != "name" and v]
     return " ".join([name, *words])
 
 
-def setting_meaning(settings: Mapping[str, Any]) -> str:
-    """One line on a setting for its legend: "3 sites with images only, 7 with text only"."""
+def _listed(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{modality} {value}" for modality, value in values.items())
+
+
+def visible_label(visible: str) -> str:
+    """What test rows show, in words: "labs only", "image, text and labs", "everything but genes"."""
+    if visible in VISIBLE:
+        return VISIBLE[visible]
+    if visible.startswith("all-"):
+        return f"everything but {_and(visible.removeprefix('all-').split('-'))}"
+    names = visible.split("+")
+    return _and(names) if len(names) > 1 else f"{visible} only"
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def setting_meaning(settings: Mapping[str, Any], modalities: tuple[str, ...] = TWO) -> str:
+    """One line on a setting for its legend: "3 sites with images only, 7 with text only".
+
+    Args:
+        settings: Of a run.
+        modalities: That rows of the data set have.
+    """
     scenario, partition = settings["scenario"], settings["partition"]
     name = scenario["name"]
+    if name == "missing" and not scenario.get("rates") and set(modalities) - set(TWO):
+        return f"each row loses each of its modalities with a chance of {100 * scenario['rate']:g} %, independently"
     if name == "missing" and not scenario.get("rates"):
         return f"each row loses its text, and independently its image, with a chance of {100 * scenario['rate']:g} %"
     if name == "hybrid":
@@ -72,7 +104,11 @@ def setting_meaning(settings: Mapping[str, Any]) -> str:
     if name == "aligned" and partition["name"] == "dirichlet":
         skew = "nearly even" if partition["alpha"] >= 3 else "uneven" if partition["alpha"] >= 0.8 else "very uneven"
         return f"labels are spread over sites by Dirichlet({partition['alpha']:g}): {skew}"
-    rates = ", ".join(f"{k} {v}" for k, v in (scenario.get("rates") or scenario.get("clients") or {}).items())
+    if name == "cross":
+        return "; ".join(
+            f"{n} site{'s' if n > 1 else ''} with {visible_label(m)}" for m, n in scenario["clients"].items() if n
+        )
+    rates = _listed(scenario.get("rates") or {})
     return f"{name}{f' ({rates})' if rates else ''}; rows are assigned to sites by the {partition['name']} partition"
 
 

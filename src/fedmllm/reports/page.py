@@ -15,7 +15,7 @@ from fedmllm.reports.answers import Answer, answers, groups, ranked
 from fedmllm.reports.clients import label_skew, labels_of, who_sees_what
 from fedmllm.reports.comparisons import Comparison, additions, all_pairs, declared
 from fedmllm.reports.figures import MOST_DRAWN, Look, Picture, against_cost, curves, looks, overview, panels
-from fedmllm.reports.names import SCENARIOS, VISIBLE, metric_label, setting_meaning
+from fedmllm.reports.names import SCENARIOS, TWO, VISIBLE, metric_label, setting_meaning, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
 from fedmllm.reports.reading import DatasetResults, ReportData
 from fedmllm.reports.svg import SHOWS, variable
@@ -48,6 +48,7 @@ class Section:
     curves: list[Picture]
     against_cost: list[Picture]
     sees: list[Picture]
+    modalities: tuple[str, ...]  # of the figures in `sees`, if there are others than image and text
     labels: list[Picture]
     label_colours: dict[str, str]
     matrices: list[Matrix]
@@ -78,13 +79,17 @@ def section(report: ReportData, dataset: DatasetResults, key: str) -> Section:
         others=tuple(result_table(dataset, metric) for metric in metrics),
         answers=answers(dataset, table, pairs, chart),
         overview=overview(chart, table, f"{key}-overview"),
-        meanings={setting: setting_meaning(dataset.pick(setting)[0].settings) for setting in dataset.settings},
+        meanings={
+            setting: setting_meaning(dataset.pick(setting)[0].settings, dataset.modalities)
+            for setting in dataset.settings
+        },
         looks=style,
         num_left_out=len(table.methods) - len(drawn_table.methods),
         panels=panels(drawn, drawn_table, style, f"{key}-panel"),
         curves=curves(drawn, drawn_table, style, f"{key}-curve"),
         against_cost=against_cost(drawn, drawn_table, style, f"{key}-cost"),
         sees=who_sees_what(dataset, key),
+        modalities=dataset.modalities if set(dataset.modalities) - set(TWO) else (),
         labels=label_skew(dataset, key),
         label_colours=labels_of(dataset),
         matrices=trained,
@@ -123,6 +128,7 @@ def page(report: ReportData) -> str:
         verdict=verdict,
         SCENARIOS=SCENARIOS,
         VISIBLE=VISIBLE,
+        visible_label=visible_label,
         SHOWS=SHOWS,
         DASH=DASH,
         NB=NO_BREAK,

@@ -167,6 +167,13 @@ class DatasetResults:
         return Counter(run.headline[1] for run in self.runs).most_common(1)[0][0]
 
     @cached_property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities that rows of the clients show, by name."""
+        clients = [client for run in self.runs for client in run.clients]
+        shows = {names for client in clients for names in client.get("shows", client.get("visible", {}))}
+        return tuple(sorted({m for names in shows for m in names.split("+")} - {"none"}))
+
+    @cached_property
     def scenarios(self) -> dict[str, list[str]]:
         """Scenario -> its settings."""
         found: dict[str, dict[str, None]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedmllm.core.text import bytes_text
 from fedmllm.reports.comparisons import Comparison
-from fedmllm.reports.names import VISIBLE, metric_label
+from fedmllm.reports.names import metric_label, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, p_text
 from fedmllm.reports.reading import DatasetResults, RunRecord
 from fedmllm.reports.stats import Spread, paired
@@ -32,9 +32,7 @@ def about_table(table: ResultTable) -> str:
         if table.num_seeds > 1
         else "one seed: no tests"
     )
-    parts = [
-        f"{_upper(metric_label(table.metric))}{unit}; test rows with {VISIBLE.get(table.visible, table.visible)}; {seeds}."
-    ]
+    parts = [f"{_upper(metric_label(table.metric))}{unit}; test rows with {visible_label(table.visible)}; {seeds}."]
     if any(cell.mark for row in table.rows for cell in row.cells.values()):
         parts.append("**Best** and _second_ federated method.")
         if table.num_seeds > 1:
@@ -166,7 +164,7 @@ def costs_markdown(rows: Sequence[CostRow]) -> str:
 
 def matrix_markdown(matrix: Matrix, scale: Scale) -> str:
     """Train setting x test modalities of one method."""
-    lines = _head(["trained on"], [VISIBLE.get(c, c) for c in matrix.columns])
+    lines = _head(["trained on"], [visible_label(c) for c in matrix.columns])
     for setting, cells in matrix.rows.items():
         lines.append(_line([setting, *(scale.spread(cells[c].mean, cells[c].std) for c in matrix.columns)]))
     return "\n".join(lines) + "\n"

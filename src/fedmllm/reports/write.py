@@ -110,7 +110,11 @@ def _section(report: ReportData, dataset: DatasetResults) -> list[str]:
     if table.rows:
         parts.append(results_markdown(table))
     parts.append("### Settings\n")
-    parts.append(settings_markdown({s: setting_meaning(dataset.pick(s)[0].settings) for s in dataset.settings}))
+    parts.append(
+        settings_markdown(
+            {s: setting_meaning(dataset.pick(s)[0].settings, dataset.modalities) for s in dataset.settings}
+        )
+    )
     if claims := declared(dataset, report.claims):
         parts += ["### Declared claims\n", comparisons_markdown(claims, table.scale)]
     if pairs:

@@ -117,9 +117,8 @@ def table_of(experiment: Experiment, rows: Path, changed: Mapping[str, Any]) -> 
         table = own.dump()
         columns = {**table.get("columns", {}), "client": "", "keep": ()}
     else:
-        images = [m for m in own.modalities() if m != "text"]
-        columns = {"image": images[0] if images == ["image"] else {name: name for name in images}} if images else {}
-        table, columns = {"name": "table"}, {**columns, **({"text": "text"} if "text" in own.modalities() else {})}
+        table = {"name": "table", **own.table_settings()}
+        columns = table["columns"]
     columns = {**columns, "answer": "", **changed}
     folder = rows.parent
     images_at = {"images": str(table["images"])} if table.get("images") else {}

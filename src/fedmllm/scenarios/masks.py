@@ -125,14 +125,15 @@ class Missing(Scenario):
 class Cross(Scenario):
     """Each client sees one modality only: `num_image_clients` the image, the others the text.
 
-    `clients` holds for any set of modalities: the number of clients that see each; the numbers add up to all clients.
+    `clients` holds for any number of modalities: how many clients see each, or each group of them ("labs+genes"). The numbers
+    add up to all clients.
     """
 
     name: Literal["cross"] = "cross"
     num_image_clients: NonNegativeInt = 5
     """Number of clients that see the image; the others see the text."""
     clients: dict[str, NonNegativeInt] = Field(default_factory=dict)
-    """Number of clients that see each modality: { CAM_FRONT = 7, CAM_BACK = 3 }."""
+    """Number of clients that see each modality, or several joined by "+": { CAM_FRONT = 7, "CAM_BACK+speed" = 3 }."""
 
     def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
         if num_clients:
@@ -140,7 +141,11 @@ class Cross(Scenario):
 
     def _counts(self, modalities: tuple[Modality, ...], num_clients: int) -> dict[str, int]:
         counts = self.clients or self._image_and_text(modalities, num_clients)
-        known(counts, modalities, "scenario.clients")
+        known({m: 0 for group in counts for m in group.split("+")}, modalities, "scenario.clients")
+        groups: dict[Visible, str] = {}
+        for group in counts:
+            if (first := groups.setdefault(frozenset(group.split("+")), group)) != group:
+                raise ConfigError(f"scenario.clients.{group}: the same modalities as {first!r}; give them once")
         if sum(counts.values()) != num_clients:
             raise ConfigError(
                 f"scenario.clients: {counts} adds up to {sum(counts.values())}, not {num_clients} clients"
@@ -149,7 +154,8 @@ class Cross(Scenario):
 
     def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         counts = self._counts(modalities, len(rows))
-        masks = [frozenset({m}) for m in modalities for _ in range(counts.get(m, 0))]
+        groups = [*modalities, *sorted(group for group in counts if group not in modalities)]
+        masks = [frozenset(group.split("+")) for group in groups for _ in range(counts.get(group, 0))]
         order = stream(seed, "cross").permutation(len(rows)).tolist()
         of_client = dict(zip(order, masks, strict=True))
         return [[of_client[client]] * len(own) for client, own in enumerate(rows)]
