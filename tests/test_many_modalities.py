@@ -1,0 +1,58 @@
+"""Experiments with more than two modalities, from file to report, and predictions of new rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedmllm.config.experiment import Experiment
+from fedmllm.reports.write import write_report
+from fedmllm.runs.predict import predict
+from fedmllm.runs.run import run
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["data.num_train=24", "data.num_validation=4", "data.num_test=12", "num_rounds=1", "partition.num_clients=3"]
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run of the clinic's experiment."""
+    folder = tmp_path_factory.mktemp("clinic")
+    visible = 'evaluate.visible=["all", "all-labs", "labs+genes", "none"]'
+    run(Experiment.load(ROOT / "experiments/clinic/one.toml", [*SMALL, visible]), folder / "run")
+    return folder
+
+
+def test_the_clinic_trains_and_its_record_counts_every_modality(clinic: Path) -> None:
+    lines = [json.loads(line) for line in (clinic / "run/record.jsonl").read_text().splitlines()]
+    shows = [pattern for client in lines[0]["clients"] for pattern in client["shows"]]
+    assert {m for pattern in shows for m in pattern.split("+")} - {"none"} == {"image", "text", "labs", "genes"}
+    (trained,) = [line for line in lines if line["event"] == "round"]
+    assert all(update["num_steps"] > 0 for update in trained["clients"])
+    evaluated = [line for line in lines if line["event"] == "eval"]
+    assert [line["visible"] for line in evaluated] == ["all", "all-labs", "labs+genes", "none"]
+    assert all(0 <= line["metrics"]["auc"] <= 1 for line in evaluated)
+
+
+def test_a_report_names_every_pattern_and_draws_every_modality(clinic: Path) -> None:
+    write_report([clinic / "run"], clinic / "report")
+    page = (clinic / "report.html").read_text(encoding="utf-8")
+    for words in ("test: everything but labs", "test: labs and genes", "test: nothing"):
+        assert words in page
+    assert "share of the site's rows that show the modality" in page.lower()
+    assert "genes: " in page
+    assert "loses each of its modalities with a chance of 30 %" in page
+
+
+def test_new_rows_of_the_clinic_are_predicted_from_its_columns(clinic: Path) -> None:
+    """The readings are written for the model as in training: hiding them changes the answer's probability."""
+    (clinic / "new.csv").write_text("case,report,zel,tor,BAR1,MOK2,SUL3\n1,so awful,80,70,R12H,wt,wt\n2,,3,,,,\n")
+    columns = {"image": ""}
+    whole = predict(clinic / "run", clinic / "new.csv", columns=columns)
+    assert [row["visible"] for row in whole] == [["text", "labs", "genes"], ["labs"]]
+    part = predict(clinic / "run", clinic / "new.csv", columns=columns, visible="labs")
+    assert [row["visible"] for row in part] == [["labs"], ["labs"]]
+    assert whole[1]["p"] == pytest.approx(part[1]["p"])
+    assert whole[0]["p"] != pytest.approx(part[0]["p"])
