@@ -48,7 +48,9 @@ def test_a_report_names_every_pattern_and_draws_every_modality(clinic: Path) -> 
 
 def test_new_rows_of_the_clinic_are_predicted_from_its_columns(clinic: Path) -> None:
     """The readings are written for the model as in training: hiding them changes the answer's probability."""
-    (clinic / "new.csv").write_text("case,report,zel,tor,BAR1,MOK2,SUL3\n1,so awful,80,70,R12H,wt,wt\n2,,3,,,,\n")
+    (clinic / "new.csv").write_text(
+        "case,report,amber,birch,heron,flint,coral\n1,so awful,80,70,R12H,wt,wt\n2,,3,,,,\n"
+    )
     columns = {"image": ""}
     whole = predict(clinic / "run", clinic / "new.csv", columns=columns)
     assert [row["visible"] for row in whole] == [["text", "labs", "genes"], ["labs"]]

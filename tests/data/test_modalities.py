@@ -221,9 +221,11 @@ def test_the_clinic_is_drawn_from_its_seed_and_every_modality_tells_its_level() 
     for index, row in enumerate(rows):
         patient = data.row(stream(0, data.name, "train", index))
         assert row.answer == ("no", "yes")[patient.at_risk]
-        assert str(row.fields["labs"]).split(",")[0].endswith(patient.lab)
+        assert (
+            str(row.fields["labs"]).split(",")[0].endswith({"low": "small", "high": "large"}.get(patient.lab, "normal"))
+        )
         genes = str(row.fields["genes"])
-        assert ("BAR1" in genes, "MOK2" in genes) == (patient.gene == "harms", patient.gene == "guards")
+        assert ("heron" in genes, "flint" in genes) == (patient.gene == "harms", patient.gene == "guards")
 
 
 def test_clients_masks_and_prompts_of_the_clinic_survive_an_export(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Lab values, sensor series and gene variants as text that any model reads. Pure: the same cells give the same text."""
+"""Lab values, sensor series and gene variants as text.
+
+Pure: the same cells and settings give the same text.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ class Render(Spec):
     units: dict[str, str] = Field(default_factory=dict)
     """Unit behind the numbers of a column: { crp = "mg/l" }."""
     ranges: dict[str, Range] = Field(default_factory=dict)
-    """Normal range of a column: { crp = [0, 5] }; a single value is followed by low, normal or high."""
+    """Normal range of a column: { crp = [0, 5] }; a single value is followed by one of `flags`."""
+    flags: tuple[str, str, str] = ("low", "normal", "high")
+    """Words for a value below, in and above its normal range."""
     step_s: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Seconds between two samples of a series: { speed = 0.5 }."""
     genes: tuple[str, ...] = ()
@@ -68,7 +73,7 @@ class Render(Spec):
     def _column(self, column: str, samples: Sequence[float]) -> str:
         unit = f" {self.units[column]}" if self.units.get(column) else ""
         if len(samples) == 1:
-            flag = f" {_flag(samples[0], self.ranges[column])}" if column in self.ranges else ""
+            flag = f" {self._flag(samples[0], self.ranges[column])}" if column in self.ranges else ""
             return f"{column} {number(samples[0], self.digits)}{unit}{flag}"
         first, last, low, high = samples[0], samples[-1], min(samples), max(samples)
         change, scale = last - first, max(abs(low), abs(high))
@@ -77,6 +82,9 @@ class Render(Spec):
         step = self.step_s.get(column)
         time = f" in {number(step * (len(samples) - 1), self.digits)} s" if step else ""
         return f"{column} {ends[0]} to {ends[1]}{unit}{time}, {trend}, from {extremes[0]} to {extremes[1]}"
+
+    def _flag(self, value: float, normal: Range) -> str:
+        return self.flags[0 if value < normal[0] else 2 if value > normal[1] else 1]
 
     def variants(self, found: Mapping[str, str]) -> str:
         """Write the variants of genes.
@@ -98,10 +106,6 @@ def number(value: float, digits: int) -> str:
     text = format(Decimal(f"{value:.{digits}g}"), "f")
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
-
-
-def _flag(value: float, normal: Range) -> str:
-    return "low" if value < normal[0] else "high" if value > normal[1] else "normal"
 
 
 def samples_of(cell: object, column: str, place: str) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Embedded set of a clinic: a picture, a report, lab values and gene variants, with a known label law."""
+"""Embedded set of a clinic with four modalities and a known label law."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ FINDING = {"smile": -1.0, "calm": 0.0, "frown": 1.0}  # in the picture: the face
 REPORT = {"good": -1.0, "plain": 0.0, "bad": 1.0}  # tone of the words
 LAB = {"low": -1.0, "normal": 0.0, "high": 1.0}  # of the marker; the other value means nothing
 GENE = {"guards": -1.0, "none": 0.0, "harms": 1.0}
-# The substances and genes do not exist: nothing here may be taken for medicine.
-MARKER, OTHER = "zel", "tor"
+# The substances and genes do not exist: nothing here may be taken for medicine. Their names and the flags are words that the
+# embedded model has met, one token each: names spelt letter by letter are hardly learned in twenty rounds (results/LOG.md).
+MARKER, OTHER = "amber", "birch"
 LEVELS = {"low": (0.5, 4.4), "normal": (5.1, 19.0), "high": (22.0, 90.0)}  # of the marker; normal is 5 to 20
-GENES = ("BAR1", "MOK2", "SUL3")  # the first harms, the second guards, the third means nothing
+GENES = ("heron", "flint", "coral")  # the first harms, the second guards, the third means nothing
 COLUMNS: dict[str, Any] = {
     "id": "case",
     "image": "scan",
@@ -41,7 +42,11 @@ COLUMNS: dict[str, Any] = {
     "series": {"labs": (MARKER, OTHER)},
     "variants": {"genes": GENES},
 }
-RENDER: dict[str, Any] = {"units": {MARKER: "mg/l", OTHER: "g/l"}, "ranges": {MARKER: (5.0, 20.0)}}
+RENDER: dict[str, Any] = {
+    "units": {MARKER: "mg/l", OTHER: "g/l"},
+    "ranges": {MARKER: (5.0, 20.0)},
+    "flags": ("small", "normal", "large"),
+}
 FILES: Mapping[Split, str] = {"train": "train.csv", "validation": "validation.csv", "test": "test.csv"}
 
 
