@@ -1,4 +1,4 @@
-"""Embedded set of a clinic with four modalities and a known label law."""
+"""Embedded clinic: four modalities and a known label law."""
 
 from __future__ import annotations
 
