@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,13 @@ from fedmllm.core.rng import stream
 from fedmllm.core.spec import Named
 from fedmllm.core.tensors import same_names
 from fedmllm.core.types import Example
+from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
+from fedmllm.scenarios.modalities import describe
 from fedmllm.scenarios.modalities.completion import Completer, Completion, Filling, Nothing, Site
 from fedmllm.scenarios.modalities.retrieve import Retrieve
-from fedmllm.testing import check_completion, examples, leak_probe
+from fedmllm.testing import check_completion, examples, leak_probe, perturbed
 from support.runs import Stop, events, experiment
 
 BOTH = frozenset({"image", "text"})
@@ -39,11 +42,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
 
 
 def variants() -> list[Completion]:
-    """Every member, with its test rows completed as well if it can do that."""
+    """Every member, with the settings that change which rows it changes."""
     made = [Completion.pick(name, "completion") for name in sorted(Completion.members)]
-    return made + [
-        Completion.pick({"name": m.name, "test": True}, "completion") for m in made if "test" in type(m).model_fields
-    ]
+    others = [{"name": "retrieve", "test": True}, {"name": "describe", "mode": "add"}]
+    others += [{"name": "describe", "mode": "replace", "ask": ["What is the face?", "What is the sky?"]}]
+    return made + [Completion.pick(table, "completion") for table in others]
 
 
 @pytest.mark.parametrize("completion", variants(), ids=lambda c: c.label())
@@ -155,6 +158,63 @@ def test_odd_rows_are_defined(tiny, rows):
     assert both(odd, frozenset(), training=False) == (odd, frozenset())
 
 
+FACE_AND_SKY = {"name": "describe", "ask": ["What is the face?", "What is the sky?"]}
+
+
+def test_the_frozen_model_describes_a_picture_once(tiny, monkeypatch):
+    """Whatever the adapter is, and in batches as one by one; several questions are answered after one another."""
+    data = Experiment.parse({"data": {"name": "synthetic-verdict", "num_train": 40}}).data
+    drawn = data.load("train").examples[:40]
+    monkeypatch.setattr(describe, "_ANSWERS", {})
+    completer = Completer(Completion.pick(FACE_AND_SKY, "completion"), Site(tiny, (), ("image", "text"), 0))
+    image = frozenset({"image"})
+    completer.warm([(row, image) for row in drawn], training=True)
+    texts = [str(completer(row, image, True)[0].fields["text"]) for row in drawn]
+    known = [
+        re.fullmatch(r"What is the face\? (smile|calm|frown) What is the sky\? (day|dusk|night)", text)
+        for text in texts
+    ]
+    assert sum(map(bool, known)) >= 38
+    assert len({match.groups() for match in known if match}) >= 6  # they are not all alike
+    made = len(describe._ANSWERS)
+    completer.warm([(row, image) for row in drawn], training=False)
+    assert len(describe._ANSWERS) == made
+    before = tiny.lora()
+    tiny.set_lora(perturbed(tiny))
+    monkeypatch.setattr(describe, "_ANSWERS", {})
+    again = [str(completer(row, image, True)[0].fields["text"]) for row in drawn[:8]]
+    tiny.set_lora(before)
+    assert again == texts[:8]
+    assert all(completer(row, frozenset(mask), True)[0] is row for row in drawn[:2] for mask in (BOTH, {"text"}, ()))
+
+
+def test_modes_of_describe(tiny, monkeypatch):
+    asked: list[str] = []
+
+    class Parrot:
+        digest = "parrot"
+
+        def generate_frozen(self, prompts, max_new_tokens):
+            asked.extend(str(prompt.parts[1]) for prompt in prompts)
+            return ["" if "sky" in str(prompt.parts[1]) else " a  cat " for prompt in prompts]
+
+    monkeypatch.setattr(describe, "_ANSWERS", {})
+    path = Path(__file__)  # any file: the parrot does not look at it
+    row = Example(0, {"image": (path, path), "text": "hello"}, "?", ("no", "yes"), "no", "here")
+
+    def fields(visible: frozenset[str], **settings: Any) -> dict[str, Any]:
+        completion = Completion.pick({"name": "describe", **settings}, "completion")
+        return dict(Completer(completion, Site(Parrot(), (), ("image", "text"), 0))(row, visible, False)[0].fields)  # type: ignore[arg-type]
+
+    assert fields(BOTH, mode="add") == {"image": (path, path), "text": "hello a cat a cat"}
+    assert fields(BOTH, mode="replace") == {"text": "hello a cat a cat"}
+    assert fields(frozenset({"image"})) == {"image": (path, path), "text": "a cat a cat"}
+    assert asked == ["Describe the picture."]  # one picture, one question
+    assert fields(BOTH) == row.fields  # it has a text
+    assert fields(frozenset({"image"}), ask="the sky?")["text"] == "hello"  # no answer: the row stays as it is
+    assert fields(frozenset({"image"}), ask=["the sky?", "a pet?"])["text"] == "a pet? a cat a pet? a cat"
+
+
 def test_answers_that_leak_are_found(tiny):
     data = Experiment.parse({"data": {"name": "synthetic-verdict", "num_train": 300, "num_validation": 100}}).data
     train, public = data.load("train").examples, data.load("validation").examples
@@ -261,6 +321,7 @@ def test_the_oracle_gives_the_hidden_rows_back(tmp_path: Path):
         ({**SMALL, "backbone": {"name": "tiny", "lora": {"train_extra": ["resampler"]}}}, "must not be trained"),
         ({**SMALL, "completion": {"name": "retrieve", "whole": True, "test": True}}, "a test row cannot be replaced"),
         ({"completion": "retreive"}, "did you mean 'retrieve'"),
+        ({"completion": {"name": "describe", "to": "sound"}}, "completion.to: got 'sound'; the rows have image, text"),
         ({**SMALL, "public": {"rows": 5, "data": "no-such-set"}}, "public.data.name: got 'no-such-set'"),
     ],
 )
@@ -291,3 +352,15 @@ def test_members_are_a_family():
     assert Experiment.model_fields["completion"].default == Nothing()
     assert json.loads(json.dumps(experiment(**SMALL).identity()))["completion"]["name"] == "retrieve"
     assert stream(0, "retrieve", "1").integers(9) == stream(0, "retrieve", "1").integers(9)
+
+
+def test_text_alone_needs_no_pixels(tmp_path: Path):
+    """`replace`: no row that is trained or evaluated has a picture, and both engines' rounds are sent as before."""
+    e = experiment(num_rounds=1, completion={**FACE_AND_SKY, "mode": "replace"}, evaluate={"visible": ["all", "image"]})
+    inputs = Inputs.load(e)
+    clients = inputs.clients(1)
+    clients.store.warm(clients.shards)
+    made = [clients.store.row(i, BOTH) for i in clients.shards[0].rows[:4]]
+    assert all(not row.image_key for row in made)
+    run(e, tmp_path / "run")
+    assert {row["visible"] for row in load_run(tmp_path / "run").rows} == {"all", "image"}

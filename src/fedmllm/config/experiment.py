@@ -250,6 +250,7 @@ class Experiment(Spec):
     def _completion_suits_the_engine_and_the_adapter(self) -> Experiment:
         if self.completion == Nothing() and not self.public.rows:
             return self
+        self.completion.check(self.data.modalities())
         if "completion" not in self.engine.supports:
             able = sorted(n for n, e in Engine.members.items() if "completion" in cast("type[Engine]", e).supports)
             raise ValueError(

@@ -32,10 +32,10 @@ def predict(
 ) -> list[Prediction]:
     """One prediction a row, in the order of the rows; rows are batched with others of about their length.
 
-    A completer fills or converts what the model sees of a row; options, answers and predictions stay those of the row.
+    A completer fills or converts what the model sees of a row; options, answers and predictions stay those of the row. What
+    it computes in batches is computed by its `warm` before.
     """
     if completer:
-        completer.warm([(example, visible) for example in examples], training=False)
         completed = [completer(example, visible, training=False) for example in examples]
         conversations = [prompt.render(example, present) for example, present in completed]
     else:

@@ -46,9 +46,11 @@ class Evaluator:
     def predict(self, params: Params, rows: Sequence[Example], visible: str) -> list[Prediction]:
         """Return the predictions of an adapter for some rows."""
         e, backbone = self.inputs.experiment, self.inputs.backbone
+        present, completer = visible_of(visible, e.data.modalities()), self.inputs.completer
+        if completer:  # before an adapter is installed that a frozen answer must not depend on
+            completer.warm([(row, present) for row in rows], training=False)
         with installed(backbone, params):
-            present = visible_of(visible, e.data.modalities())
-            return predict(backbone, e.prompt, rows, present, e.evaluate, self.inputs.completer)
+            return predict(backbone, e.prompt, rows, present, e.evaluate, completer)
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float | None]:
         """Return metric -> value; None if the rows do not define it."""

@@ -72,6 +72,8 @@ def predict(
     made: dict[int, Prediction] = {}
     for start in range(0, len(order), CHUNK):
         chunk = order[start : start + CHUNK]
+        if completer:
+            completer.warm([(examples[i], kept) for i in chunk], training=False)
         found = predict_rows(
             backbone, settings.prompt, [examples[i] for i in chunk], kept, settings.evaluate, completer
         )

@@ -110,6 +110,16 @@ class Completion(Named):
         set_ = {k: v for k, v in self.model_dump(mode="json", exclude_defaults=True).items() if k != "name"}
         return f"{self.name}({','.join(f'{k}={v}' for k, v in set_.items())})" if set_ else self.name
 
+    def check(self, modalities: tuple[Modality, ...]) -> None:
+        """Check the settings against the experiment, before anything is loaded.
+
+        Args:
+            modalities: Of the data set.
+
+        Raises:
+            ConfigError: A setting does not fit.
+        """
+
     def notes(self, train: Sequence[Example], public: Sequence[Example]) -> Sequence[str]:
         """Findings about the rows for the record.
 
