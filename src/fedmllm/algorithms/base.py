@@ -38,6 +38,8 @@ class Aggregator(Named):
     global_model: ClassVar[bool] = True
     """False if only the clients' own models (`personal`) are evaluated."""
 
+    warm_start: ClassVar[bool] = True
+    """False if the algorithm needs a new adapter, so that `backbone.adapter` is refused."""
     grows: ClassVar[bool] = False
     """True if the rank of `result` grows with the rounds."""
 

@@ -102,6 +102,7 @@ class FLora(Growing):
 
     name: Literal["flora"] = "flora"
     mixed_ranks: ClassVar[bool] = True
+    warm_start: ClassVar[bool] = False
     lr: PositiveFloat = 1.0
     """Factor of a round's increment."""
 

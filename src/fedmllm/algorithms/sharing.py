@@ -28,6 +28,7 @@ class FfaLora(Sharing):
 
     name: Literal["ffa-lora"] = "ffa-lora"
     of_the_mean: ClassVar[bool] = True
+    warm_start: ClassVar[bool] = False
 
     def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
         fixed = names_of(params, A)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -114,8 +114,15 @@ class BackboneSpec(Named):
     image_features_folder_mb: Annotated[PositiveInt, EXECUTION_ONLY] = 16384
     """Size of that folder in MiB; the least recently used files are removed first."""
 
+    adapter: Annotated[str, ADDED_LATER] = ""
+    """Folder of a PEFT adapter that training starts from, such as `runs/RUN_ID/adapter`; "" = a new adapter, which changes
+    nothing. Its rank and scaling must be those of `lora`."""
+
     device: Annotated[str, EXECUTION_ONLY] = "cpu"
     """ "auto" (a CUDA device if there is one, otherwise the CPU), "cpu", "cuda" or "cuda:1"."""
+
+    usual_lr: ClassVar[float] = 1e-4
+    """A `train.lr` at which LoRA on such a model learns; named when a run has learned nothing."""
 
     @abstractmethod
     def load(self, seed: int) -> Backbone:
@@ -137,6 +144,7 @@ class Tiny(BackboneSpec):
     """The embedded MiniCPM-V 2.6 of about a million weights, pre-trained by `scripts/pretrain_tiny.py`."""
 
     name: Literal["tiny"] = "tiny"
+    usual_lr: ClassVar[float] = 3e-3
     keep_image_features_mb: Annotated[NonNegativeInt, EXECUTION_ONLY] = 64
     """Memory in MiB for outputs of the frozen vision tower across rounds and runs, 8 kB a picture; 0 = none."""
 

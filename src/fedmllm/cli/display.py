@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedmllm.core.text import bytes_text
-from fedmllm.runs.events import Evaluated, Event, RoundEnd, Started
+from fedmllm.runs.events import Evaluated, Event, Learned, RoundEnd, Started
+from fedmllm.runs.record import read
 
 
 class Bars:
@@ -45,6 +47,25 @@ class Bars:
         elif isinstance(event, Evaluated):
             name, value = next(iter(event.metrics.items()))
             show(self._task, note="" if value is None else f"{name} {value:.3f}")
+
+
+def learned_text(record: Path) -> str:
+    """One or more lines on whether a run's result is better than its baselines; "" if the record does not have it."""
+    lines = [line for line in read(record) if line["event"] == "learned"]
+    event = Learned.from_json(lines[-1]) if lines else None
+    if not isinstance(event, Learned):
+        return ""
+    names = {"start": "the model before training", "majority": "the most frequent answer"}
+    parts = []
+    for b in event.baselines:
+        interval = "" if b["low"] is None else f", 95 % interval {b['low']:+.3f} to {b['high']:+.3f}"
+        parts.append(f"{names[b['name']]} {b['value']:.3f} (difference {b['difference']:+.3f}{interval})")
+    text = f"{event.metric} {event.value:.3f} on {event.num_rows} test rows; {'; '.join(parts)}"
+    if not event.nothing:
+        return text if event.beaten else f"{text}. Too few test rows to say whether it learned"
+    missed = [names[b["name"]] for b in event.baselines if b["name"] not in event.beaten]
+    advice = "".join(f"\n  - {line}" for line in event.advice)
+    return f"{text}\nNothing learned that these rows can show: not better than {' and '.join(missed)}. Likely reasons:{advice}"
 
 
 def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> None:

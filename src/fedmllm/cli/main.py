@@ -53,36 +53,48 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
     ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(help="Override num_rounds; with --resume, a finished run trains on.", min=1)
+    ] = None,
     engine: Annotated[
         str | None, typer.Option(help="in-process, stacked or flower-simulation.", metavar="NAME")
     ] = None,
     num_actors: Annotated[int | None, typer.Option(help="Ray actors of flower-simulation.", min=1)] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Evaluate the frozen model too, to say whether the result is better.")
+    ] = True,
     threads: Annotated[int, typer.Option(help="Threads; 0 = the usable cores, or 1 on a busy machine.", min=0)] = 0,
     track: Track = None,
 ) -> None:
     """Run one experiment: data x scenario x prompt x backbone x objective x aggregator x rounds."""
     from fedmllm.config.experiment import Experiment
 
-    named = {"seed": seed, "engine.name": engine, "engine.num_actors": num_actors}
+    named = {"seed": seed, "num_rounds": rounds, "engine.name": engine, "engine.num_actors": num_actors}
     overrides = [*(set_ or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
     settings = Experiment.load(experiment, overrides)  # every setting is checked before torch is loaded
-    from fedmllm.cli.display import Bars, show_table
+    from fedmllm.cli.display import Bars, learned_text, show_table
     from fedmllm.cli.threads import set_threads
     from fedmllm.runs.folder import RunFolder
     from fedmllm.runs.run import run as start
     from fedmllm.runs.trackers import tracker
 
     folder = out or Path("runs") / settings.run_id()
+    if resume and rounds and not out:  # the run with fewer rounds, as the file has them
+        before = Experiment.load(experiment, [text for text in overrides if not text.startswith("num_rounds=")])
+        shorter = Path("runs") / before.run_id()
+        folder = shorter if not folder.exists() and shorter.exists() else folder
     trackers = [tracker(name, folder) for name in track or []]
     set_threads(threads, [RunFolder(folder).record] if resume else [])
     try:
         with Bars() as bars:
-            rows = start(settings, folder, [bars, *trackers], resume)
+            rows = start(settings, folder, [bars, *trackers], resume, baselines)
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same with --out {folder} --resume continues from the last finished round", err=True)
         raise typer.Exit(130) from None
     show_table(rows)
     typer.echo(f"record: {folder}")
+    if text := learned_text(RunFolder(folder).record):
+        typer.echo(text)
 
 
 app.add_typer(data_cli.app, short_help="Data sets: sources, splits, export.")

@@ -118,8 +118,8 @@ class Experiment(Spec):
     """How a round is computed."""
     num_rounds: PositiveInt = 25
     """Rounds of the federation."""
-    cohort_size: PositiveInt = 2
-    """Clients that are sampled in a round."""
+    cohort_size: NonNegativeInt = 2
+    """Clients that are sampled in a round; 0 = all that hold rows, which is the default if the rows name their clients."""
     cohort: Literal["seeded", "reference", "poisson"] = "seeded"
     """Draw of a round's clients: from the seed; as the published code draws among 10 clients; or each client with probability
     cohort_size / number of clients by a secret key, for privacy "client-dp"."""
@@ -168,7 +168,7 @@ class Experiment(Spec):
     @model_validator(mode="after")
     def _published_cohort_is_of_ten(self) -> Experiment:
         num_clients = self.partition.num_clients
-        if self.cohort == "reference" and (self.cohort_size > 10 or num_clients not in (0, 10)):
+        if self.cohort == "reference" and (not 0 < self.cohort_size <= 10 or num_clients not in (0, 10)):
             raise ValueError(
                 'cohort: got "reference", the published draw over 10 clients, for cohort_size '
                 f"{self.cohort_size} of {num_clients} clients; allowed: seeded"
@@ -178,7 +178,7 @@ class Experiment(Spec):
     @model_validator(mode="after")
     def _cohort_is_large_enough(self) -> Experiment:
         least = self.server().least_updates()
-        if self.federates and self.cohort_size < least:
+        if self.federates and 0 < self.cohort_size < least:
             raise ValueError(
                 f"cohort_size: got {self.cohort_size}; {self.aggregator.name} needs {least} updates a round"
             )
@@ -220,6 +220,17 @@ class Experiment(Spec):
                 f"cohort_size: got {self.cohort_size}; at most partition.num_clients = {num_clients}{more}"
             )
         self.scenario.check(self.data.modalities(), num_clients)
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_suits_the_method(self) -> Experiment:
+        if self.backbone.adapter and self.method == "majority":
+            raise ValueError('backbone.adapter: no effect with method = "majority", which uses no model; leave it out')
+        if self.backbone.adapter and not self.server().warm_start:
+            raise ValueError(
+                f"backbone.adapter: got {self.backbone.adapter!r}; {self.aggregator.name} starts from a new adapter. "
+                "Leave it out, or choose another aggregator"
+            )
         return self
 
     @model_validator(mode="after")
@@ -413,6 +424,8 @@ def _members(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     data = values.get("data")
     if "partition" not in values and isinstance(data, Dataset) and data.client_column():
         values["partition"] = ByColumn()  # the rows name their clients: the real federation, without a simulated split
+        if "privacy" not in values:  # whose noise depends on the number of clients
+            values.setdefault("cohort_size", 0)  # few sites, all of them there: each one trains in every round
     return values, errors
 
 
@@ -479,6 +492,8 @@ def check_client_dp(experiment: Experiment, privacy: ClientDp) -> None:
         raise ConfigError(
             f"privacy.delta: got {privacy.delta:g}; allowed: below 1 / partition.num_clients, 1 / {e.partition.num_clients}"
         )
+    if not e.cohort_size:
+        raise ConfigError('cohort_size: got 0; the noise of privacy "client-dp" needs a number; allowed: 1 and above')
     try:
         privacy.noise_of_sum(e.cohort_size)
     except ValueError as error:

@@ -267,7 +267,7 @@ def cohorts(
     Args:
         rule: "reference" is the published draw, the same for every seed: over all of 0..9, without those that hold no rows.
         clients: Those that hold rows.
-        size: Clients a round; on average, if "poisson".
+        size: Clients a round, on average if "poisson"; 0 = all of them.
         seed: Of the draw "seeded".
         key: Of the draw "poisson": 32 secret bytes.
 
@@ -278,6 +278,7 @@ def cohorts(
         raise ConfigError(
             f'cohort: got "reference", the published draw over 10 clients; there are {max(clients) + 1}; allowed: seeded'
         )
+    size = size or len(clients)
     if size > len(clients):
         raise ConfigError(f"cohort_size: got {size}; only {len(clients)} clients hold rows")
 

@@ -61,7 +61,13 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[Line], list[Line]]
     spec = experiment.backbone
     sizes = footprint(base_folder(spec, config_only=True), spec)
     e, engine = experiment, experiment.engine.model_dump()
-    stacked = min(engine["clients"], e.cohort_size) if "clients" in engine else 1
+    cohort = e.cohort_size or e.partition.num_clients or 1
+    who = (
+        f"{cohort} clients"
+        if e.cohort_size or e.partition.num_clients
+        else "one client; all that the rows name take part"
+    )
+    stacked = min(engine["clients"], cohort) if "clients" in engine else 1
     tokens = engine.get("token_budget") or spec.max_tokens * e.train.batch_size
     rows = max(1, tokens // spec.max_tokens)
     checkpointing = spec.precision.gradient_checkpointing
@@ -86,8 +92,8 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[Line], list[Line]]
     traffic = [
         Line("down, a client", sizes.payload_bytes),
         Line("up, a client", sizes.payload_bytes),
-        Line("a round", 2 * sizes.payload_bytes * e.cohort_size, f"{e.cohort_size} clients"),
-        Line("all rounds", 2 * sizes.payload_bytes * e.cohort_size * e.num_rounds, f"{e.num_rounds} rounds"),
+        Line("a round", 2 * sizes.payload_bytes * cohort, who),
+        Line("all rounds", 2 * sizes.payload_bytes * cohort * e.num_rounds, f"{e.num_rounds} rounds"),
     ]
     return sizes, memory, traffic
 

@@ -282,6 +282,8 @@ def read_run(folder: Path) -> RunRecord:
         events = list(read(folder / RECORD))
         heading = next(event for event in events if event["event"] == "experiment")
         settings, row = current_keys(Experiment, heading["settings"], str(folder / RECORD)), rows[0]
+        for event in events:
+            settings |= {"num_rounds": event["num_rounds"]} if event["event"] == "extended" else {}
         digests = heading.get("digests") or {}
         return RunRecord(
             run_id=row["run_id"],

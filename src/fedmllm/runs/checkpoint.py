@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,7 +24,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from fedmllm.core.errors import FedmllmError
+from fedmllm.backbones.base import Backbone, Lora
+from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import Spec
 from fedmllm.core.storage import make_folder, read_tensors, sync
 from fedmllm.core.tensors import rank_dim
@@ -266,6 +268,37 @@ def any_rank(like: Params) -> Params:
 def read_adapter(place: Path, like: Params) -> Params:
     """An adapter from a PEFT folder, or its safetensors file, for a backbone whose `lora()` is `like`."""
     return read_tensors(place / ADAPTER if place.is_dir() else place, like)
+
+
+def read_peft_adapter(place: Path, lora: Lora, backbone: Backbone) -> Params:
+    """Return the adapter of a PEFT folder that training starts from.
+
+    Args:
+        place: The folder.
+        lora: The settings of the adapter that is trained: rank and scaling must be the same.
+        backbone: The model that it is for.
+
+    Raises:
+        ConfigError: There is no such folder, or its rank, scaling or kind differ; the message has both.
+        FedmllmError: The tensors are not those of the model.
+    """
+    path = place / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found = {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora", False))}
+    except OSError as error:
+        raise ConfigError(f"backbone.adapter: {path}: cannot be read: {error.strerror}; give a PEFT folder") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"backbone.adapter: {path}: not a LoRA adapter of PEFT: {error!r}") from None
+    wanted = {"r": lora.r, "alpha": lora.alpha, "rslora": lora.rslora}
+    odd = [
+        f"lora.{key} is {value} there and {wanted[key]} here" for key, value in found.items() if value != wanted[key]
+    ]
+    if odd:
+        raise ConfigError(f"backbone.adapter: {place}: {'; '.join(odd)}; set backbone.lora to the adapter's values")
+    if patterns := [key for key in ("rank_pattern", "alpha_pattern", "use_dora") if config.get(key)]:
+        raise ConfigError(f"backbone.adapter: {place}: has {patterns[0]}; allowed: LoRA of one rank and scaling")
+    return read_adapter(place, backbone.lora())
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

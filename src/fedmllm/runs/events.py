@@ -101,6 +101,16 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True)
+class Extended(Event):
+    """A run gets more rounds than its first line says. The rounds before are those of a run that had them from the start."""
+
+    kind = "extended"
+    round: int  # after which it continues
+    num_rounds: int  # as of now
+    run_id: str  # of the experiment with that number of rounds
+
+
+@dataclass(frozen=True)
 class EmptyClients(Event):
     """Clients without rows."""
 
@@ -184,6 +194,29 @@ class Validated(Event):
     visible: str
     best_round: int | None
     client: int | None = None
+
+
+@dataclass(frozen=True)
+class Learned(Event):
+    """The result of a run against the frozen model and the most frequent training answer, on the same test rows."""
+
+    kind = "learned"
+    metric: str
+    visible: str
+    num_rows: int
+    value: float
+    baselines: list[dict[str, Any]]  # name, value, difference, low, high: 95 % interval over rows, or null
+    advice: list[str]  # settings that are likely to be the reason, if nothing was learned
+
+    @property
+    def beaten(self) -> list[str]:
+        """Names of the baselines that the result is better than, by more than the interval."""
+        return [b["name"] for b in self.baselines if b["low"] is not None and b["low"] > 0]
+
+    @property
+    def nothing(self) -> bool:
+        """True if a baseline is not beaten, although its interval is known."""
+        return any(b["low"] is not None and b["low"] <= 0 for b in self.baselines)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.storage import write_atomically
+from fedmllm.core.storage import write_atomically, writing
 
 RECORD = "record.jsonl"
 SUMMARY = "summary.json"
@@ -60,6 +60,15 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Whether the run has a summary."""
         return self.summary.exists()
+
+    def remove_summary(self) -> None:
+        """Delete the summary: the run is not finished any more.
+
+        Raises:
+            FedmllmError: It cannot be deleted.
+        """
+        with writing(self.summary):
+            self.summary.unlink(missing_ok=True)
 
     def read_rows(self) -> list[dict[str, Any]]:
         """Return the rows of the summary.

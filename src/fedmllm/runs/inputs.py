@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from fedmllm.config.engine import Engine as EngineSettings
 from fedmllm.config.experiment import Experiment
 from fedmllm.config.train import Train
 from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.tensors import digest as tensors_digest
 from fedmllm.core.types import Example, Params, Shard, answer_label, visible_of
 from fedmllm.data.overlap import overlap
 from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.federation.client import Clients, RowStore, planned_steps
 from fedmllm.federation.rounds import Engine
+from fedmllm.runs.checkpoint import read_peft_adapter
 from fedmllm.runs.events import Started
 from fedmllm.runs.fingerprint import rows_digest
 from fedmllm.scenarios.assign import assign, digest
@@ -43,7 +46,7 @@ class Inputs:
     notes: tuple[str, ...]  # findings about the rows that stop nothing
     shards: tuple[Shard, ...]
     backbone: Backbone
-    start: Params  # the adapter before any training
+    start: Params  # the adapter before any training: a new one, or that of `backbone.adapter`
     public: tuple[Example, ...] = ()  # complete rows that all clients may read
     completer: Completer | None = None  # None: rows stay as they are
 
@@ -79,6 +82,8 @@ class Inputs:
         if not test_rows and experiment.metrics():  # a server of real sites may have no test rows
             raise DataError(f"{data.name}: no usable test row")
         backbone = experiment.backbone.load(experiment.seed)
+        if experiment.backbone.adapter:
+            backbone.set_lora(read_peft_adapter(Path(experiment.backbone.adapter), experiment.backbone.lora, backbone))
         return cls(
             experiment=experiment,
             train=rows,
@@ -121,7 +126,9 @@ class Inputs:
         """Of the rows with their pictures, of who holds and sees which of them, and of the frozen model."""
         rows = rows_digest(self.train, self.validation, self.test)
         public = {"public": rows_digest(self.public)} if self.public else {}
-        return {"rows": rows, "partition": digest(self.shards, self.train), "base": self.backbone.digest, **public}
+        adapter = {"adapter": tensors_digest(self.start)} if self.experiment.backbone.adapter else {}
+        base = {"base": self.backbone.digest, **adapter}
+        return {"rows": rows, "partition": digest(self.shards, self.train), **base, **public}
 
 
 def completer_of(experiment: Experiment, backbone: Backbone, public: tuple[Example, ...]) -> Completer | None:

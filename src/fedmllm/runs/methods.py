@@ -73,7 +73,7 @@ def equivalent_rounds(experiment: Experiment, shards: Sequence[Shard]) -> float:
         raise ConfigError(
             f"availability: no client trains in any of the {experiment.num_rounds} rounds; lower its rates"
         )
-    return share * (experiment.num_rounds * experiment.cohort_size / num_asked)
+    return share * (experiment.num_rounds * (experiment.cohort_size or num_asked) / num_asked)
 
 
 def baseline_rounds(experiment: Experiment, shards: Sequence[Shard]) -> float:

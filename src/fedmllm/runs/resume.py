@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class Resume:
 
     folder: RunFolder
     place: Path | None  # of the last checkpoint
+    extends: bool = False  # the run had fewer rounds, which are done or begun
 
     @classmethod
     def find(cls, folder: RunFolder, experiment: Experiment) -> Resume:
@@ -33,7 +35,11 @@ class Resume:
         """
         place = checkpoint.newest(folder.checkpoints)
         before = checkpoint.read_run_state(place).settings if place else recorded_settings(folder)
-        if before is not None and (odd := differences(before, experiment.identity())):
+        odd = differences(before, experiment.identity()) if before is not None else []
+        if place and before and is_longer(before, experiment):
+            refuse_extension(folder, experiment)
+            return cls(folder, place, extends=True)
+        if odd:
             raise ConfigError(
                 f"{folder.path}: cannot be resumed with other settings: {'; '.join(odd)}. Choose another --out"
             )
@@ -59,6 +65,38 @@ class Resume:
                 f"{self.folder.path}: cannot be resumed: the digest of its {'; of its '.join(odd)}. Choose another --out"
             )
         return at
+
+
+def is_longer(before: Mapping[str, Any], experiment: Experiment) -> bool:
+    """True if an experiment is that of a run with more rounds, and nothing else differs."""
+    now = experiment.identity()
+    rounds = before.get("num_rounds")
+    return (
+        isinstance(rounds, int)
+        and rounds < now["num_rounds"]
+        and not differences({**before, "num_rounds": 0}, {**now, "num_rounds": 0})
+    )
+
+
+def refuse_extension(folder: RunFolder, experiment: Experiment) -> None:
+    """Raise ConfigError if the first rounds of a longer run are not those of the shorter one."""
+    if experiment.method != "federated":
+        raise ConfigError(
+            f"{folder.path}: num_rounds: only method 'federated' takes more rounds, got {experiment.method!r}, whose "
+            "training budget depends on them. Choose another --out"
+        )
+    if experiment.privacy.name != "none":
+        raise ConfigError(
+            f"{folder.path}: num_rounds: cannot be raised with privacy {experiment.privacy.name!r}, whose guarantee is for a "
+            "fixed number of rounds. Choose another --out"
+        )
+    if experiment.train.round_schedule != "constant":
+        raise ConfigError(
+            f"{folder.path}: num_rounds: cannot be raised with train.round_schedule = {experiment.train.round_schedule!r}: "
+            "learning rates depend on the number of rounds, and the last ones are near 0. Allowed: a run with "
+            f'round_schedule = "constant". To train on with new rates, start a new run from {folder.adapter()}: '
+            "backbone.adapter"
+        )
 
 
 def recorded_settings(folder: RunFolder) -> dict[str, Any] | None:

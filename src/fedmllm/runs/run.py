@@ -10,10 +10,11 @@ from typing import Any
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.runs.costs import reset_peaks
-from fedmllm.runs.events import EmptyClients, Ended, Resumed, Sink, Stopped
+from fedmllm.runs.events import EmptyClients, Ended, Extended, Resumed, Sink, Stopped
 from fedmllm.runs.fingerprint import differences
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.inputs import Inputs, device, heading, versions
+from fedmllm.runs.learning import learned
 from fedmllm.runs.methods import METHODS
 from fedmllm.runs.record import Record, read
 from fedmllm.runs.result import RunResult
@@ -22,7 +23,11 @@ from fedmllm.runs.session import Session
 
 
 def run(
-    experiment: Experiment, out: str | Path | None = None, sinks: Sequence[Sink] = (), resume: bool = False
+    experiment: Experiment,
+    out: str | Path | None = None,
+    sinks: Sequence[Sink] = (),
+    resume: bool = False,
+    compare_baselines: bool = False,
 ) -> RunResult:
     """Run one experiment; write record, predictions, checkpoints, adapter and summary into a folder.
 
@@ -31,7 +36,10 @@ def run(
         out: The folder; by default `runs/RUN_ID`.
         sinks: Functions that receive each event of the run (`fedmllm.runs.events`).
         resume: Continue a run that was stopped in the folder from its last checkpoint; the result has the bytes of a run
-            that was never stopped. A finished run is left as it is. A folder without a run gets a new one.
+            that was never stopped. A finished run is left as it is, unless the experiment has more rounds and nothing else
+            differs: then it trains on, if `train.round_schedule` is "constant". A folder without a run gets a new one.
+        compare_baselines: Evaluate the frozen model in addition, and record whether the result is better than it and than the
+            most frequent training answer: the event `learned`.
 
     Returns:
         The result: a sequence of the summary's rows, with the adapter and the history of the rounds.
@@ -50,9 +58,9 @@ def run(
                 f"{folder.record} exists; --resume continues that run; or choose another --out, or delete the folder"
             )
         begin = Resume.find(folder, experiment)
-        if not (resume and folder.is_finished):
+        if begin.extends or not (resume and folder.is_finished):
             try:
-                execute(experiment, begin, record, sinks)
+                execute(experiment, begin, record, sinks, compare_baselines)
             except BaseException as error:
                 for sink in everyone:
                     with contextlib.suppress(
@@ -69,11 +77,15 @@ def has_begun(folder: RunFolder) -> bool:
     return bool(first.get("event") != "stopped")
 
 
-def execute(experiment: Experiment, begin: Resume, record: Record, sinks: Sequence[Sink]) -> None:
+def execute(
+    experiment: Experiment, begin: Resume, record: Record, sinks: Sequence[Sink], compare_baselines: bool = False
+) -> None:
     """Run from the last checkpoint, if there is one, to the summary."""
     reset_peaks()
     inputs = Inputs.load(experiment)
     start = begin.check(inputs)
+    if begin.extends:
+        begin.folder.remove_summary()  # of the shorter run: a stop from here on leaves an unfinished one
     record.truncate(start.run_state.record_bytes if start else 0)
     session = Session(inputs, begin.folder, record, sinks, start)
     head = heading(inputs)
@@ -89,10 +101,16 @@ def execute(experiment: Experiment, begin: Resume, record: Record, sinks: Sequen
         session.emit(
             Resumed(state.round, state.totals.num_rounds, **now, changed=differences(before, now), sent_bytes=sent)
         )
+        if begin.extends:
+            session.emit(Extended(state.round, experiment.num_rounds, experiment.run_id()))
     elif empty := [shard.client for shard in inputs.shards if not shard.rows]:
         session.emit(EmptyClients(empty, "these clients hold no row and are never asked"))
     try:
         rows = METHODS[experiment.method](session)
+        if compare_baselines and experiment.method not in ("majority", "zero-shot"):
+            session.sync()
+            if found := learned(inputs, session.evaluator, begin.folder.predictions):
+                session.emit(found)
         session.emit(Ended(len(rows)))
         session.sync()
     finally:

@@ -11,6 +11,7 @@ from fedmllm.algorithms.objectives import FedProx, TaskLoss
 from fedmllm.algorithms.privacy.client_dp import ClientDp
 from fedmllm.algorithms.privacy.guarantee import Guarantee
 from fedmllm.algorithms.server_optimizers import FedAvg
+from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Params
 from fedmllm.federation.client_state import ClientStateStore
 from fedmllm.federation.rounds import Progress, cohorts, federate
@@ -98,6 +99,8 @@ class Session:
             clients = replace(clients, objective=objective, availability=Always())
         before = inputs.start if start is None else start
         num_rounds = clients.num_rounds
+        if federated and (size := e.cohort_size or len(members)) < (least := aggregator.least_updates()):
+            raise ConfigError(f"cohort_size: {size} clients hold rows; {aggregator.name} needs {least} updates a round")
 
         def cohort(key: bytes) -> Callable[[int], list[int]]:
             return cohorts(e.cohort, members, e.cohort_size, e.seed, key)

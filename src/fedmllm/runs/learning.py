@@ -1,0 +1,106 @@
+"""Whether a run has learned anything: its result against the frozen model and the most frequent answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.metrics import METRICS
+from fedmllm.core.types import Prediction
+from fedmllm.federation.baselines import majority_predictions
+from fedmllm.federation.client import planned_steps
+from fedmllm.runs.events import Learned
+from fedmllm.runs.inputs import Inputs
+from fedmllm.runs.predictions import Evaluation, read_predictions
+from fedmllm.runs.row_statistics import paired_rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fedmllm.runs.evaluator import Evaluator
+
+LOWER_IS_BETTER = ("unparsed",)
+FEW_STEPS = 100  # optimizer steps of all clients over all rounds
+
+
+def final_evaluations(path: Path, visible: str = "") -> list[Evaluation]:
+    """The evaluations of a run's result: that of the last adapter, or of each client's last one.
+
+    Args:
+        path: `predictions.jsonl.gz`.
+        visible: The visible modalities, as in `evaluate.visible`; "" = those evaluated first.
+
+    Returns:
+        One evaluation, or one per client; [] if there is none with these modalities.
+    """
+    last: dict[int | None, Evaluation] = {}
+    for found in read_predictions(path):
+        visible = visible or found.visible
+        if found.visible == visible:
+            last[found.client] = found
+    clients = {client: one for client, one in last.items() if client is not None}
+    return list(
+        (clients or last).values()
+    )  # method "personal" evaluates the global adapter too, which is not the result
+
+
+def learned(inputs: Inputs, evaluator: Evaluator, predictions: Path) -> Learned | None:
+    """Compare a run's result with the frozen model and the most frequent training answer.
+
+    Args:
+        inputs: Of the run.
+        evaluator: To evaluate the frozen model.
+        predictions: The run's file of predictions, with the result's.
+
+    Returns:
+        The comparison in the run's first metric; None if the test rows do not define it, or if fewer is better.
+    """
+    e = inputs.experiment
+    metric, visible = (e.metrics() or ("",))[0], e.evaluate.visible[0]
+    result = [one.predictions for one in final_evaluations(predictions, visible)]
+    if not result or not metric or metric in LOWER_IS_BETTER:
+        return None
+    train = [inputs.train[row] for shard in inputs.shards for row in shard.rows]
+    frozen = evaluator.predict(inputs.start, inputs.test, visible)
+    groups = groups_of(result[0], e.data.group_column())
+    value, baselines = 0.0, []
+    for name, predicted in (("start", frozen), ("majority", majority_predictions(train, inputs.test))):
+        test, base = paired_rows(metric, result, [predicted], groups), METRICS[metric](predicted)
+        if test is None or base is None:
+            return None
+        value = base + test.difference
+        baselines.append(
+            {"name": name, "value": base, "difference": test.difference, "low": test.low, "high": test.high}
+        )
+    found = Learned(metric, visible, len(inputs.test), value, baselines, [])
+    return replace(found, advice=advice(e, inputs)) if found.nothing else found
+
+
+def groups_of(predictions: tuple[Prediction, ...] | list[Prediction], column: str) -> list[str]:
+    """Per row the group that it belongs to; [] if the rows have none."""
+    if not column or any(column not in p.example.columns for p in predictions):
+        return []
+    return [p.example.columns[column] for p in predictions]
+
+
+def advice(experiment: Experiment, inputs: Inputs) -> list[str]:
+    """Settings that are likely to be the reason that nothing was learned, the likeliest first."""
+    e, found = experiment, []
+    usual = e.backbone.usual_lr
+    if e.train.lr * 3 < usual:
+        found.append(f"train.lr = {e.train.lr:g} is low for this model: try {usual:g}")
+    members = [shard for shard in inputs.shards if shard.rows]
+    cohort = min(e.cohort_size or len(members), len(members))
+    mean = sum(planned_steps(e.train, len(shard.rows)) for shard in members) / len(members)
+    steps = round(mean * e.num_rounds * (cohort if e.federates else 1))
+    if steps < FEW_STEPS:
+        found.append(f"about {steps} optimizer steps in all: raise num_rounds = {e.num_rounds} or train.epochs")
+    if e.federates and cohort * 2 < len(members):
+        found.append(f"cohort_size = {cohort} of {len(members)} sites a round: raise it, or num_rounds")
+    server_lr = getattr(e.server(), "lr", None)
+    if isinstance(server_lr, float) and e.aggregator.name in ("fedadam", "fedyogi", "fedadagrad") and server_lr < 1e-3:
+        found.append(f"aggregator.lr = {server_lr:g} moves the adapter little: try 0.01")
+    if not found:
+        found.append("more rows, or a model that knows more about such rows; see the troubleshooting page")
+    return found
