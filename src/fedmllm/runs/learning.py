@@ -1,4 +1,4 @@
-"""Whether a run has learned anything: its result against the frozen model and the most frequent answer."""
+"""Comparison of a result with the frozen model and the majority."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Resume:
 
     folder: RunFolder
     place: Path | None  # of the last checkpoint
-    extends: bool = False  # the run had fewer rounds, which are done or begun
+    extends: bool = False  # the run had fewer rounds, which may be done
 
     @classmethod
     def find(cls, folder: RunFolder, experiment: Experiment) -> Resume:
