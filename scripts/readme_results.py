@@ -15,9 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fedmllm.reports.comparisons import mean_over_settings
-from fedmllm.reports.names import metric_label
-from fedmllm.reports.reading import DatasetResults, read_results
+from fedmllm.reports.archive import ARCHIVE
+from fedmllm.reports.comparisons import all_pairs, declared, mean_over_settings
+from fedmllm.reports.names import metric_label, visible_label
+from fedmllm.reports.reading import DatasetResults, ReportData, read_results
+from fedmllm.reports.shares import share_table, share_text
 from fedmllm.reports.stats import Spread
 from fedmllm.reports.tables import result_table
 from fedmllm.reports.write import write_report
@@ -30,7 +32,10 @@ BEGIN, END = "<!-- results: written by scripts/readme_results.py -->", "<!-- end
 
 
 def table(dataset: DatasetResults) -> str:
-    """Methods by scenario: means over its settings, then mean ± standard deviation over seeds; bold: best federated."""
+    """Methods by scenario: means over its settings, then mean ± standard deviation over seeds; bold: best federated.
+
+    The last column is the share of the ceiling over all settings, where the runs state one.
+    """
     values, groups = dataset.values(), {**dataset.scenarios, "all settings": dataset.settings}
     scale = result_table(dataset).scale
     spreads = {
@@ -39,7 +44,10 @@ def table(dataset: DatasetResults) -> str:
         }
         for group, settings in groups.items()
     }
+    shares = share_table(dataset)
     head = [metric_label(dataset.metric) + (f", {scale.unit}" if scale.unit else ""), *groups]
+    if shares and dataset.visible in shares.ceilings:
+        head.append("share of the ceiling")
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for method in dataset.methods:
         cells = []
@@ -48,28 +56,51 @@ def table(dataset: DatasetResults) -> str:
             best = max(federated, key=lambda m: of_group[m].mean, default="")
             text = scale.spread(of_group[method].mean, of_group[method].std) if method in of_group else ""
             cells.append(f"**{text}**" if method == best and len(federated) > 1 else text)
+        if shares and dataset.visible in shares.ceilings:
+            cells.append(share_text(shares.rows.get(method, {}).get(dataset.visible)))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def text_of(folders: list[Path]) -> str:
+def text_of(places: list[Path]) -> str:
     """What stands between the markers."""
-    parts = []
-    for folder in folders:
-        report = read_results([folder])
+    parts = [
+        "The embedded benchmark, a drawn data set and a model of a million weights: not a result about a real MLLM.\n"
+    ]
+    for place in places:
+        report = read_results([place])
         for dataset in report.datasets:
             settings = " + ".join(f"{len(s)} {name}" for name, s in dataset.scenarios.items())
             found = result_table(dataset)
             least = found.detectable_mean
             detect = f"; detectable difference over all settings: {100 * least:.1f} points" if least is not None else ""
             about = f"{len(dataset.runs)} runs, {len(dataset.seeds)} seeds ({settings}){detect}"
-            parts.append(f"{report.title}: {about}.\n\n{table(dataset)}\n")
+            parts.append(f"{report.title}: {about}.\n\n{table(dataset)}\n\n{findings(report, dataset)}")
     note = (
-        "The embedded benchmark, not a result about a real MLLM. Mean over a scenario's settings ± standard deviation over "
-        "seeds; bold is the highest mean of the federated methods, which may be within noise: the reports under `results/` "
-        "have every setting, the paired tests, the published numbers of settings that agree, and the costs."
+        "Mean over a scenario's settings ± standard deviation over seeds; bold is the highest mean of the federated methods. "
+        "The reports under `results/` have every setting, the paired tests and the costs; "
+        "[docs/benchmark.md](docs/benchmark.md) says what the benchmark can show."
     )
     return "\n".join([*parts, note])
+
+
+def findings(report: ReportData, dataset: DatasetResults) -> str:
+    """Ceilings, declared claims, and the pairs whose order is established."""
+    parts = []
+    if shares := share_table(dataset):
+        words = ", ".join(f"{visible_label(v)} {100 * c:.1f}" for v, c in shares.ceilings.items())
+        parts.append(f"Ceilings: {words}.")
+    for kind, tests in (
+        ("Declared claims", declared(dataset, report.claims)),
+        ("Of all pairs of methods", all_pairs(dataset)),
+    ):
+        yes = [c.text or f"{c.higher} above {c.lower}" for c in tests if c.is_established]
+        no = [c.text or f"{c.higher} above {c.lower}" for c in tests if not c.is_established]
+        if tests:
+            parts.append(
+                f"{kind} ({len(tests)}, Holm): established: {'; '.join(yes) or 'none'}; not: {'; '.join(no) or 'none'}."
+            )
+    return " ".join(parts) + "\n"
 
 
 def shots(page: Path) -> None:
@@ -103,7 +134,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--shots", action="store_true")
     arguments = parser.parse_args()
-    folders = sorted(path.parent for path in RESULTS.glob("*/suite.json"))
+    graded = sorted(RESULTS.glob(f"*{ARCHIVE}"))
+    folders = [*graded, *sorted(path.parent for path in RESULTS.glob("*/suite.json"))]
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     if before.count(BEGIN) != 1 or before.count(END) != 1:
@@ -114,13 +146,13 @@ def main() -> None:
         if arguments.check:
             sys.exit(1)
     inside = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.DOTALL)
-    after = inside.sub(lambda _: f"{BEGIN}\n{text_of(folders)}\n{END}", before)
+    after = inside.sub(lambda _: f"{BEGIN}\n{text_of(graded or folders)}\n{END}", before)
     stale = ["README.md"] if after != before else []
     if not arguments.check:
         readme.write_text(after, encoding="utf-8")
     with tempfile.TemporaryDirectory() as place:
         for folder in folders:
-            written = write_report([folder], Path(place) / f"{folder.name}.html")
+            written = write_report([folder], Path(place) / f"{folder.name.removesuffix(ARCHIVE)}.html")
             for path in (p for p in written if p.suffix != ".html" and not p.name.endswith("-rounds.csv")):
                 kept = RESULTS / path.name
                 if not kept.exists() or kept.read_bytes() != path.read_bytes():

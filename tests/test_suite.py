@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.reports.reading import read_suite
 from fedmllm.runs.events import RoundEnd
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.record import read
@@ -137,6 +138,42 @@ def test_a_bad_file_is_refused_before_anything_runs(tmp_path: Path, change: tupl
     with pytest.raises(ConfigError, match=message) as error:
         Suite.load(path)
     assert "toml" in str(error.value)
+
+
+CLAIM = """
+[[claims]]
+higher = { methods = "FedAdam" }
+lower = { methods = "Zero-shot", settings = ["whole", "half"] }
+visible = "image"
+"""
+
+
+def test_claims_are_checked_against_the_labels_and_reach_the_report(tmp_path: Path):
+    suite = Suite.load(file(tmp_path, SMALL + CLAIM))
+    suite.save(tmp_path)
+    (claim,) = read_suite(tmp_path / "suite.json")[2]
+    lower = {"methods": ["Zero-shot"], "settings": ["whole", "half"]}
+    assert claim == {"visible": "image", "higher": {"methods": ["FedAdam"]}, "lower": lower}
+    child = file(tmp_path, 'extends = "suite.toml"\n[matrix.methods]\n"FedAvg" = {}\n', "child.toml")
+    assert Suite.load(child).claims == ()  # claims are about the labels of their own file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ('"FedAdam" }', '"FedAdan" }'),
+            "claims 1: higher: methods = 'FedAdan': no such label; known: Zero-shot, FedAdam",
+        ),
+        (("higher =", "above ="), "claims 1: above: unknown key"),
+        (("lower = { methods", "text = { methods"), "claims 1: lower: missing"),
+        (('visible = "image"', "visible = 3"), "claims 1: visible: got 3; give a text"),
+        (("[[claims]]", "[claims]"), "claims: got .*; give tables"),
+    ],
+)
+def test_a_bad_claim_is_refused(tmp_path: Path, change: tuple[str, str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        Suite.load(file(tmp_path, SMALL + CLAIM.replace(*change)))
 
 
 def test_an_unknown_label_in_skip_is_named(tmp_path: Path):

@@ -131,7 +131,9 @@ def show_plan(loaded: Suite, cells: Sequence[Cell], folder: Path, jobs: int) -> 
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of suites or runs.", metavar="DIR...")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of suites or runs, or their .tar.xz.", metavar="DIR...")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="The page, or a .md, .tex or .csv file. Default: report.html in the first folder."),

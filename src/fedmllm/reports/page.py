@@ -18,6 +18,7 @@ from fedmllm.reports.figures import MOST_DRAWN, Look, Picture, against_cost, cur
 from fedmllm.reports.names import SCENARIOS, TWO, VISIBLE, metric_label, setting_meaning, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
 from fedmllm.reports.reading import DatasetResults, ReportData
+from fedmllm.reports.shares import ShareTable, about_shares, share_table, share_text
 from fedmllm.reports.svg import SHOWS, variable
 from fedmllm.reports.tables import (
     CostRow,
@@ -54,6 +55,7 @@ class Section:
     matrices: list[Matrix]
     first_matrix: str  # the method whose train x test table is open
     heat: tuple[float, float]  # lowest and highest mean of the matrices
+    shares: ShareTable | None  # of the ceiling, where the runs state one
     tests: dict[str, list[Comparison]]  # title -> tests that are corrected together
     published: PublishedTable | None
     costs: list[CostRow]
@@ -95,6 +97,7 @@ def section(report: ReportData, dataset: DatasetResults, key: str) -> Section:
         matrices=trained,
         first_matrix=next((m for m in best if any(m == matrix.method for matrix in trained)), ""),
         heat=(min(means, default=0.0), max(means, default=1.0)),
+        shares=share_table(dataset),
         tests={title: several for title, several in claims.items() if several},
         published=published_table(dataset, table),
         costs=costs(dataset),
@@ -123,6 +126,8 @@ def page(report: ReportData) -> str:
         counted=counted,
         about_table=lambda table: about_table(table).replace("**", "").replace("_second_", "second"),
         about_published=about_published,
+        about_shares=about_shares,
+        share_text=share_text,
         interval=interval,
         no_tests=no_tests,
         verdict=verdict,

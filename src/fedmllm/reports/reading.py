@@ -210,13 +210,20 @@ class DatasetResults:
 
 
 def read_results(folders: Sequence[Path]) -> ReportData:
-    """Every run in the folders, at any depth, in the order of their suites.
+    """Every run in the folders or archives (`reports/archive.py`), at any depth, in the order of their suites.
 
     A run that is found twice with the same results is taken once. Runs of one id with other rows, partition or base model
     stay apart, and are never paired.
 
     Raises FedmllmError for a folder that is missing, cannot be read or has no finished run, and for a damaged file.
     """
+    from fedmllm.reports.archive import unpacked
+
+    with unpacked(folders) as found:
+        return _read_folders(found)
+
+
+def _read_folders(folders: Sequence[Path]) -> ReportData:
     from fedmllm.reports.grouping import arrange
 
     titles: dict[str, None] = {}
@@ -226,7 +233,7 @@ def read_results(folders: Sequence[Path]) -> ReportData:
     unfinished: list[str] = []
     for folder in folders:
         if not folder.is_dir():
-            raise FedmllmError(f"{folder}: not a folder; give folders of runs or suites")
+            raise FedmllmError(f"{folder}: not a folder or a .tar.xz of results; give folders of runs or suites")
         suites, records = _find(folder)
         for path in suites:
             title, of_suite, of_claims = read_suite(path)

@@ -12,6 +12,7 @@ from fedmllm.reports.comparisons import Comparison
 from fedmllm.reports.names import metric_label, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, p_text
 from fedmllm.reports.reading import DatasetResults, RunRecord
+from fedmllm.reports.shares import ShareTable, about_shares, share_text
 from fedmllm.reports.stats import Spread, paired
 from fedmllm.reports.tables import CostRow, Matrix, PublishedTable, ResultRow, ResultTable
 
@@ -136,6 +137,14 @@ def about_published(table: PublishedTable) -> str:
             f"{table.num_stable / 2:g})."
         )
     return text
+
+
+def shares_markdown(table: ShareTable, num_settings: int) -> str:
+    """Shares of the ceiling, a row for each method."""
+    lines = _head(["method"], [visible_label(visible) for visible in table.ceilings])
+    for method, of_method in table.rows.items():
+        lines.append(_line([method, *(share_text(of_method.get(visible)) for visible in table.ceilings)]))
+    return "\n".join(lines) + f"\n\n{about_shares(table, num_settings)}\n"
 
 
 def costs_markdown(rows: Sequence[CostRow]) -> str:

@@ -12,6 +12,7 @@ from fedmllm.reports.comparisons import additions, all_pairs, declared
 from fedmllm.reports.names import setting_meaning
 from fedmllm.reports.page import page
 from fedmllm.reports.reading import DatasetResults, ReportData, read_results
+from fedmllm.reports.shares import share_table
 from fedmllm.reports.tables import costs, matrices, published_table, result_table
 from fedmllm.reports.texts import (
     comparisons_markdown,
@@ -24,6 +25,7 @@ from fedmllm.reports.texts import (
     results_markdown,
     rounds_csv,
     settings_markdown,
+    shares_markdown,
 )
 
 FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".tex": "latex", ".csv": "csv"}
@@ -109,6 +111,8 @@ def _section(report: ReportData, dataset: DatasetResults) -> list[str]:
     parts += ["\n".join(f"- **{answer.question}.** {answer.text}" for answer in found) + "\n"]
     if table.rows:
         parts.append(results_markdown(table))
+    if shares := share_table(dataset):
+        parts += ["### Share of the ceiling\n", shares_markdown(shares, len(dataset.settings))]
     parts.append("### Settings\n")
     parts.append(
         settings_markdown(

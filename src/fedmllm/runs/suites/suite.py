@@ -14,6 +14,9 @@
     [[matrix.skip]]                     # optional: cells that have all of these labels are left out
     methods = ["Zero-shot"]
     prompts = ["agnostic"]
+    [[claims]]                          # optional: what the suite is to decide, declared before it is run
+    higher = { methods = "FedAdam" }
+    lower = { methods = "FedAvg" }
 
 Axes may have any names. Their product is run in the order of the file, one seed after the other, so that a suite that is
 stopped has whole seeds.
@@ -35,7 +38,8 @@ from fedmllm.core.storage import write_atomically
 from fedmllm.core.text import flat
 
 SUITE = "suite.json"
-KEYS = ("title", "extends", "imports", "base", "matrix")
+KEYS = ("title", "extends", "imports", "base", "matrix", "claims")
+CLAIM_KEYS = ("higher", "lower", "text", "metric", "visible")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Suite:
     title: str
     cells: tuple[Cell, ...]
     left_out: tuple[LeftOut, ...] = ()
+    claims: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> Suite:
@@ -87,6 +92,7 @@ class Suite:
         if imports := (*table.get("imports", ()), *imports_of(base, path).get("imports", ())):
             base = {**base, "imports": imports}
         axes, skips = matrix(table.get("matrix"), path)
+        claims = declared_claims(table.get("claims", []), axes, path)
         cells: dict[str, Cell] = {}
         left_out: list[LeftOut] = []
         errors: dict[str, None] = {}
@@ -111,7 +117,7 @@ class Suite:
             raise ConfigError("\n".join(f"{path}: {line}" for line in errors))
         if not cells:
             raise ConfigError(f"{path}: the matrix has no cell")
-        return cls(str(table.get("title") or path.stem), tuple(cells.values()), tuple(left_out))
+        return cls(str(table.get("title") or path.stem), tuple(cells.values()), tuple(left_out), claims)
 
     def select(self, words: Sequence[str]) -> tuple[Cell, ...]:
         """Return the cells that have a label for each word.
@@ -149,7 +155,8 @@ class Suite:
             folder: Folder of the cells.
         """
         cells = [{"run_id": cell.run_id, "labels": dict(cell.labels)} for cell in self.cells]
-        write_atomically(folder / SUITE, json.dumps({"title": self.title, "cells": cells}, indent=1))
+        claims = {"claims": [dict(claim) for claim in self.claims]} if self.claims else {}
+        write_atomically(folder / SUITE, json.dumps({"title": self.title, "cells": cells, **claims}, indent=1))
 
 
 def matching(word: str, labels: Sequence[str]) -> set[str]:
@@ -181,6 +188,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: got {parent!r}; give the name of a suite file")
     below = read(path.parent / parent, (*seen, path.resolve()))
+    below.pop("claims", None)  # they are about the labels of that file
     own_axes = of_tables(table.pop("matrix", {}), f"{path}: matrix")
     merged: dict[str, Any] = merge(below, table)
     imports = (*below.get("imports", ()), *table.get("imports", ()))
@@ -234,6 +242,38 @@ def matrix(table: Any, path: Path) -> tuple[dict[str, dict[str, Any]], list[dict
     if not isinstance(skips, list):
         raise ConfigError(f"{path}: matrix.skip: got {skips!r}; give tables: [[matrix.skip]], or [] for none")
     return axes, [skipped(skip, axes, f"{path}: matrix.skip {number}") for number, skip in enumerate(skips, start=1)]
+
+
+def declared_claims(claims: Any, axes: Mapping[str, Mapping[str, Any]], path: Path) -> tuple[Mapping[str, Any], ...]:
+    """The claims of a suite file, each with two sides that name labels of the matrix.
+
+    Raises:
+        ConfigError: A claim lacks a side, or names an axis or a label that the matrix does not have.
+    """
+    if not isinstance(claims, list):
+        raise ConfigError(f"{path}: claims: got {claims!r}; give tables: [[claims]]")
+    found = []
+    for number, claim in enumerate(claims, start=1):
+        place = f"{path}: claims {number}"
+        table = of_tables(claim, place)
+        for key in table:
+            if key not in CLAIM_KEYS:
+                raise ConfigError(
+                    f"{place}: {key}: unknown key; allowed: {', '.join(CLAIM_KEYS)}{nearest(key, list(CLAIM_KEYS))}"
+                )
+        if missing := [side for side in ("higher", "lower") if not table.get(side)]:
+            raise ConfigError(
+                f'{place}: {missing[0]}: missing; name labels, as in {missing[0]} = {{ methods = "FedAvg" }}'
+            )
+        if bad := [key for key in ("text", "metric", "visible") if not isinstance(table.get(key, ""), str)]:
+            raise ConfigError(f"{place}: {bad[0]}: got {table[bad[0]]!r}; give a text")
+        sides = {}
+        for side in ("higher", "lower"):
+            labels = of_tables(table[side], f"{place}: {side}")
+            several = {axis: label if isinstance(label, list) else [label] for axis, label in labels.items()}
+            sides[side] = skipped(several, axes, f"{place}: {side}")
+        found.append({**table, **sides})
+    return tuple(found)
 
 
 def seeded(keys: Sequence[str], seed: int) -> dict[str, Any]:
