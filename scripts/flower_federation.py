@@ -95,10 +95,13 @@ class Federation:
         self.until(lambda: "SuperLink on" in (self.folder / "server.out").read_text(), 60)
         for name in NAMES:
             self.call("site", "new", name, "--name", name, "--server", f"127.0.0.1:{self.gate}")
+        keys = {name: (self.folder / name / "site.key.pub").read_text().strip() for name in NAMES}
+        peers = "[peers]\n" + "".join(f'{name} = "{key}"\n' for name, key in keys.items())
+        for name in NAMES:
             (self.folder / name / "ca.crt").write_bytes((self.folder / "server" / "ca.crt").read_bytes())
             head = f'name = "{name}"\nserver = "127.0.0.1:{self.gate}"\nca = "ca.crt"\nkey = "site.key"\nthreads = 1\n'
             limits = f"[allow]\nmin_steps = 1\nextra_tensors = true\nmax_steps = 20\n{allow}\n"
-            tables = f"{self._data(name)}[backbone]\n{self.backbone}\n{limits}"
+            tables = f"{self._data(name)}[backbone]\n{self.backbone}\n{peers}{limits}"
             (self.folder / name / "site.toml").write_text(head + tables, encoding="utf-8")
             self.call("server", "add", "server", name, f"{name}/site.key.pub")
             self.site(name, (bad or {}).get(name, ""))

@@ -4,19 +4,14 @@ only Flower's transport is replaced by a call.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from flower_federation import NAMES, Federation
 
 from fedmllm.config.experiment import Experiment
@@ -24,65 +19,10 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import digest, flatten, manifest_digest
 from fedmllm.core.types import Round
 from fedmllm.flower.request import Request
-from fedmllm.flower.server import server_app
-from fedmllm.flower.server.experiment import over_sites
-from fedmllm.flower.site.config import Refused, Site
-from fedmllm.flower.site.process import answer
 from fedmllm.flower.site.state import SiteState
-from fedmllm.flower.site.trainer import Trainer, _floats, _request
 from fedmllm.runs.events import RoundEnd
 from fedmllm.runs.record import read
-from fedmllm.runs.run import run
-
-
-class InThisProcess:
-    """What a `ResidentTrainer` does, without its process."""
-
-    def __init__(self, folder: Path, allow: str) -> None:
-        self.trainer, self.requests = Trainer(Site.load(folder / "site.toml"), folder / "site-state"), []
-
-    def ask(self, head: dict[str, str], adapter: bytes) -> tuple[dict[str, Any], bytes]:
-        self.requests.append(json.loads(head["request"]))
-        try:
-            delta, about = self.trainer.train(_request(head["request"]), _floats(adapter), head["manifest"])
-        except (Refused, FedmllmError) as error:
-            return {"refused": str(error)}, b""
-        return {**about, "num_loads": 1, "busy_s": 0.0}, flatten(delta).numpy().tobytes()
-
-
-class Wire:
-    """A grid whose nodes are sites of this process."""
-
-    def __init__(self, folder: Path, allow: str) -> None:
-        self.sites = {}
-        for node, name in enumerate(NAMES, start=10):
-            (folder / name).mkdir(exist_ok=True)
-            self.sites[node] = InThisProcess(folder / name, allow)
-        self._replies: dict[str, Any] = {}
-
-    def get_nodes(self) -> list[SimpleNamespace]:
-        return [SimpleNamespace(node_id=node, last_activated_at="now") for node in self.sites]
-
-    def push_messages(self, messages) -> list[str]:
-        ids = []
-        for message in messages:
-            ids.append(f"message-{len(self._replies)}")
-            content, _ = answer(message, self.sites[message.metadata.dst_node_id])
-            self._replies[ids[-1]] = Plain(content, reply_to=ids[-1])
-        return ids
-
-    def pull_messages(self, ids) -> list[Any]:
-        return [self._replies[i] for i in ids]
-
-
-class Plain:
-    """A message without Flower's ids of a task, which exist in a running ServerApp only."""
-
-    def __init__(self, content, node: int = 0, kind: str = "", reply_to: str = "", **_: Any) -> None:
-        self.content, self.metadata = content, SimpleNamespace(dst_node_id=node, reply_to_message_id=reply_to)
-
-    def has_error(self) -> bool:
-        return False
+from support.sites_in_process import InThisProcess, adapter, in_process, over_the_wire
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,34 +36,6 @@ def one_thread():
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Federation:
     return Federation(tmp_path_factory.mktemp("rows"), 'name = "tiny"', rounds=3)
-
-
-OPEN = "extra_tensors = true\nfrozen_adapter = true\n"
-
-
-def over_the_wire(
-    rows: Federation, folder: Path, changes: list[str], monkeypatch, allow: str = OPEN, resume: bool = False, sinks=()
-) -> Wire:
-    for name in NAMES:
-        head = f'name = "{name}"\nserver = "localhost:1"\nca = "ca.crt"\nkey = "site.key"\nthreads = 1\n'
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "site.toml").write_text(f"{head}{rows._data(name)}[allow]\n{allow}")
-    wire = Wire(folder, allow)
-    monkeypatch.setattr(server_app, "Message", Plain)
-    monkeypatch.setattr(server_app, "_link", [server_app.Link(wire, tuple(wire.sites))])
-    experiment = over_sites(Experiment.load(rows.folder / "experiment.toml", changes), NAMES, test=True)
-    run(experiment, folder / "out", sinks, resume=resume)
-    return wire
-
-
-def adapter(out: Path) -> str:
-    return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
-def in_process(rows: Federation, folder: Path, changes: list[str]) -> str:
-    experiment = Experiment.load(rows.folder / "experiment.toml", [*changes, "engine.name=in-process"])
-    run(experiment, folder / "one")
-    return adapter(folder / "one")
 
 
 SHARING = ["ffa-lora", "rolora"]
@@ -217,7 +129,7 @@ EXPERIMENT = Experiment.parse({"data": "synthetic-irony", "cohort_size": 1})
 def test_a_header_or_state_that_does_not_fit_is_refused(rows, tmp_path, change, says):
     head = 'name = "north"\nserver = "localhost:1"\nca = "ca.crt"\nkey = "site.key"\n[data]\nname = "synthetic-irony"\n'
     (tmp_path / "site.toml").write_text(head)
-    site = InThisProcess(tmp_path, "")
+    site = InThisProcess(tmp_path)
     asked = Request.of(EXPERIMENT, "", "north", 0, Round(1, 0, 25, (0,), 1))
     base = site.trainer.backbone(asked).digest
     table = {**json.loads(asked.model_dump_json()), "base": base, **change}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
@@ -45,6 +46,23 @@ def test_scaffold_over_sites_gives_the_bytes_of_one_process(sites):
     assert sites.digest("scaffold") == sites.in_process(*change)
     for name in NAMES:
         assert list((sites.folder / name / "site-state" / "clients").rglob("round-0002.safetensors"))
+
+
+def test_with_masks_the_server_sees_the_mean_only_and_gives_the_same_adapter(sites):
+    events = sites.run("masked", "--set", "engine.secure={}")
+    assert events[-1]["event"] == "end", (sites.folder / "run-masked.out").read_text()
+    rounds = [event for event in events if event["event"] == "round"]
+    assert [[entry["clients"] for entry in event["clients"]] for event in rounds] == [[[0, 1, 2]]] * 2
+    assert rounds[0]["clients"][0]["num_examples"] == 36
+    assert "3 updates, masked, in" in (sites.folder / "run-masked.out").read_text()
+    for name in NAMES:
+        assert (sites.folder / f"{name}.out").read_text().count("masked with 2 other sites") == 2
+    clear, masked = (
+        load_file(sites.folder / out / "adapter" / "adapter_model.safetensors") for out in ("out", "masked")
+    )
+    assert (
+        max(float((clear[name] - masked[name]).abs().max()) for name in clear) < 1e-4
+    )  # AdamW amplifies the last bits
 
 
 def test_a_finished_run_is_not_resumed_with_other_settings(sites):

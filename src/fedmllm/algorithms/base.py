@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, SerializeAsAny, field_validator
 
@@ -32,6 +32,10 @@ class Aggregator(Named):
     of_the_mean: ClassVar[bool] = False
     """True if all that `apply` uses of a round is the clients' mean delta, nothing that they keep or return in addition, and
     `sends` is the same for all: one private mean can take the clients' place (`privacy`)."""
+
+    weighted_by: ClassVar[Literal["", "rows", "clients"]] = ""
+    """Weights of the mean of the deltas, if `apply` depends on the updates through it alone; "" if it needs each update.
+    Secure aggregation, where the server has only the sum, requires one. `update.num_clients` counts the clients in it."""
 
     mixed_ranks: ClassVar[bool] = False
     """True if clients may have unequal ranks (`lora.ranks`)."""

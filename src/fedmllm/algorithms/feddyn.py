@@ -21,6 +21,7 @@ class FedDyn(Aggregator):
 
     name: Literal["feddyn"] = "feddyn"
     needs: ClassVar[frozenset[str]] = frozenset({"client-state"})
+    weighted_by: ClassVar[Literal["", "rows", "clients"]] = "clients"
     alpha: PositiveFloat = 0.01
     """Weight of the regularization."""
 
@@ -42,7 +43,8 @@ class FedDyn(Aggregator):
             nonlocal h
             for update in updates:
                 if update.num_examples:
-                    h = tree_map(lambda h, d: h - self.alpha / at.num_clients * d, h, update.delta)
+                    share = self.alpha / at.num_clients * update.num_clients
+                    h = tree_map(lambda h, d, share=share: h - share * d, h, update.delta)
                 yield update
 
         delta = plain_mean_delta(summed())

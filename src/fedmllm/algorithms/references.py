@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedmllm.algorithms.base import Aggregator, Beta
 from fedmllm.algorithms.server_optimizers import Adaptive, FedAdagrad
@@ -19,6 +19,7 @@ class FedAvgReference(Aggregator):
     """
 
     name: Literal["fedavg-reference"] = "fedavg-reference"
+    weighted_by: ClassVar[Literal["", "rows", "clients"]] = "rows"
 
     def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         local = tree_map(lambda w, d: w + d, params, mean_delta(updates))
@@ -30,6 +31,7 @@ class FedAvgMReference(Aggregator):
     """The published code's FedAvgM: v = Delta in the first round, then beta1 v + (1-beta1) Delta; w += v."""
 
     name: Literal["fedavgm-reference"] = "fedavgm-reference"
+    weighted_by: ClassVar[Literal["", "rows", "clients"]] = "rows"
     beta1: Beta = 0.9
     """Share of the momentum that stays."""
 
@@ -43,6 +45,7 @@ class FedAdagradReference(FedAdagrad):
     """The published code's FedAdagrad: Delta is the unweighted mean."""
 
     name: Literal["fedadagrad-reference"] = "fedadagrad-reference"  # type: ignore[assignment]
+    weighted_by: ClassVar[Literal["", "rows", "clients"]] = "clients"
 
     def mean(self, updates: Iterable[ClientUpdate]) -> Params:
         return plain_mean_delta(updates)
@@ -51,6 +54,7 @@ class FedAdagradReference(FedAdagrad):
 class MomentReference(Adaptive):
     """Common part of the published FedAdam and FedYogi: unweighted Delta, m = Delta in the first round, v from m^2."""
 
+    weighted_by: ClassVar[Literal["", "rows", "clients"]] = "clients"
     beta1: Beta = 0.9
     """Share of the first moment that stays."""
     beta2: Beta = 0.99

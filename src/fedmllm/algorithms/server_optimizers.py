@@ -25,6 +25,7 @@ class ServerOptimizer(Aggregator):
 
     optimizes: ClassVar[bool] = True
     of_the_mean: ClassVar[bool] = True
+    weighted_by: ClassVar[Literal["", "rows", "clients"]] = "rows"
 
 
 class FedAvg(ServerOptimizer):

@@ -18,6 +18,7 @@ class Sharing(WithServer):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"partial"})
+    weighted_by: ClassVar[Literal["", "rows", "clients"]] = "rows"
 
     def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
         return self.step(params, state, at, mean_delta(updates))

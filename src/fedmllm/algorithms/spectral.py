@@ -159,6 +159,7 @@ class FedSvd(Aggregator):
 
     name: Literal["fedsvd"] = "fedsvd"
     needs: ClassVar[frozenset[str]] = frozenset({"partial"})
+    weighted_by: ClassVar[Literal["", "rows", "clients"]] = "rows"
     period: PositiveInt = 1
     """Rounds between two re-parametrizations."""
 

@@ -240,9 +240,12 @@ def line_of(event: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def _round_line(event: dict[str, Any], names: Sequence[str]) -> str:
-    losses = ", ".join(f"{names[c['client']]} {c['loss']:.4f}" for c in event["clients"] if "loss" in c)
+    who = {c["client"]: "mean" if "clients" in c else names[c["client"]] for c in event["clients"]}  # of a secure sum
+    losses = ", ".join(f"{who[c['client']]} {c['loss']:.4f}" for c in event["clients"] if "loss" in c)
+    num_updates = sum(len(c.get("clients", [c["client"]])) for c in event["clients"])
+    masked = ", masked," if any("clients" in c for c in event["clients"]) else ""
     dropped = "".join(f"; {names[d['client']]} left out: {d['reason']}" for d in event["dropped"])
-    head = f"round {event['round']}/{event['num_rounds']}: {len(event['clients'])} updates in {event['wall_s']:.1f} s"
+    head = f"round {event['round']}/{event['num_rounds']}: {num_updates} updates{masked} in {event['wall_s']:.1f} s"
     return f"{head}{'; loss ' if losses else ''}{losses}{dropped}"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, get_args
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fedmllm.core.spec import Named
+from fedmllm.core.spec import Named, Spec
 
 Capability = Literal["client-state", "extra", "partial", "frozen-adapter", "mixed-ranks", "scale", "completion"]
 """What an algorithm or an experiment may need of an engine.
@@ -70,6 +70,36 @@ class FlowerSimulation(Engine):
     """Seconds of a round at most; clients that have not responded are left out."""
 
 
+LEAST_SITES, MOST_SITES = 3, 50  # of a secure sum: of two, each could subtract its own; every pair of sites has a key
+MOST_ROWS = 2**20  # of a site in a secure sum
+WORD_BITS = 64  # sums are modulo 2^64
+
+
+class SecureAggregation(Spec):
+    """Masks between the sites: the server learns the sum of a round's updates and of their row counts, nothing of one site."""
+
+    bits: int = Field(32, ge=8, le=40)
+    """Digits after the binary point of the numbers that are summed; the mean is within 2^-(bits + 1) of the exact one."""
+    bound: PositiveFloat = 8.0
+    """Largest absolute value of a number of a delta; a site with a larger one sends nothing."""
+
+    def overflow(self, num_sites: int) -> str:
+        """Why a sum could leave the range of its words.
+
+        Args:
+            num_sites: Sites of a round.
+
+        Returns:
+            The reason; "" = every sum fits.
+        """
+        if num_sites * MOST_ROWS * self.bound * 2.0**self.bits < 2.0 ** (WORD_BITS - 1):
+            return ""
+        return (
+            f"engine.secure: {num_sites} sites of up to {MOST_ROWS} rows, bound = {self.bound:g} and bits = {self.bits} "
+            f"need more than {WORD_BITS} bits; lower bits or bound"
+        )
+
+
 class FlowerSites(Engine):
     """Real sites, each with its own data and process, reached over Flower: `fedmllm server run`."""
 
@@ -87,3 +117,6 @@ class FlowerSites(Engine):
     """Seconds to wait for the sites of a cohort that are not connected."""
     retry_s: NonNegativeFloat = 30.0
     """Seconds between two attempts."""
+    secure: SecureAggregation | None = None
+    """Secure aggregation: the server learns sums only. A table, or {} for its defaults; without it each update travels in the
+    clear."""

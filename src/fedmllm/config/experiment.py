@@ -31,7 +31,7 @@ from fedmllm.algorithms.privacy.base import NoPrivacy, Privacy
 from fedmllm.algorithms.privacy.client_dp import ClientDp
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import BackboneSpec, Tiny
-from fedmllm.config.engine import Engine, FlowerSites, Stacked
+from fedmllm.config.engine import LEAST_SITES, MOST_SITES, Engine, FlowerSites, SecureAggregation, Stacked
 from fedmllm.config.public import Public
 from fedmllm.config.train import Checkpointing, Evaluate, Personal, Train, UpdateFilter, one_or_several
 from fedmllm.core.errors import ConfigError
@@ -188,6 +188,8 @@ class Experiment(Spec):
     def _engine_and_settings_suit_the_aggregator(self) -> Experiment:
         aggregator = self.server()
         check_engine(aggregator, self.engine, self.backbone.lora.ranks if self.federates else ())
+        if isinstance(self.engine, FlowerSites) and self.engine.secure:
+            check_secure(self, self.engine.secure, self.cohort_size)
         if self.method == "personal" and (aggregator.grows or not aggregator.global_model):
             raise ValueError(
                 f'method: got "personal", which fine-tunes a global adapter of rank lora.r; {aggregator.name} has none'
@@ -498,6 +500,42 @@ def check_client_dp(experiment: Experiment, privacy: ClientDp) -> None:
         privacy.noise_of_sum(e.cohort_size)
     except ValueError as error:
         raise ConfigError(f"privacy.{error}") from None
+
+
+def check_secure(experiment: Experiment, secure: SecureAggregation, num_sites: int) -> None:
+    """Check that a sum of the updates is all that an experiment needs.
+
+    Args:
+        experiment: Whose aggregator gets one update a round, the mean over all sites.
+        secure: Its `engine.secure`.
+        num_sites: Sites of a round; 0 = not known yet.
+
+    Raises:
+        ConfigError: More than a sum is needed, or the numbers of sites or bits do not allow one.
+    """
+    aggregator, ranks = experiment.server(), experiment.backbone.lora.ranks
+    if experiment.privacy.name != "none":
+        raise ConfigError(
+            f"privacy.name: got {experiment.privacy.name!r}, which needs each site's update; engine.secure gives the server "
+            "their sum only; allowed: none"
+        )
+    if not aggregator.weighted_by:
+        members = ((n, cast("type[Aggregator]", member)) for n, member in Aggregator.members.items())
+        able = ", ".join(sorted(n for n, member in members if member.weighted_by))
+        more = "which returns more than the delta" if "extra" in aggregator.needs else "which needs each site's update"
+        raise ConfigError(
+            f"aggregator.name: got {aggregator.name!r}, {more}; with engine.secure the server has only the sum of the deltas; "
+            f"allowed: {able}"
+        )
+    if ranks:
+        raise ConfigError(f"backbone.lora.ranks: got {list(ranks)}; engine.secure sums deltas of one rank; allowed: ()")
+    if num_sites and not LEAST_SITES <= num_sites <= MOST_SITES:
+        raise ConfigError(
+            f"cohort_size: got {num_sites}; engine.secure needs {LEAST_SITES} to {MOST_SITES} sites a round: of a sum of "
+            "two, each learns the other's update"
+        )
+    if reason := secure.overflow(num_sites or LEAST_SITES):
+        raise ConfigError(reason)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -194,6 +194,9 @@ def _inner(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseMode
     for key in path:
         field_ = model.model_fields.get(str(key))
         inner = field_.annotation if field_ else None
+        inner = next(
+            (part for part in get_args(inner) if isinstance(part, type) and issubclass(part, BaseModel)), inner
+        )
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             break
         model = inner

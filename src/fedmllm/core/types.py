@@ -167,6 +167,13 @@ class ClientUpdate:
     num_examples: int
     metrics: Mapping[str, float]  # loss, num_steps, num_tokens, time_s
     extra: Params = field(default_factory=dict)  # other tensors, shaped as `Aggregator.returned_extra` says
+    clients: tuple[int, ...] = ()  # of a secure sum, whose mean this is: all its clients, `client` first
+    sent_bytes: int = 0  # of a secure sum: what its clients sent
+
+    @property
+    def num_clients(self) -> int:
+        """Clients whose mean this is: 1, but for a secure sum."""
+        return len(self.clients) or 1
 
 
 @dataclass(frozen=True)

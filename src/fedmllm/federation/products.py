@@ -27,7 +27,9 @@ class Products:
     def watched(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
         """The same updates; the pairs of those with rows are kept until there are too many."""
         for update in updates:
-            if update.num_examples and self._parts is not None:
+            if update.clients:
+                self._parts = None  # the products of the clients are not known
+            elif update.num_examples and self._parts is not None:
                 self._add(update)
             yield update
 

@@ -175,15 +175,16 @@ class UpdateValidator:
         """The updates that may be aggregated. Raises FedmllmError for any other if `on_bad_update` is "fail"."""
         for update in updates:
             if isinstance(update, ClientUpdate):
-                self._up_bytes += num_bytes(update.delta) + num_bytes(update.extra)
-                self._up_lora_bytes += lora_bytes(update.delta) + lora_bytes(update.extra)
+                self._up_bytes += _up_bytes(update)
+                self._up_lora_bytes += lora_bytes(update.delta) * update.num_clients + lora_bytes(update.extra)
             size = norm(update.delta) if isinstance(update, ClientUpdate) else 0.0
             if reason := self._fault(update, size):
                 self._leave_out(update.client, reason)
             elif isinstance(update, ClientUpdate):
-                down = num_bytes(self._sends[update.client].travelling())
-                entry = {"client": update.client, "num_examples": update.num_examples, "norm": size}
-                entry |= {"up_bytes": num_bytes(update.delta) + num_bytes(update.extra), "down_bytes": down}
+                down = sum(num_bytes(self._sends[k].travelling()) for k in _clients(update))
+                entry: dict[str, Any] = {"client": update.client, "num_examples": update.num_examples, "norm": size}
+                entry |= {"up_bytes": _up_bytes(update), "down_bytes": down}
+                entry |= {"clients": list(update.clients)} if update.clients else {}
                 self._clients.append({**entry, **update.metrics, **entry})  # a client's metrics cannot override these
                 yield update
         for client in sorted(self._awaited):
@@ -199,10 +200,11 @@ class UpdateValidator:
 
     def _fault(self, update: ClientUpdate | ClientFailure, size: float) -> str:
         """Why an update may not be averaged; "" = it may. Everything here may come from another machine."""
-        if update.client not in self._awaited:
-            asked = update.client in self._at.cohort
+        clients = _clients(update)
+        if not self._awaited.issuperset(clients):
+            asked = set(clients) <= set(self._at.cohort)
             return "duplicate response" if asked else f"not asked; the cohort is {list(self._at.cohort)}"
-        self._awaited.remove(update.client)
+        self._awaited.difference_update(clients)
         if isinstance(update, ClientFailure):
             return update.reason
         sent = self._sends[update.client]
@@ -238,6 +240,15 @@ class UpdateValidator:
             "down_lora_bytes": sum(map(lora_bytes, travelled)),
             **note,
         }
+
+
+def _clients(update: ClientUpdate | ClientFailure) -> tuple[int, ...]:
+    """The clients that a response is from: several of a secure sum."""
+    return (update.clients if isinstance(update, ClientUpdate) else ()) or (update.client,)
+
+
+def _up_bytes(update: ClientUpdate) -> int:
+    return update.sent_bytes or num_bytes(update.delta) + num_bytes(update.extra)
 
 
 def _mismatch(kind: str, like: Params, got: Params) -> str:

@@ -19,14 +19,16 @@ from fedmllm.core.spec import Spec, validate
 from fedmllm.core.types import Round, Sent
 from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.federation.exchange import Header
+from fedmllm.flower.secure.terms import Terms
 
 Metric = Literal["loss", "num_steps", "num_tokens", "time_s"]  # what a client's training can report
 METRICS: tuple[Metric, ...] = get_args(Metric)
 LARGEST_REQUEST = 2**20  # characters of settings
 KEPT = "kept"  # key of a reply: the state that a client keeps; at a site only its digest
+RUN_ID = "^[0-9a-f]{12}$"
 DIGEST = "[0-9a-f]{64}"  # sha256
 NOT_SETTINGS = frozenset(
-    {"version", "run_id", "site", "client", "round", "cohort", "num_clients", "base", "header", "kept"}
+    {"version", "run_id", "site", "client", "round", "cohort", "num_clients", "base", "header", "kept", "secure"}
 )
 
 
@@ -57,7 +59,7 @@ class Request(Spec):
     """Settings of one round at one site; the adapter to start from travels with it."""
 
     version: Literal[2] = 2
-    run_id: str = Field(pattern=r"^[0-9a-f]{12}$")
+    run_id: str = Field(pattern=RUN_ID)
     """Of the experiment as the server runs it."""
     site: str
     """Name of the site."""
@@ -95,6 +97,8 @@ class Request(Spec):
     """Number formats of the base model."""
     max_tokens: PositiveInt = 1200
     """Longest row in tokens."""
+    secure: Terms | None = None
+    """Terms of a masked reply; None = the reply is in the clear."""
 
     @classmethod
     def of(

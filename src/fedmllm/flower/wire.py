@@ -13,8 +13,10 @@ from fedmllm.core.errors import FedmllmError
 
 ADAPTER, ABOUT = "adapter", "about"  # the two records of a message
 FLAT = "flat"  # the one array of the adapter record
+SECURE = "secure"  # key of a message about keys of a secure sum, and of its reply
 REFUSED = "refused"  # key of a reply with a reason instead of an update
 FLOAT32, RAW = "float32", "raw-little-endian"
+UINT64 = "uint64"  # of a masked reply
 LONGEST_WORDS = 2000  # characters of another machine's reason that are kept
 
 
@@ -35,6 +37,27 @@ def array_data(content: RecordDict) -> bytes:
         raise FedmllmError(f"the adapter came as {array.dtype}, {array.stype}; only {FLOAT32}, {RAW} travels"[:200])
     if tuple(array.shape) != (len(array.data) // 4,) or len(array.data) % 4:
         raise FedmllmError(f"the adapter has {len(array.data)} bytes for shape {array.shape}"[:200])
+    return bytes(array.data)
+
+
+def masked_record(data: bytes) -> ArrayRecord:
+    """Masked words, raw little-endian uint64 [W], as the adapter record of a reply."""
+    return ArrayRecord({FLAT: Array(UINT64, (len(data) // 8,), RAW, data)})
+
+
+def masked_data(content: RecordDict, num_words: int) -> bytes:
+    """The masked words of a reply.
+
+    Raises:
+        FedmllmError: The array has another type, format or length.
+        KeyError: The reply has no array.
+    """
+    array = content[ADAPTER][FLAT]
+    if (array.dtype, array.stype, len(array.data)) != (UINT64, RAW, 8 * num_words):
+        raise FedmllmError(
+            f"masked words came as {len(array.data)} bytes of {array.dtype}, {array.stype}; "
+            f"required: {8 * num_words} bytes of {UINT64}, {RAW}"[:200]
+        )
     return bytes(array.data)
 
 

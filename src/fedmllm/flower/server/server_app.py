@@ -10,12 +10,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedmllm.config.engine import Engine as EngineSettings
@@ -29,13 +29,16 @@ from fedmllm.federation.exchange import distinct
 from fedmllm.flower import patches
 from fedmllm.flower.messages import Packed, ask, read_update
 from fedmllm.flower.request import DIGEST, KEPT, Request, header_of
+from fedmllm.flower.secure.terms import Terms
 from fedmllm.flower.server.experiment import AtSites
+from fedmllm.flower.server.secure_rounds import SecureRounds
 from fedmllm.flower.wire import ABOUT
 from fedmllm.runs.run import run
 
 POLL_S = 0.2
 LATE_S = 5.0  # a message lives longer than its round, so that the reason is "no reply within ...", not Flower's "unavailable"
 PATIENCE_S = 60.0  # with a SuperLink that does not respond; a restarted one does not know this run
+NOT_CONNECTED = "not connected"
 RESTARTED = "its SuperNode was restarted and lost the request"
 Answers = dict[int, ClientUpdate | ClientFailure]
 
@@ -97,14 +100,17 @@ class Sites:
             raise FedmllmError("engine flower-sites needs its own settings")
         if not _link:
             raise FedmllmError("engine flower-sites: run it with `fedmllm server run`, which connects to the sites")
-        self._settings, self._clients, self._link = settings, clients, _link[0]
-        self._experiment = clients.experiment
-        if not isinstance(self._experiment.data, AtSites):
-            raise FedmllmError(f"engine flower-sites: data is {self._experiment.data.name}, not at-sites")
-        self._names = self._experiment.data.sites
+        self.settings, self.clients, self._link = settings, clients, _link[0]
+        self.experiment = clients.experiment
+        if not isinstance(self.experiment.data, AtSites):
+            raise FedmllmError(f"engine flower-sites: data is {self.experiment.data.name}, not at-sites")
+        self.names = self.experiment.data.sites
+        self._secure = SecureRounds(self, settings.secure) if settings.secure else None
 
     def __call__(self, at: Round, sents: Mapping[int, Sent]) -> Iterable[ClientUpdate | ClientFailure]:
-        s, answers = self._settings, Answers()
+        if self._secure:
+            return self._secure.round(at, sents)
+        s, answers = self.settings, Answers()
         round_, cohort = at.number, sorted(sents)
         for attempt in range(1, s.attempts + 1):
             missing = [k for k in cohort if not usable(answers.get(k))]
@@ -115,7 +121,7 @@ class Sites:
             if attempt < s.attempts:
                 time.sleep(s.retry_s)
         said = "; ".join(
-            f"{self._names[k]}: {a.reason if isinstance(a, ClientFailure) else 'its delta holds NaN or Inf'}"
+            f"{self.names[k]}: {a.reason if isinstance(a, ClientFailure) else 'its delta holds NaN or Inf'}"
             for k, a in sorted(answers.items())
             if not usable(a)
         )
@@ -126,41 +132,62 @@ class Sites:
 
     def _attempt(self, at: Round, sents: Mapping[int, Sent]) -> Answers:
         """Ask each of these sites that is connected, or becomes so within `connect_s`."""
-        grid, s = self._link.grid, self._settings
-        since = self._connected(list(sents))
-        packed: dict[int, Packed] = {}
-        for tree, clients in distinct({k: sents[k].travelling() for k in since}):
-            packed |= dict.fromkeys(clients, Packed(tree))
-        messages = {k: self._message(packed[k], at, k, sents[k]) for k in since}
-        answers: Answers = {k: ClientFailure(k, "not connected") for k in sents}
-
-        def lost() -> dict[int, str]:  # a SuperNode that was killed loses what it had fetched; Flower does not notice
-            now = activations(grid)
-            return {k: RESTARTED for k in since if now.get(self._link.nodes[k], since[k]) != since[k]}
-
-        for client, reply in ask(grid, messages, s.round_timeout_s, POLL_S, lost):
+        since = self.connected(list(sents))
+        answers: Answers = {k: ClientFailure(k, NOT_CONNECTED) for k in sents}
+        for client, reply in self.exchange(at, since, self.requests(at, {k: sents[k] for k in since})):
             answers[client] = self._read(client, at, sents[client], reply)
         return answers
 
+    def exchange(
+        self, at: Round, since: Mapping[int, str], contents: Mapping[int, RecordDict]
+    ) -> Iterator[tuple[int, Message | str]]:
+        """Send a message to each of these connected clients; yield the replies as they come, or why there is none."""
+        grid, s = self._link.grid, self.settings
+        ttl = s.round_timeout_s + LATE_S  # a site that reconnects does not train for a round that is over
+        messages = {
+            k: Message(content, self._link.nodes[k], "train", ttl=ttl, group_id=str(at.number))
+            for k, content in contents.items()
+        }
+
+        def lost() -> dict[int, str]:  # a SuperNode that was killed loses what it had fetched; Flower does not notice
+            now = activations(grid)
+            return {k: RESTARTED for k in contents if now.get(self._link.nodes[k], since[k]) != since[k]}
+
+        yield from ask(grid, messages, s.round_timeout_s, POLL_S, lost)
+
+    def requests(self, at: Round, sents: Mapping[int, Sent], terms: Terms | None = None) -> dict[int, RecordDict]:
+        """The content of the message to each of these clients."""
+        contents: dict[int, RecordDict] = {}
+        for tree, clients in distinct({k: sent.travelling() for k, sent in sents.items()}):
+            packed = Packed(tree)
+            contents |= {k: self._content(packed, at, k, sents[k], terms) for k in clients}
+        return contents
+
     def _read(self, client: int, at: Round, sent: Sent, reply: Message | str) -> ClientUpdate | ClientFailure:
         """A site's reply; the server stores only the digest of the state that the site keeps."""
-        update = read_update(client, reply, sent.returned(), self._clients.aggregator.returned_extra(sent))
-        if isinstance(update, ClientUpdate) and isinstance(reply, Message) and self._clients.state:
-            sha = reply.content[ABOUT].get(KEPT, "")
-            if not re.fullmatch(f"({DIGEST})?", str(sha)):
-                return ClientFailure(client, "its reply cannot be read: the digest of its state is not one")
-            self._clients.keep(client, at, marker(str(sha)))
+        update = read_update(client, reply, sent.returned(), self.clients.aggregator.returned_extra(sent))
+        if isinstance(update, ClientUpdate) and isinstance(reply, Message) and not self.keep_digest(client, at, reply):
+            return ClientFailure(client, "its reply cannot be read: the digest of its state is not one")
         return update
+
+    def keep_digest(self, client: int, at: Round, reply: Message) -> bool:
+        """Store the digest of the state that a site keeps, if the algorithm has one. False if the reply has a bad one."""
+        sha = str(reply.content[ABOUT].get(KEPT, "")) if self.clients.state else ""
+        if not re.fullmatch(f"({DIGEST})?", sha):
+            return False
+        if self.clients.state:
+            self.clients.keep(client, at, marker(sha))
+        return True
 
     def _kept(self, client: int, at: Round) -> dict[int, str]:
         """Rounds of which the site's state counts, with its digest."""
-        store = self._clients.state
+        store = self.clients.state
         rounds = [n for n in store.rounds(client) if n < at.number] if store else []
         return {n: sha_of(store.read(client, n + 1)) for n in rounds} if store else {}
 
-    def _connected(self, cohort: Sequence[int]) -> dict[int, str]:
+    def connected(self, cohort: Sequence[int]) -> dict[int, str]:
         """The connected clients with the time since when, once all are connected or `connect_s` is over."""
-        until = time.monotonic() + self._settings.connect_s
+        until = time.monotonic() + self.settings.connect_s
         while True:
             known = activations(self._link.grid)
             online = {k: known[node] for k in cohort if (node := self._link.nodes[k]) in known}
@@ -168,13 +195,11 @@ class Sites:
                 return online
             time.sleep(POLL_S)
 
-    def _message(self, packed: Packed, at: Round, client: int, sent: Sent) -> Message:
-        base = self._clients.backbone.digest
+    def _content(self, packed: Packed, at: Round, client: int, sent: Sent, terms: Terms | None) -> RecordDict:
+        base = self.clients.backbone.digest
         header, kept = header_of(sent, at), self._kept(client, at)
-        request = Request.of(self._experiment, base, self._names[client], client, at, header, kept)
-        content = packed.content({"request": request.model_dump_json()})
-        ttl = self._settings.round_timeout_s + LATE_S  # a site that reconnects does not train for a round that is over
-        return Message(content, self._link.nodes[client], "train", ttl=ttl, group_id=str(at.number))
+        request = Request.of(self.experiment, base, self.names[client], client, at, header, kept)
+        return packed.content({"request": request.model_copy(update={"secure": terms}).model_dump_json()})
 
 
 def marker(sha: str) -> Params:

@@ -13,6 +13,7 @@ from typing import Any, cast
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
 
 from fedmllm.backbones.base import BackboneSpec, Tiny
+from fedmllm.config.engine import LEAST_SITES
 from fedmllm.config.experiment import FAMILIES, imports_of
 from fedmllm.core.errors import ConfigError, DataError, FedmllmError
 from fedmllm.core.spec import Spec, nearest, validate
@@ -79,6 +80,9 @@ class Allow(Spec):
     """Whether tensors in addition to the delta may leave. SCAFFOLD returns the mean gradient, from which words can be read."""
     frozen_adapter: bool = False
     """Whether the server may add an adapter that does not train; `lora_a` and `lora_b` do not limit it."""
+    secure_sites: NonNegativeInt = 0
+    """Fewest sites of a secure sum, this one included. Above 0, nothing leaves this site unmasked. 0 = 3 sites suffice, and
+    replies in the clear are allowed."""
     settings: dict[str, Range | tuple[Any, ...]] = {}  # noqa: RUF012
     """Further limits by dotted path, a range or a list of values: "train.lr" = {max = 1e-3}, "prompt.name" = ["plain"]."""
     metrics: tuple[Metric, ...] = METRICS
@@ -113,6 +117,9 @@ class Site(Spec):
     """The base model on this machine."""
     allow: Allow = Allow()
     """What the server may ask for."""
+    peers: dict[str, str] = {}  # noqa: RUF012
+    """Registered keys of the sites by name, for secure aggregation: the text of each one's `site.key.pub`, which has to come
+    from that site and not from the server."""
     threads: NonNegativeInt = 0
     """Threads of torch; 0 = torch's default."""
     task_timeout_s: PositiveFloat = 6 * 3600.0
@@ -166,6 +173,15 @@ class Site(Spec):
             raise ConfigError("column, value: give both, or neither")
         if odd := sorted(set(self.modalities) - set(self.data.modalities())):
             raise ConfigError(f"modalities: got {odd}; {self.data.name} has {list(self.data.modalities())}")
+        if 0 < self.allow.secure_sites < LEAST_SITES:
+            raise ConfigError(
+                f"allow.secure_sites: got {self.allow.secure_sites}; a sum needs {LEAST_SITES} sites: of two, each learns the "
+                f"other's update; allowed: 0, or {LEAST_SITES} and more"
+            )
+        if self.allow.secure_sites > len({*self.peers, self.name}):
+            raise ConfigError(
+                f"allow.secure_sites: got {self.allow.secure_sites}; peers names {len({*self.peers} - {self.name})} other sites"
+            )
         known = Request(run_id="0" * 12, site="", client=0, round=1, num_rounds=1, seed=0, base="").settings()
         for key in self.allow.settings:
             if key not in known and not key.startswith(("prompt.", "objective.", "aggregator.")):
@@ -215,6 +231,8 @@ class Site(Spec):
             reasons.append(f"{rows} rows per optimiser step; this site allows no fewer than {allow.min_rows_per_step}")
         if request.num_rounds > allow.max_rounds or request.round > request.num_rounds:
             reasons.append(f"round {request.round} of {request.num_rounds}; this site allows {allow.max_rounds}")
+        if allow.secure_sites and request.secure is None:
+            reasons.append(f"an update in the clear; this site allows sums over {allow.secure_sites} sites only")
         asked = request.settings()
         for key, allowed in {**DEFAULTS, **allow.settings}.items():
             if key in asked and asked[key] not in allowed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.error import Error
 from flwr.common.constant import ErrorCode, SubStatus
@@ -38,16 +40,19 @@ from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_f
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.flower.keys import refuse_open_key
 from fedmllm.flower.patches import PULL_CAP_S, PULL_FIRST_S, PULL_S, set_message_id
 from fedmllm.flower.processes import exclusive_lock, stop
-from fedmllm.flower.request import KEPT
-from fedmllm.flower.site.config import Site, state_folder
+from fedmllm.flower.request import KEPT, RUN_ID, Request
+from fedmllm.flower.secure.fixed_point import to_bytes
+from fedmllm.flower.secure.member import SecureMember
+from fedmllm.flower.secure.terms import KEY
+from fedmllm.flower.site.config import Refused, Site, state_folder
 from fedmllm.flower.site.probe import report_reachability
 from fedmllm.flower.site.resident import ResidentTrainer
 from fedmllm.flower.site.supernode import SuperNode
-from fedmllm.flower.wire import ABOUT, ADAPTER, REFUSED, array_data, array_record, legible
+from fedmllm.flower.wire import ABOUT, ADAPTER, REFUSED, SECURE, array_data, array_record, legible, masked_record
 
 POLL_S = 0.2
 
@@ -76,6 +81,7 @@ def run_site(path: Path) -> None:
     def tell(line: str) -> None:
         say(f"site {site.name}: {line}")
 
+    member = SecureMember(site, state)
     with contextlib.closing(exclusive_lock(state)), contextlib.closing(ResidentTrainer(site, path)) as trainer:
         node = SuperNode(site, state, tell)
         tell(f"serving {site.server}; log of the SuperNode: {state / 'supernode.log'}")
@@ -86,7 +92,7 @@ def run_site(path: Path) -> None:
             for token in tasks(node):
                 # The content of a message is lost if its run died with SuperLink, and is waited for until PULL_S. Each message
                 # has a thread of its own, so that the next one does not wait. The trainer serves one at a time.
-                threading.Thread(target=serve_task, args=(node, token, trainer, tell), daemon=True).start()
+                threading.Thread(target=serve_task, args=(node, token, trainer, member, tell), daemon=True).start()
         except KeyboardInterrupt:
             tell("stopped")
         finally:
@@ -110,13 +116,16 @@ def tasks(node: SuperNode) -> Iterator[str]:
         time.sleep(POLL_S)
 
 
-def serve_task(node: SuperNode, token: str, trainer: ResidentTrainer, tell: Callable[[str], None]) -> None:
+def serve_task(
+    node: SuperNode, token: str, trainer: ResidentTrainer, member: SecureMember, tell: Callable[[str], None]
+) -> None:
     """Serve one message; the SuperNode gets a reply in any case.
 
     Args:
         node: That has the task.
         token: Of the task.
         trainer: Of this site.
+        member: Of this site.
         tell: Called with each line for the operator.
     """
     process, client = node.process, node.client(token)
@@ -125,7 +134,7 @@ def serve_task(node: SuperNode, token: str, trainer: ResidentTrainer, tell: Call
     message, context = None, None
     try:
         message, context = pull(client)
-        content, said = answer(message, trainer)
+        content, said = answer(message, trainer, member)
         push_message(client, Message(content, reply_to=message), context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
         tell(legible(said))
@@ -190,25 +199,36 @@ def pull(client: RuntimeHttpClient) -> tuple[Message, Context]:
     return message, context
 
 
-def answer(message: Message, trainer: ResidentTrainer) -> tuple[RecordDict, str]:
-    """Train as a message asks.
+def answer(message: Message, trainer: ResidentTrainer, member: SecureMember) -> tuple[RecordDict, str]:
+    """Train as a message asks, or give what a secure sum needs.
 
     Args:
         message: From the server.
         trainer: Of this site.
+        member: Of this site, for secure sums.
 
     Returns:
         The reply's content, and a line for the site's operator.
     """
     try:
         about = message.content[ABOUT]
+        if SECURE in about:
+            return _keys(json.loads(str(about[SECURE])), member)
         head = {"request": str(about["request"]), "manifest": str(about["manifest"])}
         adapter = array_data(message.content)
     except (FedmllmError, KeyError, TypeError, ValueError, AttributeError) as error:
         return _refusal(f"request cannot be read: {type(error).__name__}: {error}")
-    said, delta = trainer.ask(head, adapter)
-    if REFUSED in said:
-        return _refusal(said[REFUSED])
+    try:
+        request = Request.read(head["request"])
+        if request.secure:
+            member.prepare(request)
+        said, delta = trainer.ask(head, adapter)
+        if REFUSED in said:
+            return _refusal(said[REFUSED])
+        if request.secure:
+            return _masked(request, said, delta, member)
+    except (Refused, ConfigError) as error:
+        return _refusal(str(error))
     line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(delta)} bytes, {said['metrics']}; "
     return reply_content(said, delta), f"{line}base loaded {said['num_loads']} time(s)"
 
@@ -218,6 +238,23 @@ def reply_content(said: dict[str, Any], delta: bytes) -> RecordDict:
     words = {"manifest": said["manifest"], "num_examples": said["num_examples"], "metrics": json.dumps(said["metrics"])}
     words |= {KEPT: said[KEPT]} if KEPT in said else {}
     return RecordDict({ADAPTER: array_record(delta), ABOUT: ConfigRecord(words)})
+
+
+def _keys(asked: dict[str, Any], member: SecureMember) -> tuple[RecordDict, str]:
+    run_id = str(asked.get("run_id"))
+    if asked.get("op") != KEY or not re.fullmatch(RUN_ID, run_id):
+        return _refusal(f"request for keys: got {asked}; allowed: op = {KEY!r} with a run_id")
+    words = ConfigRecord({SECURE: member.advertise(run_id).model_dump_json()})
+    return RecordDict({ABOUT: words}), f"made a key for secure sums of run {run_id}"
+
+
+def _masked(request: Request, said: dict[str, Any], delta: bytes, member: SecureMember) -> tuple[RecordDict, str]:
+    """A reply of which the server can read the kept state's digest only, unless it has those of all other sites."""
+    data = to_bytes(member.mask(request, np.frombuffer(delta, dtype="<f4"), int(said["num_examples"]), said["metrics"]))
+    words = {"manifest": said["manifest"]} | ({KEPT: said[KEPT]} if KEPT in said else {})
+    others = len(request.secure.adverts) - 1 if request.secure else 0
+    line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(data)} bytes, masked "
+    return RecordDict({ADAPTER: masked_record(data), ABOUT: ConfigRecord(words)}), f"{line}with {others} other sites"
 
 
 def _refusal(reason: str) -> tuple[RecordDict, str]:

@@ -1,0 +1,90 @@
+"""Layout of a site's words: delta, weight, metrics.
+
+A metric is two words, value and count, so that a site may keep one to itself. `loss` is weighted as the delta is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedmllm.config.engine import MOST_ROWS
+from fedmllm.core.errors import FedmllmError
+from fedmllm.flower.secure.fixed_point import Words, from_words, to_words, word
+from fedmllm.flower.secure.terms import Terms
+
+SUMMED_METRICS = ("loss", "num_steps", "num_tokens", "time_s")
+WEIGHTED = ("loss",)
+METRIC_BITS = 16
+LARGEST_METRIC = 2.0**20  # of a weighted one; 50 sites of 2^20 rows then stay below 2^62
+LARGEST_TOTAL = 2.0**40  # of one that counts once
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A secure sum, opened."""
+
+    mean: np.ndarray[Any, np.dtype[np.float32]]  # of the deltas, weighted, [P]
+    weight: int  # sum of the weights: rows, or sites
+    metrics: dict[str, float]
+
+
+def pack_words(delta: np.ndarray[Any, Any], num_examples: int, metrics: Mapping[str, float], terms: Terms) -> Words:
+    """One site's words, before its masks.
+
+    Args:
+        delta: [P].
+        num_examples: Rows of the site.
+        metrics: Those that may leave it.
+        terms: Of the sum.
+
+    Raises:
+        FedmllmError: A number is over its bound, or the site has no row or too many.
+    """
+    if not 1 <= num_examples <= MOST_ROWS:
+        raise FedmllmError(f"{num_examples} rows; secure aggregation sums over sites of 1 to {MOST_ROWS} rows")
+    size = float(np.sqrt(np.square(delta, dtype=np.float64).sum()))
+    if terms.max_norm and not size <= terms.max_norm:
+        raise FedmllmError(f"the norm of its delta is over update_filter.max_norm = {terms.max_norm:g}")
+    weight = num_examples if terms.weights == "rows" else 1
+    parts = [to_words(delta, weight, terms.bits, terms.bound), word(weight)]
+    for name in SUMMED_METRICS:
+        value, own = metrics.get(name, math.nan), weight if name in WEIGHTED else 1
+        largest = LARGEST_METRIC if name in WEIGHTED else LARGEST_TOTAL
+        known = abs(value) <= largest  # NaN is not
+        parts += [word(own * round(value * 2**METRIC_BITS)), word(own)] if known else [word(0), word(0)]
+    return np.concatenate(parts)
+
+
+def unpack_sum(total: Words, num_params: int, num_sites: int, terms: Terms) -> Summed:
+    """Read a sum.
+
+    Args:
+        total: [W], the sum modulo 2^64 of all sites' words.
+        num_params: P.
+        num_sites: Sites of the sum.
+        terms: Of the sum.
+
+    Raises:
+        FedmllmError: The numbers cannot be a sum of as many sites: masks did not cancel, for example because a site was
+            restarted during the round.
+    """
+    if len(total) != num_params + 1 + 2 * len(SUMMED_METRICS):
+        raise FedmllmError(f"the sum has {len(total)} words, not {num_params + 1 + 2 * len(SUMMED_METRICS)}")
+    weight = int(total[num_params : num_params + 1].view(np.int64)[0])
+    most = num_sites * (MOST_ROWS if terms.weights == "rows" else 1)
+    values = from_words(total[:num_params], terms.bits)
+    if not num_sites <= weight <= most or float(np.abs(values).max(initial=0.0)) > terms.bound * weight * (1 + 1e-9):
+        raise FedmllmError("the masks do not cancel: the sites did not use the same keys")
+    metrics: dict[str, float] = {}
+    for i, name in enumerate(SUMMED_METRICS):
+        at = num_params + 1 + 2 * i
+        count = int(total[at + 1 : at + 2].view(np.int64)[0])
+        value = float(from_words(total[at : at + 1], METRIC_BITS)[0])
+        if count > 0:
+            metrics[name] = value / count if name in WEIGHTED else value
+    return Summed((values / weight).astype(np.float32), weight, metrics)

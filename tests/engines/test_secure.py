@@ -1,0 +1,542 @@
+"""Secure aggregation: fixed point, masks, what a site refuses, and sums over sites of this process (S1 to S8).
+
+Only `test_a_run_with_masks_*` trains. `test_secure_sites.py` runs real processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="the extra `flower` is not installed")
+
+from flower_federation import NAMES, Federation
+from scipy.stats import chisquare
+
+from fedmllm.algorithms.base import Aggregator
+from fedmllm.config.engine import FlowerSites, SecureAggregation
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.tensors import flatten, manifest_digest
+from fedmllm.core.types import Round, Sent
+from fedmllm.flower.keys import make_site_key
+from fedmllm.flower.request import Request
+from fedmllm.flower.secure.fixed_point import from_bytes, from_words, to_bytes, to_words
+from fedmllm.flower.secure.layout import pack_words, unpack_sum
+from fedmllm.flower.secure.masks import add_masks, keystream, pair_key
+from fedmllm.flower.secure.member import SecureMember
+from fedmllm.flower.secure.terms import Advert, Terms
+from fedmllm.flower.server.experiment import over_sites
+from fedmllm.flower.server.secure_rounds import SecureRounds
+from fedmllm.flower.site.config import Refused, Site
+from fedmllm.flower.site.process import answer
+from fedmllm.runs.record import read
+from support.sites_in_process import Plain, over_the_wire, write_sites
+
+EXPERIMENT = Experiment.parse({"data": "synthetic-irony", "cohort_size": 1})
+LIKE = {"a.lora_A.weight": torch.zeros(4, 50), "a.lora_B.weight": torch.zeros(60, 4)}
+NUM = sum(t.numel() for t in LIKE.values())
+RUN = EXPERIMENT.run_id()
+
+
+def made_up(site: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, site]).normal(0, 0.01, NUM).astype(np.float32)
+
+
+def terms(**changes) -> Terms:
+    adverts = tuple(Advert(site=n, public="0" * 64, signature="0" * 16) for n in ("a", "b", "c"))
+    known = {"serial": 1, "adverts": adverts, "weights": "rows", "bits": 32, "bound": 8.0, "max_norm": 0.0}
+    return Terms(**{**known, **changes})
+
+
+# ---- fixed point (S1, S5)
+
+
+@pytest.mark.parametrize("num_sites", [3, 20])
+def test_masked_words_sum_to_the_integers_exactly_in_any_order(num_sites):
+    rng, names = np.random.default_rng(num_sites), [f"site-{i}" for i in range(num_sites)]
+    plain = {n: rng.integers(0, 2**64, 100, dtype=np.uint64) for n in names}
+    key = {frozenset((a, b)): rng.bytes(32) for a in names for b in names if a < b}
+    masked = [add_masks(plain[n], n, {m: key[frozenset((n, m))] for m in names if m != n}) for n in names]
+    whole = [sum(int(plain[n][i]) for n in names) % 2**64 for i in range(100)]
+    for order in (masked, masked[::-1]):
+        assert np.add.reduce(order).tolist() == whole
+    assert np.add.reduce(masked[1:]).tolist() != whole
+
+
+def test_a_word_is_the_weighted_rounded_number():
+    words = to_words(np.array([0.5, -0.25, 2**-33, 0.0], dtype=np.float32), 3, 32, 8.0)
+    assert words.view(np.int64).tolist() == [3 * 2**31, -3 * 2**30, 0, 0]  # 2^-33 is a tie, rounded to even
+    assert from_words(words, 32).tolist() == [1.5, -0.75, 0.0, 0.0]
+    assert from_bytes(to_bytes(words)).tolist() == words.tolist()
+    with pytest.raises(FedmllmError, match="9 bytes are not a whole number of words"):
+        from_bytes(bytes(9))
+
+
+@pytest.mark.parametrize("bad", [8.001, -9.0, math.nan, math.inf])
+def test_a_number_over_the_bound_is_refused_and_never_clipped(bad):
+    with pytest.raises(FedmllmError, match=r"secure aggregation allows 8 \(engine\.secure\.bound\)"):
+        to_words(np.array([0.0, bad]), 1, 32, 8.0)
+
+
+def test_words_at_the_bounds_do_not_overflow():
+    at_bound, sites = np.full(1, 8.0, np.float32), 50
+    total = np.add.reduce([to_words(at_bound, 2**20, 32, 8.0)] * sites)
+    assert from_words(total, 32)[0] == 8.0 * 2**20 * sites
+    assert SecureAggregation().overflow(sites) == ""
+    assert "lower bits or bound" in SecureAggregation(bits=40, bound=1.0).overflow(8)
+    assert SecureAggregation(bits=40, bound=1.0).overflow(7) == ""
+
+
+def test_the_mean_is_within_half_a_step_of_the_exact_one_and_metrics_are_summed():
+    rows, t = [5, 1, 700], terms()
+    losses = [{"loss": 2.0, "num_steps": 3.0}, {"num_steps": 1.0}, {"loss": math.nan, "num_steps": 2.0}]
+    parts = [pack_words(made_up(i), n, m, t) for i, (n, m) in enumerate(zip(rows, losses, strict=True))]
+    summed = unpack_sum(np.add.reduce(parts), NUM, 3, t)
+    exact = sum(n * made_up(i).astype(np.float64) for i, n in enumerate(rows)) / sum(rows)
+    assert np.abs(summed.mean - exact).max() <= 2.0**-33 + np.abs(exact).max() * 2.0**-24  # and a float32
+    assert summed.weight == 706
+    assert summed.metrics == {"loss": 2.0, "num_steps": 6.0}  # the mean over those that gave one
+    plain = terms(weights="clients")
+    alike = unpack_sum(np.add.reduce([pack_words(made_up(i), n, {}, plain) for i, n in enumerate(rows)]), NUM, 3, plain)
+    assert alike.weight == 3
+
+
+def test_a_sum_whose_masks_do_not_cancel_is_not_read():
+    words = np.add.reduce([pack_words(made_up(i), 4, {}, terms()) for i in range(3)])
+    with pytest.raises(FedmllmError, match="the masks do not cancel"):
+        unpack_sum(words + keystream(bytes(32), len(words)), NUM, 3, terms())
+    with pytest.raises(FedmllmError, match="the masks do not cancel"):
+        unpack_sum(pack_words(made_up(0), 1, {}, terms()), NUM, 3, terms())  # one row for three sites
+    for rows in (0, 2**20 + 1):
+        with pytest.raises(FedmllmError, match="sums over sites of 1 to 1048576 rows"):
+            pack_words(made_up(0), rows, {}, terms())
+
+
+# ---- masks (S2, S8)
+
+
+def test_the_keystream_is_chacha20_of_rfc_8439():
+    """RFC 8439, appendix A.1, test vectors 1 and 3 (the third: key 00..01, block counter 1, which is the second block)."""
+    assert keystream(bytes(32), 4).tobytes().hex() == "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
+    second = keystream(bytes(31) + b"\1", 16).tobytes()[64:]
+    assert second.hex().startswith("3aeb5224ecf849929b9d828db1ced4dd832025e8018b8160b82284f3c949aa5a")
+
+
+def test_the_key_of_a_pair_is_the_same_at_both_and_another_for_another_context():
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    one, two = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+    public = [k.public_key().public_bytes_raw() for k in (one, two)]
+    assert pair_key(one, public[1], b"x") == pair_key(two, public[0], b"x") != pair_key(one, public[1], b"y")
+    with pytest.raises(FedmllmError, match="not a usable X25519 key"):
+        pair_key(one, bytes(32), b"x")  # of small order
+
+
+# ---- sites
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("keys")
+    for name in (*NAMES, "south"):
+        make_site_key(folder / name / "site.key")
+    return {name: folder / name for name in (*NAMES, "south")}
+
+
+class FakeTrainer:
+    """Answers a request with a made-up update."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.asked = number, 0
+
+    def ask(self, head, adapter):
+        self.asked += 1
+        about = {"num_examples": 10 * (self.number + 1), "metrics": {"loss": 1.0 + self.number}, "busy_s": 0.0}
+        about |= {"num_loads": 1, "manifest": manifest_digest(LIKE)}
+        return about, made_up(self.number).tobytes()
+
+
+class FakeSites:
+    """What `SecureRounds` uses of the engine, with sites of this process; `tamper` may change or drop a message."""
+
+    def __init__(
+        self, folder: Path, keys, names=NAMES, allow: str = "", peers=NAMES, attempts: int = 1, **secure
+    ) -> None:
+        self.settings = FlowerSites(attempts=attempts, retry_s=0, secure=SecureAggregation(**secure))
+        self.experiment, self.names = EXPERIMENT, names
+        self.clients = SimpleNamespace(aggregator=EXPERIMENT.aggregator, state=None)
+        self.trainers = [FakeTrainer(i) for i in range(len(names))]
+        self.folder, self.keys, self.allow, self.peers = folder, keys, allow, peers
+        self.members = [self.member(name) for name in names]
+        self.sent, self.tamper = [], lambda client, content: content
+        self.tamper_reply = lambda client, content: content
+        self.rounds = SecureRounds(self, self.settings.secure)
+
+    def member(self, name: str) -> SecureMember:
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        peers = "".join(f'{n} = "{(self.keys[n] / "site.key.pub").read_text().strip()}"\n' for n in self.peers)
+        head = f'name = "{name}"\nserver = "localhost:1"\nca = "ca.crt"\nkey = "{self.keys[name] / "site.key"}"\n'
+        text = f"{head}[data]\nname = 'synthetic-irony'\n[peers]\n{peers}[allow]\n{self.allow}\n"
+        (self.folder / name / "site.toml").write_text(text)
+        return SecureMember(Site.load(self.folder / name / "site.toml"), self.folder / name)
+
+    def connected(self, cohort):
+        return dict.fromkeys(cohort, "now")
+
+    def requests(self, at, sents, terms):
+        from fedmllm.flower.messages import Packed
+
+        asked = {k: Request.of(EXPERIMENT, "", self.names[k], k, at) for k in sents}
+        texts = {k: r.model_copy(update={"secure": terms}).model_dump_json() for k, r in asked.items()}
+        return {k: Packed(sent.travelling()).content({"request": texts[k]}) for k, sent in sents.items()}
+
+    def exchange(self, at, since, contents):
+        for client, content in contents.items():
+            message = Plain(self.tamper(client, content))
+            reply = self.tamper_reply(client, answer(message, self.trainers[client], self.members[client])[0])
+            self.sent.append((client, reply))
+            yield client, Plain(reply) if reply is not None else "no reply within 1 s"
+
+    def keep_digest(self, client, at, reply):
+        return True
+
+    def round(self, number: int = 1, cohort=None):
+        cohort = tuple(range(len(self.names))) if cohort is None else cohort
+        at = Round(number, 0, 25, cohort, len(self.names))
+        return self.rounds.round(at, {k: Sent(LIKE) for k in cohort})
+
+
+def words_of(content) -> np.ndarray | None:
+    return from_bytes(bytes(content["adapter"]["flat"].data)) if "adapter" in content else None
+
+
+def test_the_server_gets_the_mean_and_neither_updates_nor_row_counts(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys)
+    (update,) = sites.round()
+    exact = sum(n * made_up(i).astype(np.float64) for i, n in enumerate((10, 20, 30))) / 60
+    assert np.abs(flatten(update.delta).numpy() - exact).max() <= 3 * 2.0**-33 + 2.0**-30
+    assert (update.clients, update.num_clients, update.num_examples) == ((0, 1, 2), 3, 60)
+    assert update.metrics == {"loss": pytest.approx((10 * 1 + 20 * 2 + 30 * 3) / 60, abs=1e-4)}
+    masked = [(client, content) for client, content in sites.sent if words_of(content) is not None]
+    assert [set(content["about"]) for _, content in masked] == [{"manifest"}] * 3
+    plain = [pack_words(made_up(i), 10 * (i + 1), {"loss": 1.0 + i}, terms()) for i in range(3)]
+    assert np.array_equal(np.add.reduce([words_of(c) for _, c in masked]), np.add.reduce(plain))  # bit for bit
+
+
+def test_each_reply_alone_is_uniform_and_two_attempts_differ(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys)
+    sites.round(1)
+    sites.round(2)
+    words = [(client, words_of(content)) for client, content in sites.sent if words_of(content) is not None]
+    assert len(words) == 6
+    for _, one in words:
+        nibbles = np.bincount(np.concatenate([one.view(np.uint8) & 15, one.view(np.uint8) >> 4]), minlength=16)
+        assert chisquare(nibbles).pvalue > 1e-6
+        assert chisquare(np.bincount(one >> np.uint64(60), minlength=16)).pvalue > 1e-6  # the top bits, too
+    assert not np.any(words[0][1] == words[3][1])  # the same update of the same site
+
+
+def test_an_update_is_not_uniform_without_masks():
+    plain = pack_words(made_up(0), 10, {}, terms())
+    assert chisquare(np.bincount(plain >> np.uint64(60), minlength=16)).pvalue < 1e-12
+
+
+# ---- sites that are missing (S3)
+
+
+def test_without_one_reply_there_is_no_sum_and_the_same_sites_are_asked_again_with_new_keys(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys, attempts=2)
+    lost = iter([1])
+    sites.tamper_reply = lambda k, content: (
+        None if k == 1 and words_of(content) is not None and next(lost, 0) else content
+    )
+    (update,) = sites.round()
+    assert update.clients == (0, 1, 2)
+    assert [trainer.asked for trainer in sites.trainers] == [2, 2, 2]
+    first, again = [w for k, c in sites.sent if k == 0 and (w := words_of(c)) is not None]
+    assert not np.any(first == again)
+
+
+def test_a_site_does_not_give_a_second_sum_over_fewer_sites_of_the_same_round(tmp_path, keys):
+    """The server has all three replies, says that one was lost, and asks for the sum of the others: its update."""
+    sites = FakeSites(tmp_path, keys, names=(*NAMES, "south"), peers=(*NAMES, "south"))
+    sites.round(1)
+    with pytest.raises(
+        FedmllmError, match="was summed over east, north, south, west; a sum over east, north, west would"
+    ):
+        sites.round(1, cohort=(0, 1, 2))
+    sites.members = [sites.member(name) for name in sites.names]  # restarted
+    sites.rounds._adverts.clear()
+    with pytest.raises(FedmllmError, match="would give away the difference"):
+        sites.round(1, cohort=(0, 1, 2))
+    assert sites.round(2, cohort=(0, 1, 2))[0].clients == (0, 1, 2)  # another round trains on other batches
+
+
+def test_a_restarted_site_is_asked_for_a_new_key(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys, attempts=2)
+    sites.round(1)
+    sites.members[2] = sites.member(NAMES[2])
+    assert sites.round(2)[0].clients == (0, 1, 2)
+    sites = FakeSites(tmp_path, keys)
+    sites.round(3)
+    sites.members[2] = sites.member(NAMES[2])
+    with pytest.raises(FedmllmError, match=r"west: refused by site west: this site has no key of this run"):
+        sites.round(4)
+
+
+# ---- what a site refuses (S7)
+
+
+def changed(terms_of) -> object:
+    """A server that changes the terms of what it asks."""
+
+    def tamper(client, content):
+        if "request" in content["about"]:
+            table = json.loads(content["about"]["request"])
+            table |= terms_of(table) or {}
+            content["about"]["request"] = json.dumps(table)
+        return content
+
+    return tamper
+
+
+def forged(table) -> None:
+    """The server puts a key of its own in place of the second site's."""
+    table["secure"]["adverts"][1]["public"] = "09" + "00" * 31
+
+
+def only_two(table) -> None:
+    del table["secure"]["adverts"][2]
+
+
+def one_twice(table) -> None:
+    table["secure"]["adverts"][2] = table["secure"]["adverts"][1]
+
+
+def unknown(table) -> None:
+    table["secure"]["adverts"][2]["site"] = "stranger"
+
+
+def own_key_replaced(table) -> None:
+    for advert in table["secure"]["adverts"]:
+        advert["signature"] = advert["signature"][:-2] + "00"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (forged, "the key of north is not signed by that site for this run"),
+        (only_two, r"request\.secure\.adverts: got .*at least 3"),
+        (one_twice, "a site or a key of the secure sum comes twice"),
+        (unknown, "stranger is not among the peers of this site's file"),
+        (own_key_replaced, "the secure sum is not over this site's key of the run"),
+        (lambda t: {"run_id": "0" * 12}, "this site has no key of this run"),
+    ],
+)
+def test_a_site_refuses_tampered_terms_before_it_trains(tmp_path, keys, change, says):
+    sites = FakeSites(tmp_path, keys)
+    sites.tamper = changed(change)
+    with pytest.raises(FedmllmError, match=says):
+        sites.round()
+    assert [trainer.asked for trainer in sites.trainers] == [0, 0, 0]
+
+
+def test_a_key_of_another_run_or_a_replayed_attempt_is_refused(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys)
+    other = [member.advertise("f" * 12) for member in sites.members]
+    sites.round(1)
+    adverts = sites.rounds._adverts
+    sites.rounds._adverts = {**adverts, 1: other[1]}  # signed by that site, for another run
+    with pytest.raises(FedmllmError, match="the key of north is not signed by that site for this run"):
+        sites.round(2)
+    sites.rounds._adverts = adverts
+    sites.rounds._serial = 0  # the same attempt again: the same masks for another update
+    with pytest.raises(FedmllmError, match="attempt 1 comes after attempt 1; a key is used once"):
+        sites.round(3)
+    request = Request.of(EXPERIMENT, "", "east", 0, 5).model_copy(update={"secure": terms()})
+    with pytest.raises(Refused, match="the keys of attempt 1 were used or dropped"):
+        sites.members[0].mask(request, made_up(0), 10, {})
+
+
+def test_another_round_number_gives_other_masks(tmp_path, keys):
+    """A server that names another round to one site than the others gets noise."""
+    sites = FakeSites(tmp_path, keys)
+    sites.tamper = lambda k, c: changed(lambda t: {"round": 7})(k, c) if k == 0 else c
+    with pytest.raises(FedmllmError, match="the masks do not cancel"):
+        sites.round()
+
+
+def test_a_site_may_demand_secure_sums_and_how_many_sites_they_need(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys, allow="secure_sites = 3")
+    here = sites.members[0]._site
+    plain = Request.of(EXPERIMENT, "base", "east", 0, 1)
+    assert "an update in the clear; this site allows sums over 3 sites only" in here.refuse(plain, 3, 20)
+    assert "in the clear" not in here.refuse(plain.model_copy(update={"secure": terms()}), 3, 20)
+    more = FakeSites(tmp_path, keys, allow="secure_sites = 4", peers=(*NAMES, "south"))
+    with pytest.raises(FedmllmError, match="a secure sum over 3 sites; this site requires 4"):
+        more.round()
+
+
+@pytest.mark.parametrize(
+    ("allow", "peers", "says"),
+    [
+        ("secure_sites = 2", NAMES, r"allow\.secure_sites: got 2; a sum needs 3 sites"),
+        ("secure_sites = 4", NAMES, r"allow\.secure_sites: got 4; peers names 2 other sites"),
+    ],
+)
+def test_a_site_file_that_demands_what_cannot_be_is_named(tmp_path, keys, allow, peers, says):
+    with pytest.raises(ConfigError, match=says):
+        FakeSites(tmp_path, keys, allow=allow, peers=peers)
+
+
+def test_a_peer_under_two_names_or_without_a_key_is_named(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys)
+    site = sites.members[0]._site
+    for peers, says in (
+        ({**site.peers, "double": site.peers["north"]}, "one key has two names"),
+        ({**site.peers, "east": site.peers["north"]}, r"peers\.east: not the public key of"),
+        ({"north": "ssh-ed25519 AAAA"}, r"peers\.north: not a"),
+    ):
+        with pytest.raises(FedmllmError, match=says):
+            SecureMember(site.model_copy(update={"peers": peers}), tmp_path)
+
+
+def test_the_site_checks_the_norm_that_the_server_cannot_see(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys)
+    sites.rounds._max_norm = 1e-3
+    with pytest.raises(FedmllmError, match=r"the norm of its delta is over update_filter\.max_norm = 0\.001"):
+        sites.round()
+    assert not any(words_of(content) is not None for _, content in sites.sent)
+
+
+# ---- experiments
+
+SECURE = {"name": "flower-sites", "secure": {}}
+TABLE = {"data": "synthetic-irony", "cohort_size": 3, "partition": {"name": "dirichlet", "num_clients": 5}}
+LINEAR = sorted(name for name, member in Aggregator.members.items() if member.weighted_by)
+
+
+def test_the_aggregators_that_need_a_sum_only_are_these():
+    assert LINEAR == [
+        "fedadagrad", "fedadagrad-reference", "fedadam", "fedadam-reference", "fedavg", "fedavg-reference", "fedavgm",
+        "fedavgm-reference", "feddyn", "fedsa-lora", "fedsvd", "fedyogi", "fedyogi-reference", "ffa-lora", "rolora",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"aggregator": "median"},
+            r"aggregator\.name: got 'median', which needs each site's update; .*allowed: fedada",
+        ),
+        ({"aggregator": "krum", "cohort_size": 5}, "got 'krum', which needs each site's update"),
+        ({"aggregator": "flora"}, "got 'flora', which needs each site's update"),
+        ({"aggregator": "scaffold"}, "got 'scaffold', which returns more than the delta"),
+        ({"privacy": {"name": "client-dp"}}, r"privacy\.name: got 'client-dp', which needs each site's update"),
+        ({"cohort_size": 2}, "cohort_size: got 2; engine.secure needs 3 to 50 sites a round"),
+        ({"engine": {**SECURE, "secure": {"bits": 40}}, "cohort_size": 5}, "lower bits or bound"),
+        ({"engine": {**SECURE, "secure": {"bits": 41}}}, r"engine\.secure\.bits: got 41"),
+        ({"engine": {**SECURE, "secure": {"shares": 1}}}, r"engine\.secure\.shares: unknown key; allowed: bits, bound"),
+        ({"engine": {"name": "in-process", "secure": {}}}, r"engine\.secure: unknown key"),
+    ],
+)
+def test_what_needs_more_than_a_sum_is_refused_while_the_experiment_is_read(changes, says):
+    with pytest.raises(ConfigError, match=says):
+        Experiment.parse({**TABLE, "engine": SECURE, **changes})
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_of_a_linear_aggregator_the_mean_gives_what_the_updates_give(name):
+    from fedmllm.core.tensors import mean_delta, plain_mean_delta
+    from fedmllm.core.types import ClientUpdate
+
+    aggregator = Aggregator.pick(name, "aggregator")
+    g = torch.Generator().manual_seed(0)
+    params = {n: torch.randn(t.shape, generator=g) for n, t in LIKE.items()}
+    at = Round(1, 0, 4, (0, 1, 2), 5)
+    own = aggregator.sends(params, aggregator.init(params), at, 0).returned()
+    updates = [
+        ClientUpdate(k, {n: torch.randn(t.shape, generator=g) for n, t in own.items()}, rows, {})
+        for k, rows in enumerate((7, 1, 30))
+    ]
+    mean = (mean_delta if aggregator.weighted_by == "rows" else plain_mean_delta)(updates)
+    whole = replace(updates[0], delta=mean, num_examples=38, clients=(0, 1, 2))
+    state, other = aggregator.init(params), aggregator.init(params)
+    for _ in range(2):
+        params_1, state = aggregator.apply(params, state, at, updates)
+        params_2, other = aggregator.apply(params, other, at, [whole])
+        for n in params_1:
+            torch.testing.assert_close(params_1[n], params_2[n], rtol=1e-4, atol=1e-5)
+
+
+def test_two_sites_are_too_few_also_if_all_of_them_take_part():
+    everybody = Experiment.parse({"data": "synthetic-irony", "cohort_size": 0, "engine": SECURE})
+    over_sites(everybody, ("a", "b", "c"), test=True)
+    with pytest.raises(ConfigError, match="cohort_size: got 2; engine.secure needs 3 to 50"):
+        over_sites(everybody, ("a", "b"), test=True)
+
+
+def test_a_plain_aggregator_over_sites_is_not_changed():
+    """A run id does not depend on where an experiment runs, nor on its masks."""
+    plain = Experiment.parse({**TABLE, "engine": {"name": "flower-sites"}})
+    assert plain.run_id() == Experiment.parse({**TABLE, "engine": SECURE}).run_id()
+
+
+# ---- trained (S6)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Federation:
+    return Federation(tmp_path_factory.mktemp("rows"), 'name = "tiny"', rounds=1, train="max_steps = 2")
+
+
+def last_adapter(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_with_masks_gives_the_adapter_of_one_without(rows, tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    changes = ["evaluate.limit=2", "engine.attempts=2", "engine.retry_s=0"]
+    over_the_wire(rows, tmp_path / "clear", changes, monkeypatch)
+    wire = over_the_wire(
+        rows, tmp_path / "masked", [*changes, "engine.secure={}"], monkeypatch, allow="secure_sites = 3"
+    )
+    torch.set_num_threads(before)
+    clear, masked = (last_adapter(tmp_path / name / "out") for name in ("clear", "masked"))
+    assert max(float((clear[n] - masked[n]).abs().max()) for n in clear) < 1e-7  # float32 sums in the clear one
+    (event,) = [e for e in read(tmp_path / "masked" / "out" / "record.jsonl") if e["event"] == "round"]
+    (entry,) = event["clients"]
+    assert entry["clients"] == [0, 1, 2]
+    assert entry["num_examples"] == 36
+    assert event["dropped"] == []
+    assert "aggregation_error" not in event  # it would need each update
+    size = sum(t.numel() for t in clear.values())
+    assert event["up_bytes"] == 3 * 8 * (size + 9)
+    texts = [json.dumps(dict(content["about"])) for _, content in wire.replies if "adapter" in content]
+    assert len(texts) == 3
+    assert not any("loss" in text or "num_examples" in text for text in texts)
+    first = next(e for e in read(tmp_path / "masked" / "out" / "record.jsonl") if e["event"] == "experiment")
+    assert first["settings"]["engine"]["secure"] == {"bits": 32, "bound": 8.0}
+
+
+def test_without_peers_a_site_takes_part_in_no_secure_sum(rows, tmp_path):
+    write_sites(rows, tmp_path, allow="", peers=False)
+    member = SecureMember(Site.load(tmp_path / "east" / "site.toml"), tmp_path / "state")
+    advert = member.advertise(RUN)
+    request = Request.of(EXPERIMENT, "", "east", 0, 1)
+    others = tuple(a.model_copy(update={"site": n}) for a, n in zip(terms().adverts, NAMES, strict=True))
+    known = terms(adverts=(advert, *others[1:]))
+    with pytest.raises(Refused, match="north is not among the peers of this site's file"):
+        member.prepare(request.model_copy(update={"secure": known}))
