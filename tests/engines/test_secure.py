@@ -441,7 +441,10 @@ def test_the_aggregators_that_need_a_sum_only_are_these():
         ({"aggregator": "krum", "cohort_size": 5}, "got 'krum', which needs each site's update"),
         ({"aggregator": "flora"}, "got 'flora', which needs each site's update"),
         ({"aggregator": "scaffold"}, "got 'scaffold', which returns more than the delta"),
-        ({"privacy": {"name": "client-dp"}}, r"privacy\.name: got 'client-dp', which needs each site's update"),
+        (
+            {"privacy": {"name": "client-dp", "noise_multiplier": 1, "clip": 1}},
+            r"privacy\.name: got 'client-dp', which needs each site's update",
+        ),
         ({"cohort_size": 2}, "cohort_size: got 2; engine.secure needs 3 to 50 sites a round"),
         ({"engine": {**SECURE, "secure": {"bits": 40}}, "cohort_size": 5}, "lower bits or bound"),
         ({"engine": {**SECURE, "secure": {"bits": 41}}}, r"engine\.secure\.bits: got 41"),
@@ -479,10 +482,10 @@ def test_of_a_linear_aggregator_the_mean_gives_what_the_updates_give(name):
 
 
 def test_two_sites_are_too_few_also_if_all_of_them_take_part():
-    everybody = Experiment.parse({"data": "synthetic-irony", "cohort_size": 0, "engine": SECURE})
-    over_sites(everybody, ("a", "b", "c"), test=True)
-    with pytest.raises(ConfigError, match="cohort_size: got 2; engine.secure needs 3 to 50"):
-        over_sites(everybody, ("a", "b"), test=True)
+    every_site = Experiment.parse({"data": "synthetic-irony", "cohort_size": 0, "engine": SECURE})
+    over_sites(every_site, ("a", "b", "c"), test=True)
+    with pytest.raises(ConfigError, match=r"cohort_size: got 2; engine\.secure needs 3 to 50"):
+        over_sites(every_site, ("a", "b"), test=True)
 
 
 def test_a_plain_aggregator_over_sites_is_not_changed():
