@@ -11,6 +11,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.reports.write import write_report
 from fedmllm.runs.predict import predict
 from fedmllm.runs.run import run
+from fedmllm.runs.suites.suite import Suite
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.num_train=24", "data.num_validation=4", "data.num_test=12", "num_rounds=1", "partition.num_clients=3"]
@@ -44,6 +45,36 @@ def test_a_report_names_every_pattern_and_draws_every_modality(clinic: Path) -> 
     assert "share of the site's rows that show the modality" in page.lower()
     assert "genes: " in page
     assert "loses each of its modalities with a chance of 30 %" in page
+
+
+@pytest.mark.parametrize("name", ["clinic/one", "clinic/sites", "driving/one", "driving/sensors"])
+def test_the_experiments_load_and_their_scenarios_suit_their_modalities(name: str) -> None:
+    path = ROOT / f"experiments/{name}.toml"
+    if name.endswith("one"):
+        experiments = [Experiment.load(path)]
+    else:
+        suite = Suite.load(path)
+        experiments = [cell.experiment for cell in suite.cells]
+        assert len({e.run_id() for e in experiments}) == len(experiments) >= 60
+    assert {len(e.data.modalities()) for e in experiments} == {4 if "clinic" in name else 8}
+
+
+def test_cars_of_three_kinds_train(tmp_path: Path) -> None:
+    """A cell of the driving suite, made small: each client sees its own cameras and sensors."""
+    cell = next(
+        c
+        for c in Suite.load(ROOT / "experiments/driving/sensors.toml").cells
+        if c.label.startswith("three kinds of cars · FedAvg")
+    )
+    small = {"num_train": 30, "num_validation": 5, "num_test": 10}
+    settings = cell.experiment.dump()
+    settings = {**settings, "data": {**settings["data"], **small}, "num_rounds": 1}
+    rows = run(Experiment.parse(settings), tmp_path / "run").rows
+    assert {row["visible"] for row in rows} == {"all", "all-speed-range", "CAM_FRONT+range", "speed+range"}
+    head = json.loads((tmp_path / "run/record.jsonl").read_text().splitlines()[0])
+    assert (
+        sorted(len(p.split("+")) for client in head["clients"] for p in client["shows"]) == [2] * 3 + [6] * 3 + [8] * 4
+    )
 
 
 def test_new_rows_of_the_clinic_are_predicted_from_its_columns(clinic: Path) -> None:

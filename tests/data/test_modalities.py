@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.rng import stream
 from fedmllm.core.types import visible_of
+from fedmllm.data.drivelm import CAMERAS, DriveLM
 from fedmllm.data.prompts import Agnostic, FromFile, Plain
 from fedmllm.data.render import Render, number, samples_of, variants_of
 from fedmllm.data.synthetic_clinic import SyntheticClinic
+from fedmllm.data.synthetic_driving import SENSORS, SyntheticDriving, spoken_camera
 from fedmllm.data.table import Table
 from fedmllm.reports.data import Federation, export
 from fedmllm.scenarios.masks import Cross
@@ -144,7 +147,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, settings: dict, me
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no row has a column 'hb'"):
+    with pytest.raises(DataError, match=r"no row has a column 'hb' \(data\.columns\.series\.labs\)"):
         table(tmp_path, "1,2,3,G12D,wt,EGFR L858R,yes", header=HEADER.replace("hb,", "")).load("train")
 
 
@@ -249,3 +252,101 @@ def test_data_show_has_a_ceiling_without_each_modality_and_with_it_alone() -> No
     assert list(two) == ["all", "image", "text"]
     flags = json.loads(json.dumps(Federation.of(Experiment(data={"name": "synthetic-clinic", **SMALL})).to_json()))
     assert list(flags["clients"][0]) == ["client", "name", "ids", *ALL]
+
+
+# --- the driving set
+
+PLACES = (*CAMERAS, *SENSORS)
+
+
+def test_the_ceilings_of_driving_are_those_of_a_large_sample() -> None:
+    """The best guess from what is visible, learned from the drawn moments and not from the formula."""
+    data = SyntheticDriving()
+    asked = []
+    for i in range(3000):
+        rng = stream(5, "many", i)
+        moment = data.moment(rng)
+        looks = {**moment.cameras, "speed": moment.slower, "range": moment.nearer}
+        asked += [(looks, question, answer) for _, question, answer in data.questions(moment, rng)]
+    for visible in (
+        set(),
+        {"speed"},
+        {"CAM_BACK"},
+        {"CAM_FRONT", "range"},
+        {*CAMERAS},
+        {*PLACES} - {"range"},
+        {*PLACES},
+    ):
+        counts: dict[object, Counter[str]] = {}
+        guessed = 0.0
+        for looks, question, answer in asked:
+            named = next((c for c in CAMERAS if f" {spoken_camera(c)}?" in question), None)
+            if named:  # one of four things, which only the named camera tells
+                guessed += 1 if named in visible else 1 / 4
+                continue
+            sky = next((looks[c].sky == "night" for c in CAMERAS if c in visible), None)
+            front = looks["CAM_FRONT"].face == "frown" if "CAM_FRONT" in visible else None
+            seen = (question, sky, front, *(looks[s] for s in SENSORS if s in visible))
+            counts.setdefault(seen, Counter())[answer] += 1
+        right = guessed + sum(max(of_look.values()) for of_look in counts.values())
+        assert data.ceilings(frozenset(visible))["accuracy"] == pytest.approx(right / len(asked), abs=0.01), visible
+    assert data.ceilings(frozenset(PLACES))["accuracy"] == 1.0
+
+
+def test_driving_has_the_file_of_drivelm_and_every_row_says_what_it_needs() -> None:
+    data = SyntheticDriving(num_train=12, num_validation=3, num_test=7)
+    rows = {split: data.load(split).examples for split in ("train", "validation", "test")}
+    assert {split: len(of_split) for split, of_split in rows.items()} == {"train": 12, "validation": 3, "test": 7}
+    more = SyntheticDriving(num_train=15, num_validation=3, num_test=7).load("train").examples
+    assert [(e.question, e.answer) for e in more[:12]] == [(e.question, e.answer) for e in rows["train"]]
+    as_published = DriveLM(root=data.folder(), test_rate=0.01)
+    assert as_published.modalities() == CAMERAS
+    assert len(as_published.load("train").examples) >= 12
+    for index, row in enumerate(rows["train"]):
+        moment = data.moment(stream(0, data.name, "train", index // 5))
+        trends = {s: "falling" in str(row.fields[s]) for s in SENSORS}
+        assert (trends["speed"], trends["range"]) == (moment.slower, moment.nearer)
+        truth = {
+            "any camera": moment.cameras["CAM_BACK"].sky == "night",
+            "speed": moment.slower,
+            "range": moment.nearer,
+        }
+        truth["CAM_FRONT+range"] = moment.danger
+        need = row.columns["needs"]
+        expected = moment.cameras[need].thing if need in CAMERAS else ("no", "yes")[truth[need]]
+        assert row.answer == expected
+        assert list(row.fields) == list(PLACES)
+        assert all(path.is_file() for camera in CAMERAS for path in row.fields[camera])
+
+
+def test_a_prompt_of_driving_leaves_no_trace_of_a_hidden_sensor() -> None:
+    row = SyntheticDriving(num_train=5, num_validation=1, num_test=1).load("train").examples[0]
+    shown = Plain().render(row, frozenset({"CAM_BACK", "range"}))
+    assert len(shown.pictures) == 1
+    assert shown.text.splitlines()[:3] == [
+        "CAM_BACK: ",
+        "Select the best answer based on the range and back camera.",
+        f"Range: {row.fields['range']}",
+    ]
+    assert "Speed" not in shown.text
+
+
+@pytest.mark.parametrize(
+    ("sensors", "message"),
+    [([1, 2], "sensors is"), ({"speed": "fast"}, "'speed' holds 'fast'"), ({"speed": [1, None]}, "'speed' holds None")],
+)
+def test_a_key_frame_with_broken_sensors_is_named(tmp_path: Path, sensors: object, message: str) -> None:
+    entry = {"QA": {"behavior": [{"Q": "Is it?", "A": "Yes."}]}, "image_paths": {}, "sensors": sensors}
+    (tmp_path / "v1_1_train_nus.json").write_text(json.dumps({"s": {"key_frames": {"f": entry}}}))
+    data = DriveLM(root=tmp_path, sensors=("speed",), test_rate=0.01)
+    with pytest.raises(DataError, match=rf"v1_1_train_nus\.json: s/f: {message}"):
+        data.load("train")
+
+
+def test_a_key_frame_without_a_sensor_lacks_the_modality(tmp_path: Path) -> None:
+    entry = {"QA": {"behavior": [{"Q": "Is it?", "A": "Yes."}]}, "image_paths": {}, "sensors": {"speed": []}}
+    (tmp_path / "v1_1_train_nus.json").write_text(json.dumps({"s": {"key_frames": {"f": entry}}}))
+    (row,) = DriveLM(root=tmp_path, sensors=("speed", "range"), test_rate=0.01).load("train").examples
+    assert row.fields == {}
+    with pytest.raises(ConfigError, match="cameras are not sensors"):
+        DriveLM.pick({"name": "drivelm", "root": str(tmp_path), "sensors": ["CAM_BACK"]}, "data")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fedmllm.core.errors import DataError
+from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.types import Content, Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.cells import alike
@@ -27,6 +28,7 @@ from fedmllm.data.reading import (
     take_answer,
     take_text,
 )
+from fedmllm.data.render import Render, readings
 from fedmllm.data.vqa_rad import METRICS, YES_NO
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
@@ -50,7 +52,8 @@ class DriveLM(Dataset):
             QA_dataset_nus/{FILE}            or {FILE} in root itself
             nuscenes/samples/CAM_FRONT/*.jpg                and five more cameras   (`data show` needs no image)
             {{scene: {{key_frames: {{frame: {{QA: {{perception, prediction, planning, behavior: [{{Q, A, ...}}]}},
-             image_paths: {{CAM_FRONT: "../nuscenes/samples/CAM_FRONT/x.jpg", ...}}}}}}}}}}""",
+             image_paths: {{CAM_FRONT: "../nuscenes/samples/CAM_FRONT/x.jpg", ...}}}}}}}}}}
+            with data.sensors, a key frame has as well:     sensors: {{speed: [12.1, 11.8, ...], ...}}""",
         paper="arXiv:2312.14150",
     )
 
@@ -63,9 +66,20 @@ class DriveLM(Dataset):
     """Share of the scenes that are held out as test rows."""
     validation_rate: float = Field(0.0, ge=0, lt=1)
     """Share of the other scenes that are held out as validation rows."""
+    sensors: Annotated[tuple[str, ...], ADDED_LATER] = ()
+    """Series in the object `sensors` of a key frame, each a modality: ["speed", "range"]. The published file has none."""
+    render: Annotated[Render, ADDED_LATER] = Render()
+    """How series are written."""
+
+    @field_validator("sensors")
+    @classmethod
+    def _are_no_cameras(cls, sensors: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in sensors or len({*sensors, *CAMERAS}) < len(sensors) + len(CAMERAS):
+            raise ValueError("name each sensor once; cameras are not sensors")
+        return sensors
 
     def modalities(self) -> tuple[Modality, ...]:
-        return CAMERAS
+        return (*CAMERAS, *self.sensors)
 
     def metrics(self) -> Sequence[str]:
         return METRICS
@@ -74,6 +88,21 @@ class DriveLM(Dataset):
         return (self.root,)
 
     def load(self, split: Split) -> Rows:
+        return self.load_scenes(split, lambda scene: self._split_of(scene) == split)
+
+    def load_scenes(self, split: Split, wanted: Callable[[str], bool]) -> Rows:
+        """Read the rows of some scenes.
+
+        Args:
+            split: Which rows they are, for error messages.
+            wanted: True for the name of a scene that is read.
+
+        Returns:
+            As `load` does.
+
+        Raises:
+            DataError: As by `load`.
+        """
         path = find(self.root, f"QA_dataset_nus/{FILE}", FILE, hint=hint(self.name))
         try:
             scenes = json.loads(text := json_text(path))
@@ -85,7 +114,7 @@ class DriveLM(Dataset):
             raise DataError(f"{path}:1: an object of scenes is expected here")
         if half := half_character(scenes, text):
             raise DataError(f"{path}: {half} is half of a character; write the other half too, or leave it out")
-        ours = {name: scene for name, scene in scenes.items() if self._split_of(name) == split}
+        ours = {name: scene for name, scene in scenes.items() if wanted(name)}
         return filled(collect(self._rows(path, ours), lambda _, row: row, self.on_bad_row), path, split)
 
     def _split_of(self, scene: str) -> Split:
@@ -95,6 +124,7 @@ class DriveLM(Dataset):
 
     def _rows(self, path: Path, scenes: Mapping[str, Any]) -> Iterator[tuple[str, Example | DataError]]:
         """Rows of a keyframe share their pictures and columns: there are hundreds of thousands of them."""
+        announced = frozenset(self.sensors)
         for scene, frame, entry in _frames(scenes):
             place = f"{path}: {scene}/{frame}"
             if isinstance(entry, DataError):
@@ -102,6 +132,8 @@ class DriveLM(Dataset):
                 continue
             try:
                 fields = self._cameras(entry["image_paths"], place)
+                if announced:
+                    fields |= self._readings(entry.get("sensors"), place)
             except DataError as error:
                 yield place, error
                 continue
@@ -121,7 +153,17 @@ class DriveLM(Dataset):
                         yield where, error
                         continue
                     columns = about_closed if choices else about_open
-                    yield where, Example(f"{name}{index}", fields, question, choices, answer, where, columns)
+                    yield (
+                        where,
+                        Example(f"{name}{index}", fields, question, choices, answer, where, columns, (), announced),
+                    )
+
+    def _readings(self, sensors: object, place: str) -> dict[Modality, str]:
+        """The series of a key frame as text; a sensor that it lacks is a modality that its rows lack."""
+        if not isinstance(sensors, dict | None):
+            raise DataError(f"{place}: sensors is {quoted(sensors)}; an object of series is expected")
+        one = {name: (name,) for name in self.sensors}
+        return readings(sensors or {}, one, {}, self.render, lambda cell: cell is None or cell == [], place)
 
     def _cameras(self, paths: Mapping[str, object], place: str) -> dict[Modality, Content]:
         """The published paths begin with "../nuscenes/", as seen from the questions' folder."""

@@ -56,11 +56,12 @@ class Render(Spec):
                 raise ValueError(f"{column}: the normal range has to be two numbers, the lower one first")
         return ranges
 
-    def series(self, values: Mapping[str, Sequence[float]]) -> str:
+    def series(self, values: Mapping[str, Sequence[float]], named: bool = True) -> str:
         """Write columns of numbers, in the given order.
 
         Args:
             values: Column -> one number, or the samples of a series in order of time.
+            named: Write the name of a column in front of its numbers.
 
         Returns:
             Such as "crp 112 mg/l high, hb 9.1 g/dl low", or "speed 12.3 to 0.4 m/s in 2 s, falling, from 0.4 to 12.3"; the
@@ -68,20 +69,22 @@ class Render(Spec):
         """
         several = any(len(samples) > 1 for samples in values.values())
         separator = "; " if several else ", "
-        return separator.join(self._column(column, samples) for column, samples in values.items())
+        return separator.join(
+            f"{f'{column} ' if named else ''}{self._numbers(column, samples)}" for column, samples in values.items()
+        )
 
-    def _column(self, column: str, samples: Sequence[float]) -> str:
+    def _numbers(self, column: str, samples: Sequence[float]) -> str:
         unit = f" {self.units[column]}" if self.units.get(column) else ""
         if len(samples) == 1:
             flag = f" {self._flag(samples[0], self.ranges[column])}" if column in self.ranges else ""
-            return f"{column} {number(samples[0], self.digits)}{unit}{flag}"
+            return f"{number(samples[0], self.digits)}{unit}{flag}"
         first, last, low, high = samples[0], samples[-1], min(samples), max(samples)
         change, scale = last - first, max(abs(low), abs(high))
         trend = "steady" if abs(change) <= STEADY * scale else "rising" if change > 0 else "falling"
         ends, extremes = ([number(v, self.digits) for v in pair] for pair in ((first, last), (low, high)))
         step = self.step_s.get(column)
         time = f" in {number(step * (len(samples) - 1), self.digits)} s" if step else ""
-        return f"{column} {ends[0]} to {ends[1]}{unit}{time}, {trend}, from {extremes[0]} to {extremes[1]}"
+        return f"{ends[0]} to {ends[1]}{unit}{time}, {trend}, from {extremes[0]} to {extremes[1]}"
 
     def _flag(self, value: float, normal: Range) -> str:
         return self.flags[0 if value < normal[0] else 2 if value > normal[1] else 1]
@@ -206,7 +209,8 @@ def readings(
     for modality, columns in series.items():
         cells = {column: row[column] for column in columns if not is_empty(row.get(column))}
         if cells:
-            found[modality] = render.series({c: samples_of(cell, c, place) for c, cell in cells.items()})
+            values = {c: samples_of(cell, c, place) for c, cell in cells.items()}
+            found[modality] = render.series(values, named=columns != (modality,))  # the prompt has the modality's name
     for modality, columns in variants.items():
         cells = {column: row[column] for column in columns if not is_empty(row.get(column))}
         if cells and len(columns) == 1:

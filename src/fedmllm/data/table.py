@@ -307,8 +307,11 @@ class Table(Dataset):
         named = {key: getattr(self.columns, key) for key in sorted(Columns.model_fields) if key not in optional}
         named = {key: column for key, column in named.items() if column != getattr(default, key)}
         mapped = {**self._image_columns(), **by_modality(self.columns.text, "text"), **named}
-        mapped |= {name: name for name in self._readings()}
-        for key, column in mapped.items():
+        groups = {"series": self.columns.numbers(), "variants": self.columns.genes()}
+        placed = [
+            (f"{key}.{m}", name) for key, columns in groups.items() for m, names in columns.items() for name in names
+        ]
+        for key, column in (*mapped.items(), *placed):
             if column and column not in seen:
                 raise DataError(
                     f"{path}: no row has a column {column!r} (data.columns.{key}); columns: {listed(seen)}; "
