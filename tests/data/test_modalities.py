@@ -281,7 +281,7 @@ def test_the_ceilings_of_driving_are_those_of_a_large_sample() -> None:
         guessed = 0.0
         for looks, question, answer in asked:
             named = next((c for c in CAMERAS if f" {spoken_camera(c)}?" in question), None)
-            if named:  # one of four things, which only the named camera tells
+            if named:  # one of four things, which only the named camera reveals
                 guessed += 1 if named in visible else 1 / 4
                 continue
             sky = next((looks[c].sky == "night" for c in CAMERAS if c in visible), None)
@@ -321,14 +321,14 @@ def test_driving_has_the_file_of_drivelm_and_every_row_says_what_it_needs() -> N
 
 def test_a_prompt_of_driving_leaves_no_trace_of_a_hidden_sensor() -> None:
     row = SyntheticDriving(num_train=5, num_validation=1, num_test=1).load("train").examples[0]
-    shown = Plain().render(row, frozenset({"CAM_BACK", "range"}))
-    assert len(shown.pictures) == 1
-    assert shown.text.splitlines()[:3] == [
+    prompt = Plain().render(row, frozenset({"CAM_BACK", "range"}))
+    assert len(prompt.pictures) == 1
+    assert prompt.text.splitlines()[:3] == [
         "CAM_BACK: ",
         "Select the best answer based on the range and back camera.",
         f"Range: {row.fields['range']}",
     ]
-    assert "Speed" not in shown.text
+    assert "Speed" not in prompt.text
 
 
 @pytest.mark.parametrize(
