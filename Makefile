@@ -16,6 +16,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python scripts/check_words.py
+	$(VENV)/bin/python scripts/public_names.py
 
 docs: $(VENV)/.dev
 	$(VENV)/bin/mkdocs build --strict

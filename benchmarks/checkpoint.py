@@ -21,7 +21,7 @@ from machine import describe
 
 from fedmllm import Experiment
 from fedmllm.algorithms.server_optimizers import FedAdam
-from fedmllm.cli.quickstart import SUITE
+from fedmllm.cli.quickstart import QUICKSTART_SUITE
 from fedmllm.core.tensors import num_bytes
 from fedmllm.runs.checkpoint import Checkpoints, RunState
 from fedmllm.runs.checkpointer import Checkpointer
@@ -29,7 +29,7 @@ from fedmllm.runs.costs import Totals
 from fedmllm.runs.events import Event, RoundEnd
 from fedmllm.runs.run import run
 
-BASE: dict[str, Any] = tomllib.loads(SUITE.read_text(encoding="utf-8"))["base"]
+BASE: dict[str, Any] = tomllib.loads(QUICKSTART_SUITE.read_text(encoding="utf-8"))["base"]
 REPEATS = 9
 
 

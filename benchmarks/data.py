@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from machine import describe
 
-from fedmllm.scenarios.assign import assign, digest
+from fedmllm.scenarios.assign import assign, shards_digest
 from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing
 from fedmllm.scenarios.partitions import Dirichlet
 from fedmllm.scenarios.published import Published
@@ -90,7 +90,11 @@ def partitions(root: Path) -> None:
         spent = []
         for partition in (Dirichlet(), Published()):
             spent.append(
-                best(lambda p=partition, s=scenario: digest(assign(examples, data.modalities(), p, s, 0), examples))
+                best(
+                    lambda p=partition, s=scenario: shards_digest(
+                        assign(examples, data.modalities(), p, s, 0), examples
+                    )
+                )
             )
         print(f"| partition, {scenario.name}, digest | {spent[0]:.2f} s | {spent[1]:.2f} s |")
 

@@ -87,7 +87,7 @@ def main() -> None:
     for megabytes in (5.0, 22.0):
         plain, size = here(megabytes, arguments.rounds, {"name": "in-process"})
         simulated, _ = here(megabytes, arguments.rounds, {"name": "flower-simulation", "num_actors": 3, "threads": 1})
-        flower_simulation.stop()
+        flower_simulation._stop()
         real, loads = deployed(megabytes, arguments.rounds)
         more = statistics.median(simulated) - statistics.median(plain)
         line = [f"{size / 1e6:.1f} MB", cell(plain), cell(simulated), f"{more:.2f}", cell(real), ", ".join(loads)]

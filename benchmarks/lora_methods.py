@@ -25,7 +25,7 @@ from fedmllm.config.train import UpdateFilter
 from fedmllm.core.tensors import num_bytes
 from fedmllm.federation.client import Clients
 from fedmllm.federation.client_state import ClientStateStore
-from fedmllm.federation.engines.stacked.engine import Stacked
+from fedmllm.federation.engines.stacked.engine import StackedEngine
 from fedmllm.federation.rounds import Progress, federate
 
 KINDS = {
@@ -47,7 +47,7 @@ def last_round(clients: Clients, name: str) -> tuple[float, float, dict[str, obj
     cohort = list(range(len(clients.shards)))
     with tempfile.TemporaryDirectory() as folder:
         state = ClientStateStore(Path(folder)) if "client-state" in aggregator.needs else None
-        engine = Stacked(Settings(), replace(clients, aggregator=aggregator, state=state))
+        engine = StackedEngine(Settings(), replace(clients, aggregator=aggregator, state=state))
         begin = Progress(0, start, aggregator.init(start))
         rounds = federate(
             begin, engine, aggregator, lambda _: cohort, NUM_ROUNDS, UpdateFilter(), seed=0, num_clients=len(cohort),

@@ -31,8 +31,8 @@ from fedmllm.core.types import Shard
 from fedmllm.data.prompts import Plain
 from fedmllm.data.synthetic import SyntheticIrony
 from fedmllm.federation.client import Clients, RowStore
-from fedmllm.federation.engines.in_process import InProcess
-from fedmllm.federation.engines.stacked.engine import Stacked
+from fedmllm.federation.engines.in_process import InProcessEngine
+from fedmllm.federation.engines.stacked.engine import StackedEngine
 from fedmllm.federation.engines.stacked.memory import CPU_TOKENS
 from fedmllm.federation.engines.stacked.packing import PASS_TOKENS, in_step, items, passes
 
@@ -190,10 +190,10 @@ def main() -> None:
     runs = {
         "(a) Trainer per client, checkpointing": trainers(forgetful, True),
         "(b) Trainer per client": trainers(forgetful, False),
-        "(c) in-process, image features not kept": engine(InProcess, InProcessSettings(), forgetful),
-        "(c') in-process": engine(InProcess, InProcessSettings(), clients),
-        "stacked, K = 1": engine(Stacked, StackedSettings(clients=1, token_budget=budget), clients),
-        "stacked": engine(Stacked, StackedSettings(clients=a.clients, token_budget=budget), clients),
+        "(c) in-process, image features not kept": engine(InProcessEngine, InProcessSettings(), forgetful),
+        "(c') in-process": engine(InProcessEngine, InProcessSettings(), clients),
+        "stacked, K = 1": engine(StackedEngine, StackedSettings(clients=1, token_budget=budget), clients),
+        "stacked": engine(StackedEngine, StackedSettings(clients=a.clients, token_budget=budget), clients),
         "bare passes (a lower bound)": bare(clients, budget),
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}

@@ -31,7 +31,7 @@ def child(num_clients: int, num_rows: int, token_budget: int) -> None:
     from fedmllm.config.engine import Stacked as Settings
     from fedmllm.config.train import UpdateFilter
     from fedmllm.core.types import Round, Sent
-    from fedmllm.federation.engines.stacked.engine import Stacked
+    from fedmllm.federation.engines.stacked.engine import StackedEngine
     from fedmllm.federation.rounds import Progress, federate
     from fedmllm.runs.costs import host_peak_bytes, reset_peaks
 
@@ -39,12 +39,14 @@ def child(num_clients: int, num_rows: int, token_budget: int) -> None:
     backbone = Tiny().load(0)
     start, aggregator = backbone.lora(), FedAvg()
     small = federation(backbone, 1, 4)  # type: ignore[arg-type]
-    list(Stacked(Settings(), small)(Round(1, 0, 1, (0,), 1), {0: Sent(start)}))  # libraries have made their buffers
+    list(
+        StackedEngine(Settings(), small)(Round(1, 0, 1, (0,), 1), {0: Sent(start)})
+    )  # libraries have made their buffers
     clients = federation(backbone, num_clients, num_rows)  # type: ignore[arg-type]
     reset_peaks()
     before = host_peak_bytes()
     begin = Progress(0, start, aggregator.init(start))
-    engine = Stacked(Settings(token_budget=token_budget), clients)
+    engine = StackedEngine(Settings(token_budget=token_budget), clients)
     (after,) = federate(begin, engine, aggregator, lambda _: list(range(num_clients)), 1, UpdateFilter())
     assert len(after.log["clients"]) == num_clients
     print(json.dumps({"before": before, "peak": host_peak_bytes()}))

@@ -18,14 +18,14 @@ import torch
 from machine import describe
 
 from fedmllm import Experiment
-from fedmllm.cli.quickstart import SUITE
+from fedmllm.cli.quickstart import QUICKSTART_SUITE
 from fedmllm.core.rng import torch_stream
 from fedmllm.core.types import ClientUpdate, Params
 from fedmllm.runs import session as the_run
 from fedmllm.runs.inputs import start_engine
 from fedmllm.runs.run import run
 
-BASE: dict[str, Any] = tomllib.loads(SUITE.read_text(encoding="utf-8"))["base"]
+BASE: dict[str, Any] = tomllib.loads(QUICKSTART_SUITE.read_text(encoding="utf-8"))["base"]
 COMMON = {
     **BASE,
     "partition": {"name": "iid", "num_clients": 10},

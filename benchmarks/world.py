@@ -16,10 +16,10 @@ from typing import Any
 from machine import describe
 
 from fedmllm import Experiment, run
-from fedmllm.cli.quickstart import SUITE
+from fedmllm.cli.quickstart import QUICKSTART_SUITE
 from fedmllm.runs.folder import SUMMARY
 
-BASE: dict[str, Any] = tomllib.loads(SUITE.read_text())["base"]
+BASE: dict[str, Any] = tomllib.loads(QUICKSTART_SUITE.read_text())["base"]
 CELLS: dict[str, dict[str, Any]] = {
     "zero-shot": {"method": "zero-shot"},
     "centralised": {"method": "centralised", "evaluate": {"visible": ["all", "image", "text"]}},

@@ -253,7 +253,7 @@ def answers() -> Inputs:
 def checkpoint_files() -> dict[str, bytes]:
     state = FedAdam().init(LIKE)
     files = {
-        checkpoint.ADAPTER: save(LIKE),
+        checkpoint.ADAPTER_FILE: save(LIKE),
         checkpoint.STATE: save({f"{k}/{n}": t.clone() for k, tree in state.items() for n, t in tree.items()}),
     }
     run_state = {

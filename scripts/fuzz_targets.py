@@ -148,7 +148,7 @@ def check_picture_values(content: bytes, folder: Path) -> None:
 
 
 def check_adapter(content: bytes, folder: Path) -> None:
-    (folder / checkpoint.ADAPTER).write_bytes(content)
+    (folder / checkpoint.ADAPTER_FILE).write_bytes(content)
     params = checkpoint.read_adapter(folder, LIKE)
     assert {n: (t.shape, t.dtype) for n, t in params.items()} == {n: (t.shape, t.dtype) for n, t in LIKE.items()}
 
@@ -156,12 +156,12 @@ def check_adapter(content: bytes, folder: Path) -> None:
 def check_book(content: bytes, folder: Path) -> None:
     """Its own digest is put right where there is one: whoever changes a run state can do that too."""
     _write_checkpoint(folder, {checkpoint.RUN_STATE: content})
-    checkpoint.read(folder / "round-0002", LIKE, FedAdam().init(LIKE))
+    checkpoint.read_checkpoint(folder / "round-0002", LIKE, FedAdam().init(LIKE))
 
 
 def check_state(content: bytes, folder: Path) -> None:
     _write_checkpoint(folder, {checkpoint.STATE: content})  # its digest is put right: only the tensors are odd
-    checkpoint.read(folder / "round-0002", LIKE, FedAdam().init(LIKE))
+    checkpoint.read_checkpoint(folder / "round-0002", LIKE, FedAdam().init(LIKE))
 
 
 def check_answer(content: bytes, folder: Path) -> None:
@@ -216,7 +216,7 @@ TARGETS = [
     Target("folder-tree", 0.05, folder_trees(), check_folder_tree),
     Target("picture-values", 0.04, picture_values(), check_picture_values),
     Target("picture", 0.10, mutated(*pictures()), check_picture),
-    Target("adapter", 0.12, mutated(FILES[checkpoint.ADAPTER]), check_adapter),
+    Target("adapter", 0.12, mutated(FILES[checkpoint.ADAPTER_FILE]), check_adapter),
     Target("adapter-header", 0.12, headers(), check_adapter),
     Target("checkpoint-state", 0.07, books(), check_book),
     Target("checkpoint-state-bytes", 0.03, mutated(FILES[checkpoint.RUN_STATE]), check_book),

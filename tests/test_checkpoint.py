@@ -39,7 +39,7 @@ def test_every_aggregator_goes_on_from_disk_to_the_same_bits(name: str, tmp_path
     checkpoints = Checkpoints(tmp_path, 1, b"{}", lambda: None)
     checkpoints.save(run_state(2), params, state)
     checkpoints.wait()
-    again = checkpoint.read(tmp_path / "round-0002", LIKE, aggregator.init(LIKE))
+    again = checkpoint.read_checkpoint(tmp_path / "round-0002", LIKE, aggregator.init(LIKE))
     assert list(again.params) == list(LIKE)  # "the first tensor" of fedavg-reference depends on it
     assert {k: list(tree) for k, tree in again.state.items()} == {k: list(tree) for k, tree in state.items()}
     for (one, one_state), (two, two_state) in [
@@ -75,7 +75,7 @@ def test_what_a_kill_left_half_written_is_not_a_checkpoint_and_is_overwritten(tm
     assert checkpoint.newest(tmp_path) is None
     write(tmp_path, run_state(2))
     assert checkpoint.newest(tmp_path) == tmp_path / "round-0002"
-    checkpoint.read(tmp_path / "round-0002", LIKE, {})
+    checkpoint.read_checkpoint(tmp_path / "round-0002", LIKE, {})
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "state.safetensors", "state.json"])
@@ -94,9 +94,9 @@ def test_damage_is_seen_named_and_answered(name: str, damage: str, tmp_path: Pat
     else:
         path.unlink()
     with pytest.raises(FedmllmError, match=r"round-0002/.*continue from round-0001") as caught:
-        checkpoint.read(tmp_path / "round-0002", LIKE, FedAdam().init(LIKE))
+        checkpoint.read_checkpoint(tmp_path / "round-0002", LIKE, FedAdam().init(LIKE))
     assert name in str(caught.value) or damage == "flip"
-    checkpoint.read(tmp_path / "round-0001", LIKE, FedAdam().init(LIKE))
+    checkpoint.read_checkpoint(tmp_path / "round-0001", LIKE, FedAdam().init(LIKE))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_changed_figure_in_the_book_is_seen(tmp_path: Path) -> None:
 def test_a_state_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
     write(tmp_path, run_state(1), state={"m": LIKE})
     with pytest.raises(FedmllmError, match=r"state_keys: got \('m',\); \['v'\] must be among them"):
-        checkpoint.read(tmp_path / "round-0001", LIKE, FedAdam().init(LIKE))
+        checkpoint.read_checkpoint(tmp_path / "round-0001", LIKE, FedAdam().init(LIKE))
 
 
 def test_an_older_checkpoint_that_was_damaged_since_does_not_stop_the_run(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_an_older_checkpoint_that_was_damaged_since_does_not_stop_the_run(tmp_pa
 def test_the_adapter_alone_is_checked_too(tmp_path: Path) -> None:
     write(tmp_path, run_state(1), run_state(2))
     assert torch.equal(checkpoint.read_params(tmp_path / "round-0001", LIKE)["a"], values(1)["a"])
-    path = tmp_path / "round-0001" / checkpoint.ADAPTER
+    path = tmp_path / "round-0001" / checkpoint.ADAPTER_FILE
     path.write_bytes(path.read_bytes()[:-1] + b"\x3f")  # another number, as finite as the one before
     with pytest.raises(FedmllmError, match="damaged"):
         checkpoint.read_params(tmp_path / "round-0001", LIKE)
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_another_round_under_this_name_is_refused(tmp_path: Path
     write(tmp_path, run_state(1))
     (tmp_path / "round-0001").rename(tmp_path / "round-0009")
     with pytest.raises(FedmllmError, match=r"round-0009.*of round 1"):
-        checkpoint.read(tmp_path / "round-0009", LIKE, {})
+        checkpoint.read_checkpoint(tmp_path / "round-0009", LIKE, {})
 
 
 def odd(**changed: torch.Tensor) -> Params:
@@ -263,5 +263,5 @@ def test_a_write_that_fails_is_said_and_the_one_before_stays(tmp_path: Path) -> 
     assert "--resume continues" in done.stdout
     assert not list((tmp_path / "c").glob(".*"))  # room for the last line of the record
     assert checkpoint.numbers(tmp_path / "c") == [1]
-    checkpoint.read(tmp_path / "c" / "round-0001", LIKE, {})
+    checkpoint.read_checkpoint(tmp_path / "c" / "round-0001", LIKE, {})
     shutil.rmtree(tmp_path / "c")

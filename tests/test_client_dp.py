@@ -18,11 +18,11 @@ from scipy.stats import norm
 
 from fedmllm.algorithms.privacy.accounting import gaussian_delta, gaussian_epsilon, poisson_epsilon
 from fedmllm.algorithms.privacy.client_dp import CLIP, ClientDp, NoisyMean, clipped_sum
-from fedmllm.algorithms.privacy.noise import keyed_normals, public_key
+from fedmllm.algorithms.privacy.noise import keyed_normals, simulation_key
 from fedmllm.algorithms.server_optimizers import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 from fedmllm.config.train import UpdateFilter
 from fedmllm.core.errors import ConfigError, FedmllmError
-from fedmllm.core.tensors import digest, plain_mean_delta
+from fedmllm.core.tensors import params_digest, plain_mean_delta
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, State
 from fedmllm.federation.rounds import Progress, cohorts, federate
 from fedmllm.runs.privacy import secret_key
@@ -63,7 +63,7 @@ def flat(params: Params) -> np.ndarray:
 def test_without_noise_and_clip_it_is_the_plain_mean() -> None:
     two = [ClientUpdate(u.client, u.delta, 1, {}) for u in drawn(0, 2)]
     (pseudo, _, _) = mean(two, 2, noise_multiplier=0.0, clip=1e9)
-    assert digest(pseudo.delta) == digest(plain_mean_delta(two))
+    assert params_digest(pseudo.delta) == params_digest(plain_mean_delta(two))
     seven = drawn(1, 7)
     (pseudo, _, _) = mean(seven, 7, noise_multiplier=0.0, clip=1e9)
     exact = sum(flat(u.delta) for u in seven) / 7
@@ -81,8 +81,8 @@ def test_an_aggregator_receives_the_noisy_mean_and_nothing_else(aggregator) -> N
     pseudo, _, _ = NoisyMean(s, 3, KEY)(ups, 1, LIKE, {})
     at = Round(1, 0, 1, (0, 1, 2), 3)
     params, state = aggregator.apply(LIKE, aggregator.init(LIKE), at, [pseudo])
-    assert digest(after.params) == digest(params)
-    assert {k: digest(t) for k, t in after.state.items()} == {k: digest(t) for k, t in state.items()}
+    assert params_digest(after.params) == params_digest(params)
+    assert {k: params_digest(t) for k, t in after.state.items()} == {k: params_digest(t) for k, t in state.items()}
     assert "aggregation_error" not in after.log  # a number about the clients' updates, without noise
 
 
@@ -124,7 +124,7 @@ def test_one_client_changes_the_sum_by_the_clip_at_most(seed, num, clip, other, 
 def test_rows_do_not_weigh() -> None:
     ups = drawn(3, 4)
     more = [ClientUpdate(u.client, u.delta, u.num_examples * 1000, {}) for u in ups]
-    assert digest(mean(ups, 4)[0].delta) == digest(mean(more, 4)[0].delta)
+    assert params_digest(mean(ups, 4)[0].delta) == params_digest(mean(more, 4)[0].delta)
 
 
 def test_a_failed_client_counts_as_zeros_and_an_empty_cohort_is_pure_noise() -> None:
@@ -337,7 +337,9 @@ def test_poisson_cohorts() -> None:
     assert np.mean(sizes) == pytest.approx(2, abs=0.1)
     assert sizes.count(0) / 2000 == pytest.approx(0.8**10, abs=0.02)
     assert draw(3) == cohorts("poisson", range(10), 2, seed=9, key=KEY)(3)
-    assert [draw(t) for t in range(20)] != [cohorts("poisson", range(10), 2, 0, public_key(0))(t) for t in range(20)]
+    assert [draw(t) for t in range(20)] != [
+        cohorts("poisson", range(10), 2, 0, simulation_key(0))(t) for t in range(20)
+    ]
 
 
 def test_a_key_that_others_can_read_or_of_another_length_is_refused(tmp_path: Path) -> None:

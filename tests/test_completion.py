@@ -22,7 +22,7 @@ from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
 from fedmllm.scenarios.modalities import describe
-from fedmllm.scenarios.modalities.completion import Completer, Completion, Filling, Nothing, Site
+from fedmllm.scenarios.modalities.completion import Completer, Completion, CompletionSite, Filling, Nothing
 from fedmllm.scenarios.modalities.retrieve import Retrieve
 from fedmllm.testing import check_completion, examples, leak_probe, perturbed
 from support.runs import Stop, events, experiment
@@ -72,7 +72,7 @@ def broken():
         def at_test(self) -> bool:
             return True
 
-        def prepare(self, site: Site) -> Filling:
+        def prepare(self, site: CompletionSite) -> Filling:
             return _BrokenFilling(self.how, site)
 
     yield Broken
@@ -80,7 +80,7 @@ def broken():
 
 
 class _BrokenFilling(Filling):
-    def __init__(self, how: str, site: Site) -> None:
+    def __init__(self, how: str, site: CompletionSite) -> None:
         self.how, self.site = how, site
 
     def fill(self, example: Example, training: bool) -> Example:
@@ -110,7 +110,7 @@ def test_a_member_that_breaks_a_rule_is_caught(how: str, rule: str, broken, tiny
 
 
 def retrieve(tiny, public, **settings: Any) -> Completer:
-    return Completer(Retrieve(**settings), Site(tiny, tuple(public), ("image", "text"), 0))
+    return Completer(Retrieve(**settings), CompletionSite(tiny, tuple(public), ("image", "text"), 0))
 
 
 def test_retrieve_finds_the_row_itself(tiny, rows):
@@ -166,7 +166,7 @@ def test_the_frozen_model_describes_a_picture_once(tiny, monkeypatch):
     data = Experiment.parse({"data": {"name": "synthetic-verdict", "num_train": 40}}).data
     drawn = data.load("train").examples[:40]
     monkeypatch.setattr(describe, "_ANSWERS", {})
-    completer = Completer(Completion.pick(FACE_AND_SKY, "completion"), Site(tiny, (), ("image", "text"), 0))
+    completer = Completer(Completion.pick(FACE_AND_SKY, "completion"), CompletionSite(tiny, (), ("image", "text"), 0))
     image = frozenset({"image"})
     completer.warm([(row, image) for row in drawn], training=True)
     texts = [str(completer(row, image, True)[0].fields["text"]) for row in drawn]
@@ -204,7 +204,9 @@ def test_modes_of_describe(tiny, monkeypatch):
 
     def fields(visible: frozenset[str], **settings: Any) -> dict[str, Any]:
         completion = Completion.pick({"name": "describe", **settings}, "completion")
-        return dict(Completer(completion, Site(Parrot(), (), ("image", "text"), 0))(row, visible, False)[0].fields)  # type: ignore[arg-type]
+        return dict(
+            Completer(completion, CompletionSite(Parrot(), (), ("image", "text"), 0))(row, visible, False)[0].fields
+        )  # type: ignore[arg-type]
 
     assert fields(BOTH, mode="add") == {"image": (path, path), "text": "hello a cat a cat"}
     assert fields(BOTH, mode="replace") == {"text": "hello a cat a cat"}

@@ -22,7 +22,7 @@ from PIL import Image
 from fedmllm.config.experiment import FAMILIES, Experiment
 from fedmllm.core.rng import stream
 from fedmllm.data.base import Dataset
-from fedmllm.runs.checkpoint import ADAPTER
+from fedmllm.runs.checkpoint import ADAPTER_FILE
 from fedmllm.runs.fingerprint import rows_digest
 from fedmllm.runs.record import read
 from fedmllm.runs.run import run
@@ -99,7 +99,7 @@ def train(folder: Path, **changed: Any) -> tuple[bytes, list[Any]]:
     run(Experiment.parse({**TABLE, **changed}), folder)
     events = [event for event in read(folder / "record.jsonl") if event["event"] in ("round", "eval")]
     said = [[e.get("cohort"), e.get("metrics"), [c["loss"] for c in e.get("clients", [])]] for e in events]
-    return b"".join(path.read_bytes() for path in sorted(folder.glob(f"adapter*/**/{ADAPTER}"))), said
+    return b"".join(path.read_bytes() for path in sorted(folder.glob(f"adapter*/**/{ADAPTER_FILE}"))), said
 
 
 @pytest.mark.parametrize(("family", "name"), MEMBERS, ids=["-".join(member) for member in MEMBERS])
@@ -131,7 +131,7 @@ def test_another_process_gives_the_same_bytes(tmp_path: Path) -> None:
             [sys.executable, "-c", code, *places], env=env, capture_output=True, text=True, check=True
         )
         said.add(done.stdout.splitlines()[-1])
-    one, two = ((tmp_path / seed / "adapter" / ADAPTER).read_bytes() for seed in ("1", "2"))
+    one, two = ((tmp_path / seed / "adapter" / ADAPTER_FILE).read_bytes() for seed in ("1", "2"))
     assert one == two == train(tmp_path / "here")[0]
     assert said == {str(rows_of(tmp_path / "raw"))}
 

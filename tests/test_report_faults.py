@@ -13,7 +13,7 @@ import pytest
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.reports.answers import answers, groups
-from fedmllm.reports.compare import compare, verdict
+from fedmllm.reports.compare import compare, row_verdict
 from fedmllm.reports.comparisons import all_pairs
 from fedmllm.reports.numerals import MINUS, NO_BREAK, scale_of
 from fedmllm.reports.reading import DatasetResults, read_results
@@ -131,7 +131,9 @@ def test_an_undefined_metric_is_said_to_be_undefined(tmp_path: Path):
         changed(made(tmp_path / name, aggregator=aggregator), dict.fromkeys(("auc", "auc_hard", "accuracy")))
     assert "AUC is not defined on the test rows" in text_of(only(tmp_path))
     write_report([tmp_path], tmp_path / "page.html")
-    assert {verdict(row) for row in compare([tmp_path / "a"], [tmp_path / "b"]).rows} == {"not defined on either side"}
+    assert {row_verdict(row) for row in compare([tmp_path / "a"], [tmp_path / "b"]).rows} == {
+        "not defined on either side"
+    }
     changed(tmp_path / "a", {"accuracy": 0.5})
     changed(tmp_path / "b", {"accuracy": 0.75})
     assert only(tmp_path).metric == "accuracy"

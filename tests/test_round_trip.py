@@ -11,7 +11,7 @@ import pytest
 from fedmllm.config.experiment import Experiment
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.run import run
-from fedmllm.runs.suites.scheduler import State, run_suite
+from fedmllm.runs.suites.scheduler import CellState, run_suite
 from fedmllm.runs.suites.suite import Cell, Suite
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/run_ids.json").read_text(encoding="utf-8"))
@@ -20,7 +20,7 @@ TRAIN = {"lr": 1e-3, "batch_size": 4, "accumulation": 1, "max_steps": 1}
 
 
 class Silent:
-    def update(self, state: State) -> None: ...
+    def update(self, state: CellState) -> None: ...
 
     def finished(self, cell: Cell, seconds: float, error: str) -> None: ...
 

@@ -11,7 +11,7 @@ import torch
 
 from fedmllm.algorithms.objectives import ClientView
 from fedmllm.algorithms.scaffold import Scaffold
-from fedmllm.config.experiment import Experiment, check_engine
+from fedmllm.config.experiment import Experiment, check_engine_carries
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.types import ClientUpdate, Outcome, Params, Round
 from fedmllm.federation.client_state import ClientStateStore
@@ -195,4 +195,4 @@ def test_an_engine_that_cannot_carry_it_is_refused() -> None:
         match=r"engine\.name: got 'bare'; scaffold needs client-state and extra, .*"
         "allowed: flower-simulation, flower-sites, in-process, stacked",
     ):
-        check_engine(Experiment.parse({**TABLE, "aggregator": "scaffold"}).aggregator, bare)
+        check_engine_carries(Experiment.parse({**TABLE, "aggregator": "scaffold"}).aggregator, bare)

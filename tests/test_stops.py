@@ -67,7 +67,7 @@ def test_a_checkpoint_survives_a_kill_at_every_operation(tmp_path: Path, monkeyp
         except Killed:
             fuse.left = 0
         for left in checkpoint.numbers(folder):  # one that is there is whole
-            back = checkpoint.read(folder / f"round-{left:04d}", LIKE, {})
+            back = checkpoint.read_checkpoint(folder / f"round-{left:04d}", LIKE, {})
             assert all(torch.equal(back.params[name], t) for name, t in values(left).items())
         last = max(checkpoint.numbers(folder))
         assert last in (2, 3)
@@ -84,7 +84,7 @@ def test_a_damaged_best_one_is_refused_though_the_last_one_is_whole(tmp_path: Pa
     assert last is not None
     best = checkpoint.read_run_state(last).best
     assert best is not None
-    path = tmp_path / "checkpoints" / f"round-{best.number:04d}" / checkpoint.ADAPTER
+    path = tmp_path / "checkpoints" / f"round-{best.number:04d}" / checkpoint.ADAPTER_FILE
     path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
     with pytest.raises(FedmllmError, match=rf"round-000{best.number}/.*damaged.*names it as the best so far"):
         run(adam(), tmp_path, resume=True)

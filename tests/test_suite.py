@@ -19,8 +19,8 @@ from fedmllm.reports.reading import read_suite
 from fedmllm.runs.events import RoundEnd
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.record import read
-from fedmllm.runs.suites.scheduler import Job, State, assign, poll, run_suite, start_workers
-from fedmllm.runs.suites.suite import Suite, merge
+from fedmllm.runs.suites.scheduler import CellState, Job, assign_cell, poll, run_suite, start_workers
+from fedmllm.runs.suites.suite import Suite, merge_tables
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -63,9 +63,9 @@ def test_cells_are_the_product_in_the_order_of_the_file_one_seed_after_the_other
 
 def test_another_name_replaces_a_table_and_the_same_name_changes_it():
     table = {"aggregator": {"name": "fedadam", "lr": 1.0}}
-    assert merge(table, {"aggregator": {"lr": 2.0}}) == {"aggregator": {"name": "fedadam", "lr": 2.0}}
-    assert merge(table, {"aggregator": {"name": "fedavg"}}) == {"aggregator": {"name": "fedavg"}}
-    assert merge({"aggregator": "fedadam"}, {"aggregator": {"lr": 2.0}}) == {
+    assert merge_tables(table, {"aggregator": {"lr": 2.0}}) == {"aggregator": {"name": "fedadam", "lr": 2.0}}
+    assert merge_tables(table, {"aggregator": {"name": "fedavg"}}) == {"aggregator": {"name": "fedavg"}}
+    assert merge_tables({"aggregator": "fedadam"}, {"aggregator": {"lr": 2.0}}) == {
         "aggregator": {"name": "fedadam", "lr": 2.0}
     }
 
@@ -214,7 +214,7 @@ class Seen:
         self.cells: list[tuple[str, str]] = []
         self.most_jobs = 0
 
-    def update(self, state: State) -> None:
+    def update(self, state: CellState) -> None:
         self.most_jobs = max(self.most_jobs, sum(1 for job in state.jobs if job.cell))
 
     def finished(self, cell, seconds, error) -> None:
@@ -249,7 +249,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path):
 
 def test_a_process_that_dies_is_named_and_its_work_goes_on(tmp_path: Path):
     class Killer(Seen):
-        def update(self, state: State) -> None:
+        def update(self, state: CellState) -> None:
             job = next((j for j in state.jobs if j.cell and isinstance(j.event, RoundEnd)), None)
             if job and not self.most_jobs:
                 self.most_jobs = 1
@@ -272,8 +272,8 @@ def test_a_process_that_dies_between_two_cells_costs_none(tmp_path: Path):
     process.join()
     job = Job(process, ours)
     cells = list(Suite.load(file(tmp_path, SMALL)).cells)
-    state = State(waiting=cells, jobs=[job])
-    assert not assign(job, cells[0], tmp_path)
+    state = CellState(waiting=cells, jobs=[job])
+    assert not assign_cell(job, cells[0], tmp_path)
     poll(state, Seen())
     assert (state.jobs, state.failed, len(state.waiting)) == ([], {}, 8)
 
@@ -408,7 +408,7 @@ def test_an_unknown_tracker_is_refused_before_anything_runs(tmp_path: Path):
 
 def test_no_further_process_is_started_over_the_memory_budget():
     working = Job(process=None, pipe=None, host_bytes=3 * 10**9, has_computed=True)
-    state = State(waiting=[None, None], jobs=[working])
+    state = CellState(waiting=[None, None], jobs=[working])
     start_workers(state, num_jobs=4, num_threads=1, budget_bytes=5 * 10**9)
     assert len(state.jobs) == 1
     assert "1 of 4 jobs" in state.note
@@ -420,8 +420,8 @@ def test_no_further_process_is_started_over_the_memory_budget():
 
 def test_expected_time_goes_by_method(tmp_path: Path):
     cells = list(Suite.load(file(tmp_path, SMALL)).cells)
-    assert State(waiting=cells).left_s() is None
-    state = State(waiting=cells, seconds={"zero-shot": [1.0], "fedadam": [9.0, 11.0]})
+    assert CellState(waiting=cells).left_s() is None
+    state = CellState(waiting=cells, seconds={"zero-shot": [1.0], "fedadam": [9.0, 11.0]})
     assert state.left_s() == pytest.approx(4 * 1.0 + 4 * 10.0)
 
 

@@ -125,9 +125,9 @@ def halved(settings, clients):
     from dataclasses import replace
 
     from fedmllm.config.engine import InProcess as Settings
-    from fedmllm.federation.engines.in_process import InProcess
+    from fedmllm.federation.engines.in_process import InProcessEngine
 
-    whole = InProcess(Settings(), clients)
+    whole = InProcessEngine(Settings(), clients)
     return lambda at, sents: [replace(u, delta={n: t / 2 for n, t in u.delta.items()}) for u in whole(at, sents)]
 
 

@@ -17,7 +17,7 @@ from fedmllm.backbones.build_vlm import connector as connector_module
 from fedmllm.backbones.build_vlm.assemble import assemble, tower_weights
 from fedmllm.backbones.build_vlm.build import build
 from fedmllm.backbones.build_vlm.connector import Connector, Training, attention_mask, label_logits, pack
-from fedmllm.backbones.build_vlm.pictures import COLORS, SHAPES, Scene, questions
+from fedmllm.backbones.build_vlm.pictures import COLORS, SHAPES, CaptionScene, questions
 from fedmllm.backbones.build_vlm.sources import Language, Tower, package_file
 from fedmllm.backbones.folder import load_processor
 from fedmllm.backbones.hf import load_folder
@@ -70,7 +70,7 @@ def parts(dinov2: Dinov2Model, llama: LlamaForCausalLM) -> tuple[Tower, Language
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[CaptionScene]:
     folder, found = tmp_path_factory.mktemp("scenes"), []
     for i, (shape, color) in enumerate((s, c) for s in SHAPES for c in COLORS[:4]):
         image = Image.new("RGB", (32, 32), "white")
@@ -78,7 +78,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
         points = {"circle": draw.ellipse, "rectangle": draw.rectangle}.get(shape)
         points((6, 6, 26, 26), fill=color) if points else draw.polygon([(6, 26), (16, 6), (26, 26)], fill=color)
         image.save(folder / f"{i}.png")
-        found.append(Scene(folder / f"{i}.png", shape, color))
+        found.append(CaptionScene(folder / f"{i}.png", shape, color))
     return found
 
 
@@ -103,7 +103,7 @@ def test_positions_are_interpolated_only_for_another_size(parts: tuple[Tower, La
 
 
 def test_a_packed_row_gives_the_logits_of_each_question_alone(
-    parts: tuple[Tower, Language], scenes: list[Scene], tmp_path: Path
+    parts: tuple[Tower, Language], scenes: list[CaptionScene], tmp_path: Path
 ) -> None:
     """The prefix is shared, and no question attends to another."""
     from fedmllm.backbones.build_vlm.assemble import tokenizer_of
@@ -125,7 +125,7 @@ def test_the_mask_by_hand() -> None:
 
 
 def test_the_folder_passes_every_check_and_is_read_as_it_was_trained(
-    parts: tuple[Tower, Language], scenes: list[Scene], tmp_path: Path
+    parts: tuple[Tower, Language], scenes: list[CaptionScene], tmp_path: Path
 ) -> None:
     settings = Training(steps=3, batch_size=2)
     about = build(tmp_path / "vlm", *parts, scenes, "drawn here", settings, SIZE, "float32")
@@ -142,7 +142,7 @@ def test_the_folder_passes_every_check_and_is_read_as_it_was_trained(
 
 
 def test_a_resumed_build_has_the_bytes_of_one_that_was_not_stopped(
-    parts: tuple[Tower, Language], scenes: list[Scene], tmp_path: Path
+    parts: tuple[Tower, Language], scenes: list[CaptionScene], tmp_path: Path
 ) -> None:
     settings = Training(steps=6, batch_size=3, save_every=2)
 
@@ -164,7 +164,7 @@ def test_a_resumed_build_has_the_bytes_of_one_that_was_not_stopped(
 
 
 def test_training_moves_the_projector_alone_and_lowers_the_loss(
-    parts: tuple[Tower, Language], scenes: list[Scene], tmp_path: Path
+    parts: tuple[Tower, Language], scenes: list[CaptionScene], tmp_path: Path
 ) -> None:
     from fedmllm.backbones.build_vlm.assemble import write_processor
 
@@ -183,7 +183,7 @@ def test_training_moves_the_projector_alone_and_lowers_the_loss(
 
 
 def test_questions_are_balanced_and_true() -> None:
-    scene, rng = Scene(Path("x"), "circle", "red"), np.random.default_rng(1)
+    scene, rng = CaptionScene(Path("x"), "circle", "red"), np.random.default_rng(1)
     asked = [pair for _ in range(4000) for pair in questions(scene, rng)]
     yes_no = [(q, a) for q, a in asked if a in ("yes", "no")]
     assert 0.47 < np.mean([a == "yes" for _, a in yes_no]) < 0.53

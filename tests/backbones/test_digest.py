@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedmllm.backbones.base import FromFolder
-from fedmllm.backbones.folder import digest, is_digest_of
+from fedmllm.backbones.folder import folder_digest, is_digest_of
 from fedmllm.backbones.hf import load_folder
 from fedmllm.core.types import Conversation
 
@@ -38,32 +38,32 @@ READ = {
 
 @pytest.mark.parametrize("name", READ)
 def test_a_change_of_what_the_model_reads_changes_the_digest(folder: Path, name: str) -> None:
-    before, file, change = digest(folder), folder / name, READ[name]
+    before, file, change = folder_digest(folder), folder / name, READ[name]
     file.parent.mkdir(exist_ok=True)
     if change is None:
         file.write_bytes(file.read_bytes()[:-1] + b"\1")
     else:
         file.write_text(change(file.read_text() if file.is_file() else ""))
-    assert digest(folder) != before
+    assert folder_digest(folder) != before
 
 
 @pytest.mark.parametrize(
     "name", ["README.md", "LICENSE", ".gitattributes", "video_preprocessor_config.json", "trainer_state.json", "a.png"]
 )
 def test_other_files_do_not(folder: Path, name: str) -> None:
-    before = digest(folder)
+    before = folder_digest(folder)
     (folder / name).write_text("something")
-    assert digest(folder) == before
+    assert folder_digest(folder) == before
 
 
 def test_a_name_counts_as_well_as_a_content(folder: Path) -> None:
-    before = digest(folder)
+    before = folder_digest(folder)
     (folder / "chat_template.jinja").rename(folder / "chat_template_2.jinja")
-    assert digest(folder) != before
+    assert folder_digest(folder) != before
 
 
 def test_a_copy_has_the_same_digest(folder: Path, tmp_path: Path) -> None:
-    assert digest(Path(shutil.copytree(folder, tmp_path / "copy"))) == digest(folder)
+    assert folder_digest(Path(shutil.copytree(folder, tmp_path / "copy"))) == folder_digest(folder)
 
 
 def test_a_digest_of_an_earlier_version_is_compared_as_it_was_made(folder: Path) -> None:
@@ -73,10 +73,10 @@ def test_a_digest_of_an_earlier_version_is_compared_as_it_was_made(folder: Path)
         for name in ("config.json", "model.safetensors")
     ]
     old = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    assert digest(folder).startswith("v2:")
-    assert digest(folder) != old
+    assert folder_digest(folder).startswith("v2:")
+    assert folder_digest(folder) != old
     assert is_digest_of(old, folder)
-    assert is_digest_of(digest(folder), folder)
+    assert is_digest_of(folder_digest(folder), folder)
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     assert not is_digest_of(old, folder)
 

@@ -13,7 +13,7 @@ from fedmllm.cli.data import app
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.data.base import Dataset
-from fedmllm.reports.data import Federation, export, where
+from fedmllm.reports.data import Federation, export, where_to_get
 from support import rawsets
 
 
@@ -235,7 +235,7 @@ def test_where_describes_every_set() -> None:
             assert "Licence:" in text
             assert "Expected files" in text
     with pytest.raises(ConfigError, match=r"no data set is called 'imagenet'; there are: .*crisismmd, drivelm"):
-        where("imagenet")
+        where_to_get("imagenet")
 
 
 def test_nothing_of_this_loads_torch(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.types import Shard
-from fedmllm.scenarios.assign import assign, digest  # fmt: skip
+from fedmllm.scenarios.assign import assign, shards_digest  # fmt: skip
 from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing, Scenario
 from fedmllm.scenarios.partitions import Dirichlet
 from fedmllm.scenarios.published import Published, lift
@@ -62,7 +62,9 @@ def test_every_published_setting_as_the_reference_made_it(tmp_path: Path, golden
         for alpha, scenario in TWELVE[6:] if name == "medical" else TWELVE:
             examples, shards = shards_of(data, scenario, alpha)
             setting = " ".join(str(v) for k, v in scenario.model_dump().items() if k != "name" and v != {})
-            lines.append(f"{name} alpha {alpha} {scenario.name} {setting}".strip() + f": {digest(shards, examples)}")
+            lines.append(
+                f"{name} alpha {alpha} {scenario.name} {setting}".strip() + f": {shards_digest(shards, examples)}"
+            )
     golden("published.txt", "\n".join(lines) + "\n")
 
 
@@ -155,4 +157,4 @@ def test_other_columns_are_not_published(tmp_path: Path) -> None:
     examples = data.load("train").examples
     ours = assign(examples, data.modalities(), Dirichlet(), Aligned(), 0)
     published = assign(examples, data.modalities(), Published(), Aligned(), 0)
-    assert digest(ours, examples) != digest(published, examples)
+    assert shards_digest(ours, examples) != shards_digest(published, examples)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.types import Example
-from fedmllm.scenarios.assign import assign, digest, show_only
+from fedmllm.scenarios.assign import assign, shards_digest, show_only
 from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing
 from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Iid
 from support import rawsets
@@ -58,7 +58,7 @@ def test_every_row_lands_on_exactly_one_client_and_shows_only_what_it_has(exampl
             assert visible <= examples[r].fields.keys()
     again = assign(examples, TWO, partition, scenario, seed)
     assert again == shards
-    assert digest(again, examples) == digest(shards, examples)
+    assert shards_digest(again, examples) == shards_digest(shards, examples)
 
 
 @settings(deadline=None)  # a machine may be busy
@@ -119,7 +119,7 @@ def test_more_than_two_modalities(seed) -> None:
 
 def test_seeds_differ() -> None:
     examples = [row(i, "abc"[i % 3]) for i in range(200)]
-    digests = {digest(assign(examples, TWO, Dirichlet(), Missing(), seed), examples) for seed in range(20)}
+    digests = {shards_digest(assign(examples, TWO, Dirichlet(), Missing(), seed), examples) for seed in range(20)}
     assert len(digests) == 20
 
 
@@ -130,7 +130,15 @@ def test_digests_tell_rows_masks_and_clients_apart() -> None:
     hidden = assign(examples, TWO, Iid(num_clients=2), Missing(rate=0.5), 0)
     renamed = [row(i + 1) for i in range(20)]
     assert (
-        len({digest(base, examples), digest(swapped, examples), digest(hidden, examples), digest(base, renamed)}) == 4
+        len(
+            {
+                shards_digest(base, examples),
+                shards_digest(swapped, examples),
+                shards_digest(hidden, examples),
+                shards_digest(base, renamed),
+            }
+        )
+        == 4
     )
 
 
@@ -160,7 +168,7 @@ def test_the_same_digest_on_any_file_system_order(tmp_path: Path, monkeypatch) -
         monkeypatch.setattr(os, "listdir", lambda p=".", r=rng: r.sample(e := real_listdir(p), len(e)))
         for data in (table, folder):
             rows = data.load("train").examples
-            digests.add(digest(assign(rows, data.modalities(), Dirichlet(), Aligned(), 0), rows))
+            digests.add(shards_digest(assign(rows, data.modalities(), Dirichlet(), Aligned(), 0), rows))
     assert len(digests) == 2
 
 

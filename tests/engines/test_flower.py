@@ -18,7 +18,7 @@ from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import ClientFailure, ClientUpdate, Round
 from fedmllm.flower.messages import LONGEST_METRICS, Packed, ask, read_update, refusal, unpack, update_content
-from fedmllm.flower.wire import ABOUT, ADAPTER, FLAT, LONGEST_WORDS, RAW, legible
+from fedmllm.flower.wire import ABOUT, ADAPTER_KEY, FLAT, LONGEST_WORDS, RAW, legible
 
 AT = Round(1, 0, 1, (0, 1, 2), 3)
 PARAMS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1.5])}
@@ -33,8 +33,8 @@ def reply(content: RecordDict) -> SimpleNamespace:
 
 def test_an_adapter_is_one_float32_array_in_manifest_order_and_comes_back_as_it_was():
     content = Packed(PARAMS).content({})
-    assert np.frombuffer(content[ADAPTER][FLAT].data, "<f4").tolist() == [1.5, 0, 1, 2, 3, 4, 5]  # "a" before "b"
-    assert len(content[ADAPTER]) == 1
+    assert np.frombuffer(content[ADAPTER_KEY][FLAT].data, "<f4").tolist() == [1.5, 0, 1, 2, 3, 4, 5]  # "a" before "b"
+    assert len(content[ADAPTER_KEY]) == 1
     back = unpack(content, PARAMS)
     assert list(back) == ["b", "a"]
     assert all(torch.equal(back[name], PARAMS[name]) for name in PARAMS)
@@ -58,7 +58,7 @@ def test_other_names_or_shapes_are_refused_by_the_manifest():
 )
 def test_an_array_that_does_not_fit_its_manifest_is_a_failure_of_that_client(array, says):
     content = update_content(ClientUpdate(3, PARAMS, 5, {"loss": 1.0}))
-    content[ADAPTER] = ArrayRecord({FLAT: array})
+    content[ADAPTER_KEY] = ArrayRecord({FLAT: array})
     failure = read_update(3, reply(content), PARAMS)
     assert isinstance(failure, ClientFailure)
     assert says in failure.reason
@@ -111,7 +111,7 @@ words = st.one_of(st.text(max_size=20), st.integers(-(2**63), 2**63 - 1), st.flo
 @given(st.dictionaries(st.sampled_from(["manifest", "num_examples", "metrics", "refused", "x"]), words), st.binary())
 def test_nothing_in_a_reply_can_raise(about, data):
     content = RecordDict({ABOUT: ConfigRecord(about)})
-    content[ADAPTER] = ArrayRecord({FLAT: Array("float32", (3,), RAW, data)})
+    content[ADAPTER_KEY] = ArrayRecord({FLAT: Array("float32", (3,), RAW, data)})
     assert isinstance(read_update(0, reply(content), PARAMS), ClientFailure)
 
 

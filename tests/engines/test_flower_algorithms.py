@@ -16,7 +16,7 @@ from flower_federation import NAMES, Federation
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.tensors import digest, flatten, manifest_digest
+from fedmllm.core.tensors import flatten, manifest_digest, params_digest
 from fedmllm.core.types import Round
 from fedmllm.flower.request import Request
 from fedmllm.flower.site.state import SiteState
@@ -102,7 +102,7 @@ def test_state_of_rounds_that_did_not_count_is_removed(tmp_path: Path):
 def test_state_that_another_run_replaced_or_that_is_missing_is_an_error(tmp_path: Path):
     state = SiteState(tmp_path, RUN, 0)
     sha = state.write(4, {"c": torch.ones(2)})
-    assert sha == digest({"c": torch.ones(2)})
+    assert sha == params_digest({"c": torch.ones(2)})
     state.write(4, {"c": torch.zeros(2)})
     for kept in ({4: sha}, {5: sha}):
         with pytest.raises(FedmllmError, match=f"the state of round {max(kept)} is missing or belongs to another run"):

@@ -37,7 +37,7 @@ from fedmllm.flower.site.config import Site
 from fedmllm.flower.site.process import run_site
 from fedmllm.flower.site.resident import ResidentTrainer
 from fedmllm.flower.site.supernode import reason
-from fedmllm.flower.site.trainer import serve
+from fedmllm.flower.site.trainer import serve_trainer
 from fedmllm.runs.record import Record
 
 EXPERIMENT = Experiment.parse({"data": "synthetic-irony", "cohort_size": 1, "train": {"lr": 1e-3, "max_steps": 3}})
@@ -249,7 +249,7 @@ def link(tmp_path, monkeypatch):
     monkeypatch.setattr(flower_trainer, "Trainer", Broken)
     ours, theirs = socket.socketpair()
     ours_end, theirs_end = Connection(ours.detach()), Connection(theirs.detach())
-    thread = threading.Thread(target=serve, args=(site(tmp_path), theirs_end), daemon=True)
+    thread = threading.Thread(target=serve_trainer, args=(site(tmp_path), theirs_end), daemon=True)
     thread.start()
     yield ours_end
     ours_end.close()

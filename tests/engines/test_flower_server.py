@@ -99,13 +99,13 @@ COLUMNS = {"text": "text", "answer": "answer", "client": "site", "question": "",
 
 @pytest.mark.parametrize("question", [{"question": "Is it?", "choices": ["no", "yes"]}])
 def test_own_rows_keep_their_meaning_on_the_way_to_the_server_app(tmp_path: Path, question: dict):
-    from fedmllm.flower.server.server_app import Job
+    from fedmllm.flower.server.server_app import ServerJob
 
     for name in ("train", "test"):
         (tmp_path / f"{name}.csv").write_text(CSV)
     data = {"name": "table", "root": str(tmp_path), "train": "train.csv", "test": "test.csv", "columns": COLUMNS}
     experiment = Experiment.parse({"data": {**data, **question}, "cohort_size": 1})
-    job = Job.read(write_job(tmp_path, over_sites(experiment, ("a", "b"), test=True), {"a": 1, "b": 2}, False))
+    job = ServerJob.read(write_job(tmp_path, over_sites(experiment, ("a", "b"), test=True), {"a": 1, "b": 2}, False))
     there, here = job.experiment.data.load("test").examples, experiment.data.load("test").examples
     assert len(here) == 2
     assert [(e.question, e.choices, e.answer, e.fields) for e in there] == [

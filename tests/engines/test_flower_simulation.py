@@ -47,7 +47,7 @@ def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    flower_simulation.stop()
+    flower_simulation._stop()
     torch.set_num_threads(before)
 
 
@@ -58,7 +58,7 @@ def adapter(table: dict, out: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def ask(engine: flower_simulation.FlowerSimulation, params: dict, cohort: list[int]) -> list:
+def ask(engine: flower_simulation.SimulationEngine, params: dict, cohort: list[int]) -> list:
     return list(engine(Round(1, 0, 3, tuple(cohort), 4), {client: Sent(params) for client in cohort}))
 
 
@@ -99,7 +99,7 @@ def test_an_actor_loads_the_base_once_for_all_its_messages(tmp_path):
 def test_a_client_that_fails_is_named_and_the_simulation_goes_on(tmp_path):
     settings = {**TABLE, "engine": SIMULATION, "num_rounds": 1}
     inputs = Inputs.load(Experiment.parse(settings))
-    engine = flower_simulation.FlowerSimulation(inputs.experiment.engine, inputs.clients(1))
+    engine = flower_simulation.SimulationEngine(inputs.experiment.engine, inputs.clients(1))
     strange = {"no-such-tensor": torch.zeros(3)}
     answers = ask(engine, strange, [0, 2])
     assert [answer.client for answer in answers] == [0, 2]
@@ -109,18 +109,18 @@ def test_a_client_that_fails_is_named_and_the_simulation_goes_on(tmp_path):
 
 def test_an_actor_that_is_killed_costs_time_and_no_update(tmp_path):
     inputs = Inputs.load(Experiment.parse({**TABLE, "engine": SIMULATION}))
-    engine = flower_simulation.FlowerSimulation(inputs.experiment.engine, inputs.clients(3))
-    before = [tensors.digest(answer.delta) for answer in ask(engine, inputs.start, [0, 1, 2])]
+    engine = flower_simulation.SimulationEngine(inputs.experiment.engine, inputs.clients(3))
+    before = [tensors.params_digest(answer.delta) for answer in ask(engine, inputs.start, [0, 1, 2])]
     (killed, *_) = actors()
     os.kill(killed, signal.SIGKILL)
-    after = [tensors.digest(answer.delta) for answer in ask(engine, inputs.start, [0, 1, 2])]
+    after = [tensors.params_digest(answer.delta) for answer in ask(engine, inputs.start, [0, 1, 2])]
     assert after == before
     assert killed not in actors()
 
 
 def test_ray_neither_listens_on_nor_reaches_another_address_than_loopback(tmp_path):
     inputs = Inputs.load(Experiment.parse({**TABLE, "engine": SIMULATION}))
-    engine = flower_simulation.FlowerSimulation(inputs.experiment.engine, inputs.clients(3))
+    engine = flower_simulation.SimulationEngine(inputs.experiment.engine, inputs.clients(3))
     assert all(hasattr(answer, "delta") for answer in ask(engine, inputs.start, [0]))
     everything = {pid for pid, _ in processes()}
     assert len(everything) > 4  # raylet, its stores and agents, actors
@@ -152,7 +152,7 @@ def processes() -> list[tuple[int, bytes]]:
 def test_settings_of_another_engine_are_refused():
     other = Experiment.parse({**TABLE, "engine": "in-process"})
     with pytest.raises(FedmllmError, match="flower-simulation needs its own settings"):
-        flower_simulation.FlowerSimulation(other.engine, None)  # type: ignore[arg-type]
+        flower_simulation.SimulationEngine(other.engine, None)  # type: ignore[arg-type]
 
 
 LONG = """num_rounds = 60

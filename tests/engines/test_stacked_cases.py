@@ -20,7 +20,7 @@ from fedmllm.backbones.hf import TransformersBackbone
 from fedmllm.config import engine as engines
 from fedmllm.core.types import ClientUpdate, Example, Params, Sent, State
 from fedmllm.federation.client_state import ClientStateStore
-from fedmllm.federation.engines.stacked.engine import Stacked
+from fedmllm.federation.engines.stacked.engine import StackedEngine
 from fedmllm.federation.engines.stacked.stack import find_targets
 from support.small_federation import (
     COHORT,
@@ -157,7 +157,7 @@ def test_what_cannot_be_stacked_runs_one_after_another(
     """A part of the vision side that is trained: nothing of it is kept, and the engine says why it does something else."""
     clients = federation(load(family, lora=Lora(train_extra=(extra,))), examples)
     start = stirred(clients.backbone)
-    engine = Stacked(engines.Stacked(), clients)
+    engine = StackedEngine(engines.Stacked(), clients)
     assert extra in engine.note
     assert "one after another" in engine.note
     expected = one_after_another(clients, start)

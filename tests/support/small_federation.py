@@ -9,8 +9,8 @@ import torch
 from fedmllm.config import engine as engines
 from fedmllm.core.types import ClientUpdate, Params, Round, Sent
 from fedmllm.federation.client import Clients
-from fedmllm.federation.engines.in_process import InProcess
-from fedmllm.federation.engines.stacked.engine import Stacked
+from fedmllm.federation.engines.in_process import InProcessEngine
+from fedmllm.federation.engines.stacked.engine import StackedEngine
 from fedmllm.federation.engines.stacked.stack import Stack
 from fedmllm.testing import COHORT, MODALITIES, SIZES, assert_same, federation, flat
 from fedmllm.testing import perturbed as stirred
@@ -38,13 +38,13 @@ def at(round_: int = 2) -> Round:
 def one_after_another(
     clients: Clients, start: Params | dict[int, Sent], cohort=COHORT, round_: int = 2
 ) -> list[ClientUpdate]:
-    return list(InProcess(engines.InProcess(), clients)(at(round_), sents(start, cohort)))
+    return list(InProcessEngine(engines.InProcess(), clients)(at(round_), sents(start, cohort)))
 
 
 def together(
     federation_: Clients, start: Params | dict[int, Sent], cohort=COHORT, round_: int = 2, **settings: Any
 ) -> list[ClientUpdate]:
-    engine = Stacked(engines.Stacked(**settings), federation_)
+    engine = StackedEngine(engines.Stacked(**settings), federation_)
     assert engine.note == ""
     return list(engine(at(round_), sents(start, cohort)))
 
@@ -59,7 +59,7 @@ def gradients_off(clients: Clients, token_budget: int = 1024) -> list[float]:
     start = stirred(clients.backbone)
     members = [client for client in COHORT if SIZES[client]]
     steps = [next(clients.steps(client, 1)) for client in members]
-    engine = Stacked(engines.Stacked(token_budget=token_budget), clients)
+    engine = StackedEngine(engines.Stacked(token_budget=token_budget), clients)
     stack = Stack(engine._targets, clients.backbone.trainable(), [start] * len(members))
     engine._gradients(stack, steps, torch.zeros(len(members), dtype=torch.float64))
     clients.backbone.set_lora(start)

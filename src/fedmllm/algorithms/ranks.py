@@ -21,7 +21,7 @@ from fedmllm.core.types import ClientUpdate, Params, Round, Sent, State
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rows = Mapping[int, Sequence[int]]  # client -> the directions that it trained
+TrainedDirections = Mapping[int, Sequence[int]]  # client -> the directions that it trained
 
 
 def with_rows(updates: Iterable[ClientUpdate]) -> list[ClientUpdate]:
@@ -73,7 +73,7 @@ def _rank(params: Params) -> int:
 
 
 def averaged(
-    params: Params, updates: Sequence[ClientUpdate], deltas: Sequence[Params], picked: Rows
+    params: Params, updates: Sequence[ClientUpdate], deltas: Sequence[Params], picked: TrainedDirections
 ) -> tuple[Params, dict[str, Tensor]]:
     """The mean delta of each direction over those who trained it, weighted by rows; and which directions that are.
 

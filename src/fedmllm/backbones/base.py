@@ -172,7 +172,7 @@ class Backbone(ABC):
 
     Attributes:
         model: PEFT model; its base is frozen.
-        digest: Identity of the base: all files that change what the model reads or computes (`folder.digest`).
+        digest: Identity of the base: all files that change what the model reads or computes (`folder.folder_digest`).
         num_layers: Layers of the language model.
         device: torch.device of the weights.
     """

@@ -15,7 +15,7 @@ from fedmllm.backbones.dropout import Seeds
 from fedmllm.core.errors import ConfigError
 
 
-class Checkpointing:
+class BlockCheckpointing:
     """The layers of `decoder`, checkpointed while `on()` is open and gradients are enabled.
 
     A checkpointed layer stores its input alone and computes its activations again in the backward pass. transformers

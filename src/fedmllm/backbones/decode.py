@@ -19,10 +19,10 @@ from fedmllm.backbones.kv_cache import cache_argument, cache_of
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Conversation
 
-PASS_TOKENS = {"cpu": 2048, "cuda": 32768}  # prompt tokens of one pass, padding included
+_PASS_TOKENS = {"cpu": 2048, "cuda": 32768}  # prompt tokens of one pass, padding included
 WINDOW = 256  # prompts that are encoded, and so held with their pixels, at a time
 
-Out = TypeVar("Out")
+_Out = TypeVar("_Out")
 
 
 class CausalModel(Protocol):
@@ -99,15 +99,15 @@ class Decoder:
         self,
         prompts: Sequence[Conversation],
         weights: Sequence[int],
-        run: Callable[[Sequence[Row], Sequence[int]], list[Out]],
-    ) -> list[Out]:
+        run: Callable[[Sequence[Row], Sequence[int]], list[_Out]],
+    ) -> list[_Out]:
         """`run(rows, their indices)` over passes of similar lengths; results in the order of `prompts`."""
-        results: dict[int, Out] = {}
+        results: dict[int, _Out] = {}
         for start in range(0, len(prompts), WINDOW):
             window = range(start, min(start + WINDOW, len(prompts)))
             rows = {i: self._encoder.prompt(prompts[i]) for i in window}
 
-            def run_part(part: list[int], rows: dict[int, Row] = rows) -> list[Out]:
+            def run_part(part: list[int], rows: dict[int, Row] = rows) -> list[_Out]:
                 return run([rows[i] for i in part], part)
 
             for index in self._groups(rows, weights):
@@ -117,7 +117,7 @@ class Decoder:
 
     def _groups(self, rows: dict[int, Row], weights: Sequence[int]) -> Iterator[list[int]]:
         """Rows by falling length, as many as a pass may hold, at least one. The widest come first, to fail early."""
-        budget = PASS_TOKENS[self._backbone.device.type]
+        budget = _PASS_TOKENS[self._backbone.device.type]
         group: list[int] = []
         for i in sorted(rows, key=lambda i: -rows[i].num_tokens):
             longest = rows[group[0] if group else i].num_tokens
@@ -129,8 +129,8 @@ class Decoder:
             yield group
 
     def _halved_if_short(
-        self, index: list[int], run: Callable[[list[int]], list[Out]]
-    ) -> Iterator[tuple[list[int], list[Out]]]:
+        self, index: list[int], run: Callable[[list[int]], list[_Out]]
+    ) -> Iterator[tuple[list[int], list[_Out]]]:
         try:
             yield index, run(index)
             return

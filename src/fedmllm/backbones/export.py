@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.backbones.base import BackboneSpec
-from fedmllm.backbones.folder import digest, family_of, find, is_digest_of
+from fedmllm.backbones.folder import family_of, find_folder, folder_digest, is_digest_of
 from fedmllm.backbones.merge import merge
 from fedmllm.backbones.places import base_folder
 from fedmllm.core.errors import FedmllmError
@@ -27,24 +27,24 @@ def export(run: Path, merged: Path, base: Path | None = None) -> Path:
     Raises:
         FedmllmError: The run has no adapter, or the base is not the one that it was trained on.
     """
-    head = heading(run)
+    head = _heading(run)
     spec = BackboneSpec.pick(head["settings"]["backbone"], f"{run / 'record.jsonl'}: backbone")
-    adapter = adapter_of(run)
-    folder = find(str(base)) if base else base_folder(spec)
+    adapter = _adapter_of(run)
+    folder = find_folder(str(base)) if base else base_folder(spec)
     family_of(folder)
     trained_on = head.get("digests", {}).get("base")
     # the full checkpoint of a base in four bits has another digest than the run's
     comparable = base is None or spec.precision.base != "nf4"
     if comparable and trained_on and not is_digest_of(trained_on, folder):
         raise FedmllmError(
-            f"{folder} is not the model that {run} was trained on: its digest is {digest(folder)[:15]}..., not "
+            f"{folder} is not the model that {run} was trained on: its digest is {folder_digest(folder)[:15]}..., not "
             f"{trained_on[:15]}...; name the right folder with --base"
         )
     merge(folder, adapter, merged)
     return merged
 
 
-def heading(run: Path) -> dict[str, Any]:
+def _heading(run: Path) -> dict[str, Any]:
     """The first line of a run's record: its settings and digests."""
     file = run / "record.jsonl"
     if not file.is_file():
@@ -57,7 +57,7 @@ def heading(run: Path) -> dict[str, Any]:
             raise FedmllmError(f"{file}:1: not the heading of a run: {error!r}") from None
 
 
-def adapter_of(run: Path) -> Path:
+def _adapter_of(run: Path) -> Path:
     """The PEFT folder with a run's result."""
     adapter = run / "adapter"
     missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (adapter / n).is_file()]

@@ -36,7 +36,9 @@ PROCESSOR_FILES = {  # one of the names must be there
     ("tokenizer.json", "tokenizer.model", "vocab.json"): "the tokenizer is",
     ("preprocessor_config.json", "processor_config.json"): "the settings of its image processor are",
 }
-DIGEST_VERSION = "v2:"  # of `digest`; earlier digests had no prefix and covered config.json and the weights alone
+DIGEST_VERSION = (
+    "v2:"  # of `folder_digest`; earlier digests had no prefix and covered config.json and the weights alone
+)
 READ_FILES = (  # everything that changes what a model reads, computes or where it ends an answer
     *("config.json", "generation_config.json", "*.safetensors"),
     *(
@@ -78,13 +80,13 @@ def load_base(spec: FromFolder) -> tuple[PreTrainedModel, Any, Callable[[], str]
         ConfigError: The device or the precision does not fit this machine or the folder.
         FedmllmError: The folder is not an image-text-to-text model, is incomplete, or its files do not fit together.
     """
-    folder = find(spec.path)
+    folder = find_folder(spec.path)
     family = family_of(folder)
     device = device_of(spec.device)
     with torch.random.fork_rng(), quiet(), _offline(), without_hub_kernels():
         model = load_model(folder, family, spec, device)
         processor = load_processor(folder, family)
-    return model, processor, lambda: digest(folder)
+    return model, processor, lambda: folder_digest(folder)
 
 
 def device_named(name: str) -> torch.device:
@@ -139,7 +141,7 @@ def _offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def find(path: str, config_only: bool = False) -> Path:
+def find_folder(path: str, config_only: bool = False) -> Path:
     """The folder that `path` names.
 
     Args:
@@ -297,7 +299,7 @@ class NoVideo:
     fps = 1
 
 
-def digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """Identity of a base model: `DIGEST_VERSION` and the sha256 over names and contents of `READ_FILES`.
 
     Files are read in parallel, each once in a process. Folders with equal digests read rows and compute alike; README,
@@ -313,7 +315,7 @@ def is_digest_of(recorded: str, folder: Path) -> bool:
     A digest without a version covers config.json and the weights alone: then the other files are not compared.
     """
     if recorded.startswith(DIGEST_VERSION):
-        return recorded == digest(folder)
+        return recorded == folder_digest(folder)
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return recorded == _digest_of({file.name: file for file in files})
 

@@ -31,7 +31,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """A component of the frozen base."""
 
     name: str
@@ -44,7 +44,7 @@ class Footprint:
     """Sizes of one model under one specification."""
 
     family: str
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryPart, ...]
     num_layers: int
     num_vocabulary: int
     trained: dict[str, int]  # weights that are trained and sent, by group: "LoRA", and each whole module
@@ -125,7 +125,7 @@ def _empty(folder: Path, family: str) -> PreTrainedModel:
         raise FedmllmError(f"{folder / 'config.json'}: a model ({family}) cannot be built from it: {error}") from error
 
 
-def _parts(model: PreTrainedModel, family: str, spec: BackboneSpec) -> tuple[Part, ...]:
+def _parts(model: PreTrainedModel, family: str, spec: BackboneSpec) -> tuple[MemoryPart, ...]:
     decoder = decoder_name(model)
     shared = decoder.rsplit(".", 1)[0] + "."  # "model." or "llm."
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -144,7 +144,7 @@ def _parts(model: PreTrainedModel, family: str, spec: BackboneSpec) -> tuple[Par
         weights = sizes.setdefault(group, [0, 0])
         weights[0] += parameter.numel()
         weights[1] += parameter.numel() * each
-    return tuple(Part(group, int(count), round(num_bytes)) for group, (count, num_bytes) in sizes.items())
+    return tuple(MemoryPart(group, int(count), round(num_bytes)) for group, (count, num_bytes) in sizes.items())
 
 
 def _plain_bytes(spec: BackboneSpec) -> int:

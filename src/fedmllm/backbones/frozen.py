@@ -23,8 +23,8 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import padded, rank_dim
 from fedmllm.core.types import Params
 
-ADAPTER = "default"  # PEFT's name of the one adapter
-PREFIX = "base_model.model."  # of PEFT's saved names
+_ADAPTER = "default"  # PEFT's name of the one adapter
+_PREFIX = "base_model.model."  # of PEFT's saved names
 
 
 def saved_names(module: str) -> tuple[str, str]:
@@ -60,8 +60,8 @@ def frozen_adapter(backbone: Backbone, adapter: Params) -> Iterator[None]:
 
 
 def _add_to(layer: Any, a_qC: Tensor, b_Dq: Tensor) -> Any:
-    scaling = float(layer.scaling[ADAPTER])
-    like = layer.lora_A[ADAPTER].weight
+    scaling = float(layer.scaling[_ADAPTER])
+    like = layer.lora_A[_ADAPTER].weight
     a_qC, b_Dq = a_qC.to(like.dtype), b_Dq.to(like.dtype)
 
     def add(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -76,14 +76,14 @@ def _add_to(layer: Any, a_qC: Tensor, b_Dq: Tensor) -> Any:
 def scaled(backbone: Backbone, factor: float) -> Iterator[None]:
     """While open, the product of the live adapter is multiplied with `factor`; a frozen one that is open is not."""
     layers = [m for m in backbone.model.modules() if isinstance(m, LoraLayer)] if factor != 1.0 else []
-    before = [layer.scaling[ADAPTER] for layer in layers]
+    before = [layer.scaling[_ADAPTER] for layer in layers]
     try:
         for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling[ADAPTER] = scaling * factor
+            layer.scaling[_ADAPTER] = scaling * factor
         yield
     finally:
         for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling[ADAPTER] = scaling
+            layer.scaling[_ADAPTER] = scaling
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def save_as(backbone: Backbone, adapter: Params, folder: Path) -> None:
         value = per_rank * (math.sqrt(rank) if config["use_rslora"] else rank)
         return int(value) if float(value).is_integer() else value
 
-    odd = {name.removeprefix(PREFIX).removesuffix(".lora_A.weight"): r for name, r in ranks.items() if r != most}
+    odd = {name.removeprefix(_PREFIX).removesuffix(".lora_A.weight"): r for name, r in ranks.items() if r != most}
     config |= {"r": most, "lora_alpha": alpha(most), "rank_pattern": odd}
     config["alpha_pattern"] = {name: alpha(rank) for name, rank in odd.items()}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

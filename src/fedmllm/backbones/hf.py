@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedmllm.backbones.base import Backbone, BackboneSpec, Batch, FromFolder, Row
 from fedmllm.backbones.cache.feature_folder import FeatureFolder
 from fedmllm.backbones.cache.features import ImageFeatures, feature_argument
-from fedmllm.backbones.checkpointing import Checkpointing
+from fedmllm.backbones.checkpointing import BlockCheckpointing
 from fedmllm.backbones.decode import Decoder, at_least_float32
 from fedmllm.backbones.dropout import seed_tensor
 from fedmllm.backbones.encode import IGNORED, Encoder
@@ -84,7 +84,7 @@ class TransformersBackbone(Backbone):
             FeatureFolder(folder, spec.image_features_folder_mb) if folder else None,
         )
         self.encoder = Encoder(model, processor, spec.max_tokens, self.features.has)
-        self._checkpointing = Checkpointing(
+        self._checkpointing = BlockCheckpointing(
             model.get_submodule(self.decoder), self._seeds, spec.precision.gradient_checkpointing
         )
         self._decoder = Decoder(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedmllm.backbones.base import BackboneSpec, FromFolder, Tiny
-from fedmllm.backbones.folder import find
+from fedmllm.backbones.folder import find_folder
 from fedmllm.backbones.tiny import CHECKPOINT
 from fedmllm.core.errors import ConfigError
 
@@ -25,4 +25,4 @@ def base_folder(spec: BackboneSpec, config_only: bool = False) -> Path:
         return CHECKPOINT
     if not isinstance(spec, FromFolder):
         raise ConfigError(f"backbone.name: got {spec.name!r}; this command needs 'hf' or 'tiny'")
-    return find(spec.path, config_only)
+    return find_folder(spec.path, config_only)

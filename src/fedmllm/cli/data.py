@@ -42,9 +42,9 @@ class Format(StrEnum):
 @app.command(short_help="Source, licence and files of a data set.")
 def where(name: Annotated[str, typer.Argument(help="Name of a data set, as in data.name.", metavar="SET")]) -> None:
     """Where to get a data set, its licence, and the files that are expected. Nothing is downloaded."""
-    from fedmllm.reports.data import where as described
+    from fedmllm.reports.data import where_to_get
 
-    typer.echo(described(name))
+    typer.echo(where_to_get(name))
 
 
 @app.command(short_help="Rows and modalities of each client.")

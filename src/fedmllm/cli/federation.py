@@ -160,9 +160,9 @@ def server_start(folder: Folder) -> None:
     from fedmllm.flower.server.superlink import serve
 
     try:
-        serve(Server(folder), say)
+        serve(Server(folder), _say)
     except KeyboardInterrupt:
-        say("stopped")
+        _say("stopped")
 
 
 @server_app.command("add", short_help="Register a site.")
@@ -207,11 +207,11 @@ def server_run(
     try:
         for event in run_over_sites(server, settings, out, resume, test, site or []):
             if line := line_of(event, names):
-                say(line)
+                _say(line)
     except KeyboardInterrupt:
-        say("stopped, also on SuperLink. Pass --resume to continue from the last finished round")
+        _say("stopped, also on SuperLink. Pass --resume to continue from the last finished round")
         raise typer.Exit(130) from None
-    say(f"adapter: {out / 'adapter'}; record: {out / 'record.jsonl'}")
+    _say(f"adapter: {out / 'adapter'}; record: {out / 'record.jsonl'}")
 
 
 def line_of(event: dict[str, Any], names: Sequence[str]) -> str:
@@ -249,6 +249,6 @@ def _round_line(event: dict[str, Any], names: Sequence[str]) -> str:
     return f"{head}{'; loss ' if losses else ''}{losses}{dropped}"
 
 
-def say(line: str) -> None:
+def _say(line: str) -> None:
     """Print a line for the operator, with the time."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)

@@ -33,11 +33,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Out = Annotated[Path | None, typer.Option(help="Folder for record, summary and adapter. Default: runs/RUN_ID.")]
+OutOption = Annotated[Path | None, typer.Option(help="Folder for record, summary and adapter. Default: runs/RUN_ID.")]
 
 
 @app.command(short_help="Embedded model and data, one table in a few minutes.")
-def quickstart(out: Out = None) -> None:
+def quickstart(out: OutOption = None) -> None:
     """Embedded model and data, four scenarios, five methods: one table in two or three minutes. No network, no GPU."""
     from fedmllm.cli.quickstart import quickstart as start
 
@@ -49,7 +49,7 @@ def run(
     experiment: ExperimentFile,
     set_: Set = None,
     seed: Annotated[int | None, typer.Option(help="Override the experiment's seed.", min=0)] = None,
-    out: Out = None,
+    out: OutOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
     ] = False,

@@ -14,7 +14,7 @@ from fedmllm.cli.options import ExperimentFile, Set
 from fedmllm.core.errors import FedmllmError
 
 ModelFolder = Annotated[str, typer.Argument(help="Model folder; hub:owner/name asks the network.", metavar="MODEL_DIR")]
-RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")]
+RunArgument = Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")]
 
 
 def doctor(
@@ -56,7 +56,7 @@ def estimate(
 
 
 def export(
-    run: RunFolder,
+    run: RunArgument,
     merge: Annotated[Path, typer.Option(help="New folder for base and adapter in one.", metavar="DIR")],
     base: Annotated[Path | None, typer.Option(help="The base model, where it is not where the run had it.")] = None,
 ) -> None:

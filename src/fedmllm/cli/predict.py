@@ -10,14 +10,16 @@ import typer
 
 from fedmllm.cli.options import Set
 
-Source = Annotated[Path, typer.Argument(help="Folder of a finished run, or of a PEFT adapter.", metavar="RUN|ADAPTER")]
+SourceArgument = Annotated[
+    Path, typer.Argument(help="Folder of a finished run, or of a PEFT adapter.", metavar="RUN|ADAPTER")
+]
 RowFile = Annotated[
     Path, typer.Argument(help="Rows in any form of the data set `table`; no answers needed.", metavar="ROWS")
 ]
 
 
 def predict(
-    source: Source,
+    source: SourceArgument,
     rows: RowFile,
     out: Annotated[Path, typer.Option(help="File to write: .jsonl, .csv or .parquet.")],
     experiment: Annotated[

@@ -14,7 +14,7 @@ from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.suites.scheduler import run_suite
 from fedmllm.runs.suites.suite import Suite
 
-SUITE = Path(__file__).with_name("quickstart.toml")
+QUICKSTART_SUITE = Path(__file__).with_name("quickstart.toml")
 
 
 def quickstart(out: Path | None) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def quickstart(out: Path | None) -> list[dict[str, Any]]:
     A model of a million weights gains more from a second process than from a second thread, so each core gets a run.
     """
     folder = out or Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
-    suite, began = Suite.load(SUITE), time.perf_counter()
+    suite, began = Suite.load(QUICKSTART_SUITE), time.perf_counter()
     with SuiteTable(len(suite.cells)) as table:
         state = run_suite(suite, folder, usable_cores(), 1, int(0.8 * usable_bytes()), table)
     if state.failed:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmllm.runs.events import Evaluated, Event, RoundEnd
-from fedmllm.runs.suites.scheduler import State
+from fedmllm.runs.suites.scheduler import CellState
 from fedmllm.runs.suites.suite import Cell
 
 
@@ -54,7 +54,7 @@ class SuiteTable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._live.stop()
 
-    def update(self, state: State) -> None:
+    def update(self, state: CellState) -> None:
         if self.console.is_terminal and time.perf_counter() - self._shown > 0.2:
             self._live.update(self.table(state))
             self._shown = time.perf_counter()
@@ -65,7 +65,7 @@ class SuiteTable:
         elif not self.console.is_terminal:
             self.console.print(f"{cell.run_id} {clock(seconds)} {cell.label}", highlight=False)
 
-    def table(self, state: State) -> Group:
+    def table(self, state: CellState) -> Group:
         now = time.perf_counter()
         head = (
             f"{state.finished} of {self.num_cells} cells"

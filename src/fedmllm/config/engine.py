@@ -34,7 +34,7 @@ class InProcess(Engine):
     """One client after another: the reference implementation."""
 
     name: Literal["in-process"] = "in-process"
-    import_path = "fedmllm.federation.engines.in_process:InProcess"
+    import_path = "fedmllm.federation.engines.in_process:InProcessEngine"
     supports = ALL
 
 
@@ -42,7 +42,7 @@ class Stacked(Engine):
     """Many clients in one pass over the frozen base; equal to in-process up to the order of summation."""
 
     name: Literal["stacked"] = "stacked"
-    import_path = "fedmllm.federation.engines.stacked.engine:Stacked"
+    import_path = "fedmllm.federation.engines.stacked.engine:StackedEngine"
     supports = ALL
     token_budget: NonNegativeInt = 0
     """Tokens of one pass, padding included; 0 = chosen for the device."""
@@ -56,7 +56,7 @@ class FlowerSimulation(Engine):
     """Clients as Flower ClientApps in Ray actors that keep the frozen base; the bytes of in-process."""
 
     name: Literal["flower-simulation"] = "flower-simulation"
-    import_path = "fedmllm.flower.simulation:FlowerSimulation"
+    import_path = "fedmllm.flower.simulation:SimulationEngine"
     supports = ALL
     num_actors: PositiveInt = 2
     """Ray actors on one machine; on a cluster (RAY_ADDRESS) as many as its CPUs allow."""

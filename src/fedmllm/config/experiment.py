@@ -187,7 +187,7 @@ class Experiment(Spec):
     @model_validator(mode="after")
     def _engine_and_settings_suit_the_aggregator(self) -> Experiment:
         aggregator = self.server()
-        check_engine(aggregator, self.engine, self.backbone.lora.ranks if self.federates else ())
+        check_engine_carries(aggregator, self.engine, self.backbone.lora.ranks if self.federates else ())
         if isinstance(self.engine, FlowerSites) and self.engine.secure:
             check_secure(self, self.engine.secure, self.cohort_size)
         if self.method == "personal" and (aggregator.grows or not aggregator.global_model):
@@ -450,7 +450,7 @@ def imports_of(table: Mapping[str, Any], file: Path | None) -> dict[str, tuple[s
     return {"imports": load_plugins(names, place, file.parent if file else None)}
 
 
-def check_engine(aggregator: Aggregator, engine: Engine, ranks: Sequence[int] = ()) -> None:
+def check_engine_carries(aggregator: Aggregator, engine: Engine, ranks: Sequence[int] = ()) -> None:
     """Raise ConfigError if the engine lacks something that the aggregator or unequal ranks need, naming what works."""
     if ranks and not aggregator.mixed_ranks:
         members = ((n, cast("type[Aggregator]", member)) for n, member in Aggregator.members.items())

@@ -99,7 +99,7 @@ def writing(place: Path) -> Iterator[None]:
         raise FedmllmError(f"{place}: cannot be written: {error}") from error
 
 
-DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+_DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 
 
 def read_tensors(path: Path, like: Mapping[str, Tensor], advice: str = "") -> Params:
@@ -113,7 +113,7 @@ def read_tensors(path: Path, like: Mapping[str, Tensor], advice: str = "") -> Pa
         with safe_open(path, framework="pt") as file:
             there = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in there.items()}
-            wanted = {name: (tuple(t.shape), DTYPES[str(t.dtype).removeprefix("torch.")]) for name, t in like.items()}
+            wanted = {name: (tuple(t.shape), _DTYPES[str(t.dtype).removeprefix("torch.")]) for name, t in like.items()}
             if not _same_layout(found, wanted):
                 raise FedmllmError(f"{path}: {_mismatch(found, wanted)}")
             tensors = {name: file.get_tensor(name) for name in like}

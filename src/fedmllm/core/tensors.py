@@ -174,7 +174,7 @@ def unflatten(flat: Tensor, like: Params) -> Params:
     return {name: pieces[name].reshape(like[name].shape).clone() for name in like}
 
 
-def digest(params: Params) -> str:
+def params_digest(params: Params) -> str:
     """sha256 over names, shapes and bytes, in manifest order."""
     h = hashlib.sha256(json.dumps(manifest(params)).encode())
     for name in sorted(params):

@@ -15,12 +15,12 @@ def bytes_text(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_keys(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            found |= flat_keys(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found

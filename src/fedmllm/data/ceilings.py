@@ -15,7 +15,7 @@ from fedmllm.core.types import Modality, Visible
 
 
 @dataclass(frozen=True)
-class Cell:
+class LawCell:
     """Rows that look alike in all modalities."""
 
     looks: Mapping[Modality, Hashable]  # the part of the cell that each modality reveals
@@ -23,7 +23,7 @@ class Cell:
     labels: tuple[float, ...]  # P(label | cell), in the order of the choices
 
 
-def masses(cells: Iterable[Cell], visible: Visible) -> list[list[float]]:
+def masses(cells: Iterable[LawCell], visible: Visible) -> list[list[float]]:
     """P(visible look, label) for each look: one list over the labels a look."""
     joint: dict[Hashable, list[float]] = {}
     for cell in cells:
@@ -34,7 +34,7 @@ def masses(cells: Iterable[Cell], visible: Visible) -> list[list[float]]:
     return list(joint.values())
 
 
-def two_way(cells: Iterable[Cell], visible: Visible) -> dict[str, float]:
+def two_way(cells: Iterable[LawCell], visible: Visible) -> dict[str, float]:
     """Highest expected `auc`, `auc_hard` and `accuracy` of any model that sees these modalities of a row.
 
     AUC is largest when rows are ranked by their likelihood ratio (Neyman-Pearson); rows of one look are tied and count
@@ -56,7 +56,7 @@ def two_way(cells: Iterable[Cell], visible: Visible) -> dict[str, float]:
     return {"auc": area / (zero * one), "auc_hard": hard, "accuracy": sum(map(max, looks))}
 
 
-def many_way(cells: Iterable[Cell], visible: Visible) -> dict[str, float]:
+def many_way(cells: Iterable[LawCell], visible: Visible) -> dict[str, float]:
     """Highest expected `accuracy`, and `macro_f1` of the best rule that gives every look one label.
 
     The rules are enumerated: labels ** looks of them, so this is meant for a handful of looks. F1 of a label is

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Collection, Sequence
 
 from fedmllm.core.errors import DataError
-from fedmllm.data.reading import Row, as_text, listed, quoted, take_text
+from fedmllm.data.reading import RawRow, as_text, listed, quoted, take_text
 
 MAX_CHOICES = 26  # they are lettered
 NA_VALUES = ("NA", "N/A", "NaN", "nan", "null", "NULL", "None", "-", "")
@@ -43,7 +43,7 @@ def same_form(text: str) -> str:
     return unicodedata.normalize("NFC", text.strip())
 
 
-def group(row: Row, name: str, na_values: Collection[str], place: str) -> str:
+def group(row: RawRow, name: str, na_values: Collection[str], place: str) -> str:
     """A cell that rows are grouped by. An empty one would be a client without a name."""
     if name in row and is_missing(row[name], na_values):
         raise DataError(f"{place}: {name!r} is empty{hint_at(row[name])}")

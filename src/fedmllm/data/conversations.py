@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmllm.core.errors import DataError
 from fedmllm.data.marks import MARK, marks_in, pictures_of, split_at_marks
-from fedmllm.data.reading import Placed, Row, listed, quoted
+from fedmllm.data.reading import Placed, RawRow, listed, quoted
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 PARTS = ("question", "choices", "answer")
@@ -38,7 +38,7 @@ def conversation_rows(rows: Placed, image_columns: Sequence[str]) -> Placed:
             yield where, error
 
 
-def _rows_of(line: str, row: Row, image_columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+def _rows_of(line: str, row: RawRow, image_columns: Sequence[str]) -> Iterator[tuple[str, RawRow]]:
     where = line if row.get("id") is None else f"{line}: row {quoted(row['id'])}"
     shared = {key: value for key, value in row.items() if key != "conversations"}
     if all(part in row for part in PARTS):
@@ -60,7 +60,7 @@ def _rows_of(line: str, row: Row, image_columns: Sequence[str]) -> Iterator[tupl
         yield place, {**shared, **name, **cell, "question": text, "answer": answer}
 
 
-def _questions(where: str, row: Row) -> list[tuple[str, str]]:
+def _questions(where: str, row: RawRow) -> list[tuple[str, str]]:
     """(question, answer) pairs."""
     turns_of = row.get("conversations") or []
     if not isinstance(turns_of, list):
@@ -91,7 +91,7 @@ def _turn(where: str, turn: Any) -> tuple[str, str]:
     return ROLES[role], text
 
 
-def _pictures_of_turns(where: str, row: Row, column: str, marks: list[list[str]]) -> list[list[object]]:
+def _pictures_of_turns(where: str, row: RawRow, column: str, marks: list[list[str]]) -> list[list[object]]:
     try:
         every = pictures_of([mark for own in marks for mark in own], row.get(column), column, where)
     except DataError as error:

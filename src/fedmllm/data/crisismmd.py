@@ -11,7 +11,7 @@ from fedmllm.core.errors import DataError
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.delimited import tsv_rows
-from fedmllm.data.reading import Row, collect, filled, find, picture, quoted, take_text
+from fedmllm.data.reading import RawRow, collect, filled, find, picture, quoted, take_text
 
 SPLITS: dict[Split, str] = {"train": "train", "validation": "dev", "test": "test"}
 CHOICES = (
@@ -63,7 +63,7 @@ class CrisisMMD(Dataset):
         path = find(self.root, f"crisismmd_datasplit_all/{file}", file, hint=hint(self.name))
         return filled(collect(tsv_rows(path), self._example, self.on_bad_row), path, split)
 
-    def _example(self, where: str, row: Row) -> Example:
+    def _example(self, where: str, row: RawRow) -> Example:
         number = take_text(row, "image_id", where).strip()
         where_row = f"{where}: row {quoted(number)}"
         label = take_text(row, "label_image", where_row).strip()

@@ -29,7 +29,7 @@ def tsv_rows(path: Path) -> Placed:
     _, first = next(source, (1, ""))
     if isinstance(first, DataError):
         raise first
-    header = header_of(path, [_unquoted(name) for name in first.split("\t")] if first.strip() else [])
+    header = header_cells(path, [_unquoted(name) for name in first.split("\t")] if first.strip() else [])
     ahead: deque[tuple[int, str | DataError]] = deque()
     while entry := ahead.popleft() if ahead else next(source, None):
         number, line = entry
@@ -129,7 +129,7 @@ def csv_rows(path: Path, delimiter: str = "") -> Placed:
         if not header:
             if bad:
                 raise bad[0]
-            header = header_of(path, cells) if cells else []
+            header = header_cells(path, cells) if cells else []
         elif bad:
             yield where, bad[0]
         elif len(cells) == len(header):
@@ -137,7 +137,7 @@ def csv_rows(path: Path, delimiter: str = "") -> Placed:
         elif cells:
             yield where, _other_width(where, cells, header)
     if not header:
-        header_of(path, [])
+        header_cells(path, [])
 
 
 def _delimiter(header: bytes) -> str:
@@ -155,7 +155,7 @@ def _reason(error: csv.Error) -> str:
     return f"{error}; is a quote left open in this row?"
 
 
-def header_of(path: Path, cells: Sequence[str]) -> list[str]:
+def header_cells(path: Path, cells: Sequence[str]) -> list[str]:
     """The names of the columns. Several may have none (Excel writes empty columns); no other name may come twice."""
     names = [cell.strip() for cell in cells]
     if not names:

@@ -29,11 +29,11 @@ from fedmllm.data.reading import (
     take_text,
 )
 from fedmllm.data.render import Render, readings
-from fedmllm.data.vqa_rad import METRICS, YES_NO
+from fedmllm.data.vqa_rad import ANSWER_METRICS, YES_NO
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 Task = Literal["perception", "prediction", "planning", "behavior"]
-FILE = "v1_1_train_nus.json"
+DRIVELM_FILE = "v1_1_train_nus.json"
 ASK = "Please select the correct answer from the following options:"
 _LETTER = re.compile(r"(?:^|(?<=\s))([A-Z])\.(?=\s|$)")
 
@@ -49,7 +49,7 @@ class DriveLM(Dataset):
         get="https://github.com/OpenDriveLab/DriveLM (questions, and keyframe images of nuScenes)",
         licence="CC BY-NC-SA 4.0; images under the terms of nuScenes (non-commercial)",
         tree=f"""\
-            QA_dataset_nus/{FILE}            or {FILE} in root itself
+            QA_dataset_nus/{DRIVELM_FILE}            or {DRIVELM_FILE} in root itself
             nuscenes/samples/CAM_FRONT/*.jpg                and five more cameras   (`data show` needs no image)
             {{scene: {{key_frames: {{frame: {{QA: {{perception, prediction, planning, behavior: [{{Q, A, ...}}]}},
              image_paths: {{CAM_FRONT: "../nuscenes/samples/CAM_FRONT/x.jpg", ...}}}}}}}}}}
@@ -82,7 +82,7 @@ class DriveLM(Dataset):
         return (*CAMERAS, *self.sensors)
 
     def metrics(self) -> Sequence[str]:
-        return METRICS
+        return ANSWER_METRICS
 
     def folders(self) -> tuple[Path, ...]:
         return (self.root,)
@@ -103,7 +103,7 @@ class DriveLM(Dataset):
         Raises:
             DataError: As by `load`.
         """
-        path = find(self.root, f"QA_dataset_nus/{FILE}", FILE, hint=hint(self.name))
+        path = find(self.root, f"QA_dataset_nus/{DRIVELM_FILE}", DRIVELM_FILE, hint=hint(self.name))
         try:
             scenes = json.loads(text := json_text(path))
         except json.JSONDecodeError as error:

@@ -17,10 +17,10 @@ from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import collect, filled, find, held_out, json_text, picture
 
 PACKAGE = "easy_vqa"
-SHAPES = ("circle", "rectangle", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-YES_NO = ("no", "yes")
-CHOICES = {"colour": COLOURS, "shape": SHAPES, "yes-no": YES_NO}
+_SHAPES = ("circle", "rectangle", "triangle")
+_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+_YES_NO = ("no", "yes")
+_CHOICES = {"colour": _COLOURS, "shape": _SHAPES, "yes-no": _YES_NO}
 
 
 class EasyVqa(Dataset):
@@ -96,16 +96,16 @@ class EasyVqa(Dataset):
 
     def _example(self, where: str, row: tuple[str, str, int], images: Path, about: dict[str, str]) -> Example:
         question, answer, number = row
-        kind = next((kind for kind, answers in CHOICES.items() if answer in answers), None)
+        kind = next((kind for kind, answers in _CHOICES.items() if answer in answers), None)
         if kind is None:
-            allowed = ", ".join(a for answers in CHOICES.values() for a in answers)
+            allowed = ", ".join(a for answers in _CHOICES.values() for a in answers)
             raise DataError(f"{where}: the answer is {answer!r}; allowed: {allowed}")
         answer_type = "CLOSED" if kind == "yes-no" else "OPEN"
         return Example(
             id=int(where.rpartition("[")[2].removesuffix("]")),
             fields={"image": (picture(images, f"{number}.png", where),)},
             question=question,
-            choices=CHOICES[kind] if self.choices else (),
+            choices=_CHOICES[kind] if self.choices else (),
             answer=answer,
             where=where,
             columns={"set": self.name, "answer_type": answer_type, "kind": kind, "picture": str(number), **about},
@@ -136,11 +136,11 @@ def picture_attributes(rows: Sequence[tuple[str, str, int]]) -> dict[int, dict[s
         about = found.setdefault(number, {"colour": "unknown", "shape": "unknown"})
         words = question.rstrip("?").split()
         negated = "no" in words or "not" in words
-        if answer not in YES_NO or (answer == "yes") != negated:  # the question is about something that is there
+        if answer not in _YES_NO or (answer == "yes") != negated:  # the question is about something that is there
             words.append(answer)
-        elif answer in YES_NO:
+        elif answer in _YES_NO:
             continue
-        for name, values in (("colour", COLOURS), ("shape", SHAPES)):
+        for name, values in (("colour", _COLOURS), ("shape", _SHAPES)):
             about[name] = next((word for word in words if word in values), about[name])
     return found
 

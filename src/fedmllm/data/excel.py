@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.core.errors import DataError
-from fedmllm.data.delimited import header_of
+from fedmllm.data.delimited import header_cells
 from fedmllm.data.reading import Placed, listed
 
 NOT_AVAILABLE = "#N/A"
@@ -65,7 +65,7 @@ def _lines(path: Path, sheet: Any) -> Iterator[tuple[int, list[Any]]]:
 
 def _rows(path: Path, lines: Iterator[tuple[int, list[Any]]]) -> Placed:
     _, first = next(lines, (1, []))
-    header = header_of(path, ["" if cell is None else str(cell) for cell in first])
+    header = header_cells(path, ["" if cell is None else str(cell) for cell in first])
     for number, cells in lines:
         where = f"{path}:{number}"
         if len(cells) > len(header):

@@ -11,9 +11,9 @@ from pydantic import Field
 from fedmllm.core.errors import DataError
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Row, collect, filled, find, held_out, json_rows, take_answer, take_text
+from fedmllm.data.reading import RawRow, collect, filled, find, held_out, json_rows, take_answer, take_text
 
-FILE = "medical_meadow_wikidoc_medical_flashcards.json"
+_FILE = "medical_meadow_wikidoc_medical_flashcards.json"
 
 
 class Flashcards(Dataset):
@@ -27,7 +27,7 @@ class Flashcards(Dataset):
         get="https://huggingface.co/datasets/medalpaca/medical_meadow_medical_flashcards",
         licence="CC (see the page of the set)",
         tree=f"""\
-            {FILE}    33,955 rows: {{"instruction": ..., "input": ..., "output": ...}}""",
+            {_FILE}    33,955 rows: {{"instruction": ..., "input": ..., "output": ...}}""",
         paper="arXiv:2304.08247",
     )
 
@@ -46,9 +46,9 @@ class Flashcards(Dataset):
     def load(self, split: Split) -> Rows:
         if split == "test":
             raise DataError(f"{self.root}: {self.name} has no test rows; use it for training, as 'medical' does")
-        path = find(self.root, FILE, hint=hint(self.name))
+        path = find(self.root, _FILE, hint=hint(self.name))
 
-        def make(where: str, row: Row) -> Example | None:
+        def make(where: str, row: RawRow) -> Example | None:
             number = f"flashcard-{where.rpartition('[')[2].removesuffix(']')}"
             if held_out(self.validation_rate, number) == (split == "train"):
                 return None

@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 from fedmllm.core.errors import DataError
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import Row, collect, filled, find, jsonl_rows, picture, quoted, take, take_id, take_text
+from fedmllm.data.reading import RawRow, collect, filled, find, jsonl_rows, picture, quoted, take, take_id, take_text
 
 FILES: dict[Split, str] = {"train": "train.jsonl", "validation": "dev_seen.jsonl", "test": "test_seen.jsonl"}
-CHOICES = ("not-hateful", "hateful")  # label 0, label 1
+HATEFUL_CHOICES = ("not-hateful", "hateful")  # label 0, label 1
 
 
 class HatefulMemes(Dataset):
@@ -50,7 +50,7 @@ class HatefulMemes(Dataset):
         path = find(self.root, FILES[split], hint=hint(self.name))
         return filled(collect(jsonl_rows(path), self._example, self.on_bad_row), path, split)
 
-    def _example(self, where: str, row: Row) -> Example:
+    def _example(self, where: str, row: RawRow) -> Example:
         """The image is found by `img`: copies of the set differ in whether `id` keeps its leading zeros."""
         number = take_id(row, "id", where)
         where_row = f"{where}: row {quoted(number)}"
@@ -62,8 +62,8 @@ class HatefulMemes(Dataset):
             id=number,
             fields={"image": (image,), "text": take_text(row, "text", where_row)},
             question="Is the content hateful?",
-            choices=CHOICES,
-            answer=CHOICES[int(label)],
+            choices=HATEFUL_CHOICES,
+            answer=HATEFUL_CHOICES[int(label)],
             where=where,
             columns={"set": self.name},
         )

@@ -13,7 +13,7 @@ from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split
 from fedmllm.data.flashcards import Flashcards
 from fedmllm.data.slake import Slake
-from fedmllm.data.vqa_rad import METRICS, VqaRad
+from fedmllm.data.vqa_rad import ANSWER_METRICS, VqaRad
 
 
 class Medical(Dataset):
@@ -49,7 +49,7 @@ class Medical(Dataset):
         return ("image", "text")
 
     def metrics(self) -> Sequence[str]:
-        return METRICS
+        return ANSWER_METRICS
 
     def folders(self) -> tuple[Path, ...]:
         return (self.root / self.vqa_rad, self.root / self.slake)

@@ -229,14 +229,14 @@ class FromFile(Prompt):
         return _fill(lines, example, fields)
 
 
-Line = tuple[tuple[str, str], ...]  # (literal text, placeholder or "") pieces
+_Line = tuple[tuple[str, str], ...]  # (literal text, placeholder or "") pieces
 
 
 @lru_cache(maxsize=32)
-def wordings(template: str, place: str) -> dict[tuple[str, ...], tuple[Line, ...]]:
+def wordings(template: str, place: str) -> dict[tuple[str, ...], tuple[_Line, ...]]:
     """Case -> lines. Raises ConfigError that names file:line, the placeholder and what is allowed."""
-    known: dict[tuple[str, ...], list[Line]] = {}
-    here: list[Line] | None = None
+    known: dict[tuple[str, ...], list[_Line]] = {}
+    here: list[_Line] | None = None
     for number, line in enumerate(template.splitlines(), start=1):
         stripped = line.strip()
         if stripped.startswith("==") and stripped.endswith("==") and len(stripped) > 4:
@@ -254,13 +254,13 @@ def wordings(template: str, place: str) -> dict[tuple[str, ...], tuple[Line, ...
     return {case: tuple(_trimmed(lines)) for case, lines in known.items()}
 
 
-def _trimmed(lines: list[Line]) -> list[Line]:
+def _trimmed(lines: list[_Line]) -> list[_Line]:
     while lines and not lines[-1]:
         lines = lines[:-1]
     return lines
 
 
-def _parse(line: str, place: str) -> Line:
+def _parse(line: str, place: str) -> _Line:
     try:
         pieces = [
             (text, name, bool(spec or conversion)) for text, name, spec, conversion in string.Formatter().parse(line)
@@ -278,7 +278,7 @@ def _parse(line: str, place: str) -> Line:
     return tuple((text, name or "") for text, name, _ in pieces)
 
 
-def _fill(lines: Sequence[Line], example: Example, fields: dict[Modality, Content]) -> Conversation:
+def _fill(lines: Sequence[_Line], example: Example, fields: dict[Modality, Content]) -> Conversation:
     names = {name for line in lines for _, name in line}
     asked: list[Part] = asked_parts(example, fields) if "question" in names else [example.question]
     images = [] if len(asked) > 1 else pictures(example, fields)

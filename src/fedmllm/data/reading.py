@@ -21,9 +21,9 @@ from fedmllm.core.rng import stream_seed
 from fedmllm.core.types import Example
 from fedmllm.data.base import Rows
 
-Row = Mapping[str, Any]
-T = TypeVar("T")
-Placed = Iterator[tuple[str, Row | DataError]]
+RawRow = Mapping[str, Any]
+_T = TypeVar("_T")
+Placed = Iterator[tuple[str, RawRow | DataError]]
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate; two of them make one character
 MAX_QUOTED = 60  # characters of a cell in a message
 
@@ -177,7 +177,7 @@ def _skip(text: str, position: int) -> int:
     return position
 
 
-def _object(value: object, where: str, source: str) -> Row | DataError:
+def _object(value: object, where: str, source: str) -> RawRow | DataError:
     if not isinstance(value, dict):
         return DataError(f"{where}: a JSON object is expected, not {quoted(value)}")
     if half := half_character(value, source):
@@ -186,8 +186,8 @@ def _object(value: object, where: str, source: str) -> Row | DataError:
 
 
 def collect(
-    rows: Iterator[tuple[str, T | DataError]],
-    make: Callable[[str, T], Example | None],
+    rows: Iterator[tuple[str, _T | DataError]],
+    make: Callable[[str, _T], Example | None],
     on_bad_row: Literal["fail", "skip"],
     known: dict[str | int, str] | None = None,
 ) -> Rows:
@@ -226,7 +226,7 @@ def filled(rows: Rows, place: Path, split: str) -> Rows:
     return rows
 
 
-def take(row: Row, name: str, where: str) -> Any:
+def take(row: RawRow, name: str, where: str) -> Any:
     """A required cell. Raises DataError if it is not there or null."""
     value = row.get(name)
     if value is None:
@@ -234,13 +234,13 @@ def take(row: Row, name: str, where: str) -> Any:
     return value
 
 
-def take_text(row: Row, name: str, where: str) -> str:
+def take_text(row: RawRow, name: str, where: str) -> str:
     """A cell as text: numbers are written out, since answers such as 4 come as integers."""
     value = row.get(name)
     return value if isinstance(value, str) else as_text(take(row, name, where), name, where)
 
 
-def take_answer(row: Row, name: str, where: str) -> str:
+def take_answer(row: RawRow, name: str, where: str) -> str:
     """An answer, which may not be blank: nothing could be learned from it, and no response would be right."""
     answer = take_text(row, name, where).strip()
     if not answer:
@@ -262,7 +262,7 @@ def whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
-def take_id(row: Row, name: str, where: str) -> int | str:
+def take_id(row: RawRow, name: str, where: str) -> int | str:
     """A cell that names its row."""
     return as_id(take(row, name, where), name, where)
 

@@ -17,14 +17,14 @@ from pydantic import Field, PositiveFloat, field_validator
 from fedmllm.core.errors import DataError
 from fedmllm.core.spec import Spec
 from fedmllm.core.types import Modality
-from fedmllm.data.reading import Row, as_text, listed, quoted
+from fedmllm.data.reading import RawRow, as_text, listed, quoted
 
 STEADY = 0.05  # a series whose ends differ by less, as a share of its largest magnitude, is steady
 MAX_SAMPLES = 1_000_000  # of one series; more are a mistake in the mapping
 _SEPARATOR = re.compile(r"[;\s]+")
 _VARIANT = re.compile(r"(?P<gene>[A-Za-z0-9][\w.-]*)(?:\s*[=:]\s*|\s+)(?P<variant>\S.*)")
 
-Range = tuple[float, float]
+ReferenceRange = tuple[float, float]
 
 
 class Render(Spec):
@@ -34,7 +34,7 @@ class Render(Spec):
     """Significant digits of a number."""
     units: dict[str, str] = Field(default_factory=dict)
     """Unit behind the numbers of a column: { crp = "mg/l" }."""
-    ranges: dict[str, Range] = Field(default_factory=dict)
+    ranges: dict[str, ReferenceRange] = Field(default_factory=dict)
     """Normal range of a column: { crp = [0, 5] }; a single value is followed by one of `flags`."""
     flags: tuple[str, str, str] = ("low", "normal", "high")
     """Words for a value below, in and above its normal range."""
@@ -50,7 +50,7 @@ class Render(Spec):
 
     @field_validator("ranges")
     @classmethod
-    def _in_order(cls, ranges: dict[str, Range]) -> dict[str, Range]:
+    def _in_order(cls, ranges: dict[str, ReferenceRange]) -> dict[str, ReferenceRange]:
         for column, (low, high) in ranges.items():
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 raise ValueError(f"{column}: the normal range has to be two numbers, the lower one first")
@@ -86,7 +86,7 @@ class Render(Spec):
         time = f" in {number(step * (len(samples) - 1), self.digits)} s" if step else ""
         return f"{ends[0]} to {ends[1]}{unit}{time}, {trend}, from {extremes[0]} to {extremes[1]}"
 
-    def _flag(self, value: float, normal: Range) -> str:
+    def _flag(self, value: float, normal: ReferenceRange) -> str:
         return self.flags[0 if value < normal[0] else 2 if value > normal[1] else 1]
 
     def variants(self, found: Mapping[str, str]) -> str:
@@ -183,11 +183,16 @@ def variants_of(cell: object, column: str, place: str) -> dict[str, str]:
     return found
 
 
-Columns = Mapping[str, tuple[str, ...]]  # modality -> its columns
+ColumnNames = Mapping[str, tuple[str, ...]]  # modality -> its columns
 
 
 def readings(
-    row: Row, series: Columns, variants: Columns, render: Render, is_empty: Callable[[object], bool], place: str
+    row: RawRow,
+    series: ColumnNames,
+    variants: ColumnNames,
+    render: Render,
+    is_empty: Callable[[object], bool],
+    place: str,
 ) -> dict[Modality, str]:
     """Read the numbers and variants of a row.
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import (
-    Row,
+    RawRow,
     collect,
     filled,
     find,
@@ -21,14 +21,14 @@ from fedmllm.data.reading import (
     take_id,
     take_text,
 )
-from fedmllm.data.vqa_rad import METRICS, radiology_example
+from fedmllm.data.vqa_rad import ANSWER_METRICS, radiology_example
 
-FILES: dict[Split, tuple[str, ...]] = {
+_FILES: dict[Split, tuple[str, ...]] = {
     "train": ("train.json",),
     "validation": ("validate.json", "validation.json"),
     "test": ("test.json",),
 }
-COLUMNS = ("location", "modality", "base_type", "content_type", "q_lang", "img_id", "img_name")
+_COLUMNS = ("location", "modality", "base_type", "content_type", "q_lang", "img_id", "img_name")
 
 
 class Slake(Dataset):
@@ -54,21 +54,21 @@ class Slake(Dataset):
         return ("image",)
 
     def metrics(self) -> Sequence[str]:
-        return METRICS
+        return ANSWER_METRICS
 
     def folders(self) -> tuple[Path, ...]:
         return (self.root,)
 
     def load(self, split: Split) -> Rows:
-        path = find(self.root, *FILES[split], hint=hint(self.name))
+        path = find(self.root, *_FILES[split], hint=hint(self.name))
         return filled(collect(json_rows(path), self._example, self.on_bad_row), path, split)
 
-    def _example(self, where: str, row: Row) -> Example | None:
+    def _example(self, where: str, row: RawRow) -> Example | None:
         if take_text(row, "q_lang", where).strip() != self.language:
             return None
         number = take_id(row, "qid", where)
         where_row = f"{where}: row {quoted(number)}"
-        columns = {name: str(row[name]).strip() for name in COLUMNS if row.get(name) is not None}
+        columns = {name: str(row[name]).strip() for name in _COLUMNS if row.get(name) is not None}
         answer_type = take_text(row, "answer_type", where_row).strip().upper()
         return radiology_example(
             id=number,

@@ -25,7 +25,7 @@ from fedmllm.core.types import Example, Modality, Visible
 from fedmllm.data import crisismmd, hateful_memes
 from fedmllm.data.base import Dataset, Rows, Split
 from fedmllm.data.captions import caption, tweet
-from fedmllm.data.ceilings import Cell, many_way, two_way
+from fedmllm.data.ceilings import LawCell, many_way, two_way
 from fedmllm.data.crisismmd import CrisisMMD
 from fedmllm.data.hateful_memes import HatefulMemes
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, draw, pick
@@ -156,7 +156,7 @@ class SyntheticMemes(Synthetic):
 
     def _example(self, row: Example) -> Example:
         """The same row under this set's question."""
-        answer = self.labels[hateful_memes.CHOICES.index(row.answer)]
+        answer = self.labels[hateful_memes.HATEFUL_CHOICES.index(row.answer)]
         columns = {**row.columns, "set": self.name}
         return replace(row, question=self.question, choices=self.choices, answer=answer, columns=columns)
 
@@ -240,7 +240,7 @@ def irony_row(rng: np.random.Generator) -> tuple[Scene, str, bool]:
     return Scene(sky, pick(THINGS, rng), pick(COLOURS, rng), face), caption(tone, rng, opening), ironic
 
 
-def irony_cells() -> Iterator[Cell]:
+def irony_cells() -> Iterator[LawCell]:
     """The law of `irony_row`: faces and skies by tones and openings."""
     for (face, tone), share in _IRONY.items():
         ironic = (face, tone) in _CONTRADICTIONS
@@ -248,7 +248,7 @@ def irony_cells() -> Iterator[Cell]:
             of_night = _NIGHT_RATE[ironic] if night else 1 - _NIGHT_RATE[ironic]
             of_sure = _SURE_RATE[ironic] if sure else 1 - _SURE_RATE[ironic]
             looks = {"image": (face, night), "text": (tone, sure)}
-            yield Cell(looks, share * of_night * of_sure, (0.0, 1.0) if ironic else (1.0, 0.0))
+            yield LawCell(looks, share * of_night * of_sure, (0.0, 1.0) if ironic else (1.0, 0.0))
 
 
 def crisis_row(rng: np.random.Generator) -> tuple[Scene, str, int]:
@@ -260,11 +260,11 @@ def crisis_row(rng: np.random.Generator) -> tuple[Scene, str, int]:
     return scene, tweet(theme, rng), _CRISIS[kind, theme]
 
 
-def crisis_cells() -> Iterator[Cell]:
+def crisis_cells() -> Iterator[LawCell]:
     """The law of `crisis_row`: kinds of things by themes."""
     for (kind, theme), label in _CRISIS.items():
         labels = tuple(float(k == label) for k in range(len(crisismmd.CHOICES)))
-        yield Cell({"image": kind, "text": theme}, _KINDS[kind] * _THEMES[theme], labels)
+        yield LawCell({"image": kind, "text": theme}, _KINDS[kind] * _THEMES[theme], labels)
 
 
 _CRISISMMD_COLUMNS = (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedmllm.core.types import Modality, Visible
 from fedmllm.data.base import Rows, Split
 from fedmllm.data.captions import caption
-from fedmllm.data.ceilings import Cell, two_way
+from fedmllm.data.ceilings import LawCell, two_way
 from fedmllm.data.scenes import COLOURS, SKIES, THINGS, Scene, draw, pick
 from fedmllm.data.synthetic import Synthetic
 from fedmllm.data.table import Table
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 QUESTION = "Is the patient at risk?"
-CHOICES = ("no", "yes")
+_CHOICES = ("no", "yes")
 FINDING = {"smile": -1.0, "calm": 0.0, "frown": 1.0}  # in the picture: the face
 REPORT = {"good": -1.0, "plain": 0.0, "bad": 1.0}  # tone of the words
 LAB = {"low": -1.0, "normal": 0.0, "high": 1.0}  # of the marker; the other value means nothing
@@ -34,7 +34,7 @@ GENE = {"guards": -1.0, "none": 0.0, "harms": 1.0}
 MARKER, OTHER = "amber", "birch"
 LEVELS = {"low": (0.5, 4.4), "normal": (5.1, 19.0), "high": (22.0, 90.0)}  # of the marker; normal is 5 to 20
 GENES = ("heron", "flint", "coral")  # the first harms, the second guards, the third means nothing
-COLUMNS: dict[str, Any] = {
+_COLUMNS: dict[str, Any] = {
     "id": "case",
     "image": "scan",
     "text": "report",
@@ -47,7 +47,7 @@ RENDER: dict[str, Any] = {
     "ranges": {MARKER: (5.0, 20.0)},
     "flags": ("small", "normal", "large"),
 }
-FILES: Mapping[Split, str] = {"train": "train.csv", "validation": "validation.csv", "test": "test.csv"}
+_FILES: Mapping[Split, str] = {"train": "train.csv", "validation": "validation.csv", "test": "test.csv"}
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,17 @@ class SyntheticClinic(Synthetic):
         return ("auc", "auc_hard", "accuracy")
 
     def table_settings(self) -> dict[str, Any]:
-        return {"columns": {**COLUMNS, "answer": ""}, "render": RENDER, "question": QUESTION, "choices": CHOICES}
+        return {"columns": {**_COLUMNS, "answer": ""}, "render": RENDER, "question": QUESTION, "choices": _CHOICES}
 
     def load(self, split: Split) -> Rows:
         table = {
             "name": "table",
             "root": self.folder(),
             **self.table_settings(),
-            "columns": COLUMNS,
+            "columns": _COLUMNS,
             "na_values": ("",),
         }
-        files = {str(key): name for key, name in FILES.items()}
+        files = {str(key): name for key, name in _FILES.items()}
         rows = Table.pick({**table, **files, "on_bad_row": self.on_bad_row}, self.name).load(split)
         named = (replace(row, columns={**row.columns, "set": self.name}) for row in rows.examples)
         return replace(rows, examples=tuple(named))
@@ -121,12 +121,12 @@ class SyntheticClinic(Synthetic):
     def ceilings(self, visible: Visible) -> Mapping[str, float]:
         return two_way(self._cells(), visible)
 
-    def _cells(self) -> Iterator[Cell]:
+    def _cells(self) -> Iterator[LawCell]:
         levels = (FINDING, REPORT, LAB, GENE)
         mass = 1 / math.prod(map(len, levels))
         for looks in product(*levels):
             positive = self.probability(*looks)
-            yield Cell(dict(zip(self.modalities(), looks, strict=True)), mass, (1 - positive, positive))
+            yield LawCell(dict(zip(self.modalities(), looks, strict=True)), mass, (1 - positive, positive))
 
     def _variant(self) -> str:
         weights = (
@@ -142,7 +142,7 @@ class SyntheticClinic(Synthetic):
         (folder / "scans").mkdir()
         number = 0
         for split, size in self._sizes().items():
-            with (folder / FILES[split]).open("w", encoding="utf-8", newline="") as file:
+            with (folder / _FILES[split]).open("w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(("case", "scan", "report", MARKER, OTHER, *GENES, "risk"))
                 for index in range(size):
@@ -153,7 +153,7 @@ class SyntheticClinic(Synthetic):
                     scene = Scene(pick(SKIES, rng), pick(THINGS, rng), pick(COLOURS, rng), patient.face)
                     draw(scene, rng).save(folder / scan, compress_level=1)
                     cells = (*_lab_values(patient.lab, rng), *_variants(patient.gene, rng))
-                    writer.writerow((number, scan, caption(patient.tone, rng), *cells, CHOICES[patient.at_risk]))
+                    writer.writerow((number, scan, caption(patient.tone, rng), *cells, _CHOICES[patient.at_risk]))
 
 
 def _lab_values(level: str, rng: np.random.Generator) -> tuple[str, str]:

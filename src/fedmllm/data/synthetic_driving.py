@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedmllm.core.types import Example, Modality, Visible
 from fedmllm.data.base import Rows, Split
-from fedmllm.data.drivelm import ASK, CAMERAS, FILE, DriveLM
+from fedmllm.data.drivelm import ASK, CAMERAS, DRIVELM_FILE, DriveLM
 from fedmllm.data.prompts import LETTERS
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, draw, pick
 from fedmllm.data.synthetic import Synthetic
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SENSORS = ("speed", "range")
-RENDER = {"units": {"speed": "m/s", "range": "m"}, "step_s": dict.fromkeys(SENSORS, 0.5)}
+_RENDER = {"units": {"speed": "m/s", "range": "m"}, "step_s": dict.fromkeys(SENSORS, 0.5)}
 NUM_SAMPLES = 8
 NUM_OPTIONS = 4  # of a question about the thing in a camera
 OTHER_SKIES = tuple(sky for sky in SKIES if sky != "night")
@@ -77,10 +77,10 @@ class SyntheticDriving(Synthetic):
 
     def table_settings(self) -> dict[str, Any]:
         columns = {"image": {camera: camera for camera in CAMERAS}, "series": {sensor: sensor for sensor in SENSORS}}
-        return {"columns": columns, "render": RENDER}
+        return {"columns": columns, "render": _RENDER}
 
     def load(self, split: Split) -> Rows:
-        form = {"name": "drivelm", "root": self.folder(), "sensors": SENSORS, "render": RENDER}
+        form = {"name": "drivelm", "root": self.folder(), "sensors": SENSORS, "render": _RENDER}
         reader = DriveLM.pick({**form, "on_bad_row": self.on_bad_row}, self.name)
         assert isinstance(reader, DriveLM)
         rows = reader.load_scenes(split, lambda scene: scene.startswith(split))
@@ -143,7 +143,7 @@ class SyntheticDriving(Synthetic):
                     asked.setdefault(task, []).append({"Q": question, "A": answer})
                 entry = {"QA": asked, "image_paths": {c: f"../{path}" for c, path in paths.items()}, "sensors": sensors}
                 scenes[frame] = {"key_frames": {frame: entry}}
-        (folder / FILE).write_text(json.dumps(scenes), encoding="utf-8", newline="\n")
+        (folder / DRIVELM_FILE).write_text(json.dumps(scenes), encoding="utf-8", newline="\n")
 
 
 def spoken_camera(camera: Modality) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from fedmllm.core.types import Visible
 from fedmllm.data.captions import TONES, caption
-from fedmllm.data.ceilings import Cell, two_way
+from fedmllm.data.ceilings import LawCell, two_way
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, pick
 from fedmllm.data.synthetic import SyntheticMemes
 
@@ -73,12 +73,12 @@ class SyntheticVerdict(SyntheticMemes):
     def ceilings(self, visible: Visible) -> Mapping[str, float]:
         return two_way(self._cells(), visible)
 
-    def _cells(self) -> Iterator[Cell]:
+    def _cells(self) -> Iterator[LawCell]:
         for face, sky, tone, opening in product(FACE, SKY, TONE, OPENING):
             positive = self.probability(face, sky, tone, opening)
             of_opening = SURE_RATE if opening else 1 - SURE_RATE
             mass = of_opening / (len(FACE) * len(SKY) * len(TONE))
-            yield Cell({"image": (face, sky), "text": (tone, opening)}, mass, (1 - positive, positive))
+            yield LawCell({"image": (face, sky), "text": (tone, opening)}, mass, (1 - positive, positive))
 
     def _variant(self) -> str:
         weights = (self.image_weight, self.text_weight, self.interaction_weight, self.noise)

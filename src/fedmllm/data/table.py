@@ -19,7 +19,7 @@ from fedmllm.data.cells import MAX_CHOICES, NA_VALUES, alike, choices_of, group,
 from fedmllm.data.files import IMAGE_COLUMN, File, Form, Options, files_of, form_of, rows_of
 from fedmllm.data.imagefolder import METADATA
 from fedmllm.data.marks import MARK, as_list, marks_in, pictures_of, split_at_marks
-from fedmllm.data.reading import Row, as_id, collect, filled, held_out, listed, picture, quoted, take_text
+from fedmllm.data.reading import RawRow, as_id, collect, filled, held_out, listed, picture, quoted, take_text
 from fedmllm.data.render import Render, readings
 
 SHORT_TEXT = 12  # characters of a text that may stand for a missing one
@@ -243,7 +243,7 @@ class Table(Dataset):
         loaded: list[Rows] = []
         for file in files:
 
-            def make(where: str, row: Row, file: File = file) -> Example:
+            def make(where: str, row: RawRow, file: File = file) -> Example:
                 seen.update(dict.fromkeys(row, where))
                 if file.contents:
                     listed_images.update(_paths_in(row, options.images, file.images))
@@ -347,7 +347,7 @@ class Table(Dataset):
 
     # --- one row
 
-    def _example(self, where: str, row: Row, file: File, is_one_of_many: bool, own_test: bool) -> Example:
+    def _example(self, where: str, row: RawRow, file: File, is_one_of_many: bool, own_test: bool) -> Example:
         c = self.columns
         number = row.get(c.id or "id")
         if number is None and not c.id:
@@ -371,7 +371,7 @@ class Table(Dataset):
     def _na(self, file: File) -> tuple[str, ...]:
         return () if file.form == "conversations" else self.na_values
 
-    def _asked(self, row: Row, place: str, file: File) -> tuple[str, dict[Modality, Content], tuple[str, ...]]:
+    def _asked(self, row: RawRow, place: str, file: File) -> tuple[str, dict[Modality, Content], tuple[str, ...]]:
         """Question, fields, and the pieces of the question between its pictures."""
         column = self.columns.question
         asked = not file.is_empty(row.get(column), self.na_values)
@@ -393,7 +393,7 @@ class Table(Dataset):
             raise DataError(f"{place}: no question: neither a column {column!r} nor data.question")
         return question, fields, pieces
 
-    def _images(self, row: Row, place: str, file: File, marks: list[str]) -> dict[Modality, Content]:
+    def _images(self, row: RawRow, place: str, file: File, marks: list[str]) -> dict[Modality, Content]:
         columns, fields = self._image_columns(), dict[Modality, Content]()
         for modality, column in columns.items():
             cell = row.get(column)
@@ -409,14 +409,14 @@ class Table(Dataset):
             raise DataError(f"{place}: the text asks for {len(marks)} pictures, the row has {number}")
         return fields
 
-    def _answer(self, row: Row, place: str, file: File, choices: tuple[str, ...]) -> str:
+    def _answer(self, row: RawRow, place: str, file: File, choices: tuple[str, ...]) -> str:
         name = self.columns.answer
         answer = take_text(row, name, place).strip()
         if is_missing(answer, self._na(file)) and as_word(answer, choices) is None:
             raise DataError(f"{place}: {name!r} is empty{hint_at(answer)}")
         return answer
 
-    def _groups(self, row: Row, place: str, file: File, own_test: bool) -> dict[str, str]:
+    def _groups(self, row: RawRow, place: str, file: File, own_test: bool) -> dict[str, str]:
         """Client, kept columns, group and split of a row; test rows have those that are there."""
         c, na = self.columns, self._na(file)
         wanted = {**{name: name for name in (*c.keep, self.group, self.test_column) if name}}
@@ -458,7 +458,7 @@ def _unique_ids(files: Sequence[File], loaded: Sequence[Rows]) -> tuple[tuple[Ex
     )
 
 
-def _paths_in(row: Row, columns: Sequence[str], folder: Path) -> list[Path]:
+def _paths_in(row: RawRow, columns: Sequence[str], folder: Path) -> list[Path]:
     names = [name for column in columns for name in as_list(row.get(column))]
     return [folder / name.strip() for name in names if isinstance(name, str)]
 

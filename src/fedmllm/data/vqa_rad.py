@@ -12,7 +12,7 @@ from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import (
-    Row,
+    RawRow,
     collect,
     filled,
     find,
@@ -26,10 +26,10 @@ from fedmllm.data.reading import (
     take_text,
 )
 
-PUBLIC = "VQA_RAD Dataset Public.json"
+_PUBLIC = "VQA_RAD Dataset Public.json"
 YES_NO = ("yes", "no")
-METRICS = ("accuracy", "accuracy_open", "accuracy_closed", "token_f1")
-COLUMNS = ("image_organ", "question_type", "phrase_type", "image_name", "evaluation")
+ANSWER_METRICS = ("accuracy", "accuracy_open", "accuracy_closed", "token_f1")
+_COLUMNS = ("image_organ", "question_type", "phrase_type", "image_name", "evaluation")
 
 
 class VqaRad(Dataset):
@@ -64,7 +64,7 @@ class VqaRad(Dataset):
         return ("image",)
 
     def metrics(self) -> Sequence[str]:
-        return METRICS
+        return ANSWER_METRICS
 
     def folders(self) -> tuple[Path, ...]:
         return (self.root,)
@@ -73,13 +73,13 @@ class VqaRad(Dataset):
         by_picture = self.split == "picture"
         of_test = split == "test"
         names = ("trainset.json", "testset.json") if by_picture else ("testset.json" if of_test else "trainset.json",)
-        paths = list(dict.fromkeys(find(self.root, name, PUBLIC, hint=hint(self.name)) for name in names))
+        paths = list(dict.fromkeys(find(self.root, name, _PUBLIC, hint=hint(self.name)) for name in names))
         images = next((self.root / n for n in ("images", "VQA_RAD Image Folder") if (self.root / n).is_dir()), None)
         folder = images or self.root / "images"
-        prefixes = ("", "test_") if by_picture else ("test_" if of_test and paths[0].name == PUBLIC else "",)
+        prefixes = ("", "test_") if by_picture else ("test_" if of_test and paths[0].name == _PUBLIC else "",)
         wanted = {f"{prefix}{phrase}" for prefix in prefixes for phrase in ("freeform", "para")}
 
-        def make(where: str, row: Row) -> Example | None:
+        def make(where: str, row: RawRow) -> Example | None:
             if str(row.get("phrase_type", "")).strip() not in wanted:
                 return None
             example = self._example(where, row, folder)
@@ -98,12 +98,12 @@ class VqaRad(Dataset):
             return "test"
         return "validation" if held_out(self.validation_rate, image) else "train"
 
-    def _example(self, where: str, row: Row, folder: Path) -> Example:
+    def _example(self, where: str, row: RawRow, folder: Path) -> Example:
         number = take_id(row, "qid", where)
         where_row = f"{where}: row {quoted(number)}"
         image = picture(folder, take(row, "image_name", where_row), where_row)
         answer_type = take_text(row, "answer_type", where_row).strip().upper()
-        columns = {name: str(row[name]).strip() for name in COLUMNS if row.get(name) is not None}
+        columns = {name: str(row[name]).strip() for name in _COLUMNS if row.get(name) is not None}
         return radiology_example(
             id=number,
             image=image,

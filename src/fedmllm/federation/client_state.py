@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import make_folder, sync
-from fedmllm.core.tensors import digest, is_finite
+from fedmllm.core.tensors import is_finite, params_digest
 from fedmllm.core.types import Params
 
 FILE = re.compile(r"round-([0-9]{4,9})\.safetensors")
@@ -91,7 +91,7 @@ class ClientStateStore:
                 expected = (file.metadata() or {}).get("sha256")
         except (SafetensorError, OSError) as error:
             raise FedmllmError(f"{path}: not a whole safetensors file: {error}; choose another --out") from None
-        if expected != digest(tensors):
+        if expected != params_digest(tensors):
             raise FedmllmError(f"{path}: damaged: its content does not match its own digest; choose another --out")
         return tensors
 
@@ -100,7 +100,7 @@ class ClientStateStore:
         try:
             make_folder(path.parent)
             with partial.open("wb") as file:
-                file.write(save({name: t.contiguous() for name, t in state.items()}, {"sha256": digest(state)}))
+                file.write(save({name: t.contiguous() for name, t in state.items()}, {"sha256": params_digest(state)}))
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)

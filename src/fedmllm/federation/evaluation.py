@@ -18,8 +18,8 @@ from fedmllm.core.types import Conversation, Example, Prediction, Visible
 from fedmllm.data.prompts import Prompt
 from fedmllm.scenarios.modalities.completion import Completer
 
-T = TypeVar("T")
-A = TypeVar("A")
+_T = TypeVar("_T")
+_A = TypeVar("_A")
 
 
 def predict(
@@ -64,12 +64,12 @@ def _batches(rows: Sequence[int], conversations: Sequence[Conversation], size: i
 
 
 def _named(
-    answer: Callable[[Sequence[Conversation], A], Sequence[T]],
+    answer: Callable[[Sequence[Conversation], _A], Sequence[_T]],
     examples: Sequence[Example],
     batch: Sequence[int],
     conversations: Sequence[Conversation],
-    argument: A,
-) -> Sequence[T]:
+    argument: _A,
+) -> Sequence[_T]:
     try:
         return answer([conversations[i] for i in batch], argument)
     except FedmllmError as error:

@@ -20,7 +20,7 @@ from fedmllm.core.tensors import is_finite, lora_bytes, norm, num_bytes, same_na
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent, State
 from fedmllm.federation.products import Products
 
-Engine: TypeAlias = Callable[[Round, Mapping[int, Sent]], Iterable[ClientUpdate | ClientFailure]]
+RoundEngine: TypeAlias = Callable[[Round, Mapping[int, Sent]], Iterable[ClientUpdate | ClientFailure]]
 
 LARGEST = 2**53  # of a number that a client reports
 SUMMED = ("num_steps", "num_tokens", "time_s")  # summed over clients and rounds, so never negative
@@ -56,7 +56,7 @@ class Sends(Mapping[int, Sent]):
 
 def federate(
     progress: Progress,
-    engine: Engine,
+    engine: RoundEngine,
     aggregator: Aggregator,
     cohorts: Callable[[int], list[int]],
     num_rounds: int,
@@ -162,7 +162,9 @@ class UpdateValidator:
         self.engine_s = 0.0  # spent in the engine; the rest of a round is the server's own
         self.note = ""
 
-    def timed(self, engine: Engine, at: Round, asked: Mapping[int, Sent]) -> Iterator[ClientUpdate | ClientFailure]:
+    def timed(
+        self, engine: RoundEngine, at: Round, asked: Mapping[int, Sent]
+    ) -> Iterator[ClientUpdate | ClientFailure]:
         """The engine's updates as they come, with its time counted, whether it computes them at once or one by one."""
         began = time.perf_counter()
         for update in engine(at, asked) if asked else ():

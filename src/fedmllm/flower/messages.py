@@ -15,12 +15,12 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest_digest, unflatten
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params
 from fedmllm.federation.exchange import split_uplink, uplink
-from fedmllm.flower.request import METRICS
-from fedmllm.flower.wire import ABOUT, ADAPTER, REFUSED, array_data, array_record, legible
+from fedmllm.flower.request import CLIENT_METRICS
+from fedmllm.flower.wire import ABOUT, ADAPTER_KEY, REFUSED, array_data, array_record, legible
 
-CHECK_S = 2.0  # between checks whether a reply can still come
+_CHECK_S = 2.0  # between checks whether a reply can still come
 # Metrics that are read from a reply; a client cannot override the record's own keys.
-NAMES = frozenset({*METRICS, "base_loads"})
+_NAMES = frozenset({*CLIENT_METRICS, "base_loads"})
 LONGEST_METRICS = 2000  # characters
 
 
@@ -40,7 +40,7 @@ class Packed:
         Returns:
             The adapter as one array [P], its manifest's digest, and `about`.
         """
-        return RecordDict({ADAPTER: self._adapter, ABOUT: ConfigRecord({"manifest": self._manifest, **about})})
+        return RecordDict({ADAPTER_KEY: self._adapter, ABOUT: ConfigRecord({"manifest": self._manifest, **about})})
 
 
 def unpack(content: RecordDict, like: Params) -> Params:
@@ -120,7 +120,7 @@ def read_metrics(text: str) -> dict[str, float]:
     """
     if len(text) > LONGEST_METRICS:
         raise FedmllmError(f"metrics of {len(text)} characters; at most {LONGEST_METRICS} are allowed")
-    metrics = {k: float(v) for k, v in json.loads(text).items() if k in NAMES}
+    metrics = {k: float(v) for k, v in json.loads(text).items() if k in _NAMES}
     return {k: v for k, v in metrics.items() if k == "loss" or math.isfinite(v)}
 
 
@@ -155,7 +155,7 @@ def ask(
             if (client := waiting.pop(reply.metadata.reply_to_message_id, None)) is not None:
                 yield client, reply
         if waiting and time.monotonic() > check:
-            check, reasons = time.monotonic() + CHECK_S, lost()
+            check, reasons = time.monotonic() + _CHECK_S, lost()
             for message_id, client in list(waiting.items()):
                 if client in reasons:
                     del waiting[message_id]

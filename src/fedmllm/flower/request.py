@@ -21,8 +21,8 @@ from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.federation.exchange import Header
 from fedmllm.flower.secure.terms import Terms
 
-Metric = Literal["loss", "num_steps", "num_tokens", "time_s"]  # what a client's training can report
-METRICS: tuple[Metric, ...] = get_args(Metric)
+ClientMetric = Literal["loss", "num_steps", "num_tokens", "time_s"]  # what a client's training can report
+CLIENT_METRICS: tuple[ClientMetric, ...] = get_args(ClientMetric)
 LARGEST_REQUEST = 2**20  # characters of settings
 KEPT = "kept"  # key of a reply: the state that a client keeps; at a site only its digest
 RUN_ID = "^[0-9a-f]{12}$"

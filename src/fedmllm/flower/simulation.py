@@ -37,14 +37,14 @@ from fedmllm.federation.client import Clients  # noqa: E402
 from fedmllm.federation.exchange import Header, distinct  # noqa: E402
 from fedmllm.flower.messages import Packed, ask, read_update  # noqa: E402
 from fedmllm.flower.request import KEPT  # noqa: E402
-from fedmllm.flower.simulation_client import Algorithm, Job  # noqa: E402
+from fedmllm.flower.simulation_client import Algorithm, SimulationJob  # noqa: E402
 from fedmllm.flower.simulation_client import app as client_app  # noqa: E402
 from fedmllm.flower.wire import ABOUT  # noqa: E402
 
 patches.keep_ray_on_loopback()
 
-START_S = 180.0  # limit of the start, of which Ray takes most
-POLL_S = 0.02
+_START_S = 180.0  # limit of the start, of which Ray takes most
+_POLL_S = 0.02
 DEAD_ACTOR = re.compile(r"RayActorError|ActorDiedError|ActorUnavailableError|WorkerCrashedError")
 
 
@@ -64,9 +64,11 @@ class Simulation:
         self._ready, self._close, self._error = threading.Event(), threading.Event(), ""
         self._thread = threading.Thread(target=self._simulate, name="flower-simulation", daemon=True)
         self._thread.start()
-        if not self._ready.wait(START_S) or self.grid is None:
+        if not self._ready.wait(_START_S) or self.grid is None:
             self.stop()
-            raise FedmllmError(f"Flower's simulation did not start: {self._error or f'nothing within {START_S:.0f} s'}")
+            raise FedmllmError(
+                f"Flower's simulation did not start: {self._error or f'nothing within {_START_S:.0f} s'}"
+            )
         patches.restore_sigterm()
 
     def _simulate(self) -> None:
@@ -122,21 +124,21 @@ _running: dict[Settings, Simulation] = {}
 def running(settings: Settings) -> Simulation:
     """The simulation of this process; started if none runs with these settings."""
     if settings not in _running or _running[settings].ended():
-        stop()
+        _stop()
         _running[settings] = Simulation(settings)
     return _running[settings]
 
 
-def stop() -> None:
+def _stop() -> None:
     """End the simulation of this process, and its actors."""
     while _running:
         _running.popitem()[1].stop()
 
 
-patches.call_before_threads_are_joined(stop)  # Flower's worker threads end only after it
+patches.call_before_threads_are_joined(_stop)  # Flower's worker threads end only after it
 
 
-class FlowerSimulation:
+class SimulationEngine:
     """Maps (round, what each client receives) to their updates, in ascending client order.
 
     Args:
@@ -157,7 +159,7 @@ class FlowerSimulation:
     def __call__(self, at: Round, sents: Mapping[int, Sent]) -> Iterator[ClientUpdate | ClientFailure]:
         answers = self._ask(at, {client: sents[client] for client in sorted(sents)})
         if dead := [a.client for a in answers if isinstance(a, ClientFailure) and DEAD_ACTOR.search(a.reason)]:
-            stop()  # Flower puts a dead actor back among the idle ones, where every message to it would fail
+            _stop()  # Flower puts a dead actor back among the idle ones, where every message to it would fail
             again = {answer.client: answer for answer in self._ask(at, {client: sents[client] for client in dead})}
             answers = [again.get(answer.client, answer) for answer in answers]
         yield from answers
@@ -177,7 +179,7 @@ class FlowerSimulation:
             )
             for i, (client, sent) in enumerate(sents.items())
         }
-        replies = dict(ask(grid, messages, self._settings.timeout_s, POLL_S, simulation.check))
+        replies = dict(ask(grid, messages, self._settings.timeout_s, _POLL_S, simulation.check))
         return [self._read(client, at, sent, replies[client]) for client, sent in sents.items()]
 
     def _read(self, client: int, at: Round, sent: Sent, reply: Message | str) -> ClientUpdate | ClientFailure:
@@ -193,5 +195,5 @@ class FlowerSimulation:
         shard, state = self._clients.shards[client], safetensors.torch.save(kept) if kept else b""
         c = self._clients
         algorithm = Algorithm(c.objective, c.aggregator, c.availability)
-        job = Job(self._experiment, c.budget, at, Header.of(sent), shard, threads, state, algorithm)
+        job = SimulationJob(self._experiment, c.budget, at, Header.of(sent), shard, threads, state, algorithm)
         return bytes(cloudpickle.dumps((self._experiment.imports, cloudpickle.dumps(job))))

@@ -39,7 +39,7 @@ class Algorithm:
 
 
 @dataclass(frozen=True)
-class Job:
+class SimulationJob:
     """One client's part of a round. It stays between processes of one user, so it may be pickled."""
 
     experiment: Experiment
@@ -64,7 +64,7 @@ def train(message: Message, context: Context) -> Message:
     """Train one client for one round. An exception becomes Flower's error reply; other clients are not affected."""
     imports, pickled = cloudpickle.loads(message.content[ABOUT]["job"])
     load_plugins(imports, "imports")  # before their classes are unpickled
-    job = cast("Job", cloudpickle.loads(pickled))
+    job = cast("SimulationJob", cloudpickle.loads(pickled))
     torch.set_num_threads(job.threads)
     clients, initial = of_actor(job)
     clients.store.warm([job.shard])
@@ -77,7 +77,7 @@ def train(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def of_actor(job: Job) -> tuple[Clients, Params]:
+def of_actor(job: SimulationJob) -> tuple[Clients, Params]:
     """The clients of the job's experiment, of which only the job's own has rows; and the adapter before any training."""
     inputs, key = inputs_of(job.experiment), (job.experiment.run_id(), job.budget)
     if key not in _clients:

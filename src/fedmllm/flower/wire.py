@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedmllm.core.errors import FedmllmError
 
-ADAPTER, ABOUT = "adapter", "about"  # the two records of a message
+ADAPTER_KEY, ABOUT = "adapter", "about"  # the two records of a message
 FLAT = "flat"  # the one array of the adapter record
 SECURE = "secure"  # key of a message about keys of a secure sum, and of its reply
 REFUSED = "refused"  # key of a reply with a reason instead of an update
@@ -32,7 +32,7 @@ def array_data(content: RecordDict) -> bytes:
         FedmllmError: The array has another type, format or length.
         KeyError: The message has no adapter.
     """
-    array = content[ADAPTER][FLAT]
+    array = content[ADAPTER_KEY][FLAT]
     if (array.dtype, array.stype) != (FLOAT32, RAW):
         raise FedmllmError(f"the adapter came as {array.dtype}, {array.stype}; only {FLOAT32}, {RAW} travels"[:200])
     if tuple(array.shape) != (len(array.data) // 4,) or len(array.data) % 4:
@@ -52,7 +52,7 @@ def masked_data(content: RecordDict, num_words: int) -> bytes:
         FedmllmError: The array has another type, format or length.
         KeyError: The reply has no array.
     """
-    array = content[ADAPTER][FLAT]
+    array = content[ADAPTER_KEY][FLAT]
     if (array.dtype, array.stype, len(array.data)) != (UINT64, RAW, 8 * num_words):
         raise FedmllmError(
             f"masked words came as {len(array.data)} bytes of {array.dtype}, {array.stype}; "

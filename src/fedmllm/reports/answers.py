@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from fedmllm.reports.comparisons import Comparison, mean_over_settings
 from fedmllm.reports.names import GROUPS, base_of, metric_label
-from fedmllm.reports.numerals import NO_BREAK, Scale, counted, listed
-from fedmllm.reports.reading import DatasetResults, Seeds
+from fedmllm.reports.numerals import NO_BREAK, Scale, counted, listed_words
+from fedmllm.reports.reading import BySeed, DatasetResults
 from fedmllm.reports.stats import LEVEL, Paired, Spread, mean_of, paired
 from fedmllm.reports.tables import ResultTable
 
@@ -27,9 +27,9 @@ class Group:
 
     name: str
     settings: tuple[str, ...]
-    federated: Seeds
-    methods: Mapping[str, Seeds]
-    baselines: Mapping[str, Seeds]
+    federated: BySeed
+    methods: Mapping[str, BySeed]
+    baselines: Mapping[str, BySeed]
     is_complete: bool  # rows with every modality: what the others are compared with
     loss: Paired | None = None  # against the complete group, over the federated methods
 
@@ -79,7 +79,7 @@ def _is_complete(dataset: DatasetResults, settings: Sequence[str]) -> bool:
     return all(run.is_complete is not False for setting in settings for run in dataset.pick(setting)[:1])
 
 
-def ranked(dataset: DatasetResults, table: ResultTable) -> tuple[dict[str, Seeds], list[str]]:
+def ranked(dataset: DatasetResults, table: ResultTable) -> tuple[dict[str, BySeed], list[str]]:
     """(federated methods over the draws that all of them have, best first; methods without a shared draw, left out)."""
     values = dataset.values(table.metric)
     overall = {m: mean_over_settings(values, m, dataset.settings) for m in table.methods if m in dataset.federated}
@@ -118,14 +118,14 @@ def _use(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison
     if not federated:
         listing = [f"{m} {scale.value(_mean(s))}" for m in table.methods if (s := _of(dataset, table, m))]
         return (
-            f"No federated method is here in every setting; {name} of the baselines: {listed(listing)}."
+            f"No federated method is here in every setting; {name} of the baselines: {listed_words(listing)}."
             if listing
             else ""
         )
     methods, means = list(federated), [_mean(seeds) for seeds in federated.values()]
     best = _established(methods, pairs)
     baselines = _baselines(dataset, table, mean_of(list(federated.values())), pairs if best else ())
-    omitted = f" {listed(left_out)}: no seed shared with the others, so not compared." if left_out else ""
+    omitted = f" {listed_words(left_out)}: no seed shared with the others, so not compared." if left_out else ""
     if len(methods) == 1:
         only = "" if left_out else ", the only federated method here,"
         reached = f"{scale.value(means[0])} {name}{over}"
@@ -138,7 +138,7 @@ def _use(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison
         )
     reach = f"{scale.number(min(means))} to {scale.value(max(means))} {name}{over}"
     names = (
-        listed(sorted(methods, key=dataset.methods.index))
+        listed_words(sorted(methods, key=dataset.methods.index))
         if len(methods) < 6
         else f"the {len(methods)} federated methods"
     )
@@ -154,11 +154,11 @@ def _established(methods: Sequence[str], pairs: Sequence[Comparison]) -> str:
     return first if rest and all(c and c.is_established and not c.disagrees for c in rest) else ""
 
 
-def _of(dataset: DatasetResults, table: ResultTable, method: str) -> Seeds:
+def _of(dataset: DatasetResults, table: ResultTable, method: str) -> BySeed:
     return mean_over_settings(dataset.values(table.metric), method, dataset.settings)
 
 
-def _baselines(dataset: DatasetResults, table: ResultTable, mean: Seeds, pairs: Sequence[Comparison]) -> str:
+def _baselines(dataset: DatasetResults, table: ResultTable, mean: BySeed, pairs: Sequence[Comparison]) -> str:
     """ "; Local 57.6 %, Zero-shot 55.9 %"."""
     found = []
     for method in table.methods:
@@ -168,7 +168,7 @@ def _baselines(dataset: DatasetResults, table: ResultTable, mean: Seeds, pairs: 
                 shared = {draw: own[draw] for draw in own if draw in mean}
                 sure = "" if test.p is None or test.p < LEVEL else ", difference not established"
                 found.append(f"{method} {table.scale.value(_mean(shared))}{sure}")
-    return f"; {listed(found)}" if found else ""
+    return f"; {listed_words(found)}" if found else ""
 
 
 def _costs(scale: Scale, chart: Sequence[Group]) -> str:
@@ -185,7 +185,8 @@ def _costs(scale: Scale, chart: Sequence[Group]) -> str:
     if not found:
         return ""
     start = scale.value(complete.spread.mean)
-    return f"From {start} on complete rows, split over sites alike: {listed(found)} {scale.points}, mean of federated methods."
+    losses = listed_words(found)
+    return f"From {start} on complete rows, split over sites alike: {losses} {scale.points}, mean of federated methods."
 
 
 def _certainty(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison]) -> str:
@@ -231,5 +232,5 @@ def sampling_error(dataset: DatasetResults, table: ResultTable) -> str:
     return table.scale.difference(error).lstrip("+")
 
 
-def _mean(seeds: Seeds) -> float:
+def _mean(seeds: BySeed) -> float:
     return sum(seeds.values()) / len(seeds)

@@ -19,7 +19,7 @@ from fedmllm.runs.folder import RECORD, SUMMARY
 from fedmllm.runs.suites.suite import SUITE
 
 ARCHIVE = ".tar.xz"
-NAMES = (SUITE, RECORD, SUMMARY)  # what a report reads
+_NAMES = (SUITE, RECORD, SUMMARY)  # what a report reads
 
 
 def pack_results(folder: Path, out: Path) -> int:
@@ -83,7 +83,7 @@ def _unpack(archive: Path, folder: Path) -> Path:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
                     raise FedmllmError(f"{archive}: {member.name!r} is a path outside the archive's folder")
-                content = file.extractfile(member) if path.name in NAMES else None
+                content = file.extractfile(member) if path.name in _NAMES else None
                 if content is not None:
                     (folder / path).parent.mkdir(parents=True, exist_ok=True)
                     (folder / path).write_bytes(content.read())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedmllm.reports.figures import WIDTH, Picture, draw, kind_of
+from fedmllm.reports.figures import WIDTH, PageFigure, draw_figure, kind_of
 from fedmllm.reports.names import TWO, VISIBLE
 from fedmllm.reports.reading import DatasetResults
 from fedmllm.reports.svg import SERIES, SHOWS
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def who_sees_what(dataset: DatasetResults, key: str) -> list[Picture]:
+def who_sees_what(dataset: DatasetResults, key: str) -> list[PageFigure]:
     """One picture a setting, of the first seed: rows of each client by visible modalities; empty if all rows are alike.
 
     With other modalities than image and text: for each modality the share of each client's rows that show it.
@@ -48,7 +48,7 @@ def _share(client: Mapping[str, Any], modality: str) -> float:
 
 def _lanes(
     title: str, shares: Mapping[str, Sequence[float]], clients: Sequence[Mapping[str, Any]], key: str
-) -> Picture:
+) -> PageFigure:
     """A lane of bars for each modality, the first one on top."""
     sites = [str(client.get("name", client["client"])) for client in clients]
 
@@ -67,7 +67,7 @@ def _lanes(
         axes.grid(visible=False, axis="x")
 
     words = "; ".join(f"{m}: {', '.join(f'{s:.0%}' for s in of_client)}" for m, of_client in shares.items())
-    return draw(
+    return draw_figure(
         title,
         f"Share of rows of sites {', '.join(sites)} that show {words}",
         key,
@@ -76,7 +76,7 @@ def _lanes(
     )
 
 
-def label_skew(dataset: DatasetResults, key: str) -> list[Picture]:
+def label_skew(dataset: DatasetResults, key: str) -> list[PageFigure]:
     """One picture for each way in which the rows were split, of the first seed: rows of each client by label."""
     found, seen = [], set()
     for number, setting in enumerate(dataset.settings):
@@ -114,7 +114,7 @@ def _bars(
     names: Mapping[str, str],
     clients: Sequence[Mapping[str, Any]],
     key: str,
-) -> Picture:
+) -> PageFigure:
     sites = [str(client.get("name", client["client"])) for client in clients]
 
     def paint(axes: Axes) -> None:
@@ -131,4 +131,4 @@ def _bars(
         axes.grid(visible=False, axis="x")
 
     words = "; ".join(f"{names[kind]}: {', '.join(map(str, counts))}" for kind, counts in stacks.items() if any(counts))
-    return draw(title, f"Rows of sites {', '.join(sites)}. {words}", key, paint, (WIDTH, 2.0))
+    return draw_figure(title, f"Rows of sites {', '.join(sites)}. {words}", key, paint, (WIDTH, 2.0))

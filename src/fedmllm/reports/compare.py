@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.text import flat
+from fedmllm.core.text import flat_keys
 from fedmllm.reports.numerals import DASH, counted, p_text, signed
-from fedmllm.reports.reading import EXECUTION_ONLY, RunRecord, asked, read_results
+from fedmllm.reports.reading import EXECUTION_KEYS, RunRecord, asked, read_results
 from fedmllm.reports.stats import Paired, paired
 
 DIGESTS = {  # name -> the settings that it follows from: with other settings, another digest is expected
@@ -24,7 +24,7 @@ DIGESTS = {  # name -> the settings that it follows from: with other settings, a
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedRow:
     """One metric and kind of test row of both sides; means are over pairs, or over all runs if there is no pair."""
 
     metric: str
@@ -35,19 +35,19 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """The content of `fedmllm compare`."""
 
     settings: dict[str, tuple[str, str]]  # key -> values on either side
     execution_only: dict[str, tuple[str, str]]  # the same for settings that do not change results
     digests: dict[str, tuple[str, str]]  # unequal digests that no setting explains; their runs are not paired
-    rows: tuple[Row, ...]
+    rows: tuple[ComparedRow, ...]
     num_a: int
     num_b: int
     num_pairs: int
 
 
-def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
+def compare(a: Sequence[Path], b: Sequence[Path]) -> RunComparison:
     """Pair runs whose settings agree in all but those that differ between the sides: seed with seed, and so on.
 
     Runs over other rows are never paired, and neither are those of another partition or base model with equal settings.
@@ -63,7 +63,7 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
         FedmllmError: A folder has no finished run, runs would be paired twice, or the two sides share no metric.
     """
     runs_a, runs_b = read_results(a).runs, read_results(b).runs
-    differing = {key: words for key, words in differences(runs_a, runs_b).items() if key != "seed"}
+    differing = {key: words for key, words in setting_differences(runs_a, runs_b).items() if key != "seed"}
     keys = [_key(run, differing) for run in runs_a], [_key(run, differing) for run in runs_b]
     for runs, of_side, place in ((runs_a, keys[0], a), (runs_b, keys[1], b)):
         if len(set(of_side)) < len(of_side):
@@ -81,9 +81,9 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> Comparison:
     rows = [row for kind in kinds if (row := _row(*kind, runs_a, runs_b, pairs))]
     if not rows:
         raise FedmllmError("the two sides share no metric; compare runs on the same data set")
-    execution = {key: words for key, words in differing.items() if f"{key}.".startswith(EXECUTION_ONLY)}
+    execution = {key: words for key, words in differing.items() if f"{key}.".startswith(EXECUTION_KEYS)}
     others = {key: words for key, words in differing.items() if key not in execution}
-    return Comparison(others, execution, digests, tuple(rows), len(runs_a), len(runs_b), len(pairs))
+    return RunComparison(others, execution, digests, tuple(rows), len(runs_a), len(runs_b), len(pairs))
 
 
 def _unequal(a: RunRecord, b: RunRecord, differing: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -103,7 +103,7 @@ def _row(
     a: Sequence[RunRecord],
     b: Sequence[RunRecord],
     pairs: Sequence[tuple[RunRecord, RunRecord]],
-) -> Row | None:
+) -> ComparedRow | None:
     """None if one side does not have the metric, or if both have no unparsed answer."""
     has = [any((r["metric"], r["visible"]) == (metric, visible) for run in side for r in run.rows) for side in (a, b)]
     if not all(has):
@@ -118,12 +118,12 @@ def _row(
         return None
     test = paired({i: x for i, (x, _) in both.items()}, {i: y for i, (_, y) in both.items()})
     means = [sum(side) / len(side) if side else None for side in sides]
-    return Row(metric, visible, means[0], means[1], test)
+    return ComparedRow(metric, visible, means[0], means[1], test)
 
 
-def differences(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> dict[str, tuple[str, str]]:
+def setting_differences(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> dict[str, tuple[str, str]]:
     """Keys whose sets of values over a side's runs differ, with these values; "-" if a key does not exist."""
-    sides = [[flat(run.settings) for run in runs] for runs in (a, b)]
+    sides = [[flat_keys(run.settings) for run in runs] for runs in (a, b)]
     found = {}
     for key in dict.fromkeys(key for side in sides for settings in side for key in settings):
         words = [sorted({str(settings.get(key, "-")) for settings in side}) for side in sides]
@@ -136,7 +136,7 @@ def _key(run: RunRecord, differing: dict[str, Any]) -> str:
     return str(sorted((k, str(v)) for k, v in {**asked(run.settings), "seed": run.seed}.items() if k not in differing))
 
 
-def verdict(row: Row) -> str:
+def row_verdict(row: ComparedRow) -> str:
     """Statement about the difference."""
     if row.a is None or row.b is None:
         sides = [name for name, mean in (("A", row.a), ("B", row.b)) if mean is None]
@@ -152,7 +152,7 @@ def verdict(row: Row) -> str:
     return "A is higher" if t.difference > 0 else "A is lower"
 
 
-def show(comparison: Comparison, console: Console | None = None) -> None:
+def show_comparison(comparison: RunComparison, console: Console | None = None) -> None:
     """Print the settings and digests that differ, and the results with their tests."""
     console = console or Console()
     c = comparison
@@ -173,7 +173,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
         ends = f"{signed(t.low, 3)} to {signed(t.high, 3)}" if t and t.low is not None and t.high is not None else DASH
         difference = signed(t.difference, 3) if t else DASH
         means = [DASH if mean is None else f"{mean:.3f}" for mean in (row.a, row.b)]
-        results.add_row(row.metric, row.visible, *means, difference, ends, p_text(t.p if t else None), verdict(row))
+        results.add_row(row.metric, row.visible, *means, difference, ends, p_text(t.p if t else None), row_verdict(row))
     console.print(results)
     console.print(
         f"A: {counted(c.num_a, 'run')}, B: {counted(c.num_b, 'run')}, {counted(c.num_pairs, 'pair')} with equal rows and other "

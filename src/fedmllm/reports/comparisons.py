@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from fedmllm.reports.names import base_of
-from fedmllm.reports.reading import DatasetResults, Draw, RunRecord, Seeds
+from fedmllm.reports.reading import BySeed, DatasetResults, Draw, RunRecord
 from fedmllm.reports.stats import LEVEL, Paired, holm, mean_of, paired
 
 
@@ -45,7 +45,7 @@ class Comparison:
         return self.test.needed(LEVEL / self.family)
 
 
-def mean_over_settings(values: Mapping[tuple[str, str], Seeds], method: str, settings: Sequence[str]) -> Seeds:
+def mean_over_settings(values: Mapping[tuple[str, str], BySeed], method: str, settings: Sequence[str]) -> BySeed:
     """Draw -> mean over the settings; a draw that lacks one of them is left out."""
     return mean_of([values.get((setting, method), {}) for setting in settings])
 
@@ -65,7 +65,7 @@ def all_pairs(dataset: DatasetResults, metric: str = "", visible: str = "") -> l
     return corrected(sorted(found, key=lambda c: (order[c.higher], order[c.lower])))
 
 
-def _pair(dataset: DatasetResults, values: Mapping[tuple[str, str], Seeds], a: str, b: str) -> list[Comparison]:
+def _pair(dataset: DatasetResults, values: Mapping[tuple[str, str], BySeed], a: str, b: str) -> list[Comparison]:
     shared = [s for s in dataset.settings if values.get((s, a)) and values.get((s, b))]
     test = paired(mean_over_settings(values, a, shared), mean_over_settings(values, b, shared))
     if test is None:
@@ -94,7 +94,7 @@ def corrected(tests: Sequence[Comparison]) -> list[Comparison]:
     return [replace(c, p_holm=adjusted.get(str(i)), family=max(1, len(p_values))) for i, c in enumerate(tests)]
 
 
-def _overall(values: Mapping[tuple[str, str], Seeds], method: str) -> float:
+def _overall(values: Mapping[tuple[str, str], BySeed], method: str) -> float:
     own = [value for (_, m), seeds in values.items() if m == method for value in seeds.values()]
     return statistics.fmean(own) if own else 0.0
 
@@ -130,11 +130,11 @@ def declared(dataset: DatasetResults, claims: Sequence[Mapping[str, Any]]) -> li
     return corrected(found)
 
 
-def _side(dataset: DatasetResults, claim: Mapping[str, Any], side: str) -> dict[tuple[str, ...], list[Seeds]]:
+def _side(dataset: DatasetResults, claim: Mapping[str, Any], side: str) -> dict[tuple[str, ...], list[BySeed]]:
     """Labels of the axes that the claim leaves open -> the results of the side's cells, a draw each."""
     chosen = {axis: _list(labels) for axis, labels in claim[side].items()}
     closed = {*claim["higher"], *claim["lower"], "seeds"}
-    cells: dict[tuple[tuple[str, ...], tuple[str, ...]], Seeds] = {}
+    cells: dict[tuple[tuple[str, ...], tuple[str, ...]], BySeed] = {}
     for run in dataset.runs:
         if run.labels and all(run.labels.get(axis) in labels for axis, labels in chosen.items()):
             value = _value(dataset, run, claim)

@@ -21,7 +21,7 @@ from fedmllm.data.base import Dataset
 from fedmllm.data.marks import MARK
 from fedmllm.data.overlap import overlap
 from fedmllm.data.reading import is_there, listed
-from fedmllm.scenarios.assign import assign, digest
+from fedmllm.scenarios.assign import assign, shards_digest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,7 +72,7 @@ class Federation:
 
     @property
     def digest(self) -> str:
-        return digest(self.shards, self.examples)
+        return shards_digest(self.shards, self.examples)
 
     def labels(self) -> list[Counter[str]]:
         """Per client, rows a label; an open question counts as "(open)"."""
@@ -308,7 +308,7 @@ def _toml(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def where(name: str) -> str:
+def where_to_get(name: str) -> str:
     """Where to get a data set, on what terms, and the files that are expected."""
     if name not in Dataset.members:
         raise ConfigError(f"no data set is called {name!r}; there are: {', '.join(sorted(Dataset.members))}")

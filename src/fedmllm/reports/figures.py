@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from fedmllm.reports.answers import Group
 from fedmllm.reports.names import metric_label
 from fedmllm.reports.numerals import Scale
-from fedmllm.reports.reading import DatasetResults, Draw, RunRecord, Seeds
+from fedmllm.reports.reading import BySeed, DatasetResults, Draw, RunRecord
 from fedmllm.reports.stats import Spread
-from fedmllm.reports.svg import BASELINES, SERIES, SHOWS, STYLE, TEXT, inline
+from fedmllm.reports.svg import BASELINES, SERIES, SHOWS, STYLE, TEXT_COLOR, inline
 from fedmllm.reports.tables import ResultTable
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PageFigure:
     """A figure for the page."""
 
     title: str
@@ -62,9 +62,9 @@ def looks(dataset: DatasetResults) -> dict[str, Look]:
     return found
 
 
-def draw(
+def draw_figure(
     title: str, description: str, key: str, paint: Callable[[Axes], None], size: tuple[float, float] = (WIDTH, HEIGHT)
-) -> Picture:
+) -> PageFigure:
     """A figure with one pair of axes."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -75,10 +75,10 @@ def draw(
         width, height = size
         figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
         paint(figure.add_subplot())
-        return Picture(title, inline(figure, title, description, key))
+        return PageFigure(title, inline(figure, title, description, key))
 
 
-def overview(chart: Sequence[Group], table: ResultTable, key: str) -> Picture | None:
+def overview(chart: Sequence[Group], table: ResultTable, key: str) -> PageFigure | None:
     """The chart of the first screen: a 95 % interval over seeds for each group, seeds as dots, baselines as lines.
 
     None for fewer than two groups.
@@ -114,10 +114,10 @@ def overview(chart: Sequence[Group], table: ResultTable, key: str) -> Picture | 
             axes.plot([x], [scale.factor * spread.mean], "D", color=SERIES[0], markersize=7)
             axes.annotate(
                 scale.number(spread.mean), (x - 0.09, scale.factor * spread.mean), ha="right", va="center", fontsize=11,
-                fontweight="bold", color=TEXT,
+                fontweight="bold", color=TEXT_COLOR,
             )  # fmt: skip
         axes.set_xticks(range(len(chart)), [_two_lines(group.name) for group in chart], fontsize=9.5)
-        axes.tick_params(axis="x", labelcolor=TEXT, length=0)
+        axes.tick_params(axis="x", labelcolor=TEXT_COLOR, length=0)
         axes.set_xlim(-0.55, len(chart) - 0.45)
         axes.set_ylim(floor, top)
         axes.set_ylabel(_axis(table.metric, scale))
@@ -129,7 +129,7 @@ def overview(chart: Sequence[Group], table: ResultTable, key: str) -> Picture | 
         for g in chart
     )
     title = f"{metric_label(table.metric)} by missing data"
-    return draw(title, f"Means of the federated methods over seeds. {words}", key, paint, (5.6, 3.7))
+    return draw_figure(title, f"Means of the federated methods over seeds. {words}", key, paint, (5.6, 3.7))
 
 
 def _two_lines(words: str) -> str:
@@ -143,7 +143,7 @@ def _axis(metric: str, scale: Scale) -> str:
     return f"{metric_label(metric)} ({scale.unit})" if scale.unit else metric_label(metric)
 
 
-def panels(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look], key: str) -> list[Picture]:
+def panels(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look], key: str) -> list[PageFigure]:
     """One picture a scenario: federated methods with their 95 % intervals, seeds as dots, baselines as lines."""
     values, scale = dataset.values(table.metric, ""), table.scale
     floor, top = _range([Spread(v, None, 1) for seeds in values.values() for v in seeds.values()], scale)
@@ -180,11 +180,13 @@ def panels(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look
         words = "; ".join(
             f"{row.setting}: " + _text(scale, {m: c.spread for m, c in row.cells.items()}) for row in rows
         )
-        found.append(draw(scenario, f"Means and standard deviations over seeds. {words}", f"{key}-{scenario}", paint))
+        found.append(
+            draw_figure(scenario, f"Means and standard deviations over seeds. {words}", f"{key}-{scenario}", paint)
+        )
     return found
 
 
-def curves(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look], key: str) -> list[Picture]:
+def curves(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look], key: str) -> list[PageFigure]:
     """One picture a setting: the metric of the global adapter over the rounds; bands are one standard deviation."""
     found, points_of, scale = [], values_by_round(dataset), table.scale
     everything = [Spread(value, None, 1) for points in points_of.values() for _, value in points]
@@ -210,7 +212,7 @@ def curves(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look
 
         last = {method: list(points.values())[-1] for method, points in lines.items()}
         words = f"{metric_label(table.metric)} over rounds; after the last: {_text(scale, last)}"
-        found.append(draw(setting, words, f"{key}-{number}", paint, (WIDTH, 2.3)))
+        found.append(draw_figure(setting, words, f"{key}-{number}", paint, (WIDTH, 2.3)))
     return found
 
 
@@ -231,7 +233,7 @@ def _start(run: RunRecord) -> tuple[str, Draw, str]:
     return run.setting, run.draw, run.settings["prompt"]["name"]
 
 
-def against_cost(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look], key: str) -> list[Picture]:
+def against_cost(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look], key: str) -> list[PageFigure]:
     """The metric, averaged over settings and seeds, against megabytes sent and against seconds of rounds."""
     kinds: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
         "bytes": ("MB sent, up and down", lambda e: (e["up_bytes"] + e["down_bytes"]) / 1e6),
@@ -251,7 +253,7 @@ def against_cost(dataset: DatasetResults, table: ResultTable, style: Mapping[str
             axes.set_xlim(left=0)
 
         text = "; ".join(f"{m} {scale.value(s[-1].mean)} after {x[-1]:.1f}" for m, (x, s) in lines.items())
-        found.append(draw(f"Against {words}", f"{words}: {text}", f"{key}-{kind}", paint))
+        found.append(draw_figure(f"Against {words}", f"{words}: {text}", f"{key}-{kind}", paint))
     return found
 
 
@@ -298,7 +300,7 @@ def _range(spreads: Sequence[Spread], scale: Scale) -> tuple[float, float]:
     return max(0.0, math.floor(low / 10 - 0.2) * 10.0), min(100.0, math.ceil(high / 10 + 0.1) * 10.0) + 1.0
 
 
-def _mean(seeds: Seeds) -> float:
+def _mean(seeds: BySeed) -> float:
     return sum(seeds.values()) / len(seeds)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedmllm.reports.names import order_of
-from fedmllm.reports.numerals import counted, listed
+from fedmllm.reports.numerals import counted, listed_words
 from fedmllm.reports.reading import RunRecord, asked
 
 NOTHING_ADDED = ("none", "plain", "-")  # labels of the axes other than `methods` that add nothing
@@ -18,7 +18,7 @@ NOTHING_ADDED = ("none", "plain", "-")  # labels of the axes other than `methods
 def arrange(runs: Sequence[RunRecord], labels: Mapping[str, Mapping[str, str]]) -> tuple[list[RunRecord], list[str]]:
     """(runs under their suite's names, in its order, with draws that are equal exactly if they may be paired; notes)."""
     once, notes = without_copies(runs)
-    named = separate(in_order(label(once, labels), list(labels)))
+    named = separate(runs_in_order(label(once, labels), list(labels)))
     drawn = with_variants(named)
     return drawn, [*notes, *unequal_digests(drawn)]
 
@@ -67,7 +67,7 @@ def label(runs: Iterable[RunRecord], labels: Mapping[str, Mapping[str, str]]) ->
     return named
 
 
-def in_order(runs: list[RunRecord], suite: Sequence[str]) -> list[RunRecord]:
+def runs_in_order(runs: list[RunRecord], suite: Sequence[str]) -> list[RunRecord]:
     """As the suite has them; runs without a suite by scenario, setting and method."""
     place = {run_id: number for number, run_id in enumerate(suite)}
     return sorted(
@@ -149,7 +149,7 @@ def unequal_digests(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _shortened(methods: Sequence[str]) -> str:
-    return listed(methods) if len(methods) < 4 else f"{len(methods)} methods, such as {methods[0]}"
+    return listed_words(methods) if len(methods) < 4 else f"{len(methods)} methods, such as {methods[0]}"
 
 
 def _merged_seeds(notes: Sequence[str]) -> list[str]:
@@ -160,6 +160,6 @@ def _merged_seeds(notes: Sequence[str]) -> list[str]:
         seed, _, text = rest.partition(": ")
         seeds[data, text].append(seed)
     return [
-        f"{data}, {'seed' if len(several) == 1 else 'seeds'} {listed(several)}: {text}"
+        f"{data}, {'seed' if len(several) == 1 else 'seeds'} {listed_words(several)}: {text}"
         for (data, text), several in seeds.items()
     ]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmllm.backbones.base import FromFolder
-from fedmllm.backbones.folder import device_named, find
+from fedmllm.backbones.folder import device_named, find_folder
 from fedmllm.backbones.footprint import Footprint, footprint
 from fedmllm.backbones.hf import load_folder
 from fedmllm.backbones.model_checks import Check, checkup
@@ -24,7 +24,7 @@ LABEL_TOKENS = 16  # a row, generously: the only positions that go through the h
 
 
 @dataclass(frozen=True)
-class Line:
+class EstimateLine:
     """One line of an estimate."""
 
     part: str
@@ -36,7 +36,7 @@ def doctor(spec: FromFolder, console: Console | None = None) -> list[Check]:
     """Load the folder, run `checkup` on it, print what was seen. The caller decides what a failed check means."""
     console = console or Console()
     reset_peaks()
-    sizes = footprint(find(spec.path), spec)
+    sizes = footprint(find_folder(spec.path), spec)
     backbone = load_folder(spec, seed=0)
     checks = checkup(backbone)
     console.print(f"{spec.path}: {sizes.family}, {sizes.num_weights / 1e9:.3f} B weights, {sizes.num_layers} layers")
@@ -56,7 +56,7 @@ def doctor(spec: FromFolder, console: Console | None = None) -> list[Check]:
     return checks
 
 
-def estimate(experiment: Experiment) -> tuple[Footprint, list[Line], list[Line]]:
+def estimate(experiment: Experiment) -> tuple[Footprint, list[EstimateLine], list[EstimateLine]]:
     """(sizes of the model, lines of memory in bytes, lines of traffic in bytes), from settings and config.json alone."""
     spec = experiment.backbone
     sizes = footprint(base_folder(spec, config_only=True), spec)
@@ -73,27 +73,29 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[Line], list[Line]]
     checkpointing = spec.precision.gradient_checkpointing
     a_token = sizes.checkpointed_bytes + sizes.layer_bytes if checkpointing else sizes.activation_bytes
     logits = 3 * 4 * LABEL_TOKENS * sizes.num_vocabulary  # logits, their softmax and its gradient
-    memory = [Line(f"base: {p.name}", p.num_bytes, f"{p.num_weights:,} weights") for p in sizes.parts]
+    memory = [EstimateLine(f"base: {p.name}", p.num_bytes, f"{p.num_weights:,} weights") for p in sizes.parts]
     memory += [
-        Line(f"trained: {name}", 4 * count * stacked, f"{count:,} weights, float32, {stacked} client(s) at a time")
+        EstimateLine(
+            f"trained: {name}", 4 * count * stacked, f"{count:,} weights, float32, {stacked} client(s) at a time"
+        )
         for name, count in sizes.trained.items()
     ]
     memory += [
-        Line("gradients and optimiser", (ADAM_BYTES - 4) * sizes.num_trained * stacked, "AdamW, float32"),
-        Line(
+        EstimateLine("gradients and optimiser", (ADAM_BYTES - 4) * sizes.num_trained * stacked, "AdamW, float32"),
+        EstimateLine(
             "activations",
             a_token * tokens,
             f"{tokens:,} tokens a pass, {a_token / 1e6:.2f} MB each{', checkpointed' if checkpointing else ''}",
         ),
-        Line("logits", logits * rows, f"{rows} row(s) of {LABEL_TOKENS} label tokens"),
+        EstimateLine("logits", logits * rows, f"{rows} row(s) of {LABEL_TOKENS} label tokens"),
     ]
     if device_named(spec.device).type == "cpu":  # they are kept on the host, wherever the model is
-        memory.append(Line("kept image features", spec.keep_image_features_mb * 2**20, "at most"))
+        memory.append(EstimateLine("kept image features", spec.keep_image_features_mb * 2**20, "at most"))
     traffic = [
-        Line("down, a client", sizes.payload_bytes),
-        Line("up, a client", sizes.payload_bytes),
-        Line("a round", 2 * sizes.payload_bytes * cohort, who),
-        Line("all rounds", 2 * sizes.payload_bytes * cohort * e.num_rounds, f"{e.num_rounds} rounds"),
+        EstimateLine("down, a client", sizes.payload_bytes),
+        EstimateLine("up, a client", sizes.payload_bytes),
+        EstimateLine("a round", 2 * sizes.payload_bytes * cohort, who),
+        EstimateLine("all rounds", 2 * sizes.payload_bytes * cohort * e.num_rounds, f"{e.num_rounds} rounds"),
     ]
     return sizes, memory, traffic
 
@@ -124,7 +126,7 @@ def print_estimate(experiment: Experiment, as_json: bool = False, console: Conso
         )
 
 
-def _as_json(sizes: Footprint, memory: list[Line], traffic: list[Line]) -> dict[str, Any]:
+def _as_json(sizes: Footprint, memory: list[EstimateLine], traffic: list[EstimateLine]) -> dict[str, Any]:
     return {
         "family": sizes.family,
         "num_weights": sizes.num_weights,

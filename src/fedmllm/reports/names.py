@@ -18,7 +18,7 @@ GROUPS = {  # scenario -> its name on the first screen
     "hybrid": "Mixed sites",
     "cross": "Sites with one modality",
 }
-METHODS = {
+_METHODS = {
     "zero-shot": "Zero-shot",
     "majority": "Majority",
     "local": "Local",
@@ -29,7 +29,7 @@ METHODS = {
     "fedadam": "FedAdam",
     "fedyogi": "FedYogi",
 }
-METRICS = {
+METRIC_LABELS = {
     "auc": "AUC",
     "auc_hard": "AUC of hard labels",
     "macro_f1": "macro-F1",
@@ -115,7 +115,7 @@ def setting_meaning(settings: Mapping[str, Any], modalities: tuple[str, ...] = T
 def method_label(settings: Mapping[str, Any], method: str, prompt: str) -> str:
     """ "FedAdam", "FedAdam + fedprox, agnostic prompt"."""
     head, _, objective = method.partition("+")
-    words = METHODS.get(head, head) + (f" + {objective}" if objective else "")
+    words = _METHODS.get(head, head) + (f" + {objective}" if objective else "")
     return words if prompt == "plain" or method == "majority" else f"{words}, {prompt} prompt"
 
 
@@ -131,7 +131,7 @@ def base_of(method: str, methods: Collection[str]) -> tuple[str, str] | None:
 
 def metric_label(metric: str) -> str:
     """ "macro_f1" -> "macro-F1"."""
-    return METRICS.get(metric, metric.replace("_", " "))
+    return METRIC_LABELS.get(metric, metric.replace("_", " "))
 
 
 def order_of(scenario: str, setting: str) -> tuple[int, str, float]:

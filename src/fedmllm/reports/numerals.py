@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmllm.reports.names import METRICS
+from fedmllm.reports.names import METRIC_LABELS
 
 NO_BREAK, MINUS, DASH = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}", "\N{EN DASH}"
 COUNTS = frozenset({"unparsed"})  # metrics that count rows; fewer are better
@@ -52,7 +52,7 @@ def scale_of(metric: str, values: Sequence[float]) -> Scale:
     """Percent for shares; plain numbers for counts and for metrics with values outside 0..1."""
     if metric in COUNTS:
         return Scale(1.0, "rows", "rows", 0.0, math.inf, higher_is_better=False)
-    if metric not in METRICS and any(not 0 <= value <= 1 for value in values):
+    if metric not in METRIC_LABELS and any(not 0 <= value <= 1 for value in values):
         return Scale(1.0, "", "", -math.inf, math.inf)
     return Scale()
 
@@ -75,7 +75,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,}{NO_BREAK}{noun}{'' if number == 1 else 's'}"
 
 
-def listed(words: Sequence[str]) -> str:
+def listed_words(words: Sequence[str]) -> str:
     """ "a, b and c"; semicolons between words with commas of their own."""
     comma = "; " if any("," in word for word in words) else ", "
     return " and ".join(filter(None, [comma.join(words[:-1]), *words[-1:]]))

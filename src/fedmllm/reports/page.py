@@ -14,7 +14,7 @@ from fedmllm.core.text import bytes_text
 from fedmllm.reports.answers import Answer, answers, groups, ranked
 from fedmllm.reports.clients import label_skew, labels_of, who_sees_what
 from fedmllm.reports.comparisons import Comparison, additions, all_pairs, declared
-from fedmllm.reports.figures import MOST_DRAWN, Look, Picture, against_cost, curves, looks, overview, panels
+from fedmllm.reports.figures import MOST_DRAWN, Look, PageFigure, against_cost, curves, looks, overview, panels
 from fedmllm.reports.names import SCENARIOS, TWO, VISIBLE, metric_label, setting_meaning, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
 from fedmllm.reports.reading import DatasetResults, ReportData
@@ -30,7 +30,7 @@ from fedmllm.reports.tables import (
     published_table,
     result_table,
 )
-from fedmllm.reports.texts import about_published, about_table, interval, no_tests, verdict
+from fedmllm.reports.texts import about_published, about_table, interval, no_tests, verdict_text
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Section:
     table: ResultTable
     others: tuple[ResultTable, ...]  # further metrics
     answers: list[Answer]
-    overview: Picture | None
+    overview: PageFigure | None
     meanings: dict[str, str]  # of the settings
     looks: dict[str, Look]
     num_left_out: int  # methods that no figure has, because another one with an addition is there
-    panels: list[Picture]
-    curves: list[Picture]
-    against_cost: list[Picture]
-    sees: list[Picture]
+    panels: list[PageFigure]
+    curves: list[PageFigure]
+    against_cost: list[PageFigure]
+    sees: list[PageFigure]
     modalities: tuple[str, ...]  # of the figures in `sees`, if there are others than image and text
-    labels: list[Picture]
+    labels: list[PageFigure]
     label_colours: dict[str, str]
     matrices: list[Matrix]
     first_matrix: str  # the method whose train x test table is open
@@ -130,7 +130,7 @@ def page(report: ReportData) -> str:
         share_text=share_text,
         interval=interval,
         no_tests=no_tests,
-        verdict=verdict,
+        verdict_text=verdict_text,
         SCENARIOS=SCENARIOS,
         VISIBLE=VISIBLE,
         visible_label=visible_label,

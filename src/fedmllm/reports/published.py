@@ -15,7 +15,7 @@ NUM_CLIENTS, ALPHA = 10, 0.5  # of every published setting; the alpha settings h
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedNumbers:
     """What a paper reports for one data set: method -> setting -> value, in percent."""
 
     title: str
@@ -39,14 +39,14 @@ class Published:
 
 
 @lru_cache
-def published_for(data: str) -> Published | None:
+def published_for(data: str) -> PublishedNumbers | None:
     """The published results for a data set, or for the one that an embedded set stands for; None if there are none."""
     table = tomllib.loads((files(__package__) / "published.toml").read_text(encoding="utf-8"))
     name = table["stands_for"].get(data, data)
     if name not in table["sets"]:
         return None
     of_set = table["sets"][name]
-    return Published(
+    return PublishedNumbers(
         title=of_set["title"],
         metric=of_set["metric"],
         source=table["source"],

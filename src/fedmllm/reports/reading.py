@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import current_keys
-from fedmllm.core.text import flat
+from fedmllm.core.text import flat_keys
 from fedmllm.reports.names import base_of, method_label, setting_label
 from fedmllm.reports.numerals import COUNTS
 from fedmllm.runs.folder import RECORD, SUMMARY
@@ -22,7 +22,7 @@ from fedmllm.runs.record import Line, read
 from fedmllm.runs.suites.suite import SUITE
 
 SEEDS = ("seed", "data.seed")  # settings that repeat a run instead of making it another one
-EXECUTION_ONLY = tuple(f"{key}." for key in Experiment.execution_only())  # keys, or tables with all their keys
+EXECUTION_KEYS = tuple(f"{key}." for key in Experiment.execution_only())  # keys, or tables with all their keys
 WORDS = ("run_id", "scenario", "method", "prompt", "metric", "visible")  # texts in a row of a summary
 
 
@@ -34,7 +34,7 @@ class Draw(NamedTuple):
     variant: str = ""  # a partition or base model that differs from that of the other runs; "" = the usual one
 
 
-Seeds = dict[Draw, float]
+BySeed = dict[Draw, float]
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,9 @@ class DatasetResults:
             return self._cells.get((setting, method), [])
         return [r for r in self.runs if setting in (None, r.setting) and method in (None, r.method)]
 
-    def values(self, metric: str = "", visible: str = "") -> dict[tuple[str, str], Seeds]:
+    def values(self, metric: str = "", visible: str = "") -> dict[tuple[str, str], BySeed]:
         """(setting, method) -> draw -> value; by default of the main metric, on each run's own test rows."""
-        found: defaultdict[tuple[str, str], Seeds] = defaultdict(dict)
+        found: defaultdict[tuple[str, str], BySeed] = defaultdict(dict)
         for run in self.runs:
             value = run.value(metric or self.metric, visible or run.headline[1])
             if value is not None:
@@ -347,4 +347,4 @@ def _eval(event: Line) -> Line:
 
 def asked(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Flat settings that can change results; without seeds and `Experiment.execution_only()`."""
-    return {k: v for k, v in flat(settings).items() if k not in SEEDS and not f"{k}.".startswith(EXECUTION_ONLY)}
+    return {k: v for k, v in flat_keys(settings).items() if k not in SEEDS and not f"{k}.".startswith(EXECUTION_KEYS)}

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours that figures are drawn in, and the CSS variables that the page reads them as.
-TEXT, MUTED, GRID, SURFACE = "#010001", "#010002", "#010003", "#010004"
+TEXT_COLOR, MUTED, _GRID, SURFACE = "#010001", "#010002", "#010003", "#010004"
 NUM_SERIES = 10
 SERIES = [f"#0100{16 + i:02x}" for i in range(NUM_SERIES)]
 BASELINES = ["#010030", "#010031", "#010032"]  # zero-shot, local, other baselines
 SHOWS = {"both": "#010040", "image": "#010041", "text": "#010042", "none": "#010043"}
-_VARIABLES = {TEXT: "--text", MUTED: "--muted", GRID: "--grid", SURFACE: "--surface"}
+_VARIABLES = {TEXT_COLOR: "--text", MUTED: "--muted", _GRID: "--grid", SURFACE: "--surface"}
 _VARIABLES |= {colour: f"--s{i}" for i, colour in enumerate(SERIES)}
 _VARIABLES |= {colour: f"--b{i}" for i, colour in enumerate(BASELINES)}
 _VARIABLES |= {colour: f"--show-{name}" for name, colour in SHOWS.items()}
@@ -24,8 +24,8 @@ _VARIABLES |= {colour: f"--show-{name}" for name, colour in SHOWS.items()}
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
-    "text.color": TEXT,
-    "axes.edgecolor": GRID,
+    "text.color": TEXT_COLOR,
+    "axes.edgecolor": _GRID,
     "axes.labelcolor": MUTED,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -36,10 +36,10 @@ STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "figure.facecolor": "none",
-    "grid.color": GRID,
+    "grid.color": _GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
     "lines.linewidth": 1.8,

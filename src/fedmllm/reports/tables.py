@@ -9,15 +9,15 @@ from itertools import combinations
 
 from fedmllm.reports.comparisons import mean_over_settings
 from fedmllm.reports.numerals import Scale, scale_of
-from fedmllm.reports.published import Published, published_for
-from fedmllm.reports.reading import DatasetResults, RunRecord, Seeds
+from fedmllm.reports.published import PublishedNumbers, published_for
+from fedmllm.reports.reading import BySeed, DatasetResults, RunRecord
 from fedmllm.reports.stats import LEVEL, Spread, detectable, holm, paired, pooled_std
 
-ALL = "mean over settings"
+_ALL = "mean over settings"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One result: its spread over seeds, and its place in its row."""
 
     spread: Spread
@@ -34,7 +34,7 @@ class ResultRow:
 
     scenario: str
     setting: str
-    cells: Mapping[str, Cell]
+    cells: Mapping[str, TableCell]
     is_clear: (
         bool  # whether the first place is above the second, corrected for all pairs of federated methods in the table
     )
@@ -70,10 +70,10 @@ def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -
     own = {place: of_row for place, of_row in own.items() if of_row}
     whole = {m: seeds for m in methods if (seeds := mean_over_settings(values, m, [s for _, s in own]))}
     if len(own) > 1 and whole:
-        own["", ALL] = whole
+        own["", _ALL] = whole
     rows = {place: _row(*place, of_row, dataset.federated, scale) for place, of_row in own.items()}
     rows = _with_clear_leads(rows, own, dataset.federated)
-    overall = rows.pop(("", ALL), None)
+    overall = rows.pop(("", _ALL), None)
     federated = [m for m in methods if m in dataset.federated]
     return ResultTable(
         metric=metric,
@@ -82,13 +82,13 @@ def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -
         methods=methods,
         rows=tuple(rows.values()),
         overall=overall,
-        detectable_row=_detectable([seeds for place, seeds in own.items() if place[1] != ALL], federated),
+        detectable_row=_detectable([seeds for place, seeds in own.items() if place[1] != _ALL], federated),
         detectable_mean=_detectable([whole], federated),
         num_seeds=max((len(seeds) for of_row in own.values() for seeds in of_row.values()), default=0),
     )
 
 
-def _row(scenario: str, setting: str, own: Mapping[str, Seeds], federated: Sequence[str], scale: Scale) -> ResultRow:
+def _row(scenario: str, setting: str, own: Mapping[str, BySeed], federated: Sequence[str], scale: Scale) -> ResultRow:
     spreads = {method: Spread.of(seeds.values()) for method, seeds in own.items()}
     candidates = [m for m in own if m in federated]
     uneven = len({frozenset(seeds) for seeds in own.values()}) > 1
@@ -97,7 +97,7 @@ def _row(scenario: str, setting: str, own: Mapping[str, Seeds], federated: Seque
         ranked = sorted(candidates, key=lambda m: spreads[m].mean, reverse=scale.higher_is_better)
         if spreads[ranked[0]].mean != spreads[ranked[1]].mean:
             marks = dict(zip(ranked, ("best", "second"), strict=False))
-    cells = {method: Cell(spread, marks.get(method, "")) for method, spread in spreads.items()}
+    cells = {method: TableCell(spread, marks.get(method, "")) for method, spread in spreads.items()}
     return ResultRow(scenario, setting, cells, False, uneven)
 
 
@@ -105,7 +105,7 @@ Place = tuple[str, str]
 
 
 def _with_clear_leads(
-    rows: dict[Place, ResultRow], own: Mapping[Place, Mapping[str, Seeds]], federated: Sequence[str]
+    rows: dict[Place, ResultRow], own: Mapping[Place, Mapping[str, BySeed]], federated: Sequence[str]
 ) -> dict[Place, ResultRow]:
     """First places are chosen on the same results as they are tested on, so the family is every pair in every row."""
     p_values: dict[str, float] = {}
@@ -123,7 +123,7 @@ def _with_clear_leads(
     return found
 
 
-def _detectable(rows: Sequence[Mapping[str, Seeds]], federated: Sequence[str]) -> float | None:
+def _detectable(rows: Sequence[Mapping[str, BySeed]], federated: Sequence[str]) -> float | None:
     """Pooled over all pairs of federated methods of the rows; None without two of them and two seeds."""
     pooled = pooled_std(
         paired(of_row[a], of_row[b])
@@ -146,7 +146,7 @@ class PublishedRow:
 class PublishedTable:
     """Published numbers next to ours, in the settings that agree alone."""
 
-    source: Published
+    source: PublishedNumbers
     methods: tuple[str, ...]
     rows: tuple[PublishedRow, ...]
     mean: Mapping[str, float]  # published, over the rows of this table
@@ -185,7 +185,7 @@ def published_table(dataset: DatasetResults, table: ResultTable) -> PublishedTab
 
 
 def _orderings(
-    setting: str, values: Mapping[tuple[str, str], Seeds], theirs: Mapping[str, float]
+    setting: str, values: Mapping[tuple[str, str], BySeed], theirs: Mapping[str, float]
 ) -> list[tuple[bool, bool]]:
     """(same direction as published?, same direction in every seed?) of each pair of methods."""
     found = []

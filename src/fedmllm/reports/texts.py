@@ -197,7 +197,7 @@ def comparisons_markdown(tests: Sequence[Comparison], scale: Scale) -> str:
             p_text(c.test.p),
             p_text(c.p_holm),
         ]
-        lines.append(_line([*words, *cells, verdict(c)]))
+        lines.append(_line([*words, *cells, verdict_text(c)]))
     return "\n".join(lines) + (
         "\n\nPaired t-test over seeds, of the mean over settings; Holm over the tests of this table. Stable: settings in which "
         "the first is above the second for every seed; reversed: below for every seed.\n"
@@ -220,7 +220,7 @@ def interval(comparison: Comparison, scale: Scale) -> str:
     return DASH if test.low is None or test.high is None else scale.interval(test.low, test.high)
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict_text(comparison: Comparison) -> str:
     """ "yes", "against", or "not with 3 seeds, about 12 needed"."""
     c = comparison
     if c.p_holm is None:

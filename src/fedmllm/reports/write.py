@@ -28,7 +28,7 @@ from fedmllm.reports.texts import (
     shares_markdown,
 )
 
-FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".tex": "latex", ".csv": "csv"}
+_FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".tex": "latex", ".csv": "csv"}
 CSV = ("-results.csv", "-costs.csv", "-rounds.csv")
 ENDINGS: dict[str, tuple[str, ...]] = {
     "html": (".html", ".md", *CSV),
@@ -75,15 +75,15 @@ def _place(out: Path, format_: str) -> tuple[Path, str]:
     if not out.name or _is_folder(out):
         raise FedmllmError(f"{out}: cannot be written: it is a folder; give the name of a page, as in report.html")
     ending = out.suffix.lower()
-    if ending in FORMATS:
-        named = FORMATS[ending]
+    if ending in _FORMATS:
+        named = _FORMATS[ending]
         if format_ and format_ != named:
             raise FedmllmError(
                 f"--out {out}: the ending {ending} is {named}, but --format is {format_}; change one of them"
             )
         return out.with_name(out.name[: -len(ending)]), named
     if ending[1:].isalpha():
-        raise FedmllmError(f"--out {out}: unknown ending {ending}; allowed: {', '.join(FORMATS)}")
+        raise FedmllmError(f"--out {out}: unknown ending {ending}; allowed: {', '.join(_FORMATS)}")
     if format_ and format_ not in ENDINGS:
         raise FedmllmError(f"--format {format_}: unknown format; allowed: {', '.join(ENDINGS)}")
     return out, format_ or "html"

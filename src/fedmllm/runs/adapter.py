@@ -33,7 +33,7 @@ def save_adapter(backbone: Backbone, params: Params, final: Path) -> None:
         sync(final.parent)
 
 
-def adapter_config(backbone: Backbone, folder: Path) -> bytes:
+def adapter_config_json(backbone: Backbone, folder: Path) -> bytes:
     """Return `adapter_config.json` as the backbone writes it next to its adapter.
 
     Args:

@@ -32,7 +32,7 @@ from fedmllm.core.tensors import rank_dim
 from fedmllm.core.types import Params, State
 from fedmllm.runs.costs import Totals
 
-ADAPTER, CONFIG, STATE, RUN_STATE = (
+ADAPTER_FILE, CONFIG, STATE, RUN_STATE = (
     "adapter_model.safetensors",
     "adapter_config.json",
     "state.safetensors",
@@ -117,7 +117,7 @@ class Checkpoints:
             make_folder(self.folder)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            files = {ADAPTER: save(_copied(params), {"format": "pt"}), CONFIG: self._config}
+            files = {ADAPTER_FILE: save(_copied(params), {"format": "pt"}), CONFIG: self._config}
             if state:
                 named = {f"{key}/{name}": t for key, tree in state.items() for name, t in tree.items()}
                 files[STATE] = save(_copied(named))
@@ -221,7 +221,7 @@ def read_run_state(folder: Path) -> RunState:
     return run_state
 
 
-def read(folder: Path, like: Params, init: State) -> Checkpoint:
+def read_checkpoint(folder: Path, like: Params, init: State) -> Checkpoint:
     """A checkpoint, every byte of it checked against its digests, every tensor against the run that wants it.
 
     Args:
@@ -230,7 +230,7 @@ def read(folder: Path, like: Params, init: State) -> Checkpoint:
         init: The aggregator's state before training; a key that comes later holds tensors like the adapter's.
     """
     run_state = read_run_state(folder)
-    params = _read_checked(folder, ADAPTER, run_state, like)
+    params = _read_checked(folder, ADAPTER_FILE, run_state, like)
     if lost := init.keys() - run_state.state_keys:
         raise FedmllmError(
             f"{folder / RUN_STATE}: state_keys: got {run_state.state_keys}; {sorted(lost)} must be among them"
@@ -245,7 +245,7 @@ def read(folder: Path, like: Params, init: State) -> Checkpoint:
 
 def read_params(folder: Path, like: Params) -> Params:
     """The adapter of a checkpoint alone, checked as `read` checks it."""
-    return _read_checked(folder, ADAPTER, read_run_state(folder), like)
+    return _read_checked(folder, ADAPTER_FILE, read_run_state(folder), like)
 
 
 def _read_checked(folder: Path, name: str, run_state: RunState, like: Params) -> Params:
@@ -267,7 +267,7 @@ def any_rank(like: Params) -> Params:
 
 def read_adapter(place: Path, like: Params) -> Params:
     """An adapter from a PEFT folder, or its safetensors file, for a backbone whose `lora()` is `like`."""
-    return read_tensors(place / ADAPTER if place.is_dir() else place, like)
+    return read_tensors(place / ADAPTER_FILE if place.is_dir() else place, like)
 
 
 def read_peft_adapter(place: Path, lora: Lora, backbone: Backbone) -> Params:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.federation.rounds import Progress
-from fedmllm.runs.adapter import adapter_config
+from fedmllm.runs.adapter import adapter_config_json
 from fedmllm.runs.checkpoint import Best, Checkpoints, RunState
 from fedmllm.runs.costs import Totals
 from fedmllm.runs.evaluator import Scores
@@ -47,7 +47,7 @@ class Checkpointer:
             FedmllmError: The checkpoint before could not be written.
         """
         if not self._checkpoints:
-            config = adapter_config(self._inputs.backbone, self._folder.checkpoints)
+            config = adapter_config_json(self._inputs.backbone, self._folder.checkpoints)
             keep = self._inputs.experiment.checkpoint.keep
             self._checkpoints = Checkpoints(self._folder.checkpoints, keep, config, self._sync)
         run_state = RunState(

@@ -20,18 +20,18 @@ from fedmllm.config.engine import Engine as EngineSettings
 from fedmllm.config.experiment import Experiment
 from fedmllm.config.train import Train
 from fedmllm.core.errors import ConfigError, DataError
-from fedmllm.core.tensors import digest as tensors_digest
+from fedmllm.core.tensors import params_digest as tensors_digest
 from fedmllm.core.types import Example, Params, Shard, answer_label, visible_of
 from fedmllm.data.overlap import overlap
 from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.federation.client import Clients, RowStore, planned_steps
-from fedmllm.federation.rounds import Engine
+from fedmllm.federation.rounds import RoundEngine
 from fedmllm.runs.checkpoint import read_peft_adapter
 from fedmllm.runs.events import Started
 from fedmllm.runs.fingerprint import rows_digest
-from fedmllm.scenarios.assign import assign, digest
+from fedmllm.scenarios.assign import assign, shards_digest
 from fedmllm.scenarios.availability import Always
-from fedmllm.scenarios.modalities.completion import Completer, Nothing, Site, hidden_slots
+from fedmllm.scenarios.modalities.completion import Completer, CompletionSite, Nothing, hidden_slots
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Inputs:
         public = {"public": rows_digest(self.public)} if self.public else {}
         adapter = {"adapter": tensors_digest(self.start)} if self.experiment.backbone.adapter else {}
         base = {"base": self.backbone.digest, **adapter}
-        return {"rows": rows, "partition": digest(self.shards, self.train), **base, **public}
+        return {"rows": rows, "partition": shards_digest(self.shards, self.train), **base, **public}
 
 
 def completer_of(experiment: Experiment, backbone: Backbone, public: tuple[Example, ...]) -> Completer | None:
@@ -143,7 +143,7 @@ def completer_of(experiment: Experiment, backbone: Backbone, public: tuple[Examp
     if e.completion == Nothing():
         return None
     ordered = tuple(sorted(public, key=lambda row: str(row.id)))
-    return Completer(e.completion, Site(backbone, ordered, e.data.modalities(), e.seed))
+    return Completer(e.completion, CompletionSite(backbone, ordered, e.data.modalities(), e.seed))
 
 
 def public_notes(
@@ -194,10 +194,10 @@ def pooled(train: Train, shards: Sequence[Shard]) -> tuple[Train, tuple[Shard, .
     return train, (Shard(0, rows, visible),)
 
 
-def start_engine(settings: EngineSettings, clients: Clients) -> Engine:
+def start_engine(settings: EngineSettings, clients: Clients) -> RoundEngine:
     """The engine that the settings name."""
     module, _, factory = settings.import_path.partition(":")
-    engine: Engine = getattr(importlib.import_module(module), factory)(settings, clients)
+    engine: RoundEngine = getattr(importlib.import_module(module), factory)(settings, clients)
     return engine
 
 

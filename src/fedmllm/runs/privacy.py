@@ -18,7 +18,7 @@ from typing import Any
 
 from fedmllm.algorithms.privacy.client_dp import ClientDp, NoisyMean
 from fedmllm.algorithms.privacy.guarantee import Guarantee
-from fedmllm.algorithms.privacy.noise import KEY_BYTES, public_key
+from fedmllm.algorithms.privacy.noise import KEY_BYTES, simulation_key
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.storage import sync
@@ -59,7 +59,7 @@ class CentralPrivacy:
             )
         self._experiment, self._settings, self._num_clients = experiment, settings, num_clients
         self.secret_cohorts = experiment.cohort == "poisson"
-        public = public_key(experiment.seed)
+        public = simulation_key(experiment.seed)
         simulated = settings.simulate_noise
 
         def key(name: str) -> bytes:

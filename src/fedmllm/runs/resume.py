@@ -59,7 +59,7 @@ class Resume:
             return None
         of_all = checkpoint.read_run_state(self.place).client is None
         state = inputs.experiment.initial_state(inputs.start) if of_all else {}  # one client alone: FedAvg
-        at = checkpoint.read(self.place, inputs.start, state)
+        at = checkpoint.read_checkpoint(self.place, inputs.start, state)
         if odd := differences(at.run_state.digests, inputs.digests):
             raise ConfigError(
                 f"{self.folder.path}: cannot be resumed: the digest of its {'; of its '.join(odd)}. Choose another --out"

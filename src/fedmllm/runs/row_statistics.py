@@ -27,7 +27,7 @@ Draws = NDArray[np.int64]  # [K, n]: how often row n is in sample K
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RowEstimate:
     """A value with its 95 % interval over rows; the interval is None if the rows do not define it."""
 
     value: float | None
@@ -145,7 +145,7 @@ def _auc(truth: NDArray[np.bool_], scores: Floats, samples: Draws) -> Floats:
     return found
 
 
-def estimate_rows(metric: str, runs: Sequence[Sequence[Prediction]], groups: Sequence[str] = ()) -> Estimate:
+def estimate_rows(metric: str, runs: Sequence[Sequence[Prediction]], groups: Sequence[str] = ()) -> RowEstimate:
     """Mean of a metric over runs, with its interval over rows.
 
     Args:
@@ -160,10 +160,10 @@ def estimate_rows(metric: str, runs: Sequence[Sequence[Prediction]], groups: Seq
     values = [v for run in runs if (v := METRICS[metric](run)) is not None]
     value = float(np.mean(values)) if values and len(values) == len(runs) else None
     if value is None or n < LEAST_ROWS:
-        return Estimate(value, None, None, n)
+        return RowEstimate(value, None, None, n)
     samples = draws(n, DRAWS, groups)
     low, high = _ends(np.mean([sampled(metric, run, samples) for run in runs], axis=0))
-    return Estimate(value, low, high, n)
+    return RowEstimate(value, low, high, n)
 
 
 def paired_rows(

@@ -6,7 +6,7 @@ from fedmllm.algorithms.base import Aggregator
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Params
 from fedmllm.federation.rounds import Progress
-from fedmllm.runs.checkpoint import Best, Checkpoint, read
+from fedmllm.runs.checkpoint import Best, Checkpoint, read_checkpoint
 from fedmllm.runs.evaluator import Evaluator
 from fedmllm.runs.events import Validated
 
@@ -35,7 +35,7 @@ class Selection:
             try:
                 start, aggregator = self._evaluator.inputs.start, self._aggregator
                 state = {**aggregator.init(start), **self._evaluator.inputs.experiment.privacy.init()}
-                best = read(folder, start, state)
+                best = read_checkpoint(folder, start, state)
                 self.params = aggregator.result(best.params, best.state)
             except FedmllmError as error:
                 raise FedmllmError(f"{error}; {at.folder} names it as the best so far. Choose another --out") from None

@@ -18,7 +18,7 @@ from typing import Any
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import nearest
 from fedmllm.core.storage import write_atomically
-from fedmllm.core.text import flat
+from fedmllm.core.text import flat_keys
 from fedmllm.runs.events import Ended, Evaluated, Event, Resumed, RoundEnd, Started, Stopped
 
 
@@ -44,7 +44,7 @@ class Tracker(ABC):
         client = getattr(event, "client", None)
         prefix = "" if client is None else f"client-{client}/"
         if isinstance(event, Started):
-            self.begin(event.run_id, flat(event.settings))
+            self.begin(event.run_id, flat_keys(event.settings))
         elif isinstance(event, Resumed):
             self._round, self._sent = event.round, event.sent_bytes
             self.resume(event.round)

@@ -24,7 +24,7 @@ __all__ = [
     "Published",
     "Scenario",
     "assign",
-    "digest",
+    "shards_digest",
     "show_only",
 ]
 
@@ -92,7 +92,7 @@ def show_only(examples: Sequence[Example], visible: Visible) -> tuple[Visible, .
     return tuple(visible & frozenset(example.fields) for example in examples)
 
 
-def digest(shards: Sequence[Shard], examples: Sequence[Example]) -> str:
+def shards_digest(shards: Sequence[Shard], examples: Sequence[Example]) -> str:
     """sha256 (16 hex digits) of the clients' ids and masks: equal exactly if partition and masks are."""
     sha = hashlib.sha256()
     codes = {v: "".join(f"\x1f{m}" for m in sorted(v)) for v in {v for shard in shards for v in shard.visible}}

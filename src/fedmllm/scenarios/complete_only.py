@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import SerializeAsAny, field_validator
 
 from fedmllm.core.types import Modality
-from fedmllm.scenarios.masks import Masks, Missing, Rows, Scenario
+from fedmllm.scenarios.masks import ClientRows, Masks, Missing, Scenario
 
 
 class CompleteOnly(Scenario):
@@ -31,8 +31,8 @@ class CompleteOnly(Scenario):
     def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
         self.of.check(modalities, num_clients)
 
-    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+    def hide(self, rows: ClientRows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         return self.of.hide(rows, modalities, seed)
 
-    def hide_as_published(self, rows: Rows) -> Masks:
+    def hide_as_published(self, rows: ClientRows) -> Masks:
         return self.of.hide_as_published(rows)

@@ -19,9 +19,9 @@ from fedmllm.core.rng import stream
 from fedmllm.core.spec import Named
 from fedmllm.core.types import Modality, Visible
 
-Rows = Sequence[Sequence[int]]  # per client, the rows that it holds
+ClientRows = Sequence[Sequence[int]]  # per client, the rows that it holds
 Masks = list[list[Visible]]  # per client, one mask a row
-Rate = Annotated[float, Field(ge=0, le=1)]
+MaskRate = Annotated[float, Field(ge=0, le=1)]
 
 IMAGE, TEXT = frozenset({"image"}), frozenset({"text"})
 BOTH = IMAGE | TEXT
@@ -45,7 +45,7 @@ class Scenario(Named):
         """
 
     @abstractmethod
-    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+    def hide(self, rows: ClientRows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         """Mask the rows. Pure: the same rows and seed give the same masks.
 
         Args:
@@ -57,7 +57,7 @@ class Scenario(Named):
             Per client, one mask per row: the modalities that stay visible.
         """
 
-    def hide_as_published(self, rows: Rows) -> Masks:
+    def hide_as_published(self, rows: ClientRows) -> Masks:
         """The published masks, bit for bit; only scenarios of the paper have them.
 
         Args:
@@ -74,10 +74,10 @@ class Aligned(Scenario):
 
     name: Literal["aligned"] = "aligned"
 
-    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+    def hide(self, rows: ClientRows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         return [[frozenset(modalities)] * len(own) for own in rows]
 
-    def hide_as_published(self, rows: Rows) -> Masks:
+    def hide_as_published(self, rows: ClientRows) -> Masks:
         return [[BOTH] * len(own) for own in rows]
 
 
@@ -89,9 +89,9 @@ class Missing(Scenario):
     """
 
     name: Literal["missing"] = "missing"
-    rate: Rate = 0.3
+    rate: MaskRate = 0.3
     """Probability that a row loses a modality."""
-    rates: dict[str, Rate] = Field(default_factory=dict)
+    rates: dict[str, MaskRate] = Field(default_factory=dict)
     """Other probabilities for single modalities: { CAM_BACK = 0.9 }."""
 
     def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
@@ -100,7 +100,7 @@ class Missing(Scenario):
     def rate_of(self, modality: Modality) -> float:
         return self.rates.get(modality, self.rate)
 
-    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+    def hide(self, rows: ClientRows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         self.check(modalities, len(rows))
         size = 1 + max((row for own in rows for row in own), default=-1)
         code = np.zeros(size, dtype=np.int64)  # bit i: modality i is kept
@@ -109,7 +109,7 @@ class Missing(Scenario):
         masks = {c: frozenset(m for i, m in enumerate(modalities) if c >> i & 1) for c in set(code.tolist())}
         return [[masks[c] for c in code[np.asarray(own, dtype=np.int64)].tolist()] for own in rows]
 
-    def hide_as_published(self, rows: Rows) -> Masks:
+    def hide_as_published(self, rows: ClientRows) -> Masks:
         known(self.rates, ("image", "text"), "scenario.rates")
         legacy = random.Random(PUBLISHED_SEED)
         masks: Masks = []
@@ -152,7 +152,7 @@ class Cross(Scenario):
             )
         return counts
 
-    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+    def hide(self, rows: ClientRows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         counts = self._counts(modalities, len(rows))
         groups = [*modalities, *sorted(group for group in counts if group not in modalities)]
         masks = [frozenset(group.split("+")) for group in groups for _ in range(counts.get(group, 0))]
@@ -179,7 +179,7 @@ class Cross(Scenario):
             raise ConfigError("scenario.clients: the published masks know scenario.num_image_clients only")
         return legacy.sample(range(num_clients), self.image_clients_of(num_clients))
 
-    def hide_as_published(self, rows: Rows) -> Masks:
+    def hide_as_published(self, rows: ClientRows) -> Masks:
         chosen = self.published_image_clients(random.Random(PUBLISHED_SEED), len(rows))
         return [[IMAGE if client in chosen else TEXT] * len(own) for client, own in enumerate(rows)]
 
@@ -188,10 +188,10 @@ class Hybrid(Scenario):
     """Each client keeps each modality with probability `keep_rate`; one left with none draws one of them per row."""
 
     name: Literal["hybrid"] = "hybrid"
-    keep_rate: Rate = 0.7
+    keep_rate: MaskRate = 0.7
     """Probability that a client keeps a modality."""
 
-    def hide(self, rows: Rows, modalities: tuple[Modality, ...], seed: int) -> Masks:
+    def hide(self, rows: ClientRows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         masks: Masks = []
         for client, own in enumerate(rows):
             rng = stream(seed, "hybrid", client)
@@ -206,7 +206,7 @@ class Hybrid(Scenario):
         drawn = legacy.binomial(1, self.keep_rate, size=(num_clients, 2))
         return [(IMAGE if image else frozenset()) | (TEXT if text else frozenset()) for image, text in drawn]
 
-    def hide_as_published(self, rows: Rows) -> Masks:
+    def hide_as_published(self, rows: ClientRows) -> Masks:
         presence = self.published_presence(np.random.RandomState(PUBLISHED_SEED), len(rows))
         legacy = random.Random(PUBLISHED_SEED)
         return [[kept or published_flip(legacy) for _ in own] for kept, own in zip(presence, rows, strict=True)]

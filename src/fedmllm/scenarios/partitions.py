@@ -15,7 +15,7 @@ from fedmllm.core.rng import stream
 from fedmllm.core.spec import Named
 from fedmllm.core.types import Example, answer_label
 
-Split = list[list[int]]  # per client, the rows that it holds
+ClientSplit = list[list[int]]  # per client, the rows that it holds
 
 
 class Partition(Named):
@@ -25,7 +25,7 @@ class Partition(Named):
     """Number of clients; 0 = as many as the rows name."""
 
     @abstractmethod
-    def split(self, examples: Sequence[Example], seed: int) -> Split:
+    def split(self, examples: Sequence[Example], seed: int) -> ClientSplit:
         """Assign the rows to clients. Pure: the same rows and seed give the same split.
 
         Args:
@@ -66,12 +66,12 @@ class Dirichlet(Partition):
     column: str = ""
     """Column whose values are the labels; "" = the answer."""
 
-    def split(self, examples: Sequence[Example], seed: int) -> Split:
+    def split(self, examples: Sequence[Example], seed: int) -> ClientSplit:
         groups: dict[str, list[int]] = {}
         for row, example in enumerate(examples):
             label = value_of(example, self.column) if self.column else answer_label(example)
             groups.setdefault(label, []).append(row)
-        clients: Split = [[] for _ in range(self.num_clients)]
+        clients: ClientSplit = [[] for _ in range(self.num_clients)]
         for label in sorted(groups):
             rng = stream(seed, "partition", label)
             shares = rng.dirichlet([self.alpha] * self.num_clients)
@@ -89,7 +89,7 @@ class Iid(Partition):
     num_clients: PositiveInt = 10
     """Number of clients."""
 
-    def split(self, examples: Sequence[Example], seed: int) -> Split:
+    def split(self, examples: Sequence[Example], seed: int) -> ClientSplit:
         order = stream(seed, "partition", "iid").permutation(len(examples))
         return [part.tolist() for part in np.array_split(order, self.num_clients)]
 
@@ -108,7 +108,7 @@ class ByColumn(Partition):
         numbered = map(str, range(self.num_clients))
         return tuple(sorted({*numbered, *(value_of(example, self.column) for example in examples)}, key=in_order))
 
-    def split(self, examples: Sequence[Example], seed: int) -> Split:
+    def split(self, examples: Sequence[Example], seed: int) -> ClientSplit:
         groups: dict[str, list[int]] = {str(client): [] for client in range(self.num_clients)}
         for row, example in enumerate(examples):
             value = value_of(example, self.column)

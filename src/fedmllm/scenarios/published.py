@@ -16,7 +16,7 @@ from pydantic import PositiveFloat, PositiveInt
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.types import Example, Modality, Visible
 from fedmllm.scenarios.masks import BOTH, IMAGE, PUBLISHED_SEED, TEXT, Cross, Hybrid, Masks, Scenario, published_flip
-from fedmllm.scenarios.partitions import Partition, Split
+from fedmllm.scenarios.partitions import ClientSplit, Partition
 
 MEDICAL_SEED = 41
 MEDICAL = frozenset({"vqa-rad", "flashcards"})
@@ -41,7 +41,7 @@ class Published(Partition):
     num_clients: PositiveInt = 10
     """Number of clients."""
 
-    def split(self, examples: Sequence[Example], seed: int) -> Split:
+    def split(self, examples: Sequence[Example], seed: int) -> ClientSplit:
         """Dirichlet over labels in order of first appearance; see `lift` for clients whose share is below one row."""
         is_lifted = LIFTED[only_set(examples)]
         groups: dict[str, list[int]] = {}
@@ -49,7 +49,7 @@ class Published(Partition):
             groups.setdefault(example.answer, []).append(row)
         legacy = np.random.RandomState(PUBLISHED_SEED)
         shares = legacy.dirichlet([self.alpha] * self.num_clients, len(groups))
-        clients: Split = [[] for _ in range(self.num_clients)]
+        clients: ClientSplit = [[] for _ in range(self.num_clients)]
         for index, (label, rows) in enumerate(groups.items()):
             counts = [int(share * len(rows)) for share in shares[index]]
             if is_lifted(index):
@@ -66,7 +66,7 @@ class Published(Partition):
 
     def assign(
         self, examples: Sequence[Example], modalities: tuple[Modality, ...], scenario: Scenario
-    ) -> tuple[Split, Masks]:
+    ) -> tuple[ClientSplit, Masks]:
         """Per client its rows and their masks."""
         if frozenset(modalities) != BOTH:
             raise ConfigError(f"partition: 'published' is for rows of image and text, not {', '.join(modalities)}")
@@ -106,7 +106,7 @@ def lift(counts: list[int], place: str) -> None:
                 donors.pop(0)
 
 
-def medical(examples: Sequence[Example], scenario: Scenario, num_clients: int) -> tuple[Split, Masks]:
+def medical(examples: Sequence[Example], scenario: Scenario, num_clients: int) -> tuple[ClientSplit, Masks]:
     """VQA-RAD gives the image questions, the flashcards the text questions.
 
     Each set is shuffled and cut into as many equal parts as clients see it, the last part taking the rest.
@@ -125,7 +125,7 @@ def medical(examples: Sequence[Example], scenario: Scenario, num_clients: int) -
             f"scenario {scenario.name!r}: the medical federation was published with cross and hybrid only"
         )
     text_clients = [client for client, present in enumerate(presence) if "text" in present]
-    clients: Split = [[] for _ in range(num_clients)]
+    clients: ClientSplit = [[] for _ in range(num_clients)]
     for source, holders in (("vqa-rad", image_clients), ("flashcards", text_clients)):
         rows = [row for row, example in enumerate(examples) if example.columns["set"] == source]
         for client, part in zip(holders, parts(rows, len(holders), source, legacy), strict=True):

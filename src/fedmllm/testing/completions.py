@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedmllm.backbones.base import Backbone
 from fedmllm.core.types import Content, Example, Modality, Visible
-from fedmllm.scenarios.modalities.completion import Completer, Completion, FrozenModel, Site
+from fedmllm.scenarios.modalities.completion import Completer, Completion, CompletionSite, FrozenModel
 from fedmllm.testing.conformance import check_settings
 from fedmllm.testing.federation import perturbed
 
@@ -67,7 +67,7 @@ def check_completion(completion: Completion, backbone: Backbone, examples: Seque
 def _completer(
     completion: Completion, backbone: FrozenModel, public: tuple[Example, ...], modalities: tuple[Modality, ...]
 ) -> Completer:
-    return Completer(completion, Site(backbone, public if completion.needs_public else (), modalities, 0))
+    return Completer(completion, CompletionSite(backbone, public if completion.needs_public else (), modalities, 0))
 
 
 def _check_filled(
@@ -125,7 +125,7 @@ def leak_probe(
         `leaks = True`.
     """
     modalities = tuple(rows[0].fields)
-    completer = Completer(completion, Site(model, tuple(public), modalities, 0))
+    completer = Completer(completion, CompletionSite(model, tuple(public), modalities, 0))
     labels = np.array([row.answer == rows[0].choices[-1] for row in rows])
     found = {}
     for modality in modalities:

@@ -161,7 +161,7 @@ class NoisyMean:
     Args:
         settings: Clip and noise.
         size: Clients of a round: the fixed denominator.
-        key: 32 secret bytes; `public_key` for simulated noise.
+        key: 32 secret bytes; `simulation_key` for simulated noise.
         released: Called as (round, tag) before a release leaves; equal tags are equal releases.
     """
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 KEY_BYTES = 32
 
 
-def public_key(seed: int) -> bytes:
+def simulation_key(seed: int) -> bytes:
     """A key that is not secret, for simulated noise: whoever knows the seed can compute it.
 
     Args:

@@ -34,7 +34,7 @@ TEMPLATE = (
     "{% if part['type'] == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-NAMES = (  # DINOv2's names, on the hub and in transformers 5 -> InternVL's
+_NAMES = (  # DINOv2's names, on the hub and in transformers 5 -> InternVL's
     (r"\.norm1\.", ".layernorm_before."),
     (r"\.norm2\.", ".layernorm_after."),
     (r"\.attention\.attention\.query\.", ".attention.q_proj."),
@@ -131,7 +131,7 @@ def tower_weights(tower: Tower, image_size: int) -> dict[str, Tensor]:
     for name, tensor in tower.weights.items():
         if name == "embeddings.mask_token":
             continue
-        for pattern, new in NAMES:
+        for pattern, new in _NAMES:
             name = re.sub(pattern, new, name)
         renamed[name] = tensor
     positions = renamed["embeddings.position_embeddings"]

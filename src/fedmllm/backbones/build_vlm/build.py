@@ -11,22 +11,22 @@ import torch
 
 from fedmllm.backbones.build_vlm.assemble import assemble, write_processor, write_weights
 from fedmllm.backbones.build_vlm.connector import Connector, Training
-from fedmllm.backbones.build_vlm.pictures import HELD_OUT, Scene
+from fedmllm.backbones.build_vlm.pictures import HELD_OUT, CaptionScene
 from fedmllm.backbones.build_vlm.sources import Language, Tower
-from fedmllm.backbones.folder import DTYPES, digest, load_processor, quiet
+from fedmllm.backbones.folder import DTYPES, folder_digest, load_processor, quiet
 from fedmllm.backbones.hub_kernels import without_hub_kernels
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import write_atomically
 
 TRAINING = "training"  # subfolder with the log and the state
-ABOUT = "build.json"
+_ABOUT = "build.json"
 
 
 def build(
     out: Path,
     tower: Tower,
     language: Language,
-    scenes: Sequence[Scene],
+    scenes: Sequence[CaptionScene],
     pictures: str,
     settings: Training,
     image_size: int = 112,
@@ -78,7 +78,7 @@ def build(
         "threads": torch.get_num_threads(),
         "held_out_token_accuracy": round(accuracy, 4),
         "dtype": dtype,
-        "digest": digest(out),
+        "digest": folder_digest(out),
     }
-    write_atomically(out / ABOUT, json.dumps(result, indent=2) + "\n")
+    write_atomically(out / _ABOUT, json.dumps(result, indent=2) + "\n")
     return result

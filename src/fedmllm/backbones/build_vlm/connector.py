@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedmllm.backbones.build_vlm.assemble import PROJECTOR, TOKENS
-from fedmllm.backbones.build_vlm.pictures import Scene, questions
+from fedmllm.backbones.build_vlm.pictures import CaptionScene, questions
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.rng import stream
 from fedmllm.core.spec import Spec
 from fedmllm.core.storage import write_atomically, write_tensors
 
-STATE, LOG, WEIGHTS = "state.json", "log.jsonl", "projector.safetensors"
-BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0
+_STATE, _LOG, _WEIGHTS = "state.json", "log.jsonl", "projector.safetensors"
+BETAS, _EPS, _CLIP = (0.9, 0.999), 1e-8, 1.0
 WARMUP = 10  # steps
 
 
@@ -51,7 +51,7 @@ class Training(Spec):
 
 
 @dataclass(frozen=True)
-class Packed:
+class _Packed:
     """One picture with its questions.
 
     Attributes:
@@ -67,7 +67,7 @@ class Packed:
     labels: Tensor
 
 
-def pack(tokenizer: Any, asked: Sequence[tuple[str, str]], num_image_tokens: int) -> Packed:
+def pack(tokenizer: Any, asked: Sequence[tuple[str, str]], num_image_tokens: int) -> _Packed:
     """Rows as the chat template renders them, with their common prefix written once."""
     picture = TOKENS["start_image_token"] + TOKENS["context_image_token"] * num_image_tokens + TOKENS["end_image_token"]
     last = tokenizer.convert_tokens_to_ids(TOKENS["end_image_token"])
@@ -89,7 +89,7 @@ def pack(tokenizer: Any, asked: Sequence[tuple[str, str]], num_image_tokens: int
         segment += [number] * len(rest)
         position += range(prefix, prefix + len(rest))
         labels += [-100] * (len(rest) - len(reply) - 1) + reply + [-100]
-    return Packed(*(torch.tensor(values) for values in (ids, segment, position, labels)))
+    return _Packed(*(torch.tensor(values) for values in (ids, segment, position, labels)))
 
 
 def attention_mask(segment_BL: Tensor) -> Tensor:
@@ -100,14 +100,14 @@ def attention_mask(segment_BL: Tensor) -> Tensor:
     return (causal & (own | (segment_BL == 0)[:, None, :]))[:, None]
 
 
-def pixels(scene: Scene, processor: Any) -> Tensor:
+def pixels(scene: CaptionScene, processor: Any) -> Tensor:
     """Pixels [3, H, W] of one picture."""
     with Image.open(scene.path) as image:
         values: Tensor = processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"][0]
     return values
 
 
-def label_logits(model: Any, packed: Sequence[Packed], pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+def label_logits(model: Any, packed: Sequence[_Packed], pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [N, V] and tokens [N] of all answers."""
 
     def stack(name: str, value: int) -> Tensor:
@@ -144,7 +144,7 @@ class Connector:
 
     model: Any
     processor: Any
-    scenes: Sequence[Scene]
+    scenes: Sequence[CaptionScene]
     settings: Training
     folder: Path
     about: dict[str, Any]
@@ -158,7 +158,7 @@ class Connector:
         for parameter in self.live.values():
             parameter.requires_grad_(True)
         self._optimizer = torch.optim.AdamW(
-            self.live.values(), lr=self.settings.lr, betas=BETAS, eps=EPS, weight_decay=0.0
+            self.live.values(), lr=self.settings.lr, betas=BETAS, eps=_EPS, weight_decay=0.0
         )
         self._num_tokens = int(self.model.config.image_seq_length)
 
@@ -177,7 +177,7 @@ class Connector:
             loss, accuracy = self._train_step()
             self.step += 1
             self.time_s += time.monotonic() - start
-            with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            with (self.folder / _LOG).open("a", encoding="utf-8") as log:
                 line = {"step": self.step, "loss": loss, "token_accuracy": accuracy, "time_s": round(self.time_s, 1)}
                 log.write(json.dumps(line) + "\n")
             if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
@@ -190,21 +190,21 @@ class Connector:
         logits_NV, token_N = self._logits([self.scenes[i] for i in chosen], rng)
         loss = nn.functional.cross_entropy(logits_NV, token_N)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.live.values(), CLIP)
+        nn.utils.clip_grad_norm_(self.live.values(), _CLIP)
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.lr * schedule(self.step, self.settings.steps)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss.item(), float((logits_NV.argmax(-1) == token_N).float().mean())
 
-    def _logits(self, scenes: Sequence[Scene], rng: Any) -> tuple[Tensor, Tensor]:
+    def _logits(self, scenes: Sequence[CaptionScene], rng: Any) -> tuple[Tensor, Tensor]:
         packed = [pack(self.processor.tokenizer, questions(scene, rng), self._num_tokens) for scene in scenes]
         return label_logits(
             self.model, packed, torch.stack([pixels(s, self.processor.image_processor) for s in scenes])
         )
 
     @torch.no_grad()
-    def evaluate(self, scenes: Sequence[Scene]) -> float:
+    def evaluate(self, scenes: Sequence[CaptionScene]) -> float:
         """Share of label tokens that are the likeliest, 0..1, on questions that depend on the seed alone."""
         right = total = 0
         for start in range(0, len(scenes), self.settings.batch_size):
@@ -223,26 +223,26 @@ class Connector:
             moments = self._optimizer.state[parameter]
             tensors |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
         # the weights of a step have its number: a stop between the two files leaves the state before
-        write_tensors(self.folder / f"{self.step}-{WEIGHTS}", tensors)
+        write_tensors(self.folder / f"{self.step}-{_WEIGHTS}", tensors)
         state = {**self._identity(), "step": self.step, "time_s": self.time_s}
-        write_atomically(self.folder / STATE, json.dumps(state, indent=1) + "\n")
-        for file in self.folder.glob(f"*-{WEIGHTS}"):
-            if file.name != f"{self.step}-{WEIGHTS}":
+        write_atomically(self.folder / _STATE, json.dumps(state, indent=1) + "\n")
+        for file in self.folder.glob(f"*-{_WEIGHTS}"):
+            if file.name != f"{self.step}-{_WEIGHTS}":
                 file.unlink()
 
     def _resume(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = self.folder / LOG
-        if not (self.folder / STATE).is_file():
+        log = self.folder / _LOG
+        if not (self.folder / _STATE).is_file():
             log.write_text("", encoding="utf-8")
             return
-        state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
         if {key: state[key] for key in ("settings", "about")} != self._identity():
             raise FedmllmError(
-                f"{self.folder / STATE}: a build with other settings or sources; name another folder, or delete this one"
+                f"{self.folder / _STATE}: a build with other settings or sources; name another folder, or delete this one"
             )
         self.step, self.time_s = state["step"], state["time_s"]
-        tensors = load_file(self.folder / f"{self.step}-{WEIGHTS}")
+        tensors = load_file(self.folder / f"{self.step}-{_WEIGHTS}")
         with torch.no_grad():
             for name, parameter in self.live.items():
                 parameter.copy_(tensors[name])

@@ -17,7 +17,7 @@ HELD_OUT = 100  # pictures that the connector is evaluated on
 
 
 @dataclass(frozen=True)
-class Scene:
+class CaptionScene:
     """A picture of one coloured shape."""
 
     path: Path
@@ -25,7 +25,7 @@ class Scene:
     color: str
 
 
-def easy_vqa_scenes() -> list[Scene]:
+def easy_vqa_scenes() -> list[CaptionScene]:
     """The training pictures of the package easy-vqa whose shape and colour its questions state.
 
     The test pictures are not read.
@@ -42,7 +42,7 @@ def easy_vqa_scenes() -> list[Scene]:
         if known is not None and known.setdefault(picture, answer) != answer:
             raise DataError(f"{file}: picture {picture} has two answers: {known[picture]!r} and {answer!r}")
     folder = file.parent / "images"
-    return [Scene(folder / f"{i}.png", shapes[i], colors[i]) for i in sorted(shapes.keys() & colors.keys())]
+    return [CaptionScene(folder / f"{i}.png", shapes[i], colors[i]) for i in sorted(shapes.keys() & colors.keys())]
 
 
 def origin() -> str:
@@ -50,7 +50,7 @@ def origin() -> str:
     return f"package easy-vqa {VERSIONS['easy-vqa']}, training pictures ({LICENCES['easy-vqa']})"
 
 
-def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+def questions(scene: CaptionScene, rng: np.random.Generator) -> list[tuple[str, str]]:
     """A caption, one of two attribute questions and a yes/no question with equal chances, as (question, answer)."""
     attribute = [
         ("Which shape does the picture show?", scene.shape),

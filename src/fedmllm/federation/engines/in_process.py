@@ -9,7 +9,7 @@ from fedmllm.core.types import ClientUpdate, Round, Sent
 from fedmllm.federation.client import Clients
 
 
-class InProcess:
+class InProcessEngine:
     """Engine: (round, what each client receives) -> their updates, in ascending client order."""
 
     def __init__(self, settings: Engine, clients: Clients) -> None:

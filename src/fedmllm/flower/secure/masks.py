@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fedmllm.core.errors import FedmllmError
 from fedmllm.flower.secure.fixed_point import WORD_BYTES, Words
 
-KEY_BYTES = 32
+_KEY_BYTES = 32
 
 
 def keystream(key: bytes, num_words: int) -> Words:
@@ -48,7 +48,7 @@ def pair_key(own: X25519PrivateKey, peer: bytes, context: bytes) -> bytes:
         secret = own.exchange(X25519PublicKey.from_public_bytes(peer))
     except ValueError as error:  # of small order, or of another length
         raise FedmllmError(f"a peer's key is not a usable X25519 key: {error}") from None
-    return HKDF(hashes.SHA256(), KEY_BYTES, salt=None, info=context).derive(secret)
+    return HKDF(hashes.SHA256(), _KEY_BYTES, salt=None, info=context).derive(secret)
 
 
 def add_masks(words: Words, site: str, keys: Mapping[str, bytes]) -> Words:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator
 
 from fedmllm.config.engine import FlowerSites
-from fedmllm.config.experiment import Experiment, check_engine, check_secure
+from fedmllm.config.experiment import Experiment, check_engine_carries, check_secure
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Split
@@ -71,7 +71,7 @@ def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Expe
         )
     data = AtSites(sites=tuple(sites), own=experiment.data, test=test)
     engine = experiment.engine if isinstance(experiment.engine, FlowerSites) else FlowerSites()
-    check_engine(experiment.aggregator, engine, experiment.backbone.lora.ranks)
+    check_engine_carries(experiment.aggregator, engine, experiment.backbone.lora.ranks)
     if engine.secure:
         check_secure(experiment, engine.secure, experiment.cohort_size or len(sites))
     if not experiment.aggregator.global_model:

@@ -35,7 +35,7 @@ from fedmllm.flower.server.secure_rounds import SecureRounds
 from fedmllm.flower.wire import ABOUT
 from fedmllm.runs.run import run
 
-POLL_S = 0.2
+_POLL_S = 0.2
 LATE_S = 5.0  # a message lives longer than its round, so that the reason is "no reply within ...", not Flower's "unavailable"
 PATIENCE_S = 60.0  # with a SuperLink that does not respond; a restarted one does not know this run
 NOT_CONNECTED = "not connected"
@@ -44,7 +44,7 @@ Answers = dict[int, ClientUpdate | ClientFailure]
 
 
 @dataclass(frozen=True)
-class Job:
+class ServerJob:
     """Arguments of a run, as `fedmllm server run` writes them into a JSON file on the server's machine."""
 
     experiment: Experiment  # as `over_sites` made it
@@ -54,7 +54,7 @@ class Job:
     folder: Path  # base of the experiment's relative paths
 
     @classmethod
-    def read(cls, path: Path) -> Job:
+    def read(cls, path: Path) -> ServerJob:
         table = json.loads(path.read_text(encoding="utf-8"))
         experiment = Experiment.parse(table["experiment"], str(path))
         return cls(experiment, table["nodes"], Path(table["out"]), table["resume"], Path(table["folder"]))
@@ -75,7 +75,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the job that the run's configuration names. Raises if the run stopped before its end."""
-    job = Job.read(Path(str(context.run_config["job"])))
+    job = ServerJob.read(Path(str(context.run_config["job"])))
     os.chdir(job.folder)
     patches.retry_server_errors()
     patches.pull_replies_often()
@@ -153,7 +153,7 @@ class Sites:
             now = activations(grid)
             return {k: RESTARTED for k in contents if now.get(self._link.nodes[k], since[k]) != since[k]}
 
-        yield from ask(grid, messages, s.round_timeout_s, POLL_S, lost)
+        yield from ask(grid, messages, s.round_timeout_s, _POLL_S, lost)
 
     def requests(self, at: Round, sents: Mapping[int, Sent], terms: Terms | None = None) -> dict[int, RecordDict]:
         """The content of the message to each of these clients."""
@@ -193,7 +193,7 @@ class Sites:
             online = {k: known[node] for k in cohort if (node := self._link.nodes[k]) in known}
             if len(online) == len(cohort) or time.monotonic() > until:
                 return online
-            time.sleep(POLL_S)
+            time.sleep(_POLL_S)
 
     def _content(self, packed: Packed, at: Round, client: int, sent: Sent, terms: Terms | None) -> RecordDict:
         base = self.clients.backbone.digest

@@ -19,7 +19,7 @@ from fedmllm.core.errors import ConfigError, DataError, FedmllmError
 from fedmllm.core.spec import Spec, nearest, validate
 from fedmllm.core.types import Example, Modality, Shard, Visible
 from fedmllm.data.base import Dataset
-from fedmllm.flower.request import METRICS, Metric, Request, check_name
+from fedmllm.flower.request import CLIENT_METRICS, ClientMetric, Request, check_name
 from fedmllm.scenarios.partitions import value_of
 
 
@@ -85,7 +85,7 @@ class Allow(Spec):
     replies in the clear are allowed."""
     settings: dict[str, Range | tuple[Any, ...]] = {}  # noqa: RUF012
     """Further limits by dotted path, a range or a list of values: "train.lr" = {max = 1e-3}, "prompt.name" = ["plain"]."""
-    metrics: tuple[Metric, ...] = METRICS
+    metrics: tuple[ClientMetric, ...] = CLIENT_METRICS
     """Metrics that may leave the site."""
 
 

@@ -15,7 +15,7 @@ from fedmllm.flower.request import Request, header_of
 from fedmllm.flower.site.config import Site
 from fedmllm.flower.site.process import reply_content
 from fedmllm.flower.site.trainer import Trainer
-from fedmllm.flower.wire import ABOUT, ADAPTER, FLAT
+from fedmllm.flower.wire import ABOUT, ADAPTER_KEY, FLAT
 
 
 def dry_run(site_file: Path, experiment_file: Path, out: Path | None, say: Callable[[str], None]) -> None:
@@ -46,7 +46,7 @@ def _train(site: Site, experiment: Experiment, trainer: Trainer, out: Path | Non
     say(f"the server would ask: {request.model_dump_json()}")
     delta, about = trainer.train(request, flatten(payload).numpy(), manifest_digest(payload))
     content = reply_content(about, flatten(delta).numpy().tobytes())
-    array = content[ADAPTER][FLAT]
+    array = content[ADAPTER_KEY][FLAT]
     say("this site would reply:")
     say(f"  delta         {len(manifest(delta))} tensors as one {array.dtype} array of shape {list(array.shape)}, "
         f"{len(array.data)} bytes, norm {norm(delta):.6g}")  # fmt: skip

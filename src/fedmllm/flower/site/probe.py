@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-TIMEOUT_S = 10.0
+_TIMEOUT_S = 10.0
 DOWN_S, UP_S = 5.0, 60.0  # between probes of a server that did not respond, and of one that did
 
 
@@ -25,10 +25,10 @@ def unreachable(server: str, ca: Path) -> str:
     """
     try:
         context = ssl.create_default_context(cafile=str(ca))
-        with httpx.Client(verify=context, timeout=TIMEOUT_S) as client:
+        with httpx.Client(verify=context, timeout=_TIMEOUT_S) as client:
             client.get(f"https://{server}/")
     except httpx.TimeoutException:
-        return f"no response within {TIMEOUT_S:g} s"
+        return f"no response within {_TIMEOUT_S:g} s"
     except (httpx.HTTPError, OSError) as error:
         return str(error) or type(error).__name__
     return ""

@@ -52,7 +52,7 @@ from fedmllm.flower.site.config import Refused, Site, state_folder
 from fedmllm.flower.site.probe import report_reachability
 from fedmllm.flower.site.resident import ResidentTrainer
 from fedmllm.flower.site.supernode import SuperNode
-from fedmllm.flower.wire import ABOUT, ADAPTER, REFUSED, SECURE, array_data, array_record, legible, masked_record
+from fedmllm.flower.wire import ABOUT, ADAPTER_KEY, REFUSED, SECURE, array_data, array_record, legible, masked_record
 
 POLL_S = 0.2
 
@@ -237,7 +237,7 @@ def reply_content(said: dict[str, Any], delta: bytes) -> RecordDict:
     """Everything that leaves a site after a round: the tensors, their manifest, row count, metrics, digest of kept state."""
     words = {"manifest": said["manifest"], "num_examples": said["num_examples"], "metrics": json.dumps(said["metrics"])}
     words |= {KEPT: said[KEPT]} if KEPT in said else {}
-    return RecordDict({ADAPTER: array_record(delta), ABOUT: ConfigRecord(words)})
+    return RecordDict({ADAPTER_KEY: array_record(delta), ABOUT: ConfigRecord(words)})
 
 
 def _keys(asked: dict[str, Any], member: SecureMember) -> tuple[RecordDict, str]:
@@ -254,7 +254,9 @@ def _masked(request: Request, said: dict[str, Any], delta: bytes, member: Secure
     words = {"manifest": said["manifest"]} | ({KEPT: said[KEPT]} if KEPT in said else {})
     others = len(request.secure.adverts) - 1 if request.secure else 0
     line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(data)} bytes, masked "
-    return RecordDict({ADAPTER: masked_record(data), ABOUT: ConfigRecord(words)}), f"{line}with {others} other sites"
+    return RecordDict(
+        {ADAPTER_KEY: masked_record(data), ABOUT: ConfigRecord(words)}
+    ), f"{line}with {others} other sites"
 
 
 def _refusal(reason: str) -> tuple[RecordDict, str]:

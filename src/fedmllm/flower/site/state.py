@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.tensors import digest
+from fedmllm.core.tensors import params_digest
 from fedmllm.core.types import Params
 from fedmllm.federation.client_state import ClientStateStore
 
@@ -49,7 +49,7 @@ class SiteState:
             return {}
         last = max(kept)
         state = store.read(self._client, last + 1) if last in store.rounds(self._client) else {}
-        if not state or digest(state) != kept[last]:
+        if not state or params_digest(state) != kept[last]:
             raise FedmllmError(f"{self._folder}: the state of round {last} is missing or belongs to another run")
         return state
 
@@ -63,7 +63,9 @@ class SiteState:
             return ""
         store = self._store()
         store.write(self._client, round_, state)
-        return digest(state) if round_ in store.rounds(self._client) else ""  # values that are not finite are not kept
+        return (
+            params_digest(state) if round_ in store.rounds(self._client) else ""
+        )  # values that are not finite are not kept
 
     def _store(self) -> ClientStateStore:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

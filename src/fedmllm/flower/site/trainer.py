@@ -144,7 +144,7 @@ class Trainer:
         )
 
 
-def serve(site: Site, link: Connection, folder: Path = Path("site-state")) -> None:
+def serve_trainer(site: Site, link: Connection, folder: Path = Path("site-state")) -> None:
     """Serve requests until the parent closes the connection. Errors are returned as replies; the trainer keeps running.
 
     Args:
@@ -196,7 +196,7 @@ def main() -> None:
     """Entry point of the child process."""
     descriptor, path = int(sys.argv[1]), Path(sys.argv[2])
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    serve(Site.load(path), Connection(descriptor), state_folder(path))
+    serve_trainer(Site.load(path), Connection(descriptor), state_folder(path))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Job:
 
 
 @dataclass
-class State:
+class CellState:
     """How far a suite is."""
 
     waiting: list[Cell]
@@ -68,7 +68,7 @@ class State:
 class Display(Protocol):
     """What shows a suite's state to a person."""
 
-    def update(self, state: State) -> None: ...
+    def update(self, state: CellState) -> None: ...
 
     def finished(self, cell: Cell, seconds: float, error: str) -> None: ...
 
@@ -82,7 +82,7 @@ def run_suite(
     display: Display,
     cells: Sequence[Cell] | None = None,
     track: Sequence[str] = (),
-) -> State:
+) -> CellState:
     """Run every cell that has no summary yet into `folder/RUN_ID`; at most `num_jobs` at a time.
 
     A further process is started only while all of them, each as large as the largest seen, fit into `budget_bytes`. A
@@ -103,17 +103,17 @@ def run_suite(
     """
     with writing(folder):
         make_folder(folder)
-    with exclusive_lock(folder):
+    with suite_lock(folder):
         suite.save(folder)
         cells = suite.cells if cells is None else cells
         waiting = [cell for cell in cells if not RunFolder(folder / cell.run_id).is_finished]
         done = len(cells) - len(waiting)
-        state = State(waiting, finished=done, kept=done)
+        state = CellState(waiting, finished=done, kept=done)
         try:
             while state.waiting or any(job.cell for job in state.jobs):
                 start_workers(state, num_jobs, num_threads, budget_bytes, track)
                 for job in state.jobs:
-                    if job.cell is None and state.waiting and assign(job, state.waiting[0], folder):
+                    if job.cell is None and state.waiting and assign_cell(job, state.waiting[0], folder):
                         state.waiting.pop(0)
                 poll(state, display)
                 display.update(state)
@@ -125,7 +125,7 @@ def run_suite(
 
 
 @contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
+def suite_lock(folder: Path) -> Iterator[None]:
     """Two suites in one folder would delete each other's cells."""
     with writing(folder / ".lock"):
         file = (folder / ".lock").open("w")
@@ -137,7 +137,9 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def start_workers(state: State, num_jobs: int, num_threads: int, budget_bytes: int, track: Sequence[str] = ()) -> None:
+def start_workers(
+    state: CellState, num_jobs: int, num_threads: int, budget_bytes: int, track: Sequence[str] = ()
+) -> None:
     """Start processes while cells wait, jobs are free and memory allows."""
     while len(state.jobs) < min(num_jobs, len(state.jobs) + len(state.waiting)):
         largest = max((job.host_bytes for job in state.jobs), default=0)
@@ -156,7 +158,7 @@ def start_workers(state: State, num_jobs: int, num_threads: int, budget_bytes: i
             return  # the first one shows what a cell needs
 
 
-def assign(job: Job, cell: Cell, folder: Path) -> bool:
+def assign_cell(job: Job, cell: Cell, folder: Path) -> bool:
     """Hand a cell to a process; False where it died between two cells, which `listen` will see."""
     try:
         job.pipe.send((cell.experiment.dump(), str(folder / cell.run_id)))
@@ -166,7 +168,7 @@ def assign(job: Job, cell: Cell, folder: Path) -> bool:
     return True
 
 
-def poll(state: State, display: Display, timeout_s: float = 0.5) -> None:
+def poll(state: CellState, display: Display, timeout_s: float = 0.5) -> None:
     """Take what the processes tell."""
     by_pipe = {job.pipe: job for job in state.jobs}
     for pipe in wait(list(by_pipe), timeout_s):
@@ -185,7 +187,7 @@ def poll(state: State, display: Display, timeout_s: float = 0.5) -> None:
             job.cell = None
 
 
-def close_cell(state: State, job: Job, cell: Cell, error: str, display: Display) -> None:
+def close_cell(state: CellState, job: Job, cell: Cell, error: str, display: Display) -> None:
     """Count a cell that has come to its end."""
     seconds = time.perf_counter() - job.began
     if error:

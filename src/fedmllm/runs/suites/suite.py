@@ -35,7 +35,7 @@ from fedmllm.config.experiment import Experiment, imports_of, read_toml
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import current_keys, nearest
 from fedmllm.core.storage import write_atomically
-from fedmllm.core.text import flat
+from fedmllm.core.text import flat_keys
 
 SUITE = "suite.json"
 KEYS = ("title", "extends", "imports", "base", "matrix", "claims")
@@ -87,7 +87,7 @@ class Suite:
             ConfigError: A cell is not a valid experiment; the message has the file, its labels and each bad key.
         """
         path = Path(path)
-        table = read(path)
+        table = read_suite_file(path)
         base = current_keys(Experiment, of_tables(table.get("base", {}), f"{path}: base"), f"{path}: base")
         if imports := (*table.get("imports", ()), *imports_of(base, path).get("imports", ())):
             base = {**base, "imports": imports}
@@ -103,7 +103,7 @@ class Suite:
                 continue
             settings: Any = base
             for _, changes in combination:
-                settings = merge(settings, current_keys(Experiment, changes, str(path)))
+                settings = merge_tables(settings, current_keys(Experiment, changes, str(path)))
             try:
                 experiment = Experiment.parse(settings)
             except ConfigError as error:
@@ -170,11 +170,11 @@ def differing(one: Experiment, other: Experiment) -> tuple[str, ...]:
     """Dotted keys in which two experiments differ."""
     if one is other:
         return ()
-    left, right = (flat(experiment.model_dump(mode="json")) for experiment in (one, other))
+    left, right = (flat_keys(experiment.model_dump(mode="json")) for experiment in (one, other))
     return tuple(key for key in {**left, **right} if left.get(key) != right.get(key))
 
 
-def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_suite_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's table, laid over that of the file it extends."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself: {' -> '.join(p.name for p in (*seen, path))}")
@@ -187,10 +187,10 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return table
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: got {parent!r}; give the name of a suite file")
-    below = read(path.parent / parent, (*seen, path.resolve()))
+    below = read_suite_file(path.parent / parent, (*seen, path.resolve()))
     below.pop("claims", None)  # they are about the labels of that file
     own_axes = of_tables(table.pop("matrix", {}), f"{path}: matrix")
-    merged: dict[str, Any] = merge(below, table)
+    merged: dict[str, Any] = merge_tables(below, table)
     imports = (*below.get("imports", ()), *table.get("imports", ()))
     return {
         **merged,
@@ -206,7 +206,7 @@ def of_tables(table: Any, place: str) -> Mapping[str, Any]:
     return table
 
 
-def merge(table: Any, changes: Any) -> Any:
+def merge_tables(table: Any, changes: Any) -> Any:
     """`changes` laid over `table`, table by table. Another `name` replaces the whole table: its keys are not its keys."""
     if not isinstance(changes, Mapping):
         return changes
@@ -214,7 +214,7 @@ def merge(table: Any, changes: Any) -> Any:
         table = {"name": table}
     if not isinstance(table, Mapping) or ("name" in changes and changes["name"] != table.get("name")):
         return dict(changes)
-    return {**table, **{key: merge(table.get(key), value) for key, value in changes.items()}}
+    return {**table, **{key: merge_tables(table.get(key), value) for key, value in changes.items()}}
 
 
 def matrix(table: Any, path: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, list[str]]]]:

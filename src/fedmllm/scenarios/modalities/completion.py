@@ -33,7 +33,7 @@ class FrozenModel(Protocol):
 
 
 @dataclass(frozen=True)
-class Site:
+class CompletionSite:
     """What a completion works with: at a client, or at the server for test rows.
 
     Attributes:
@@ -50,7 +50,7 @@ class Site:
 
 
 class Filling(ABC):
-    """A completion at work. `fill` is a pure function of the row, the settings and the `Site`."""
+    """A completion at work. `fill` is a pure function of the row, the settings and the `CompletionSite`."""
 
     def warm(self, examples: Sequence[Example], training: bool) -> None:
         """Compute at once what later calls of `fill` need. Optional.
@@ -133,7 +133,7 @@ class Completion(Named):
         return ()
 
     @abstractmethod
-    def prepare(self, site: Site) -> Filling:
+    def prepare(self, site: CompletionSite) -> Filling:
         """Make ready to fill rows.
 
         Args:
@@ -153,7 +153,7 @@ class Nothing(Completion):
     name: Literal["none"] = "none"
     reads_model = False
 
-    def prepare(self, site: Site) -> Filling:
+    def prepare(self, site: CompletionSite) -> Filling:
         return _Unchanged()
 
 
@@ -170,7 +170,7 @@ class Completer:
         site: What it works with.
     """
 
-    def __init__(self, completion: Completion, site: Site) -> None:
+    def __init__(self, completion: Completion, site: CompletionSite) -> None:
         self._completion, self._modalities = completion, site.modalities
         self._filling = completion.prepare(site)
 

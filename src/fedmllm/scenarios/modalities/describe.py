@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Conversation, Example, Modality, Picture
-from fedmllm.scenarios.modalities.completion import Completion, Filling, Site
+from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling
 
 BATCH = 32  # pictures that are described at once
 
@@ -49,12 +49,12 @@ class Describe(Completion):
         if self.to not in modalities:
             raise ConfigError(f"completion.to: got {self.to!r}; the rows have {', '.join(modalities)}")
 
-    def prepare(self, site: Site) -> Filling:
+    def prepare(self, site: CompletionSite) -> Filling:
         return _Describing(self, site)
 
 
 class _Describing(Filling):
-    def __init__(self, settings: Describe, site: Site) -> None:
+    def __init__(self, settings: Describe, site: CompletionSite) -> None:
         self._settings, self._model = settings, site.model
 
     def warm(self, examples: Sequence[Example], training: bool) -> None:

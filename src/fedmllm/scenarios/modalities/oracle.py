@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from fedmllm.core.types import Example
-from fedmllm.scenarios.modalities.completion import Completion, Filling, Site
+from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling
 
 
 class Oracle(Completion):
@@ -17,7 +17,7 @@ class Oracle(Completion):
 
     name: Literal["oracle"] = "oracle"
 
-    def prepare(self, site: Site) -> Filling:
+    def prepare(self, site: CompletionSite) -> Filling:
         return _Truth()
 
 

@@ -15,7 +15,7 @@ from pydantic import PositiveInt, model_validator
 from fedmllm.core.answers import word_f1
 from fedmllm.core.rng import stream
 from fedmllm.core.types import Content, Example
-from fedmllm.scenarios.modalities.completion import Completion, Filling, FrozenModel, Site
+from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling, FrozenModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,12 +66,12 @@ class Retrieve(Completion):
         listed = ", ".join(map(repr, unseen[:5]))
         return [f"completion: no public row has the answer {listed}; rows with it stay incomplete"]
 
-    def prepare(self, site: Site) -> Filling:
+    def prepare(self, site: CompletionSite) -> Filling:
         return _Nearest(self, site)
 
 
 class _Nearest(Filling):
-    def __init__(self, settings: Retrieve, site: Site) -> None:
+    def __init__(self, settings: Retrieve, site: CompletionSite) -> None:
         self._settings, self._seed, self._modalities = settings, site.seed, site.modalities
         self._public = sorted(site.public, key=lambda row: str(row.id))
         self._answers = sorted({row.answer for row in self._public})

@@ -20,14 +20,14 @@ from fedmllm.config import engine as settings
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import ClientUpdate, LocalRule, Outcome, Round, Sent
 from fedmllm.federation.client import Clients, Step, own_start
-from fedmllm.federation.engines.in_process import InProcess
+from fedmllm.federation.engines.in_process import InProcessEngine
 from fedmllm.federation.engines.stacked.memory import is_out_of_memory, release, token_budget
 from fedmllm.federation.engines.stacked.packing import PASS_TOKENS, in_step, items, passes
 from fedmllm.federation.engines.stacked.row_adamw import RowAdamW, clip, prox_matrix
 from fedmllm.federation.engines.stacked.stack import Stack, find_targets
 
 
-class Stacked:
+class StackedEngine:
     """Engine: (round, what each client receives) -> their updates, in ascending client order.
 
     At most `settings.clients` adapters are in memory at once, so memory grows neither with the cohort nor the federation.
@@ -42,7 +42,7 @@ class Stacked:
 
     def __call__(self, at: Round, sents: Mapping[int, Sent]) -> Iterator[ClientUpdate]:
         if self.note:
-            yield from InProcess(self._settings, self._clients)(at, sents)
+            yield from InProcessEngine(self._settings, self._clients)(at, sents)
             return
         members, size = sorted(sents), self._settings.clients
         with _deterministic(self._settings.deterministic):

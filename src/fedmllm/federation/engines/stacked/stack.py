@@ -22,7 +22,7 @@ from fedmllm.backbones.dropout import RowDropout
 from fedmllm.core.tensors import cut, padded, same_names
 from fedmllm.core.types import Params
 
-ADAPTER = "default"  # PEFT's name of the one adapter
+_ADAPTER = "default"  # PEFT's name of the one adapter
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def find_targets(backbone: Backbone) -> tuple[list[Target], str]:
     targets = []
     for name, layer in backbone.model.named_modules():
         if isinstance(layer, LoraLayer):
-            a, b = (getattr(layer, part)[ADAPTER] for part in ("lora_A", "lora_B"))
+            a, b = (getattr(layer, part)[_ADAPTER] for part in ("lora_A", "lora_B"))
             linear = all(isinstance(module, nn.Linear) for module in (layer.get_base_layer(), a, b))
             if not linear or layer.lora_variant or b.bias is not None:
                 return [], f"{name} is not plain LoRA on a linear layer"
@@ -166,8 +166,8 @@ class _Layer:
     def __init__(self, layer: Any, a_KrC: Tensor, b_KDr: Tensor, da_KrC: Tensor | None, db_KDr: Tensor | None) -> None:
         self.a_KrC, self.b_KDr, self.da_KrC, self.db_KDr = a_KrC, b_KDr, da_KrC, db_KDr
         self._layer, self._base = layer, layer.base_layer
-        self._dropout: RowDropout = layer.lora_dropout[ADAPTER]
-        self.scaling = float(layer.scaling[ADAPTER])
+        self._dropout: RowDropout = layer.lora_dropout[_ADAPTER]
+        self.scaling = float(layer.scaling[_ADAPTER])
         self.own_scaling = self.scaling  # of the clients' adapters, not of a frozen one
         self.clients_B = torch.zeros(0, dtype=torch.int64)
         self.frozen: tuple[Tensor, Tensor] | None = None  # A [1 or K, q, C] and B [1 or K, D, q]
