@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.rng import stream
 from fedmllm.core.types import visible_of
-from fedmllm.data.drivelm import CAMERAS, DriveLM
+from fedmllm.data.drivelm import ASK, CAMERAS, DriveLM, _Questions
 from fedmllm.data.prompts import Agnostic, FromFile, Plain
 from fedmllm.data.render import Render, number, samples_of, variants_of
 from fedmllm.data.synthetic_clinic import SyntheticClinic
@@ -350,3 +351,23 @@ def test_a_key_frame_without_a_sensor_lacks_the_modality(tmp_path: Path) -> None
     assert row.fields == {}
     with pytest.raises(ConfigError, match="cameras are not sensors"):
         DriveLM.pick({"name": "drivelm", "root": str(tmp_path), "sensors": ["CAM_BACK"]}, "data")
+
+
+def test_lists_made_in_one_step_are_those_made_one_by_one(tmp_path: Path) -> None:
+    asked = [
+        {"Q": " What? ", "A": " A bus. "},
+        {"Q": "Is it?", "A": "YES."},
+        {"Q": "Is it?", "A": "no"},
+        {"Q": "", "A": "Not."},
+    ]
+    several = _Questions("s/f/behavior/", "x.json: s/f/behavior[", asked, {}, {"task": "behavior"}, frozenset())
+    assert several.plain() == list(several.one_by_one())
+    assert [row.answer for row in several.plain()] == ["A bus.", "yes", "no", "Not."]
+    for odd in (
+        {"Q": "Is it?", "A": 4},
+        {"Q": "Is it?", "A": " "},
+        {"Q": f"Is it? {ASK} A. x B. y", "A": "B"},
+        {"Q": "Is it?"},
+        7,
+    ):
+        assert replace(several, asked=[*asked, odd]).plain() == []
