@@ -69,7 +69,7 @@ def main() -> None:
     show_s, floor_s = min(shows), best["total"]
     print(describe())
     print(
-        f"{best['rows']:,} rows, CPU time, least of {REPEATS}: `data show --json` {show_s:.2f} s, floor {floor_s:.2f} s ({parts})."
+        f"{best['rows']:,} rows, least of {REPEATS}: `data show --json` {show_s:.2f} s, floor {floor_s:.2f} s ({parts})."
     )
     print(f"Ratio: {show_s / floor_s:.2f}.")
 
