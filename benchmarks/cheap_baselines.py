@@ -1,18 +1,25 @@
 """Baselines without a language model, on the rows of an experiment.
 
     python benchmarks/cheap_baselines.py EXPERIMENT.toml [--set data.seed=1]
+    python benchmarks/cheap_baselines.py SUITE.toml --suite > results/verdict-baselines.md
 
 The most frequent training answer to each question text; and, if all questions have the same choices, logistic regression on the
 bag of words of the text, on statistics of the picture, and on both. Trained on all clients' rows, each as far as it is visible.
+With --suite: the regressions in every setting and seed of a suite, on the rows and masks of its cells, for each visibility of
+the test rows, with the share of the ceiling.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics as stats
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
+from machine import describe
 from PIL import Image
 from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import CountVectorizer
@@ -20,7 +27,8 @@ from sklearn.linear_model import LogisticRegression
 
 from fedmllm import Experiment
 from fedmllm.core.metrics import METRICS
-from fedmllm.core.types import Example, Prediction, Visible
+from fedmllm.core.types import Example, Prediction, Visible, visible_of
+from fedmllm.runs.suites.suite import Suite
 from fedmllm.scenarios.assign import assign
 
 Row = tuple[Example, Visible]
@@ -43,7 +51,12 @@ def statistics(row: Row) -> np.ndarray:
     example, visible = row
     if "image" not in visible:
         return np.zeros(6 + 3 * SIDE * SIDE)
-    with Image.open(example.fields["image"][0]) as image:
+    return of_picture(example.fields["image"][0])
+
+
+@cache
+def of_picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"), dtype=float) / 255 - 0.5
         small = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=float) / 255 - 0.5
     return np.concatenate([pixels.mean((0, 1)), pixels.std((0, 1)), small.ravel()])
@@ -87,17 +100,19 @@ def question_prior(train: Sequence[Row], test: Sequence[Row]) -> list[Prediction
     return predictions
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    arguments = parser.parse_args()
-    e = Experiment.load(arguments.experiment, arguments.set)
+def rows_of(e: Experiment) -> tuple[list[Row], list[Example]]:
+    """(training rows of all clients with what is visible of each, test rows)."""
     examples, modalities = e.data.load("train").examples, e.data.modalities()
     shards = assign(examples, modalities, e.partition, e.scenario, e.seed)
     train = [(examples[i], v) for s in shards for i, v in zip(s.rows, s.visible, strict=True)]
-    test = [(row, frozenset(modalities)) for row in e.data.load("test").examples[: e.evaluate.limit or None]]
-    closed = len({row.choices for row, _ in (*train, *test)}) == 1 and bool(test[0][0].choices)
+    return train, list(e.data.load("test").examples[: e.evaluate.limit or None])
+
+
+def of_experiment(e: Experiment) -> None:
+    """Print every baseline of one experiment, on complete test rows."""
+    train, rows = rows_of(e)
+    test = [(row, frozenset(e.data.modalities())) for row in rows]
+    closed = len({row.choices for row, _ in (*train, *test)}) == 1 and bool(rows[0].choices)
     found = {"answer per question text": question_prior(train, test)}
     if closed:
         found |= {name: regression(name, train, test) for name in FEATURES}
@@ -105,6 +120,46 @@ def main() -> None:
     for name, predictions in found.items():
         values = (f"{v:.3f}" if (v := METRICS[m](predictions)) is not None else "-" for m in e.data.metrics())
         print(f"| {name} | " + " | ".join(values) + " |")
+
+
+def of_suite(suite: Suite) -> None:
+    """Print the regressions in every setting of a suite: mean and standard deviation over its seeds."""
+    metric = suite.cells[0].experiment.data.metrics()[0]
+    cells = {(c.labels["settings"], c.labels["seeds"]): c.experiment for c in reversed(suite.cells)}
+    found: defaultdict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    ceilings: dict[str, float] = {}
+    for (setting, _), e in reversed(cells.items()):
+        train, rows = rows_of(e)
+        seen = {visible: visible_of(visible, e.data.modalities()) for visible in e.evaluate.visible}
+        ceilings |= {visible: e.data.ceilings(mask)[metric] for visible, mask in seen.items()}
+        for name in FEATURES:
+            made = regression(name, train, [(row, mask) for mask in seen.values() for row in rows])
+            parts = [made[start : start + len(rows)] for start in range(0, len(made), len(rows))]
+            own = {visible: METRICS[metric](part) or 0.0 for visible, part in zip(seen, parts, strict=True)}
+            found[setting, name].append(own)
+    seeds = len({seed for _, seed in cells})
+    print(f"# {suite.title}: baselines without a language model\n\nMachine: {describe()}.\n")
+    print(f"{metric}, mean ± standard deviation over {seeds} seeds; in brackets the share of the ceiling.\n")
+    print("| setting | baseline | " + " | ".join(ceilings) + " |\n|---|---|" + "---:|" * len(ceilings))
+    for (setting, name), several in found.items():
+        words = []
+        for visible, ceiling in ceilings.items():
+            values = [own[visible] for own in several]
+            mean, std = stats.fmean(values), stats.stdev(values) if len(values) > 1 else 0.0
+            words.append(f"{mean:.3f} ± {std:.3f} ({(mean - 0.5) / (ceiling - 0.5):.2f})")
+        print(f"| {setting} | {name} | " + " | ".join(words) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="an experiment, or a suite with --suite")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--suite", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.suite:
+        of_suite(Suite.load(arguments.file))
+    else:
+        of_experiment(Experiment.load(arguments.file, arguments.set))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -101,6 +102,22 @@ def test_an_archive_gives_the_report_of_its_folder_and_continues_as_a_suite(suit
         archive.extractall(tmp_path / "runs", filter="data")
     cells = Suite.load(suite / "suite.toml").cells
     assert all(RunFolder(tmp_path / "runs" / cell.run_id).is_finished for cell in cells)
+
+
+def test_messages_name_the_archive_and_not_the_folder_that_it_was_unpacked_into(suite: Path, tmp_path: Path):
+    out = tmp_path / "v0.1.tar.xz"
+    pack_results(suite, out)
+    assert {run.folder for run in read_results([out]).runs} == {
+        out / path.parent.name for path in suite.glob("*/summary.json")
+    }
+    assert write_report([out])[0] == tmp_path / "v0.1.html"
+    with tarfile.open(out, "w:xz") as archive:
+        for name in ("record.jsonl", "summary.json"):
+            member = tarfile.TarInfo(f"run/{name}")
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"?"))
+    with pytest.raises(FedmllmError, match=re.escape(f"{out / 'run'}: not a run's record and summary")):
+        read_results([out])
 
 
 def test_a_bad_archive_is_named(suite: Path, tmp_path: Path):

@@ -220,7 +220,20 @@ def read_results(folders: Sequence[Path]) -> ReportData:
     from fedmllm.reports.archive import unpacked
 
     with unpacked(folders) as found:
-        return _read_folders(found)
+        archives = {str(folder): str(place) for folder, place in zip(found, folders, strict=True) if folder != place}
+
+        def displayed(text: str) -> str:
+            for folder, archive in archives.items():
+                text = text.replace(folder, archive)
+            return text
+
+        try:
+            report = _read_folders(found)
+        except FedmllmError as error:
+            raise type(error)(displayed(str(error))) from None
+        runs = tuple(replace(run, folder=Path(displayed(str(run.folder)))) for run in report.runs)
+        unfinished = tuple(map(displayed, report.unfinished))
+        return replace(report, runs=runs, notes=tuple(map(displayed, report.notes)), unfinished=unfinished)
 
 
 def _read_folders(folders: Sequence[Path]) -> ReportData:

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import make_folder, write_atomically, writing
 from fedmllm.reports.answers import answers, groups
+from fedmllm.reports.archive import ARCHIVE
 from fedmllm.reports.comparisons import additions, all_pairs, declared
 from fedmllm.reports.names import setting_meaning
 from fedmllm.reports.page import page
@@ -43,7 +44,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, format_: str 
 
     Args:
         folders: Folders of runs or suites.
-        out: The page, as in `results/page.html`; its ending names the format. Default: `report.html` in the first folder.
+        out: The page, as in `results/page.html`; its ending names the format. Default: `report.html` in the first folder, or
+            next to the first archive, under its name.
         format_: "html" (page, Markdown and CSV files), "markdown", "latex", "csv"; "" = that of `out`.
 
     Returns:
@@ -53,7 +55,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, format_: str 
         FedmllmError: There is no finished run, the format is unknown, or a file cannot be written.
     """
     report = read_results(folders)
-    out, format_ = _place(out or folders[0] / "report", format_)
+    out, format_ = _place(out or _beside(folders[0]), format_)
     makers = {
         ".html": lambda: page(report),
         ".md": lambda: markdown(report),
@@ -68,6 +70,12 @@ def write_report(folders: Sequence[Path], out: Path | None = None, format_: str 
     for path, text in texts.items():
         write_atomically(path, text)
     return list(texts)
+
+
+def _beside(place: Path) -> Path:
+    """The report of a folder is in it, that of an archive next to it."""
+    is_archive = place.name.endswith(ARCHIVE) and not place.is_dir()
+    return place.with_name(f"{place.name.removesuffix(ARCHIVE)}.html") if is_archive else place / "report"
 
 
 def _place(out: Path, format_: str) -> tuple[Path, str]:
