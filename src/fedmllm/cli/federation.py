@@ -107,6 +107,22 @@ def site_check(path: SiteFile) -> None:
     typer.echo(f"allowed: {limits.model_dump_json()}")
 
 
+@site_app.command("ledger", short_help="Print what was spent of epsilon.")
+def site_ledger(path: SiteFile) -> None:
+    """Print the epsilon of all requests that were trained with row-dp, by run and in total."""
+    from fedmllm.flower.site.config import Site, state_folder
+    from fedmllm.flower.site.ledger import LEDGER, Ledger, spent
+
+    allow = Site.load(path).allow
+    entries = Ledger(state_folder(path) / LEDGER).entries()
+    for run_id in dict.fromkeys(entry.run_id for entry in entries):
+        of_run = [entry for entry in entries if entry.run_id == run_id]
+        typer.echo(f"run {run_id}: {len(of_run)} requests, epsilon {spent(of_run, allow.epsilon_delta):.4g}")
+    limit = "no limit" if allow.max_epsilon is None else f"limit {allow.max_epsilon:g}"
+    total = spent(entries, allow.epsilon_delta)
+    typer.echo(f"all runs: epsilon {total:.4g} at delta {allow.epsilon_delta:g} per row; {limit}")
+
+
 @site_app.command("start", short_help="Serve the site until Ctrl-C.")
 def site_start(
     path: SiteFile,

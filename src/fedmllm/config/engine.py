@@ -8,13 +8,16 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from fedmllm.core.spec import Named, Spec
 
-Capability = Literal["client-state", "extra", "partial", "frozen-adapter", "mixed-ranks", "scale", "completion"]
+Capability = Literal[
+    "client-state", "extra", "partial", "frozen-adapter", "mixed-ranks", "scale", "completion", "row-privacy"
+]
 """What an algorithm or an experiment may need of an engine.
 
 client-state: what a client keeps reaches its next round. extra: other tensors than the adapter travel both ways.
 partial: some tensors of the adapter neither train nor travel. frozen-adapter: an additive adapter of any rank that does
 not train. mixed-ranks: clients of unequal LoRA rank. scale: a factor of the trained adapter's product. completion: rows
-that are filled or converted, and public rows.
+that are filled or converted, and public rows. row-privacy: it clips each row's gradient and adds noise
+(`Clients.row_noise`).
 """
 ALL: frozenset[str] = frozenset(get_args(Capability))
 

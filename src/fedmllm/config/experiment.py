@@ -26,12 +26,21 @@ import fedmllm.data
 import fedmllm.scenarios
 import fedmllm.scenarios.modalities
 from fedmllm.algorithms.base import Aggregator
-from fedmllm.algorithms.objectives import Objective, TaskLoss
+from fedmllm.algorithms.objectives import FedProx, Objective, TaskLoss
 from fedmllm.algorithms.privacy.base import NoPrivacy, Privacy
 from fedmllm.algorithms.privacy.client_dp import ClientDp
+from fedmllm.algorithms.privacy.row_dp import RowDp
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import BackboneSpec, Tiny
-from fedmllm.config.engine import LEAST_SITES, MOST_SITES, Engine, FlowerSites, SecureAggregation, Stacked
+from fedmllm.config.engine import (
+    LEAST_SITES,
+    MOST_SITES,
+    Engine,
+    FlowerSimulation,
+    FlowerSites,
+    SecureAggregation,
+    Stacked,
+)
 from fedmllm.config.public import Public
 from fedmllm.config.train import Checkpointing, Evaluate, Personal, Train, UpdateFilter, one_or_several
 from fedmllm.core.errors import ConfigError
@@ -211,6 +220,8 @@ class Experiment(Spec):
             )
         if isinstance(self.privacy, ClientDp):
             check_client_dp(self, self.privacy)
+        if isinstance(self.privacy, RowDp):
+            check_row_dp(self, self.privacy)
         return self
 
     @model_validator(mode="after")
@@ -516,8 +527,8 @@ def check_secure(experiment: Experiment, secure: SecureAggregation, num_sites: i
     aggregator, ranks = experiment.server(), experiment.backbone.lora.ranks
     if experiment.privacy.name != "none":
         raise ConfigError(
-            f"privacy.name: got {experiment.privacy.name!r}, which needs each site's update; engine.secure gives the server "
-            "their sum only; allowed: none"
+            f"privacy.name: got {experiment.privacy.name!r}; engine.secure gives the server the sum of the updates only, which "
+            "is not combined with noise; allowed: none"
         )
     if not aggregator.weighted_by:
         members = ((n, cast("type[Aggregator]", member)) for n, member in Aggregator.members.items())
@@ -536,6 +547,40 @@ def check_secure(experiment: Experiment, secure: SecureAggregation, num_sites: i
         )
     if reason := secure.overflow(num_sites or LEAST_SITES):
         raise ConfigError(reason)
+
+
+def check_row_dp(experiment: Experiment, privacy: RowDp) -> None:
+    """Raise ConfigError for every setting that would make the guarantee of row-dp false, and say what is allowed."""
+    e = experiment
+    if e.method != "federated":
+        raise ConfigError(f'privacy: got "row-dp" with method "{e.method}"; it is for: federated')
+    if "extra" in e.aggregator.needs:
+        raise ConfigError(
+            f'privacy: got "row-dp" with aggregator {e.aggregator.name}, whose clients return more than their delta; allowed: '
+            "an aggregator whose clients do not"
+        )
+    if not isinstance(e.objective, TaskLoss | FedProx):
+        raise ConfigError(
+            f'privacy: got "row-dp" with objective {e.objective.name}, which depends on the rows; allowed: task, fedprox'
+        )
+    if e.train.clip_norm:
+        raise ConfigError(
+            f'train.clip_norm: got {e.train.clip_norm:g}; with privacy "row-dp" each row is clipped to privacy.clip instead; '
+            "allowed: 0"
+        )
+    if e.backbone.lora.ranks:
+        raise ConfigError(f'backbone.lora.ranks: got {list(e.backbone.lora.ranks)} with privacy "row-dp"; allowed: ()')
+    if "row-privacy" not in e.engine.supports:
+        able = sorted(n for n, m in Engine.members.items() if "row-privacy" in cast("type[Engine]", m).supports)
+        raise ConfigError(
+            f"engine.name: got {e.engine.name!r}, which does not clip rows (row-dp); allowed: {', '.join(able)}"
+        )
+    if isinstance(e.engine, FlowerSites) and privacy.simulate_noise:
+        raise ConfigError('privacy.simulate_noise: got true with engine "flower-sites"; allowed: false')
+    if isinstance(e.engine, FlowerSimulation) and not privacy.simulate_noise:
+        raise ConfigError(
+            'privacy.simulate_noise: got false with engine "flower-simulation", whose actors have no key; allowed: true'
+        )
 
 
 def read_toml(path: Path) -> dict[str, Any]:

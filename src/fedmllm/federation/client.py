@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import ClientView, Objective
+from fedmllm.algorithms.privacy.row_dp import RowNoise, clip_factors
 from fedmllm.algorithms.schedules import round_factor, step_factor
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import Backbone, Row
@@ -114,7 +115,13 @@ class Clients:
     last_share: float = 1.0  # of the steps of the last round: a budget of 5.56 rounds has six, and 0.56 here
     aggregator: Aggregator = FEDAVG
     state: ClientStateStore | None = None  # if the aggregator keeps client state
+    row_noise: RowNoise | None = None  # with privacy "row-dp"
     experiment: Experiment | None = None  # for engines whose processes load everything again
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, but for the last one of an epoch."""
+        return self.train.batch_size * self.train.accumulation
 
     @property
     def budget(self) -> float:
@@ -227,6 +234,8 @@ class Clients:
             "num_tokens": num_tokens,
             "time_s": time.perf_counter() - began,
         }
+        if self.row_noise:
+            del metrics["loss"]  # a number about the rows, without noise
         outcome = Outcome(sent, delta, mean, num_steps, len(self.shards[client].rows))
         return self.finished(client, at, outcome, kept, {n: end[n] for n in sent.keeps}, metrics)
 
@@ -238,10 +247,11 @@ class Clients:
         shift = padded({n: t.to(anchor[n].device) for n, t in rule.shift.items()}, anchor)
         gradients = {n: torch.zeros_like(w, device="cpu") for n, w in anchor.items()} if rule.mean_gradient else {}
         optimizer = self.optimizer(list(weights.values()))
-        losses, num_tokens = [], 0
+        losses: list[float] = []
+        num_tokens = 0
         for step in self.steps(client, at.number):
             optimizer.zero_grad(set_to_none=True)
-            losses.append(self.backward(step))
+            losses.append(self._private_backward(client, at, step, len(losses), weights))
             with torch.no_grad():
                 for name in gradients:
                     gradients[name] += _grad(weights[name]).cpu()
@@ -256,6 +266,30 @@ class Clients:
             optimizer.step()
             num_tokens += sum(row.num_tokens for row in step.rows)
         return losses, gradients, num_tokens
+
+    def _private_backward(
+        self, client: int, at: Round, step: Step, number: int, weights: Mapping[str, nn.Parameter]
+    ) -> float:
+        """As `backward`; with `row_noise`, gradients of (sum of each row's clipped gradient + noise) / rows of a step."""
+        if not self.row_noise:
+            return self.backward(step)
+        total, names = 0.0, list(weights)
+        sum_T = torch.zeros(sum(weights[n].numel() for n in names), dtype=weights[names[0]].dtype)
+        for row, seed in zip(step.rows, step.dropout_seeds, strict=True):
+            nll_B, tokens_B = self.backbone.loss(self.backbone.collate([row]), [seed])
+            loss = (nll_B / tokens_B).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            row_T = torch.cat([_grad(weights[n]).reshape(-1) for n in names]).cpu()
+            factor = float(clip_factors(row_T[None], self.row_noise.settings.clip))
+            if factor:  # otherwise it is not finite
+                sum_T += factor * row_T
+            for weight in weights.values():
+                weight.grad = None
+        mean_T = self.row_noise.noisy(sum_T, client, at.number, number) / self.rows_per_step
+        for name, part in zip(names, mean_T.split([weights[n].numel() for n in names]), strict=True):  # type: ignore[no-untyped-call]
+            weights[name].grad = part.reshape(weights[name].shape).to(weights[name].device)
+        return total / len(step.rows)
 
     def backward(self, step: Step) -> float:
         """Gradients of the mean over the step's rows of each row's mean loss, one micro-batch at a time -> that loss."""

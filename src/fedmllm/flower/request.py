@@ -10,6 +10,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import Objective, TaskLoss
+from fedmllm.algorithms.privacy.base import NoPrivacy, Privacy
+from fedmllm.algorithms.privacy.row_dp import RowDp
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import Lora, Precision
 from fedmllm.config.experiment import FAMILIES, Experiment
@@ -91,6 +93,8 @@ class Request(Spec):
     """Local objective."""
     train: Train = Train()
     """Local training."""
+    privacy: SerializeAsAny[Privacy] = NoPrivacy()
+    """What this site clips and noises: row-dp or none."""
     lora: Lora = Lora()
     """Adapter of the base model."""
     precision: Precision = Precision()
@@ -147,6 +151,7 @@ class Request(Spec):
             prompt=Prompt.pick(prompt, "prompt"),
             objective=e.objective,
             train=e.train,
+            privacy=e.privacy if isinstance(e.privacy, RowDp) else NoPrivacy(),
             lora=e.backbone.lora,
             precision=e.backbone.precision,
             max_tokens=e.backbone.max_tokens,
@@ -173,7 +178,7 @@ class Request(Spec):
         prompt = table.get("prompt")
         if isinstance(prompt, dict) and prompt.get("template"):
             raise ConfigError("request.prompt.template: names a file; a server may send a wording, never a path")
-        for key in ("prompt", "objective", "aggregator"):
+        for key in ("prompt", "objective", "aggregator", "privacy"):
             if key in table:
                 table[key] = FAMILIES[key].pick(table[key], f"request.{key}")
         return cast("Request", validate(cls, table, "request"))

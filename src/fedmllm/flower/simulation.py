@@ -194,6 +194,6 @@ class SimulationEngine:
         kept = self._clients.kept(client, at)
         shard, state = self._clients.shards[client], safetensors.torch.save(kept) if kept else b""
         c = self._clients
-        algorithm = Algorithm(c.objective, c.aggregator, c.availability)
+        algorithm = Algorithm(c.objective, c.aggregator, c.availability, c.row_noise)
         job = SimulationJob(self._experiment, c.budget, at, Header.of(sent), shard, threads, state, algorithm)
         return bytes(cloudpickle.dumps((self._experiment.imports, cloudpickle.dumps(job))))

@@ -17,6 +17,7 @@ from ray import cloudpickle
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import Objective
+from fedmllm.algorithms.privacy.row_dp import RowNoise
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.plugins import load_plugins
 from fedmllm.core.types import Params, Round, Shard
@@ -36,6 +37,7 @@ class Algorithm:
     objective: Objective
     aggregator: Aggregator
     availability: Availability
+    row_noise: RowNoise | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def of_actor(job: SimulationJob) -> tuple[Clients, Params]:
     shards = [Shard(client, (), ()) for client in range(job.shard.client)] + [job.shard]
     a = job.algorithm
     clients = replace(_clients[key], objective=a.objective, aggregator=a.aggregator, availability=a.availability)
-    return replace(clients, shards=shards), inputs.start
+    return replace(clients, shards=shards, row_noise=a.row_noise), inputs.start
 
 
 def inputs_of(experiment: Experiment) -> Inputs:

@@ -12,16 +12,19 @@ import os
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedmllm.algorithms.privacy.client_dp import ClientDp, NoisyMean
 from fedmllm.algorithms.privacy.guarantee import Guarantee
 from fedmllm.algorithms.privacy.noise import KEY_BYTES, simulation_key
+from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
+from fedmllm.config.engine import FlowerSites
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.storage import sync
+from fedmllm.core.types import Shard
 from fedmllm.runs.events import Privatized
 
 NOISE_KEY, COHORT_KEY, RELEASES = "noise.key", "cohort.key", "releases.jsonl"
@@ -95,6 +98,53 @@ class CentralPrivacy:
             table |= {"cohort": [], "clients": [], "dropped": []}
             table.pop("dropped_out", None)
         return table
+
+
+class RowPrivacy:
+    """Noise and guarantee of a run with privacy "row-dp".
+
+    Clients of one process draw their noise from one key in the run's folder. Real sites have keys and ledgers of their own.
+
+    Args:
+        experiment: What runs.
+        settings: Its privacy.
+        folder: Of the run.
+        shards: Of all clients.
+        draw: Round -> clients asked.
+        resumed: Whether the run continues from a checkpoint.
+
+    Raises:
+        ConfigError: delta is too large for the number of rows.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        settings: RowDp,
+        folder: Path,
+        shards: Sequence[Shard],
+        draw: Callable[[int], list[int]],
+        resumed: bool,
+    ) -> None:
+        most = max((len(shard.rows) for shard in shards), default=0)
+        if settings.delta * most >= 1:
+            raise ConfigError(
+                f"privacy.delta: got {settings.delta:g}; a client has {most} rows; allowed: below 1 / number of rows"
+            )
+        self._experiment, self._settings, self._draw = experiment, settings, draw
+        self._at_sites = isinstance(experiment.engine, FlowerSites)
+        self.noise: RowNoise | None = None
+        if not self._at_sites:
+            public = simulation_key(experiment.seed)
+            key = public if settings.simulate_noise else secret_key(folder / NOISE_KEY, resumed)
+            self.noise = RowNoise(settings, key, experiment.run_id())
+
+    def guarantee(self, round_: int) -> Guarantee:
+        """What holds after a round for a row of the client that was asked most often."""
+        asked = Counter(client for done in range(1, round_ + 1) for client in self._draw(done))
+        visits = self._experiment.train.epochs * max(asked.values(), default=0)
+        outside = ("rounds that a site trained twice: its own ledger counts them",) if self._at_sites else ()
+        return self._settings.guarantee(visits, self._at_sites, outside)
 
 
 def privacy_event(round_: int, entry: Mapping[str, Any], guarantee: Guarantee) -> Privatized:

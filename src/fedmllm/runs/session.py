@@ -10,6 +10,7 @@ from typing import Any
 from fedmllm.algorithms.objectives import FedProx, TaskLoss
 from fedmllm.algorithms.privacy.client_dp import ClientDp
 from fedmllm.algorithms.privacy.guarantee import Guarantee
+from fedmllm.algorithms.privacy.row_dp import RowDp
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Params
@@ -25,7 +26,7 @@ from fedmllm.runs.events import EngineNote, Guaranteed, RoundEnd, Sink, fan_out
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.inputs import Inputs, start_engine
 from fedmllm.runs.predictions import PredictionFile
-from fedmllm.runs.privacy import CentralPrivacy, privacy_event
+from fedmllm.runs.privacy import CentralPrivacy, RowPrivacy, privacy_event
 from fedmllm.runs.record import Record
 from fedmllm.runs.selection import Selection
 from fedmllm.runs.summary import summary_rows
@@ -120,6 +121,10 @@ class Session:
             clients = replace(clients, state=ClientStateStore(self.folder.client_state, begin.round))
         if not e.engine.name.startswith("flower"):  # its actors do it for their own clients
             clients.store.warm(clients.shards)
+        rows = None
+        if isinstance(e.privacy, RowDp):
+            rows = RowPrivacy(e, e.privacy, self.folder.path, inputs.shards, draw, self._start is not None)
+            clients = replace(clients, row_noise=rows.noise)
         engine = start_engine(e.engine, clients)
         if note := getattr(engine, "note", ""):
             self.emit(EngineNote(note))
@@ -158,7 +163,8 @@ class Session:
             self._evaluate(progress, num_rounds, selection)
         self._checkpointer.wait()
         self._last, self._client_state = progress, clients.state
-        self._guarantee = central.guarantee(progress.round) if central else None
+        private = central or rows
+        self._guarantee = private.guarantee(progress.round) if private else None
         if selection.params is not None and selection.best:
             return selection.params, selection.best.round
         return aggregator.result(progress.params, progress.state), progress.round

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
 
+from fedmllm.algorithms.objectives import FedProx, TaskLoss
+from fedmllm.algorithms.privacy.row_dp import RowDp
 from fedmllm.backbones.base import BackboneSpec, Tiny
 from fedmllm.config.engine import LEAST_SITES
 from fedmllm.config.experiment import FAMILIES, imports_of
@@ -83,6 +85,11 @@ class Allow(Spec):
     secure_sites: NonNegativeInt = 0
     """Fewest sites of a secure sum, this one included. Above 0, nothing leaves this site unmasked. 0 = 3 sites suffice, and
     replies in the clear are allowed."""
+    max_epsilon: PositiveFloat | None = None
+    """Largest epsilon of all requests together, over all runs and servers; a request without privacy "row-dp" is
+    then refused."""
+    epsilon_delta: float = Field(1e-5, gt=0, lt=1)
+    """Delta at which epsilon is counted; below 1 / number of rows."""
     settings: dict[str, Range | tuple[Any, ...]] = {}  # noqa: RUF012
     """Further limits by dotted path, a range or a list of values: "train.lr" = {max = 1e-3}, "prompt.name" = ["plain"]."""
     metrics: tuple[ClientMetric, ...] = CLIENT_METRICS
@@ -233,12 +240,36 @@ class Site(Spec):
             reasons.append(f"round {request.round} of {request.num_rounds}; this site allows {allow.max_rounds}")
         if allow.secure_sites and request.secure is None:
             reasons.append(f"an update in the clear; this site allows sums over {allow.secure_sites} sites only")
+        reasons += self._without_privacy(request, num_rows)
         asked = request.settings()
         for key, allowed in {**DEFAULTS, **allow.settings}.items():
             if key in asked and asked[key] not in allowed:
                 limit = str(allowed) if isinstance(allowed, Range) else " or ".join(map(repr, allowed))
                 reasons.append(f"{key} = {asked[key]!r}; this site allows {limit}")
         return self.refusal(reasons)
+
+    def _without_privacy(self, request: Request, num_rows: int) -> list[str]:
+        """Reasons why a request does not have the privacy that this site wants, whatever its budget."""
+        allow, privacy, reasons = self.allow, request.privacy, []
+        if not isinstance(privacy, RowDp):
+            if privacy.name != "none":
+                reasons.append(f"privacy {privacy.name} is not for a site")
+            if allow.max_epsilon is not None:
+                reasons.append('privacy is "none"; this site has a limit of epsilon and answers to row-dp alone')
+            return reasons
+        if privacy.simulate_noise:
+            reasons.append("privacy.simulate_noise = True; a site adds noise from its own key alone")
+        if not privacy.noise_multiplier and allow.max_epsilon is not None:
+            reasons.append("privacy.noise_multiplier = 0; this site has a limit of epsilon")
+        if allow.epsilon_delta * num_rows >= 1:
+            reasons.append(
+                f"this site has allow.epsilon_delta = {allow.epsilon_delta:g}, not below 1 / number of its rows"
+            )
+        if not isinstance(request.objective, TaskLoss | FedProx):
+            reasons.append(
+                f"objective {request.objective.name} depends on the rows; with row-dp this site allows task or fedprox"
+            )
+        return reasons
 
     def refuse_base(self, request: Request, base: str) -> str:
         """Check the base model of a request.

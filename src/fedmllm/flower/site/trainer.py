@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.backbones.base import Backbone, BackboneSpec
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.tensors import flatten, manifest_digest, unflatten
@@ -27,8 +28,10 @@ from fedmllm.federation.client import Clients, RowStore, planned_steps
 from fedmllm.federation.exchange import Header, uplink
 from fedmllm.flower.request import KEPT, Request
 from fedmllm.flower.site.config import Refused, Site, state_folder
+from fedmllm.flower.site.ledger import LEDGER, Ledger
 from fedmllm.flower.site.plausibility import implausible_adapter, scales, suppressed_updates
 from fedmllm.flower.site.state import SiteState
+from fedmllm.runs.privacy import NOISE_KEY, secret_key
 
 
 class Trainer:
@@ -41,6 +44,7 @@ class Trainer:
 
     def __init__(self, site: Site, folder: Path = Path("site-state")) -> None:
         self.site, self.num_loads, self._folder = site, 0, folder / "clients"
+        self._key, self.ledger = folder / NOISE_KEY, Ledger(folder / LEDGER)
         if site.threads:
             torch.set_num_threads(site.threads)
         self._examples: tuple[Example, ...] = ()
@@ -69,6 +73,8 @@ class Trainer:
         num_steps = planned_steps(request.train, len(shard.rows))
         if reason := self.site.refuse(request, num_steps, len(shard.rows)):
             raise Refused(reason)
+        if reason := self._charge(request):
+            raise Refused(self.site.refusal([reason]))
         backbone = self.backbone(request)
         if reason := self.site.refuse_base(request, backbone.digest):
             raise Refused(reason)
@@ -87,6 +93,20 @@ class Trainer:
         if sha := state.write(request.round, kept):
             about[KEPT] = sha
         return reply, about
+
+    def _charge(self, request: Request) -> str:
+        """Enter a request with row-dp in the ledger, before a model is built; the reason why it would spend too much."""
+        privacy, allow = request.privacy, self.site.allow
+        if not isinstance(privacy, RowDp) or not privacy.noise_multiplier:
+            return ""
+        return self.ledger.charge(
+            request.run_id,
+            request.round,
+            privacy.noise_multiplier,
+            request.train.epochs,
+            allow.max_epsilon,
+            allow.epsilon_delta,
+        )
 
     def _sent(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> Sent:
         """What the server sent. Raises Refused if it does not fit the adapter here."""
@@ -141,6 +161,9 @@ class Trainer:
             num_rounds=request.num_rounds,
             seed=request.seed,
             aggregator=request.aggregator,
+            row_noise=RowNoise(request.privacy, secret_key(self._key), request.run_id)
+            if isinstance(request.privacy, RowDp)
+            else None,
         )
 
 

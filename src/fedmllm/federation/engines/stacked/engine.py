@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fedmllm.algorithms.privacy.row_dp import clip_factors
 from fedmllm.config import engine as settings
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import ClientUpdate, LocalRule, Outcome, Round, Sent
@@ -25,6 +26,8 @@ from fedmllm.federation.engines.stacked.memory import is_out_of_memory, release,
 from fedmllm.federation.engines.stacked.packing import PASS_TOKENS, in_step, items, passes
 from fedmllm.federation.engines.stacked.row_adamw import RowAdamW, clip, prox_matrix
 from fedmllm.federation.engines.stacked.stack import Stack, find_targets
+
+ROW_GRADIENT_BYTES = 256 * 2**20  # of the rows of one pass, each with a gradient of its own
 
 
 class StackedEngine:
@@ -88,10 +91,14 @@ class StackedEngine:
         optimizer = RowAdamW(clients.train, trains_KT)
         losses_K = stack.weights_KP.new_zeros(len(ordered), dtype=torch.float64)
         num_steps, num_tokens = [0] * len(ordered), [0] * len(ordered)
-        for steps in in_step(clients, [m.client for m in ordered], at.number):
+        for number, steps in enumerate(in_step(clients, [m.client for m in ordered], at.number)):
             self._gradients(stack, steps, losses_K)
             k = len(steps)
             weights, grads = trains_KT[:k], stack.grads_KT[:k]
+            if noise := clients.row_noise:
+                for slot in range(k):
+                    grads[slot] = noise.noisy(grads[slot], ordered[slot].client, at.number, number)
+                grads.div_(clients.rows_per_step)
             rules.apply(grads, weights, anchor_KT[:k])
             if clients.train.clip_norm:
                 clip(grads, clients.train.clip_norm)
@@ -108,6 +115,8 @@ class StackedEngine:
                 "num_tokens": num_tokens[slot],
                 "time_s": wall_s * num_tokens[slot] / total,  # its share of the passes
             }
+            if clients.row_noise:
+                del metrics["loss"]  # a number about the rows, without noise
             updates.append(self._finished(member, at, stack, slot, rules.mean_gradient(slot, num_steps[slot]), metrics))
         return updates
 
@@ -146,18 +155,35 @@ class StackedEngine:
             release(self._backbone.device)
 
     def _passes(self, stack: Stack, steps: Sequence[Step], like_K: Tensor) -> Tensor:
-        """Gradients of each client's mean over its rows of the row's mean loss -> these losses [K]."""
+        """Gradients of each client's mean over its rows of the row's mean loss -> these losses [K].
+
+        With `Clients.row_noise`: the sum over its rows of each row's clipped gradient.
+        """
         losses_K, device = torch.zeros_like(like_K), self._backbone.device
+        noise = self._clients.row_noise
         stack.grads_KT.zero_()
+        parts = passes(items(steps), self._budget, PASS_TOKENS[device.type])
+        if noise:
+            most = max(1, ROW_GRADIENT_BYTES // (stack.num_trained * stack.grads_KT.element_size()))
+            parts = [part[i : i + most] for part in parts for i in range(0, len(part), most)]
         with stack.installed() as use:
-            for part in passes(items(steps), self._budget, PASS_TOKENS[device.type]):
+            for part in parts:
                 clients_B = torch.tensor([item.slot for item in part], device=device)
                 use(clients_B)
+                rows_BT = stack.row_gradients(len(part)) if noise else None
                 batch = self._backbone.collate([item.row for item in part])
                 nll_B, tokens_B = self._backbone.loss(batch, [item.dropout_seed for item in part])
                 weights_B = torch.tensor([item.weight for item in part], dtype=nll_B.dtype, device=device)
-                loss_B = nll_B / tokens_B * weights_B
-                loss_B.sum().backward()  # type: ignore[no-untyped-call]
+                loss_B = nll_B / tokens_B
+                if noise and rows_BT is not None:
+                    loss_B.sum().backward()  # type: ignore[no-untyped-call]
+                    factors_B = clip_factors(rows_BT, noise.settings.clip)
+                    rows_BT[factors_B == 0] = 0  # NaN times 0 is NaN
+                    stack.grads_KT.index_add_(0, clients_B, rows_BT.mul_(factors_B[:, None]))
+                    loss_B = loss_B * weights_B
+                else:
+                    loss_B = loss_B * weights_B
+                    loss_B.sum().backward()  # type: ignore[no-untyped-call]
                 losses_K.index_add_(0, clients_B, loss_B.detach().to(losses_K.dtype))
         return losses_K
 

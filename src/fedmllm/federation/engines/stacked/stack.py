@@ -92,6 +92,7 @@ class Stack:
         self.weights_KP = self.anchor_KP.repeat(len(starts), 1) if shared else self.anchor_KP.clone()
         self.grads_KT = torch.zeros_like(self.weights_KP[:, : self.num_trained])
         weights, grads = self._views(self.weights_KP), self._views(self.grads_KT)
+        self._targets, self._rows_ST = targets, self.grads_KT[:0]
         self._layers = [_Layer(t.layer, weights[t.a], weights[t.b], grads.get(t.a), grads.get(t.b)) for t in targets]
         for layer in self._layers:
             layer.own_scaling = layer.scaling * scale
@@ -129,7 +130,21 @@ class Stack:
 
     def _use(self, clients_B: Tensor) -> None:
         for layer in self._layers:
-            layer.clients_B = clients_B
+            layer.clients_B = layer.slots_B = clients_B
+
+    def row_gradients(self, num_rows: int) -> Tensor:
+        """Zeros [S, T] to which the next backward pass adds the gradient of each of its rows, instead of to `grads_KT`.
+
+        Rows are already multiplied one by one in the backward pass, so this costs memory and no second pass. Call it
+        between the setter of `installed` and the forward pass; the tensor is used again for the next pass.
+        """
+        if len(self._rows_ST) < num_rows:
+            self._rows_ST = self.grads_KT.new_zeros(num_rows, self.num_trained)
+        rows_ST = self._rows_ST[:num_rows].zero_()
+        grads, slots_B = self._views(rows_ST), torch.arange(num_rows, device=rows_ST.device)
+        for target, layer in zip(self._targets, self._layers, strict=True):
+            layer.da_KrC, layer.db_KDr, layer.slots_B = grads.get(target.a), grads.get(target.b), slots_B
+        return rows_ST
 
     def trained(self) -> Params:
         """Tensors of the names that train, in the stack's shapes; their values mean nothing."""
@@ -169,7 +184,8 @@ class _Layer:
         self._dropout: RowDropout = layer.lora_dropout[_ADAPTER]
         self.scaling = float(layer.scaling[_ADAPTER])
         self.own_scaling = self.scaling  # of the clients' adapters, not of a frozen one
-        self.clients_B = torch.zeros(0, dtype=torch.int64)
+        self.clients_B = torch.zeros(0, dtype=torch.int64)  # whose weights each row of a pass uses
+        self.slots_B = self.clients_B  # to which line of the gradients it adds
         self.frozen: tuple[Tensor, Tensor] | None = None  # A [1 or K, q, C] and B [1 or K, D, q]
         self._switch = a_KrC.new_zeros(()).requires_grad_()  # so that autograd calls our backward pass
 
@@ -209,23 +225,23 @@ class _RowLora(torch.autograd.Function):
         a_BrC = layer.a_KrC.index_select(0, layer.clients_B)
         b_BDr = layer.b_KDr.index_select(0, layer.clients_B)
         low_BLr = torch.bmm(_dropped(x_BLC, keep_BLC, a_BrC.dtype), a_BrC.mT)
-        ctx.save_for_backward(x_BLC, keep_BLC, low_BLr, a_BrC, b_BDr, layer.clients_B)
+        ctx.save_for_backward(x_BLC, keep_BLC, low_BLr, a_BrC, b_BDr, layer.slots_B)
         ctx.layer, ctx.scaling = layer, gain * layer.own_scaling
         sum_BLD = torch.baddbmm(base_BLD.to(low_BLr.dtype), low_BLr, b_BDr.mT, alpha=ctx.scaling)
         return sum_BLD.to(base_BLD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_BLD: Tensor) -> Any:
-        x_BLC, keep_BLC, low_BLr, a_BrC, b_BDr, clients_B = ctx.saved_tensors
+        x_BLC, keep_BLC, low_BLr, a_BrC, b_BDr, slots_B = ctx.saved_tensors
         layer: _Layer = ctx.layer
         wide_BLD = grad_BLD.to(low_BLr.dtype)
         if layer.db_KDr is not None:
-            layer.db_KDr.index_add_(0, clients_B, torch.bmm(wide_BLD.mT, low_BLr * ctx.scaling))
+            layer.db_KDr.index_add_(0, slots_B, torch.bmm(wide_BLD.mT, low_BLr * ctx.scaling))
         dlow_BLr = torch.bmm(wide_BLD, b_BDr * ctx.scaling)
         if keep_BLC is not None:
             keep_BLC = keep_BLC.to(a_BrC.dtype)  # kept in a quarter of the bytes; two products follow
         if layer.da_KrC is not None:
-            layer.da_KrC.index_add_(0, clients_B, torch.bmm(dlow_BLr.mT, _dropped(x_BLC, keep_BLC, a_BrC.dtype)))
+            layer.da_KrC.index_add_(0, slots_B, torch.bmm(dlow_BLr.mT, _dropped(x_BLC, keep_BLC, a_BrC.dtype)))
         dx_BLC = None
         if ctx.needs_input_grad[0]:
             dx_BLC = torch.bmm(dlow_BLr, a_BrC)

@@ -1,0 +1,137 @@
+"""DP-SGD on a client's own rows (Abadi et al., arXiv:1607.00133).
+
+Shapes: S rows of a pass, T numbers that train.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat
+
+from fedmllm.algorithms.privacy.accounting import CLOSED_FORM, gaussian_epsilon
+from fedmllm.algorithms.privacy.base import Privacy
+from fedmllm.algorithms.privacy.guarantee import SIMULATED, Guarantee
+from fedmllm.algorithms.privacy.noise import keyed_normals
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GRID = 2.0**-20  # step of the grid to which a noisy sum is rounded, over the noise's standard deviation
+OUTSIDE = (
+    "the number of rows and steps of each client",
+    "whether and when a client responded, seconds and tokens",
+    "which modalities a client has",
+)
+
+
+class RowDp(Privacy):
+    """Each client clips the gradient of every row and adds noise to their sum, before an optimizer step.
+
+    Nothing that a client computes from the noisy gradients needs more noise: AdamW, weight decay, the proximal term, the
+    aggregation. It holds against the server, too, if each client is a site with its own key.
+    """
+
+    name: Literal["row-dp"] = "row-dp"
+    noise_multiplier: NonNegativeFloat
+    """Standard deviation of the noise over the clip; 0 = clipping alone, which is not private."""
+    clip: Annotated[float, Field(gt=0, strict=True)]
+    """Largest norm of one row's gradient, over all tensors that train; a longer one is scaled down."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """Delta of the guarantee; below 1 / number of rows."""
+    simulate_noise: bool = False
+    """Draw the noise from the public seed: runs are reproducible and not private."""
+
+    def guarantee(self, num_visits: int, at_sites: bool = False, outside: tuple[str, ...] = ()) -> Guarantee:
+        """What holds after a number of visits to each row.
+
+        A row is in one step of each epoch, so its visits are epochs x rounds of its client, whatever the order of the rows.
+        The order is public: sampling does not help.
+
+        Args:
+            num_visits: Noisy steps that contain a row of the most frequent client.
+            at_sites: Whether the clients are real sites that add noise from keys of their own.
+            outside: What leaves without noise, in addition to `OUTSIDE`.
+
+        Returns:
+            The statement.
+        """
+        who = "the server and whoever sees updates or adapters"
+        return Guarantee(
+            mechanism=self.name,
+            unit="row",
+            relation="a row's gradients replaced by zeros",
+            adversary=who if at_sites else f"{who}, but not the machine that runs all clients",
+            epsilon=gaussian_epsilon(self.noise_multiplier, num_visits, self.delta),
+            delta=self.delta,
+            accountant=CLOSED_FORM,
+            noise_multiplier=self.noise_multiplier,
+            clip=self.clip,
+            denominator=0.0,
+            num_releases=num_visits,
+            sampling="every row once an epoch, in a public order",
+            sampling_is_secret=False,
+            noise=SIMULATED if self.simulate_noise else "keyed",
+            outside=(*OUTSIDE, *outside),
+        )
+
+
+class RowNoise:
+    """Adds noise to the sum of a step's clipped gradients.
+
+    Secret noise depends on the sum as well as on run, round, client and step: a server that asks for the same round twice with
+    another adapter receives independent noise, so the difference of two replies is noise as well.
+
+    Args:
+        settings: Clip and noise.
+        key: 32 secret bytes; `public_key` for simulated noise.
+        run_id: Of the experiment.
+    """
+
+    def __init__(self, settings: RowDp, key: bytes, run_id: str) -> None:
+        self.settings, self._key, self._run_id = settings, key, run_id
+
+    def noisy(self, sum_T: Tensor, client: int, round_: int, step: int) -> Tensor:
+        """The sum with noise, rounded to a grid much finer than the noise.
+
+        Args:
+            sum_T: Sum of the clipped gradients.
+            client: Whose rows.
+            round_: Number of the round.
+            step: Number of the step in the round, from 0.
+
+        Returns:
+            A tensor of the same type and device.
+        """
+        import torch
+
+        std = self.settings.noise_multiplier * self.settings.clip
+        if not std:
+            return sum_T
+        values = sum_T.detach().cpu().contiguous()
+        purpose: tuple[str | int | bytes, ...] = ("row-dp", self._run_id, round_, client, step)
+        if not self.settings.simulate_noise:
+            purpose = (*purpose, hashlib.sha256(values.numpy().tobytes()).digest())
+        step_size = std * GRID
+        noise = keyed_normals(self._key, len(values), *purpose)
+        noisy = np.rint(values.double().numpy() / step_size + noise / GRID) * step_size
+        return torch.from_numpy(noisy).to(sum_T.device, sum_T.dtype)
+
+
+def clip_factors(grads_ST: Tensor, clip: float) -> Tensor:
+    """min(1, C / norm) of each row; 0 for a row whose gradient is not finite.
+
+    Args:
+        grads_ST: A gradient per row.
+        clip: C.
+
+    Returns:
+        [S]
+    """
+    import torch
+
+    norms_S = torch.linalg.vector_norm(grads_ST, dim=1)
+    factors_S = (clip / norms_S.clamp_min(1e-30)).clamp_max(1.0)
+    return torch.where(norms_S.isfinite(), factors_S, torch.zeros_like(factors_S))

@@ -1,0 +1,219 @@
+"""Row-level differential privacy: gradients of single rows, sensitivity, noise, engines, and refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedmllm.algorithms.privacy.accounting import gaussian_epsilon
+from fedmllm.algorithms.privacy.noise import public_key
+from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise, clip_factors
+from fedmllm.algorithms.sharing import FfaLora
+from fedmllm.backbones.base import Precision, Tiny
+from fedmllm.config import engine as engines
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.types import Example, Params, Round
+from fedmllm.federation.client import Clients, Step
+from fedmllm.federation.engines.stacked.engine import Stacked
+from fedmllm.federation.engines.stacked.packing import items
+from fedmllm.federation.engines.stacked.stack import Stack
+from fedmllm.runs.run import run
+from fedmllm.testing import examples as made_up
+from support import runs
+from support.small_federation import COHORT, SIZES, federation, flat, one_after_another, sents, stirred, together
+
+KEY = b"k" * 32
+DP: dict[str, Any] = {
+    "privacy": {"name": "row-dp", "noise_multiplier": 1.0, "clip": 0.5, "delta": 1e-3},
+    "train": {"lr": 1e-3, "batch_size": 4, "accumulation": 1, "max_steps": 2, "clip_norm": 0},
+    "num_rounds": 2,
+}
+
+
+def noise(z: float, clip: float = 1.0, key: bytes = KEY, simulate: bool = False) -> RowNoise:
+    return RowNoise(RowDp(name="row-dp", noise_multiplier=z, clip=clip, simulate_noise=simulate), key, "0" * 12)
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Clients:
+    rows = made_up(tmp_path_factory.mktemp("rows"))
+    return federation(Tiny().load(seed=0), rows, clip_norm=0.0, batch_size=2, accumulation=2)
+
+
+def clipped_sums(
+    clients: Clients, start: Params, clip: float, token_budget: int = 1024
+) -> tuple[list[Step], torch.Tensor]:
+    """Each client's first step and its sum of clipped gradients [K, T]."""
+    private = replace(clients, row_noise=noise(0.0, clip))
+    members = [k for k in COHORT if SIZES[k]]
+    steps = [next(private.steps(k, 1)) for k in members]
+    engine = Stacked(engines.Stacked(token_budget=token_budget), private)
+    stack = Stack(engine._targets, clients.backbone.trainable(), [start] * len(members))
+    engine._gradients(stack, steps, torch.zeros(len(members), dtype=torch.float64))
+    return steps, stack.grads_KT.double()
+
+
+def of_single_rows(clients: Clients, start: Params, step: Step) -> torch.Tensor:
+    """Gradients of a step's rows one at a time, the plain way: [S, T]."""
+    clients.backbone.set_lora(start)
+    weights, out = clients.backbone.trainable(), []
+    for row, seed in zip(step.rows, step.dropout_seeds, strict=True):
+        for weight in weights.values():
+            weight.grad = None
+        nll_B, tokens_B = clients.backbone.loss(clients.backbone.collate([row]), [seed])
+        (nll_B / tokens_B).sum().backward()
+        out.append(torch.cat([weights[n].grad.reshape(-1) for n in start]).double())
+    for weight in weights.values():
+        weight.grad = None
+    return torch.stack(out)
+
+
+# ---- R1, R3, R6, R7: clipped sums
+
+
+@pytest.mark.parametrize(
+    "family", ["tiny", "llava", "qwen2_vl", "gemma3"]
+)  # causal ones, and one with a mask of its own
+def test_sums_of_clipped_gradients_are_those_of_single_rows(load: Any, examples: list[Example], family: str) -> None:
+    clients = federation(load(family), examples, clip_norm=0.0)
+    start = stirred(clients.backbone)
+    steps, sums_KT = clipped_sums(clients, start, clip=0.05)
+    for step, sum_T in zip(steps, sums_KT, strict=True):
+        rows_ST = of_single_rows(clients, start, step)
+        norms = rows_ST.norm(dim=1)
+        assert (norms > 0.05).any()
+        expected = (rows_ST * (0.05 / norms).clamp(max=1)[:, None]).sum(dim=0)
+        assert float((sum_T - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["passes", "checkpointing", "small buffer"])
+def test_clipping_does_not_depend_on_how_the_rows_are_computed(
+    clients: Clients, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = stirred(clients.backbone)
+    before = clipped_sums(clients, start, clip=0.05)[1]
+    budget, other = 1024, clients
+    if change == "passes":
+        budget = 1  # one row a pass
+    elif change == "checkpointing":
+        other = replace(clients, backbone=Tiny(precision=Precision(gradient_checkpointing=True)).load(seed=0))
+    else:
+        monkeypatch.setattr("fedmllm.federation.engines.stacked.engine.ROW_GRADIENT_BYTES", 300_000)
+    after = clipped_sums(other, start, 0.05, budget)[1]
+    assert float((after - before).norm() / before.norm()) < 1e-5
+
+
+def test_one_row_changes_the_sum_by_the_clip_at_most(clients: Clients) -> None:
+    start, clip = stirred(clients.backbone), 0.05
+    private = replace(clients, row_noise=noise(0.0, clip))
+    whole = next(clients.steps(4, 1))
+    engine = Stacked(engines.Stacked(), private)
+    sums = []
+    for step in (whole, Step(whole.rows[1:], whole.dropout_seeds[1:], whole.lr)):
+        stack = Stack(engine._targets, clients.backbone.trainable(), [start])
+        engine._gradients(stack, [step], torch.zeros(1, dtype=torch.float64))
+        sums.append(stack.grads_KT[0].double())
+    assert 0 < float((sums[0] - sums[1]).norm()) <= clip * (1 + 1e-5)
+    assert len(items([whole])) == 4
+
+
+def test_a_row_whose_gradient_is_not_finite_counts_as_zeros() -> None:
+    grads = torch.tensor([[3.0, 4.0], [0.0, 0.0], [float("nan"), 1.0], [1e30, 1e30], [0.3, 0.4]])
+    assert clip_factors(grads, 1.0).tolist() == pytest.approx([0.2, 1.0, 0.0, 0.0, 1.0])
+
+
+# ---- R2, R4: steps and noise
+
+
+@pytest.mark.parametrize("engine", [one_after_another, together])
+def test_without_noise_and_clip_it_is_the_ordinary_step(clients: Clients, engine) -> None:
+    start = stirred(clients.backbone)
+    whole = replace(clients, train=clients.train.model_copy(update={"max_steps": 1}))
+    members = [1, 4]  # their first step is of whole size
+    expected = engine(whole, start, members)
+    private = engine(replace(whole, row_noise=noise(0.0, 1e9)), start, members)
+    for a, b in zip(expected, private, strict=True):
+        # AdamW turns a gradient of about 1e-8, of which rounding is a large part, into a step of its own.
+        off = (flat(a.delta) - flat(b.delta)).abs()
+        assert float(off.quantile(0.99)) < 1e-6
+        assert a.metrics.keys() - b.metrics.keys() == {"loss"}
+
+
+def test_engines_agree_with_simulated_noise(clients: Clients) -> None:
+    start = stirred(clients.backbone)
+    private = replace(clients, row_noise=noise(1.0, 0.5, public_key(0), simulate=True), aggregator=FfaLora())
+    sent = {k: FfaLora().sends(start, {}, Round(1, 0, 4, tuple(COHORT), len(SIZES)), k) for k in sents(start, COHORT)}
+    for a, b in zip(one_after_another(private, sent), together(private, sent), strict=True):
+        assert list(a.delta) == list(b.delta)
+        assert all("lora_B" in name for name in a.delta)
+        assert float((flat(a.delta) - flat(b.delta)).abs().quantile(0.999)) < 1e-5
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+def test_noise_has_the_standard_deviation_that_is_claimed(simulate: bool) -> None:
+    made = noise(2.0, 0.5, simulate=simulate)
+    sum_T = torch.arange(50, dtype=torch.float32)
+    off = torch.stack([made.noisy(sum_T, 1, t, 0).double() - sum_T for t in range(1000)]).numpy()
+    assert off.std() == pytest.approx(1.0, rel=0.03)
+    assert np.abs(off.mean(axis=0)).max() < 5 / 1000**0.5
+    for place in ((1, 0, 1), (2, 0, 0)):
+        assert not torch.equal(made.noisy(sum_T, 1, 0, 0), made.noisy(sum_T, *place))
+
+
+def test_secret_noise_of_another_sum_is_independent() -> None:
+    zero, one = torch.zeros(1000), torch.ones(1000)
+    made, simulated = noise(1.0), noise(1.0, simulate=True)
+    assert torch.equal(made.noisy(zero, 0, 1, 0), made.noisy(zero, 0, 1, 0))
+    assert float((made.noisy(one, 0, 1, 0) - made.noisy(zero, 0, 1, 0)).std()) > 1
+    assert float((simulated.noisy(one, 0, 1, 0) - simulated.noisy(zero, 0, 1, 0)).std()) < 1e-5
+
+
+# ---- runs
+
+
+def test_a_run_states_its_guarantee_and_records_no_loss(tmp_path: Path) -> None:
+    (row, *_) = run(runs.experiment(**DP), tmp_path)
+    record = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
+    rounds = [e for e in record if e["event"] == "round"]
+    visits = max(sum(k in e["cohort"] for e in rounds) for k in range(3))
+    said = next(e for e in record if e["event"] == "guarantee")["guarantee"]
+    assert (said["unit"], said["num_releases"]) == ("row", visits)
+    assert row["epsilon"] == said["epsilon"] == pytest.approx(gaussian_epsilon(1.0, visits, 1e-3))
+    assert not any("loss" in c for e in rounds for c in e["clients"])
+    assert (tmp_path / "noise.key").stat().st_size == 32
+
+
+REFUSED = {
+    "baseline": ({"method": "centralised"}, 'got "row-dp" with method "centralised"'),
+    "gradients": ({"aggregator": "scaffold"}, "scaffold, whose clients return more than their delta"),
+    "clip_norm": ({"train": {}}, "train.clip_norm: got 1; .*allowed: 0"),
+    "objective": ({"objective": "fedprox-adaptive"}, "objective fedprox-adaptive, .*allowed: task, fedprox"),
+    "ranks": (
+        {"backbone": {"name": "tiny", "lora": {"r": 4, "alpha": 4, "ranks": [2, 4]}}, "aggregator": "hetlora"},
+        "lora.ranks",
+    ),
+    "actors": ({"engine": "flower-simulation"}, "whose actors have no key; allowed: true"),
+    "sites": (
+        {"engine": "flower-sites", "privacy": {**DP["privacy"], "simulate_noise": True}},
+        'simulate_noise: got true with engine "flower-sites"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_would_make_the_guarantee_false_are_refused(case: str) -> None:
+    changed, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        runs.experiment(**{**DP, **changed})
+
+
+def test_a_delta_that_is_too_large_for_the_rows_is_refused(tmp_path: Path) -> None:
+    table = {**DP, "privacy": {**DP["privacy"], "delta": 0.2}}
+    with pytest.raises(ConfigError, match=r"privacy\.delta: got 0\.2; a client has 12 rows"):
+        run(runs.experiment(**table), tmp_path)
