@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from fedmllm.algorithms.privacy.accounting import gaussian_delta, gaussian_epsilon, poisson_epsilon
-from fedmllm.algorithms.privacy.client_dp import CLIP, ClientDp, NoisyMean, clipped_sum
+from fedmllm.algorithms.privacy.client_dp import CLIP_STATE, ClientDp, NoisyMean, clipped_sum
 from fedmllm.algorithms.privacy.noise import keyed_normals, simulation_key
 from fedmllm.algorithms.server_optimizers import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 from fedmllm.config.train import UpdateFilter
@@ -244,7 +244,7 @@ def test_an_adaptive_clip_finds_the_median_norm(initial: float) -> None:
     state: State | None = None
     for t in range(1, 61):
         _, state, _entry = mean(ups, 100, t, state, clip="adaptive", initial_clip=initial)
-    assert float(state[CLIP]["clip"]) == pytest.approx(np.median(norms), rel=0.1)
+    assert float(state[CLIP_STATE]["clip"]) == pytest.approx(np.median(norms), rel=0.1)
 
 
 # ---- runs

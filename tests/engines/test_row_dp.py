@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedmllm.algorithms.privacy.accounting import gaussian_epsilon
-from fedmllm.algorithms.privacy.noise import public_key
+from fedmllm.algorithms.privacy.noise import simulation_key
 from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise, clip_factors
 from fedmllm.algorithms.sharing import FfaLora
 from fedmllm.backbones.base import Precision, Tiny
@@ -147,7 +147,7 @@ def test_without_noise_and_clip_it_is_the_ordinary_step(clients: Clients, engine
 
 def test_engines_agree_with_simulated_noise(clients: Clients) -> None:
     start = stirred(clients.backbone)
-    private = replace(clients, row_noise=noise(1.0, 0.5, public_key(0), simulate=True), aggregator=FfaLora())
+    private = replace(clients, row_noise=noise(1.0, 0.5, simulation_key(0), simulate=True), aggregator=FfaLora())
     sent = {k: FfaLora().sends(start, {}, Round(1, 0, 4, tuple(COHORT), len(SIZES)), k) for k in sents(start, COHORT)}
     for a, b in zip(one_after_another(private, sent), together(private, sent), strict=True):
         assert list(a.delta) == list(b.delta)

@@ -18,7 +18,7 @@ from typing import Any
 
 from fedmllm.algorithms.privacy.client_dp import ClientDp, NoisyMean
 from fedmllm.algorithms.privacy.guarantee import Guarantee
-from fedmllm.algorithms.privacy.noise import KEY_BYTES, simulation_key
+from fedmllm.algorithms.privacy.noise import NOISE_KEY_BYTES, simulation_key
 from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.config.engine import FlowerSites
 from fedmllm.config.experiment import Experiment
@@ -28,7 +28,7 @@ from fedmllm.core.types import Shard
 from fedmllm.runs.events import Privatized
 
 NOISE_KEY, COHORT_KEY, RELEASES = "noise.key", "cohort.key", "releases.jsonl"
-PUBLIC = ("client", "up_bytes", "down_bytes")  # of a client's entry in the record
+_PUBLIC = ("client", "up_bytes", "down_bytes")  # of a client's entry in the record
 
 
 class CentralPrivacy:
@@ -93,7 +93,7 @@ class CentralPrivacy:
     def public_log(self, log: Mapping[str, Any]) -> dict[str, Any]:
         """A round's log without the numbers about single clients, and without who was asked if that is a secret."""
         table = {key: value for key, value in log.items() if key != "privacy"}
-        table["clients"] = [{k: entry[k] for k in PUBLIC} for entry in log["clients"]]
+        table["clients"] = [{k: entry[k] for k in _PUBLIC} for entry in log["clients"]]
         if self.secret_cohorts:
             table |= {"cohort": [], "clients": [], "dropped": []}
             table.pop("dropped_out", None)
@@ -207,13 +207,13 @@ def secret_key(path: Path, must_exist: bool = False) -> bytes:
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
+            file.write(secrets.token_bytes(NOISE_KEY_BYTES))
             file.flush()
             os.fsync(file.fileno())
     if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         mode = stat.S_IMODE(path.stat().st_mode)
         raise FedmllmError(f"{path}: mode is {mode:04o}, others can read the key; allowed: 0600. Choose another --out")
     key = path.read_bytes()
-    if len(key) != KEY_BYTES:
-        raise FedmllmError(f"{path}: {len(key)} bytes; a key has {KEY_BYTES}. Choose another --out")
+    if len(key) != NOISE_KEY_BYTES:
+        raise FedmllmError(f"{path}: {len(key)} bytes; a key has {NOISE_KEY_BYTES}. Choose another --out")
     return key

@@ -27,9 +27,9 @@ from fedmllm.core.types import ClientUpdate, Params, State
 if TYPE_CHECKING:
     from torch import Tensor
 
-CLIP = "privacy.clip"  # key of the state that holds the adaptive clip
-GRID = 2.0**-20  # step of the grid on which sum and noise are added, over the noise's standard deviation
-OUTSIDE = (
+CLIP_STATE = "privacy.clip"  # key of the state that holds the adaptive clip
+_GRID = 2.0**-20  # step of the grid on which sum and noise are added, over the noise's standard deviation
+_OUTSIDE = (
     "the server, which sees every update",
     "whether and when a client responded",
     "training tokens, seconds and bytes of a run, and the rows of each client in its record's first line",
@@ -71,7 +71,7 @@ class ClientDp(Privacy):
 
         if self.clip != "adaptive":
             return {}
-        return {CLIP: {"clip": torch.tensor([self.initial_clip], dtype=torch.float64)}}
+        return {CLIP_STATE: {"clip": torch.tensor([self.initial_clip], dtype=torch.float64)}}
 
     def noise_of_sum(self, size: int) -> float:
         """z_D, the noise multiplier of the sum of updates.
@@ -115,7 +115,7 @@ class ClientDp(Privacy):
             num_clients: That can be drawn.
             num_releases: That contain the most frequent client; all of them if `poisson`.
             poisson: Whether the cohorts are a secret Poisson draw.
-            outside: What leaves without noise, in addition to `OUTSIDE`.
+            outside: What leaves without noise, in addition to `_OUTSIDE`.
             count_draw: Whether epsilon counts the secrecy of a Poisson draw, which takes a second. Otherwise it is larger.
 
         Returns:
@@ -142,7 +142,7 @@ class ClientDp(Privacy):
             sampling=f"Poisson, rate {rate:.4g}" if poisson else f"{size} of {num_clients} clients by the public seed",
             sampling_is_secret=secret,
             noise=SIMULATED if self.simulate_noise else "keyed",
-            outside=(*OUTSIDE, *outside),
+            outside=(*_OUTSIDE, *outside),
         )
 
 
@@ -174,7 +174,7 @@ class NoisyMean:
     def clip(self, state: State) -> float:
         """The clip of the next round."""
         fixed = self._settings.clip
-        return float(state[CLIP]["clip"]) if fixed == "adaptive" else fixed
+        return float(state[CLIP_STATE]["clip"]) if fixed == "adaptive" else fixed
 
     def __call__(
         self, updates: Iterable[ClientUpdate], round_: int, like: Params, state: State
@@ -195,14 +195,14 @@ class NoisyMean:
         """
         z, clip = self._settings.noise_multiplier, self.clip(state)
         std = self._noise_of_sum * clip
-        total_P, num_unclipped = clipped_sum(updates, like, clip, std * GRID)
+        total_P, num_unclipped = clipped_sum(updates, like, clip, std * _GRID)
         digest = hashlib.sha256(total_P.tobytes() + np.float64(num_unclipped).tobytes()).digest()
         if self._released:
             self._released(round_, hmac.digest(self._key, round_.to_bytes(8, "big") + digest, "sha256").hex())
         if std:
-            step = std * GRID
+            step = std * _GRID
             noise_P = keyed_normals(self._key, len(total_P), "client-dp", round_, digest)
-            total_P = (total_P + np.rint(noise_P / GRID)) * step
+            total_P = (total_P + np.rint(noise_P / _GRID)) * step
         own: State = {}
         entry = {"clip": clip, "noise_std": std / self._size}
         if self._settings.clip == "adaptive":
@@ -219,7 +219,7 @@ class NoisyMean:
         # A failed client counts as an unclipped update of zeros would: b - 1/2 = 0 for it, so `count` is centred.
         share = count / self._size + 0.5
         step = max(-50.0, min(50.0, -s.clip_lr * (share - s.clip_quantile)))
-        return {CLIP: {"clip": torch.tensor([clip * math.exp(step)], dtype=torch.float64)}}
+        return {CLIP_STATE: {"clip": torch.tensor([clip * math.exp(step)], dtype=torch.float64)}}
 
 
 def clipped_sum(

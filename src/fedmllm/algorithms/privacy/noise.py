@@ -11,7 +11,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-KEY_BYTES = 32
+NOISE_KEY_BYTES = 32
 
 
 def simulation_key(seed: int) -> bytes:
@@ -30,7 +30,7 @@ def keyed_uniforms(key: bytes, count: int, *purpose: str | int | bytes) -> NDArr
     """Uniform numbers in (0, 1), 53 bits each.
 
     Args:
-        key: `KEY_BYTES` bytes.
+        key: `NOISE_KEY_BYTES` bytes.
         count: How many.
         purpose: What the numbers are for: other words, other numbers.
 
@@ -40,8 +40,8 @@ def keyed_uniforms(key: bytes, count: int, *purpose: str | int | bytes) -> NDArr
     Raises:
         ValueError: The key has another length.
     """
-    if len(key) != KEY_BYTES:
-        raise ValueError(f"key: got {len(key)} bytes; {KEY_BYTES} are required")
+    if len(key) != NOISE_KEY_BYTES:
+        raise ValueError(f"key: got {len(key)} bytes; {NOISE_KEY_BYTES} are required")
     parts = [part if isinstance(part, bytes) else str(part).encode() for part in purpose]
     seed = key + b"".join(len(part).to_bytes(8, "big") + part for part in parts)
     words = np.frombuffer(hashlib.shake_256(seed).digest(8 * count), dtype="<u8")
@@ -52,7 +52,7 @@ def keyed_normals(key: bytes, count: int, *purpose: str | int | bytes) -> NDArra
     """Standard normal numbers by the inverse of the distribution function.
 
     Args:
-        key: `KEY_BYTES` bytes.
+        key: `NOISE_KEY_BYTES` bytes.
         count: How many.
         purpose: What the numbers are for: other words, other numbers.
 

@@ -19,8 +19,8 @@ from fedmllm.algorithms.privacy.noise import keyed_normals
 if TYPE_CHECKING:
     from torch import Tensor
 
-GRID = 2.0**-20  # step of the grid to which a noisy sum is rounded, over the noise's standard deviation
-OUTSIDE = (
+_GRID = 2.0**-20  # step of the grid to which a noisy sum is rounded, over the noise's standard deviation
+_OUTSIDE = (
     "the number of rows and steps of each client",
     "whether and when a client responded, seconds and tokens",
     "which modalities a client has",
@@ -53,7 +53,7 @@ class RowDp(Privacy):
         Args:
             num_visits: Noisy steps that contain a row of the most frequent client.
             at_sites: Whether the clients are real sites that add noise from keys of their own.
-            outside: What leaves without noise, in addition to `OUTSIDE`.
+            outside: What leaves without noise, in addition to `_OUTSIDE`.
 
         Returns:
             The statement.
@@ -74,7 +74,7 @@ class RowDp(Privacy):
             sampling="every row once an epoch, in a public order",
             sampling_is_secret=False,
             noise=SIMULATED if self.simulate_noise else "keyed",
-            outside=(*OUTSIDE, *outside),
+            outside=(*_OUTSIDE, *outside),
         )
 
 
@@ -86,7 +86,7 @@ class RowNoise:
 
     Args:
         settings: Clip and noise.
-        key: 32 secret bytes; `public_key` for simulated noise.
+        key: 32 secret bytes; `simulation_key` for simulated noise.
         run_id: Of the experiment.
     """
 
@@ -114,9 +114,9 @@ class RowNoise:
         purpose: tuple[str | int | bytes, ...] = ("row-dp", self._run_id, round_, client, step)
         if not self.settings.simulate_noise:
             purpose = (*purpose, hashlib.sha256(values.numpy().tobytes()).digest())
-        step_size = std * GRID
+        step_size = std * _GRID
         noise = keyed_normals(self._key, len(values), *purpose)
-        noisy = np.rint(values.double().numpy() / step_size + noise / GRID) * step_size
+        noisy = np.rint(values.double().numpy() / step_size + noise / _GRID) * step_size
         return torch.from_numpy(noisy).to(sum_T.device, sum_T.dtype)
 
 
