@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fedmllm.config.experiment import Experiment
+from fedmllm.core.types import visible_of
+from fedmllm.reports.importance import importances
+from fedmllm.reports.reading import BySeed, DatasetResults, Draw
 from fedmllm.reports.write import write_report
 from fedmllm.runs.predict import predict
 from fedmllm.runs.run import run
@@ -44,6 +49,8 @@ def test_a_report_names_every_pattern_and_draws_every_modality(clinic: Path) -> 
         assert words in page
     assert "share of the site's rows that show the modality" in page.lower()
     assert "genes: " in page
+    assert "Importance of each modality" in page
+    assert "### Importance of each modality: " in (clinic / "report.md").read_text(encoding="utf-8")
     assert "loses each of its modalities with a chance of 30 %" in page
 
 
@@ -75,6 +82,36 @@ def test_cars_of_three_kinds_train(tmp_path: Path) -> None:
     assert (
         sorted(len(p.split("+")) for client in head["clients"] for p in client["shows"]) == [2] * 3 + [6] * 3 + [8] * 4
     )
+
+
+class _Results(DatasetResults):
+    """Results of one method whose metric is a known function of the visible modalities."""
+
+    def __init__(self, names: list[str], value: Callable[[frozenset[str]], float]) -> None:
+        self.names, self.value = names, value
+
+    runs = property(lambda self: [SimpleNamespace(rows=[{"visible": name} for name in self.names])])  # type: ignore[assignment]
+    modalities = ("a", "b", "c")  # type: ignore[assignment]
+    methods, settings, metric = ["M"], ["S"], "auc"  # type: ignore[assignment]
+
+    def values(self, metric: str = "", visible: str = "") -> dict[tuple[str, str], BySeed]:
+        worth = self.value(visible_of(visible, self.modalities))
+        return {("S", "M"): {Draw(seed): worth + 0.01 * seed for seed in range(2)}}
+
+
+def test_importances_are_shapley_values_if_every_pattern_was_evaluated() -> None:
+    """By hand: a adds 0.2; b and c add 0.1 together only, so 0.05 each; the constant counts for none."""
+    every = ["all", "all-a", "all-b", "all-c", "a", "b", "c", "none"]
+    value = lambda s: 0.5 + 0.2 * ("a" in s) + 0.1 * ({"b", "c"} <= s)  # noqa: E731
+    (table,) = importances(_Results(every, value))
+    assert table.is_shapley
+    means = {m: spread.mean for m, spread in table.rows["S"].items()}
+    assert means == pytest.approx({"a": 0.2, "b": 0.05, "c": 0.05})
+    assert table.rows["S"]["a"].std == pytest.approx(0.0)
+    (table,) = importances(_Results(["all", "all-b", "c"], value))
+    assert not table.is_shapley
+    assert {m: spread.mean for m, spread in table.rows["S"].items()} == pytest.approx({"b": 0.1})
+    assert importances(_Results(["all", "a"], value)) == []
 
 
 def test_new_rows_of_the_clinic_are_predicted_from_its_columns(clinic: Path) -> None:

@@ -15,6 +15,7 @@ from fedmllm.reports.answers import Answer, answers, groups, ranked
 from fedmllm.reports.clients import label_skew, labels_of, who_sees_what
 from fedmllm.reports.comparisons import Comparison, additions, all_pairs, declared
 from fedmllm.reports.figures import MOST_DRAWN, Look, PageFigure, against_cost, curves, looks, overview, panels
+from fedmllm.reports.importance import Importance, about_importance, importances
 from fedmllm.reports.names import SCENARIOS, TWO, VISIBLE, metric_label, setting_meaning, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
 from fedmllm.reports.reading import DatasetResults, ReportData
@@ -53,6 +54,7 @@ class Section:
     labels: list[PageFigure]
     label_colours: dict[str, str]
     matrices: list[Matrix]
+    importances: list[Importance]
     first_matrix: str  # the method whose train x test table is open
     heat: tuple[float, float]  # lowest and highest mean of the matrices
     shares: ShareTable | None  # of the ceiling, where the runs state one
@@ -95,6 +97,7 @@ def section(report: ReportData, dataset: DatasetResults, key: str) -> Section:
         labels=label_skew(dataset, key),
         label_colours=labels_of(dataset),
         matrices=trained,
+        importances=importances(dataset),
         first_matrix=next((m for m in best if any(m == matrix.method for matrix in trained)), ""),
         heat=(min(means, default=0.0), max(means, default=1.0)),
         shares=share_table(dataset),
@@ -126,6 +129,7 @@ def page(report: ReportData) -> str:
         counted=counted,
         about_table=lambda table: about_table(table).replace("**", "").replace("_second_", "second"),
         about_published=about_published,
+        about_importance=about_importance,
         about_shares=about_shares,
         share_text=share_text,
         interval=interval,

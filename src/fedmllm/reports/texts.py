@@ -9,6 +9,7 @@ from typing import Any
 
 from fedmllm.core.text import bytes_text
 from fedmllm.reports.comparisons import Comparison
+from fedmllm.reports.importance import Importance, about_importance
 from fedmllm.reports.names import metric_label, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, p_text
 from fedmllm.reports.reading import DatasetResults, RunRecord
@@ -169,6 +170,15 @@ def costs_markdown(rows: Sequence[CostRow]) -> str:
         "\n".join(lines)
         + f"\n\nMeans over runs; peak memory is the largest seen. All runs: {total_s / 3600:.2f} h, {sent} sent.\n"
     )
+
+
+def importance_markdown(table: Importance, scale: Scale) -> str:
+    """What each modality of the test rows contributes, for one method."""
+    modalities = list(next(iter(table.rows.values())))
+    lines = _head(["trained on"], modalities)
+    for setting, cells in table.rows.items():
+        lines.append(_line([setting, *(scale.spread(cells[m].mean, cells[m].std) for m in modalities)]))
+    return "\n".join(lines) + f"\n\n{about_importance(table)}\n"
 
 
 def matrix_markdown(matrix: Matrix, scale: Scale) -> str:

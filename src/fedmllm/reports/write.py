@@ -10,6 +10,7 @@ from fedmllm.core.storage import make_folder, write_atomically, writing
 from fedmllm.reports.answers import answers, groups
 from fedmllm.reports.archive import ARCHIVE
 from fedmllm.reports.comparisons import additions, all_pairs, declared
+from fedmllm.reports.importance import importances
 from fedmllm.reports.names import setting_meaning
 from fedmllm.reports.page import page
 from fedmllm.reports.reading import DatasetResults, ReportData, read_results
@@ -19,6 +20,7 @@ from fedmllm.reports.texts import (
     comparisons_markdown,
     costs_csv,
     costs_markdown,
+    importance_markdown,
     matrix_markdown,
     published_markdown,
     results_csv,
@@ -136,6 +138,8 @@ def _section(report: ReportData, dataset: DatasetResults) -> list[str]:
     for matrix in matrices(dataset):
         parts.append(f"### Missing in training x visible in test rows: {matrix.method}\n")
         parts.append(matrix_markdown(matrix, table.scale))
+    for important in importances(dataset):
+        parts += [f"### Importance of each modality: {important.method}\n", importance_markdown(important, table.scale)]
     if published := published_table(dataset, table):
         parts += ["### Published numbers, settings that agree\n", published_markdown(published)]
     return [*parts, "### Costs of a run\n", costs_markdown(costs(dataset))]
