@@ -9,14 +9,24 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from fedmllm.core.spec import Named, Spec
 
 Capability = Literal[
-    "client-state", "extra", "partial", "frozen-adapter", "mixed-ranks", "scale", "completion", "row-privacy"
+    "client-state",
+    "extra",
+    "partial",
+    "frozen-adapter",
+    "mixed-ranks",
+    "scale",
+    "completion",
+    "profiles",
+    "modality-dropout",
+    "row-privacy",
 ]
 """What an algorithm or an experiment may need of an engine.
 
 client-state: what a client keeps reaches its next round. extra: other tensors than the adapter travel both ways.
 partial: some tensors of the adapter neither train nor travel. frozen-adapter: an additive adapter of any rank that does
 not train. mixed-ranks: clients of unequal LoRA rank. scale: a factor of the trained adapter's product. completion: rows
-that are filled or converted, and public rows. row-privacy: it clips each row's gradient and adds noise
+that are filled or converted, and public rows. profiles: the server knows which modalities each client has.
+modality-dropout: complete rows lose modalities in training. row-privacy: it clips each row's gradient and adds noise
 (`Clients.row_noise`).
 """
 ALL: frozenset[str] = frozenset(get_args(Capability))
@@ -108,7 +118,11 @@ class FlowerSites(Engine):
 
     name: Literal["flower-sites"] = "flower-sites"
     import_path = "fedmllm.flower.server.server_app:Sites"
-    supports = ALL - {"completion"}  # a request to a site names neither a completion nor public rows
+    supports = ALL - {
+        "completion",
+        "profiles",
+        "modality-dropout",
+    }  # a request names none, and a site reports no modalities
     min_sites: NonNegativeInt = 1
     """Usable responses that a round needs, if its cohort is that large; 0 = a round counts whoever responds, as privacy
     "client-dp" requires."""

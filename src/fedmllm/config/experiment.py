@@ -30,6 +30,7 @@ from fedmllm.algorithms.objectives import FedProx, Objective, TaskLoss
 from fedmllm.algorithms.privacy.base import NoPrivacy, Privacy
 from fedmllm.algorithms.privacy.client_dp import ClientDp
 from fedmllm.algorithms.privacy.row_dp import RowDp
+from fedmllm.algorithms.relations import One, Relation
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import BackboneSpec, Tiny
 from fedmllm.config.engine import (
@@ -47,12 +48,13 @@ from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
 from fedmllm.core.plugins import PluginSource, load_entry_points, load_plugins, source_of_import
 from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec, checked, current_keys, nearest
-from fedmllm.core.types import Params, State, visible_of
+from fedmllm.core.types import visible_of
 from fedmllm.data.base import Dataset
 from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.scenarios.availability import Always, Availability
 from fedmllm.scenarios.masks import Aligned, Scenario
 from fedmllm.scenarios.modalities.completion import Completion, Nothing
+from fedmllm.scenarios.modalities.dropout import ModalityDropout, NoDropout
 from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Partition
 
 # A new file in one of these packages adds its members; nothing else has to change.
@@ -77,6 +79,8 @@ FAMILIES: dict[str, type[Named]] = {
     "availability": Availability,
     "privacy": Privacy,
     "completion": Completion,
+    "relation": Relation,
+    "modality_dropout": ModalityDropout,
     "engine": Engine,
 }
 
@@ -112,6 +116,10 @@ class Experiment(Spec):
     """What is clipped and noised."""
     completion: Annotated[SerializeAsAny[Completion], ADDED_LATER] = Nothing()
     """Filling or conversion of missing modalities."""
+    relation: Annotated[SerializeAsAny[Relation], ADDED_LATER] = One()
+    """Graph over the clients: adapters that differ by what clients hold, and are mixed."""
+    modality_dropout: Annotated[SerializeAsAny[ModalityDropout], ADDED_LATER] = NoDropout()
+    """Modalities that complete rows lose in training."""
     public: Annotated[Public, ADDED_LATER] = Public()
     """Rows that all clients may read."""
     checkpoint: Annotated[Checkpointing, EXECUTION_ONLY] = Checkpointing()
@@ -271,6 +279,60 @@ class Experiment(Spec):
         return self
 
     @model_validator(mode="after")
+    def _relation_suits_the_rest(self) -> Experiment:
+        relation, aggregator = self.relation, self.aggregator
+        if relation == One():
+            return self
+        if self.method != "federated":
+            raise ValueError(f"relation: got {relation.name!r} with method {self.method!r}; it is for: federated")
+        if not aggregator.optimizes:
+            members = ((n, cast("type[Aggregator]", member)) for n, member in Aggregator.members.items())
+            able = ", ".join(sorted(n for n, member in members if member.optimizes))
+            raise ValueError(f"relation: got {relation.name!r} with aggregator {aggregator.name!r}; allowed: {able}")
+        if self.backbone.lora.ranks:
+            raise ValueError(
+                f"relation: got {relation.name!r} with lora.ranks; adapters of unequal ranks are not mixed"
+            )
+        if self.privacy.name != "none":
+            raise ValueError(
+                f"relation: got {relation.name!r} with privacy {self.privacy.name!r}, which releases one mean of all clients"
+            )
+        if self.evaluate.select != "last":
+            raise ValueError(
+                f'relation: got {relation.name!r} with evaluate.select = "validation", which selects one adapter'
+            )
+        if "profiles" not in self.engine.supports:
+            able = ", ".join(
+                sorted(n for n, e in Engine.members.items() if "profiles" in cast("type[Engine]", e).supports)
+            )
+            raise ValueError(
+                f"engine.name: got {self.engine.name!r}, whose server does not know the clients' modalities; allowed: {able}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _modality_dropout_suits_the_rest(self) -> Experiment:
+        dropout = self.modality_dropout
+        if dropout == NoDropout():
+            return self
+        dropout.check(self.data.modalities())
+        if self.completion.name != "none":
+            raise ValueError(
+                f"modality_dropout: got {dropout.name!r} with completion {self.completion.name!r}, which would fill what is "
+                "dropped"
+            )
+        if dropout.measures and self.privacy.name != "none":
+            raise ValueError(
+                f"modality_dropout: got {dropout.name!r} with privacy {self.privacy.name!r}, which does not cover the "
+                "importance that clients report; allowed: uniform, none"
+            )
+        if "modality-dropout" not in self.engine.supports:
+            members = ((n, cast("type[Engine]", e)) for n, e in Engine.members.items())
+            able = ", ".join(sorted(n for n, e in members if "modality-dropout" in e.supports))
+            raise ValueError(f"engine.name: got {self.engine.name!r}, which drops no modalities; allowed: {able}")
+        return self
+
+    @model_validator(mode="after")
     def _completion_suits_the_engine_and_the_adapter(self) -> Experiment:
         if self.completion == Nothing() and not self.public.rows:
             return self
@@ -306,17 +368,6 @@ class Experiment(Spec):
             The aggregator that folds the updates.
         """
         return self.aggregator if self.federates else FedAvg()
-
-    def initial_state(self, params: Params) -> State:
-        """The server's state before the first round of the federation.
-
-        Args:
-            params: The adapter before any training.
-
-        Returns:
-            That of the aggregator, and that of the privacy mechanism.
-        """
-        return {**self.server().init(params), **self.privacy.init()}
 
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that are computed: those of the data set, its headline first, and `evaluate.metrics`.
@@ -404,8 +455,10 @@ class Experiment(Spec):
         objective = [] if self.objective.name == "task" else [self.objective.name]
         completion = [] if self.completion.name == "none" else [self.completion.label()]
         public = ["public-client"] if self.public.client else []
+        relation = [] if self.relation.name == "one" else [self.relation.label()]
+        dropout = [] if self.modality_dropout.name == "none" else [self.modality_dropout.label()]
         engine = [self.engine.name] if self.engine.plugin else []  # it may change results
-        return "+".join([head, *objective, *completion, *public, *engine])
+        return "+".join([head, *objective, *relation, *dropout, *completion, *public, *engine])
 
     def setting(self) -> str:
         """What distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split.

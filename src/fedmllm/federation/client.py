@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,14 @@ from fedmllm.core.types import (
 )
 from fedmllm.data.prompts import Prompt
 from fedmllm.federation.client_state import ClientStateStore
+from fedmllm.federation.importance import importance
 from fedmllm.scenarios.availability import Always, Availability
 from fedmllm.scenarios.modalities.completion import Completer
+from fedmllm.scenarios.modalities.dropout import ImportanceDropout, ModalityDropout, NoDropout
 
 ALWAYS = Always()
 FEDAVG = FedAvg()
+NO_DROPOUT = NoDropout()
 ROWS_KEPT_BYTES = 512 * 2**20
 
 
@@ -76,6 +79,13 @@ class RowStore:
                 raise type(error)(f"{example.where}, id {example.id}: {error}") from None
             self._cache.put(key, row, lambda _, old: not self._backbone.needs_pixels(old))
         return row
+
+    def importance(
+        self, indices: Sequence[int], modalities: tuple[Modality, ...], adapter: Params
+    ) -> dict[Modality, float]:
+        """Mean importance of each modality for some complete rows, as the adapter answers them; {} without rows."""
+        rows = [self._examples[i] for i in indices]
+        return importance(self._backbone, self._prompt, rows, modalities, adapter)
 
     def warm(self, shards: Sequence[Shard]) -> None:
         """Let the completion compute at once what the rows of these clients need."""
@@ -116,6 +126,8 @@ class Clients:
     aggregator: Aggregator = FEDAVG
     state: ClientStateStore | None = None  # if the aggregator keeps client state
     row_noise: RowNoise | None = None  # with privacy "row-dp"
+    dropout: ModalityDropout = NO_DROPOUT
+    importances: dict[int, dict[Modality, float]] = field(default_factory=dict)  # by client, of its current round
     experiment: Experiment | None = None  # for engines whose processes load everything again
 
     @property
@@ -147,18 +159,42 @@ class Clients:
         shard, size = self.shards[client], self.train.batch_size * self.train.accumulation
         planned, num_steps = self.planned_steps(client), self.num_steps(client, round_)
         base, done = self.round_lr(round_), 0
+        odds = self.dropout.odds(self.modalities, self.importances.get(client, {}))
         for epoch in range(self.train.epochs):
+            seen = self._masks(client, round_, epoch, odds)
             order = stream(self.seed, "order", round_, client, epoch).permutation(len(shard.rows))
             for start in range(0, len(order), size):
                 if done == num_steps:
                     return
                 group = [int(i) for i in order[start : start + size]]
                 yield Step(
-                    rows=tuple(self.store.row(shard.rows[i], shard.visible[i]) for i in group),
+                    rows=tuple(self.store.row(shard.rows[i], seen(i)) for i in group),
                     dropout_seeds=tuple(stream_seed(self.seed, "dropout", round_, client, epoch, i) for i in group),
                     lr=base * step_factor(self.train.step_schedule, done, planned),
                 )
                 done += 1
+
+    def _masks(self, client: int, round_: int, epoch: int, odds: Sequence[float]) -> Callable[[int], Visible]:
+        """Place of a row in the shard -> its mask for an epoch."""
+        visible = self.shards[client].visible
+        if not any(odds):
+            return visible.__getitem__
+
+        def mask(i: int) -> Visible:
+            draw = stream(self.seed, "modality-dropout", round_, client, epoch, i)
+            return self.dropout.drop(visible[i], self.modalities, odds, draw)
+
+        return mask
+
+    def measure(self, client: int, at: Round, start: Params) -> None:
+        """Measure what the client's round needs to know about its modalities, with the adapter that it starts from."""
+        if not isinstance(self.dropout, ImportanceDropout):
+            return
+        shard = self.shards[client]
+        whole = [row for row, v in zip(shard.rows, shard.visible, strict=True) if v >= frozenset(self.modalities)]
+        draw = stream(self.seed, "importance", at.number, client).permutation(len(whole))
+        chosen = [whole[i] for i in sorted(draw[: self.dropout.rows].tolist())]
+        self.importances[client] = self.store.importance(chosen, self.modalities, start)
 
     def view(self, client: int) -> ClientView:
         """What objectives and aggregators may know about a client."""
@@ -199,6 +235,7 @@ class Clients:
             own: Trained values of `outcome.sent.keeps`.
             metrics: loss, num_steps, num_tokens, time_s.
         """
+        metrics = {**metrics, **{f"importance_{m}": v for m, v in self.importances.get(client, {}).items()}}
         extra, state = self.aggregator.finish(at, self.view(client), outcome, kept)
         delta = {name: outcome.delta[name] for name in outcome.sent.returned()}
         return ClientUpdate(client, delta, outcome.num_examples, metrics, extra), {**state, **own}
@@ -218,6 +255,7 @@ class Clients:
         """Train the client for one round -> (its update, the state that it keeps)."""
         began = time.perf_counter()
         live, start = self.backbone.trainable(), own_start(sent, kept)
+        self.measure(client, at, start)
         self.backbone.set_lora(padded(start, live))
         rule, trained = self.rule(client, at, sent, kept), sent.trained()
         weights = {name: w for name, w in live.items() if name in trained}

@@ -316,7 +316,7 @@ def read_run(folder: Path) -> RunRecord:
             settings=settings,
             heading=heading,
             rounds=tuple(_round(e) for e in events if e["event"] == "round"),
-            evals=tuple(_eval(e) for e in events if e["event"] == "eval"),
+            evals=tuple(_eval(e) for e in events if e["event"] == "eval" and not e.get("node")),
             rows=tuple(rows),
             wall_s=float(row["wall_s"]),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedmllm.backbones.frozen import installed
 from fedmllm.core.types import Example, Params, Prediction, visible_of
@@ -22,13 +22,20 @@ class Evaluator:
     def __init__(self, inputs: Inputs, emit: Sink, kept: PredictionFile) -> None:
         self.inputs, self._emit, self._kept = inputs, emit, kept
 
-    def test(self, params: Params, round_: int | None = None, client: int | None = None) -> Scores:
+    def test(
+        self,
+        params: Params | Callable[[str], Params],
+        round_: int | None = None,
+        client: int | None = None,
+        node: str = "",
+    ) -> Scores:
         """Evaluate an adapter on the test rows, once for each entry of `evaluate.visible`.
 
         Args:
-            params: The adapter.
+            params: The adapter, or a function of the visible modalities that gives it.
             round_: The round after which it is evaluated, for the record.
             client: The client it belongs to, for method "local".
+            node: Which of a graph's adapters it is, if it is not the result; its predictions are not kept.
 
         Returns:
             Visible modalities -> metric -> value.
@@ -36,11 +43,12 @@ class Evaluator:
         found: Scores = {}
         for visible in self.inputs.experiment.evaluate.visible:
             began = time.perf_counter()
-            predictions = self.predict(params, self.inputs.test, visible)
+            predictions = self.predict(params(visible) if callable(params) else params, self.inputs.test, visible)
             found[visible] = metrics = self.metrics(predictions)
             wall_s = time.perf_counter() - began
-            self._kept.write(predictions, visible, round_, client)
-            self._emit(Evaluated(visible, metrics, len(self.inputs.test), wall_s, round_, client))
+            if not node:
+                self._kept.write(predictions, visible, round_, client)
+            self._emit(Evaluated(visible, metrics, len(self.inputs.test), wall_s, round_, client, node))
         return found
 
     def predict(self, params: Params, rows: Sequence[Example], visible: str) -> list[Prediction]:

@@ -181,6 +181,7 @@ class Evaluated(Event):
     wall_s: float
     round: int | None = None
     client: int | None = None
+    node: str = ""  # of a graph's adapters the one that is not the result: "mean"
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
+from fedmllm.algorithms.base import Aggregator
+from fedmllm.algorithms.relations import One, Related, profile_of
 from fedmllm.backbones.base import Backbone
 from fedmllm.config.engine import Engine as EngineSettings
 from fedmllm.config.experiment import Experiment
 from fedmllm.config.train import Train
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.tensors import params_digest as tensors_digest
-from fedmllm.core.types import Example, Params, Shard, answer_label, visible_of
+from fedmllm.core.types import Example, Params, Shard, State, answer_label, visible_of
 from fedmllm.data.overlap import overlap
 from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.federation.client import Clients, RowStore, planned_steps
@@ -118,8 +120,21 @@ class Inputs:
             seed=e.seed,
             availability=e.availability if e.federates else Always(),
             aggregator=e.server(),
+            dropout=e.modality_dropout,
             experiment=e,
         )
+
+    def aggregator(self) -> Aggregator:
+        """Return the aggregator of the federation; on each node of the graph if there is one."""
+        e = self.experiment
+        if e.relation == One():
+            return e.server()
+        profiles = tuple(profile_of(shard, e.data.modalities()) for shard in self.shards)
+        return Related(name=e.aggregator.name, inner=e.server(), relation=e.relation, profiles=profiles)
+
+    def initial_state(self) -> State:
+        """Return the server's state before the first round: of the aggregator, and of the privacy mechanism."""
+        return {**self.aggregator().init(self.start), **self.experiment.privacy.init()}
 
     @cached_property
     def digests(self) -> dict[str, str]:

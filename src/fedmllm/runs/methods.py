@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedmllm.algorithms.relations import One
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.tensors import padded
-from fedmllm.core.types import Shard
+from fedmllm.core.types import Params, Shard
 from fedmllm.federation.baselines import majority_predictions
 from fedmllm.runs.checkpoint import any_rank, read_adapter
 
@@ -39,6 +40,8 @@ def federated(session: Session) -> list[dict[str, Any]]:
     e = session.experiment
     members = [shard.client for shard in session.inputs.shards if shard.rows]
     params, round_ = session.federation(e.num_rounds, members)
+    if e.relation != One():
+        return over_a_graph(session, members, params, round_)
     if not e.server().global_model:
         results = []
         for client in members:
@@ -48,6 +51,23 @@ def federated(session: Session) -> list[dict[str, Any]]:
         return session.rows(results)
     session.save(params)
     return session.rows([session.evaluator.test(params, round_)])
+
+
+def over_a_graph(session: Session, members: Sequence[int], mean: Params, round_: int) -> list[dict[str, Any]]:
+    """Evaluate the adapters of a graph; the record has the metrics of their mean as well.
+
+    Every client's own adapter is saved. The result is that of the clients' own adapters, mean and spread, if the relation is
+    personal; otherwise a test row is answered by the node whose clients see what it shows, or by the mean.
+    """
+    session.save(mean)
+    session.evaluator.test(mean, round_, node="mean")
+    results = []
+    for client in members:
+        own = session.personal(client)
+        session.save(own, client)
+        if session.experiment.relation.personal:
+            results.append(session.evaluator.test(own, round_, client))
+    return session.rows(results or [session.evaluator.test(session.for_visible, round_)])
 
 
 def equivalent_rounds(experiment: Experiment, shards: Sequence[Shard]) -> float:

@@ -213,7 +213,11 @@ def read_history(record: Path) -> History:
                 places[line.get("client"), line["round"]] = places[line.get("client"), None] = row
                 rounds.append(row)
                 clients += [{"round": line["round"], **entry} for entry in line["clients"]]
-            elif line["event"] == "eval" and (place := (line.get("client"), line.get("round"))) in places:
+            elif (
+                line["event"] == "eval"
+                and not line.get("node")
+                and (place := (line.get("client"), line.get("round"))) in places
+            ):
                 values = line["metrics"].items()
                 places[place] |= {f"{name}/{line['visible']}": value for name, value in values}
         except (KeyError, TypeError, AttributeError) as error:

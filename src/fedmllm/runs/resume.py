@@ -58,7 +58,7 @@ class Resume:
         if not self.place:
             return None
         of_all = checkpoint.read_run_state(self.place).client is None
-        state = inputs.experiment.initial_state(inputs.start) if of_all else {}  # one client alone: FedAvg
+        state = inputs.initial_state() if of_all else {}  # one client alone: FedAvg
         at = checkpoint.read_checkpoint(self.place, inputs.start, state)
         if odd := differences(at.run_state.digests, inputs.digests):
             raise ConfigError(

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import FedProx, TaskLoss
 from fedmllm.algorithms.privacy.client_dp import ClientDp
 from fedmllm.algorithms.privacy.guarantee import Guarantee
 from fedmllm.algorithms.privacy.row_dp import RowDp
+from fedmllm.algorithms.relations import Related
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.core.errors import ConfigError
-from fedmllm.core.types import Params
+from fedmllm.core.types import Params, visible_of
 from fedmllm.federation.client_state import ClientStateStore
 from fedmllm.federation.rounds import Progress, cohorts, federate
 from fedmllm.runs import checkpoint
@@ -60,6 +62,7 @@ class Session:
         self._last: Progress | None = None  # of the federation just finished
         self._guarantee: Guarantee | None = None
         self._client_state: ClientStateStore | None = None
+        self._aggregator: Aggregator = inputs.experiment.server()  # of that federation
         self._totals = start.run_state.totals if start else Totals()
         self._began = time.perf_counter() - (start.run_state.wall_s if start else 0.0)
 
@@ -93,7 +96,7 @@ class Session:
         """
         e, inputs = self.experiment, self.inputs
         federated = e.federates and client is None
-        aggregator = e.server() if client is None else FedAvg()
+        aggregator = inputs.aggregator() if client is None else FedAvg()
         clients = replace(inputs.clients(budget), aggregator=aggregator)
         if start is not None:
             objective = FedProx(mu=e.personal.mu) if e.personal.mu else TaskLoss()
@@ -162,7 +165,7 @@ class Session:
                 self._checkpointer.save(progress, client, best, totals, self.results, self.wall_s)
             self._evaluate(progress, num_rounds, selection)
         self._checkpointer.wait()
-        self._last, self._client_state = progress, clients.state
+        self._last, self._client_state, self._aggregator = progress, clients.state, aggregator
         private = central or rows
         self._guarantee = private.guarantee(progress.round) if private else None
         if selection.params is not None and selection.best:
@@ -173,9 +176,16 @@ class Session:
         """A client's own model after the federation; for aggregators without a global model."""
         assert self._last is not None
         kept = self._client_state.read(client, self._last.round + 1) if self._client_state else {}
-        model = self.experiment.server().personal(self._last.params, self._last.state, client, kept)
+        model = self._aggregator.personal(self._last.params, self._last.state, client, kept)
         assert model is not None
         return model
+
+    def for_visible(self, visible: str) -> Params:
+        """The adapter for test rows that show these modalities, after a federation over a graph."""
+        assert self._last is not None
+        assert isinstance(self._aggregator, Related)
+        seen = visible_of(visible, self.experiment.data.modalities())
+        return self._aggregator.for_visible(self._last.params, self._last.state, seen)
 
     def _evaluate(self, progress: Progress, num_rounds: int, selection: Selection) -> None:
         """Evaluate after a round, if one is due. The final adapter is tested by the method."""

@@ -53,7 +53,7 @@ class Tracker(ABC):
             self._sent += event.up_bytes + event.down_bytes
             values = {**of_round(event), "cost/sent_bytes": float(self._sent)}
             self.log(event.round, {f"{prefix}{key}": value for key, value in values.items()})
-        elif isinstance(event, Evaluated):
+        elif isinstance(event, Evaluated) and not event.node:
             values = {f"{prefix}{event.visible}/{k}": v for k, v in event.metrics.items() if v is not None}
             self.log(self._round if event.round is None else event.round, values)
         elif isinstance(event, Ended | Stopped):

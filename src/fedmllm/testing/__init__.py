@@ -9,6 +9,7 @@ from fedmllm.testing.conformance import (
     check_metric,
     check_objective,
     check_prompt,
+    check_relation,
     check_scenario,
     check_settings,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "check_metric",
     "check_objective",
     "check_prompt",
+    "check_relation",
     "check_scenario",
     "check_settings",
     "examples",

@@ -18,6 +18,7 @@ import torch
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import ClientView, Objective
+from fedmllm.algorithms.relations import Profile, Relation
 from fedmllm.config.engine import Engine, InProcess
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.metrics import Metric
@@ -121,6 +122,33 @@ def _copy(trees: Mapping[str, Params]) -> dict[str, Params]:
 
 def _equal(one: Mapping[str, Params], two: Mapping[str, Params]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k][n], two[k][n]) for k in one for n in one[k])
+
+
+def check_relation(relation: Relation) -> None:
+    """Assert that a relation assigns every client to a node, and that its weights are a pure mean of the nodes.
+
+    Args:
+        relation: The relation under test.
+
+    Raises:
+        AssertionError: A node is missing, or a row of the weights is not a mean.
+    """
+    check_settings(relation)
+    seen = (("image",), ("text",), ("image", "text"), ("image", "text"), ())
+    shares = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.4, 0.6), (0.0, 0.0))
+    profiles = [Profile(10 * n, s, frozenset(v)) for n, s, v in zip((3, 2, 1, 5, 0), shares, seen, strict=True)]
+    nodes = relation.nodes(profiles)
+    assert len(nodes) == len(profiles), "nodes() must give one node per client"
+    assert set(nodes) == set(range(max(nodes) + 1)), "nodes must be numbered from 0 without gaps"
+    noise = torch.Generator().manual_seed(0)
+    own = [profiles[nodes.index(node)] for node in range(max(nodes) + 1)]
+    deltas: list[Params | None] = [{"q.lora_B.weight": torch.randn(4, generator=noise)} for _ in own]
+    for known in (deltas, [None] * len(own)) if relation.learns else (deltas,):
+        weights = relation.mix(own, known)
+        assert weights.shape == (len(own), len(own)), "mix() must give one weight for each pair of nodes"
+        assert (weights >= 0).all(), "mix() gave a negative weight"
+        assert abs(weights.sum(1) - 1).max() < 1e-12, "the weights of a node must add up to 1"
+        assert (weights == relation.mix(own, known)).all(), "mix() gave other weights"
 
 
 def check_objective(objective: Objective) -> None:

@@ -195,6 +195,7 @@ class Member:
         self.client, self.sent = client, sent
         self.kept = clients.kept(client, at)
         self.start = own_start(sent, self.kept)
+        clients.measure(client, at, self.start)
         self.rule = clients.rule(client, at, sent, self.kept)
 
 
