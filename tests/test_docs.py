@@ -67,6 +67,16 @@ def test_a_page_is_a_plugin_outside_the_package_and_its_commands_run(page: Path,
         assert [plugin["module"] for plugin in head["plugins"]] == [next(tmp_path.glob("*.py")).stem]
 
 
+def test_the_page_on_python_runs_from_top_to_bottom(tmp_path: Path):
+    code = "\n".join(blocks(ROOT / "docs/python.md", "python"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert "scenario.rate: got 40" in done.stdout  # the page's bad input
+    assert (tmp_path / "report.html").is_file()
+
+
 def test_a_suite_trains_with_an_aggregator_of_a_file(tmp_path: Path):
     page = ROOT / "docs/extend/aggregator.md"
     (tmp_path / "fedamsgrad.py").write_text(blocks(page, "python")[0])

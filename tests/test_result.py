@@ -122,3 +122,22 @@ def test_an_event_comes_back_from_its_line_also_under_the_keys_of_earlier_releas
         Event.from_json({k: v for k, v in line.items() if k not in ("lr", "num_rounds")})
     with pytest.raises(FedmllmError, match="event: got 'x'; allowed: experiment, resumed"):
         Event.from_json({"event": "x"})
+
+
+def test_a_run_draws_a_bar_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from fedmllm.runs.events import Ended, RoundEnd, Stopped
+    from fedmllm.runs.progress import NotebookBar, in_notebook
+
+    def end(round_: int, client: int | None = None) -> RoundEnd:
+        clients = [{"client": 0, "loss": 1.5}]
+        return RoundEnd(round_, [0], clients, [], 0, 0, 0, 0, 0.0, 0.0, 0.1, num_rounds=2, client=client)
+
+    bar = NotebookBar()
+    for event in (end(1), end(2), end(1, client=3), end(2, client=3), Ended(1)):
+        bar(event)
+    drawn = capsys.readouterr().err
+    assert "rounds: 100%" in drawn
+    assert "client 3 alone: 100%" in drawn
+    assert "loss 1.500" in drawn
+    bar(Stopped("killed"))  # with no bar to close
+    assert not in_notebook()

@@ -41,7 +41,7 @@ ENDINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None, format_: str = "") -> list[Path]:
+def write_report(folders: Sequence[str | Path], out: str | Path | None = None, format_: str = "") -> list[Path]:
     """Read the runs in the folders; write a report.
 
     Args:
@@ -56,8 +56,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None, format_: str 
     Raises:
         FedmllmError: There is no finished run, the format is unknown, or a file cannot be written.
     """
-    report = read_results(folders)
-    out, format_ = _place(out or _beside(folders[0]), format_)
+    places = [Path(folder) for folder in folders]
+    report = read_results(places)
+    out, format_ = _place(Path(out) if out else _beside(places[0]), format_)
     makers = {
         ".html": lambda: page(report),
         ".md": lambda: markdown(report),

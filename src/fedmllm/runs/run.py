@@ -16,6 +16,7 @@ from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.inputs import Inputs, device, heading, versions
 from fedmllm.runs.learning import learned
 from fedmllm.runs.methods import METHODS
+from fedmllm.runs.progress import NotebookBar, in_notebook
 from fedmllm.runs.record import Record, read
 from fedmllm.runs.result import RunResult
 from fedmllm.runs.resume import Resume
@@ -28,6 +29,7 @@ def run(
     sinks: Sequence[Sink] = (),
     resume: bool = False,
     compare_baselines: bool = False,
+    progress: bool | None = None,
 ) -> RunResult:
     """Run one experiment; write record, predictions, checkpoints, adapter and summary into a folder.
 
@@ -40,6 +42,7 @@ def run(
             differs: then it trains on, if `train.round_schedule` is "constant". A folder without a run gets a new one.
         compare_baselines: Evaluate the frozen model in addition, and record whether the result is better than it and than the
             most frequent training answer: the event `learned`.
+        progress: Draw a progress bar. By default one is drawn in notebooks, unless `sinks` are given.
 
     Returns:
         The result: a sequence of the summary's rows, with the adapter and the history of the rounds.
@@ -49,6 +52,8 @@ def run(
         FedmllmError: The folder holds a run and `resume` is not set; or the run failed. Whatever stops a run, Ctrl-C
             included, is the last line of its record.
     """
+    if progress or (progress is None and not sinks and in_notebook()):
+        sinks = (*sinks, NotebookBar())
     folder = RunFolder(Path(out or Path("runs") / experiment.run_id()))
     record = Record(folder.record)
     everyone: tuple[Sink, ...] = (record, *sinks)
