@@ -122,7 +122,10 @@ def test_cells_that_differ_only_in_how_they_run_are_named(tmp_path: Path):
         (("rate = 0.5", "rate = 1.5"), "scenario.rate: got 1.5"),
         (("seeds = [0, 1]", 'seeds = ["a"]'), "matrix.seeds: got .*whole numbers"),
         (("[matrix.settings]", "[matrix.settings]\nx = 3"), "matrix.settings: got .*label = "),
-        (("[base]", "[bas]"), "bas: unknown key; allowed: title, extends, imports, base, matrix; did you mean 'base'"),
+        (
+            ("[base]", "[bas]"),
+            "bas: unknown key; allowed: title, extends, imports, base, matrix, claims; did you mean 'base'",
+        ),
         (('title = "small"', 'title = "small'), "not a TOML file"),
         (('title = "small"', 'extends = "suite.toml"'), "extends itself"),
         (('title = "small"', 'extends = "none.toml"'), "none.toml: cannot be read: No such file"),
