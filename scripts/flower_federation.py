@@ -32,8 +32,15 @@ class Federation:
     """A server and three sites below `folder`; rows and pictures are drawn."""
 
     def __init__(
-        self, folder: Path, backbone: str, rounds: int = 3, engine: str = "", train: str = "max_steps = 2"
+        self,
+        folder: Path,
+        backbone: str,
+        rounds: int = 3,
+        engine: str = "",
+        train: str = "max_steps = 2",
+        names: tuple[str, ...] = NAMES,
     ) -> None:
+        self.names = names
         self.folder, self.backbone, self.port, self.gate = folder, backbone, free_port(), free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -44,15 +51,17 @@ class Federation:
     def _draw(self) -> None:
         rng = np.random.default_rng(0)
         header = ["image", "text", "answer", "site"]
-        rows: dict[str, list[list[str]]] = {name: [] for name in (*NAMES, "test")}
+        rows: dict[str, list[list[str]]] = {name: [] for name in (*self.names, "test")}
         (self.folder / "pictures").mkdir(parents=True)
         for name, own in rows.items():
             for i in range(8 if name == "test" else 12):
                 path = self.folder / "pictures" / f"{name}-{i}.png"
                 Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8)).save(path)
                 own.append([f"pictures/{path.name}", f"finding {rng.integers(100)}", ("no", "yes")[i % 2], name])
-        tables = {**{name: rows[name] for name in NAMES}, "test": rows["test"]}
-        tables["train"] = [row for name in NAMES for row in rows[name]]  # what one machine would hold, for comparison
+        tables = {**{name: rows[name] for name in self.names}, "test": rows["test"]}
+        tables["train"] = [
+            row for name in self.names for row in rows[name]
+        ]  # what one machine would hold, for comparison
         for name, table in tables.items():
             with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([header, *table])
@@ -64,7 +73,8 @@ class Federation:
         return f'[data]\nname = "table"\n{files}\n{question}\ncolumns = {columns}\n'
 
     def _experiment(self, rounds: int, engine: str, train: str) -> None:
-        head = f'num_rounds = {rounds}\ncohort_size = 3\npartition = {{ name = "by-column", column = "client" }}\n'
+        counts = f"num_rounds = {rounds}\ncohort_size = {len(self.names)}\n"
+        head = f'{counts}partition = {{ name = "by-column", column = "client" }}\n'
         body = f"[train]\nlr = 3e-3\nbatch_size = 4\naccumulation = 1\n{train}\n[backbone]\n{self.backbone}\n"
         sites = f'[engine]\nname = "flower-sites"\nround_timeout_s = 400\nretry_s = 5\nconnect_s = 120\n{engine}\n'
         (self.folder / "experiment.toml").write_text(head + self._data("train") + body + sites, encoding="utf-8")
@@ -93,11 +103,11 @@ class Federation:
         self.call("server", "new", "server", "--port", str(self.port), "--gate", f"127.0.0.1:{self.gate}")
         self.spawn("server", *FEDMLLM, "server", "start", "server")
         self.until(lambda: "SuperLink on" in (self.folder / "server.out").read_text(), 60)
-        for name in NAMES:
+        for name in self.names:
             self.call("site", "new", name, "--name", name, "--server", f"127.0.0.1:{self.gate}")
-        keys = {name: (self.folder / name / "site.key.pub").read_text().strip() for name in NAMES}
+        keys = {name: (self.folder / name / "site.key.pub").read_text().strip() for name in self.names}
         peers = "[peers]\n" + "".join(f'{name} = "{key}"\n' for name, key in keys.items())
-        for name in NAMES:
+        for name in self.names:
             (self.folder / name / "ca.crt").write_bytes((self.folder / "server" / "ca.crt").read_bytes())
             head = f'name = "{name}"\nserver = "127.0.0.1:{self.gate}"\nca = "ca.crt"\nkey = "site.key"\nthreads = 1\n'
             limits = f"[allow]\nmin_steps = 1\nextra_tensors = true\nmax_steps = 20\n{allow}\n"

@@ -49,6 +49,42 @@ def site(tmp_path: Path, extra: str = "") -> Site:
     return Site.load(tmp_path / "site.toml")
 
 
+# ---- plug-ins
+
+PLUGIN = """
+from typing import Literal
+from fedmllm.algorithms.objectives import Objective
+class OfThisSite(Objective):
+    name: Literal["of-this-site"] = "of-this-site"
+    def prox_mu(self, name, view):
+        return 0.0
+"""
+
+
+def test_import_of_site_start_reaches_the_trainer(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from fedmllm.algorithms.objectives import Objective
+    from fedmllm.cli.main import app
+    from fedmllm.flower.site import process
+
+    site(tmp_path)
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    called = []
+    monkeypatch.setattr(process, "run_site", lambda *arguments: called.append(arguments))
+    words = ["site", "start", str(tmp_path / "site.toml"), "--import", str(tmp_path / "mine.py")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert called == [(tmp_path / "site.toml", (str((tmp_path / "mine.py").resolve()),))]
+    Objective.members.pop("of-this-site")  # what this process loaded does not help its child
+
+    asked = json.loads(Request.of(EXPERIMENT, "", "south", 0, 1).model_dump_json()) | {"objective": "of-this-site"}
+    with pytest.raises(ConfigError, match=r"request\.objective\.name: got 'of-this-site'"):
+        Request.read(json.dumps(asked))
+    with contextlib.closing(ResidentTrainer(site(tmp_path), tmp_path / "site.toml", called[0][1])) as trainer:
+        said, _ = trainer.ask({"request": json.dumps(asked), "manifest": ""}, b"")
+    assert "this is north, not south" in said["refused"]
+
+
 # ---- keys
 
 

@@ -88,11 +88,37 @@ def test_three_rounds_give_the_bytes_of_in_process(tmp_path, aggregator):
     assert [len(event["clients"]) for event in rounds] == [3, 3, 3]
 
 
+PLUGIN = """
+from typing import Literal
+from fedmllm.algorithms.objectives import Objective
+from fedmllm.algorithms.server_optimizers import FedAvg
+class HalfInAnActor(FedAvg):
+    name: Literal["half-in-an-actor"] = "half-in-an-actor"
+    lr: float = 0.5
+class PullInAnActor(Objective):
+    name: Literal["pull-in-an-actor"] = "pull-in-an-actor"
+    def prox_mu(self, name, view):
+        return 0.3
+"""
+
+
+def test_plug_ins_run_in_actors_with_the_bytes_of_in_process(tmp_path):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    own = {"imports": [str(tmp_path / "mine.py")], "aggregator": "half-in-an-actor", "objective": "pull-in-an-actor"}
+    table = {**TABLE, **own, "num_rounds": 2}
+    simulated = adapter({**table, "engine": SIMULATION}, tmp_path / "simulation")
+    assert simulated == adapter({**table, "engine": "in-process"}, tmp_path / "in-process")
+    rounds = [event for event in read(tmp_path / "simulation" / "record.jsonl") if event["event"] == "round"]
+    assert [len(event["clients"]) for event in rounds] == [3, 3]  # no actor failed to load the file
+    plain = adapter({**TABLE, "num_rounds": 2, "engine": "in-process"}, tmp_path / "plain")
+    assert simulated != plain
+
+
 def test_an_actor_loads_the_base_once_for_all_its_messages(tmp_path):
     adapter({**TABLE, "engine": SIMULATION, "seed": 1}, tmp_path / "seed-1")
     rounds = [event for event in read(tmp_path / "seed-1" / "record.jsonl") if event["event"] == "round"]
     loads = {client["base_loads"] for event in rounds for client in event["clients"]}
-    assert loads <= set(range(1, len(METHODS) + 2))  # of its process: at most one for each experiment of this module
+    assert loads <= set(range(1, len(METHODS) + 3))  # of its process: at most one for each experiment of this module
     assert max(client["base_loads"] for client in rounds[0]["clients"]) == max(loads)  # none in later rounds
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedmllm.cli.options import imported
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.storage import writing
 
@@ -146,7 +147,7 @@ def site_start(
     else:
         from fedmllm.flower.site.process import run_site
 
-        run_site(path)
+        run_site(path, imported())
 
 
 @server_app.command("new", short_help="Make certificates and an empty register.")

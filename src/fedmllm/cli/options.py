@@ -18,6 +18,8 @@ Track = Annotated[
     list[str] | None, typer.Option(help="Also log to: tensorboard, wandb, mlflow, trackio.", metavar="NAME")
 ]
 
+IMPORTS = "fedmllm.imports"  # key of a command's context
+
 
 class Verbs(typer.core.TyperGroup):
     """Group of commands whose every command, also in groups within it, has the option `--import`."""
@@ -51,7 +53,13 @@ def load(context: click.Context, option: click.Parameter, names: tuple[str, ...]
     if names and not context.resilient_parsing:
         from fedmllm.core.plugins import load_plugins
 
-        load_plugins(names, "--import")
+        context.meta[IMPORTS] = load_plugins(names, "--import")
+
+
+def imported() -> tuple[str, ...]:
+    """The plug-ins that the current command's `--import` named, with absolute paths, for its child processes."""
+    found: tuple[str, ...] = click.get_current_context().meta.get(IMPORTS, ())
+    return found
 
 
 def keep_argument_help() -> None:

@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,12 @@ from fedmllm.flower.wire import ABOUT, ADAPTER_KEY, REFUSED, SECURE, array_data,
 POLL_S = 0.2
 
 
-def run_site(path: Path) -> None:
+def run_site(path: Path, imports: Sequence[str] = ()) -> None:
     """Serve a site until SIGINT or SIGTERM. Child processes end with this one, however it ends.
 
     Args:
         path: Of SITE.toml.
+        imports: Plug-ins that the trainer loads in addition to the file's own, as `load_plugins` returned them.
 
     Raises:
         FedmllmError: A file is missing, the key has an unsafe mode, or another process serves this site.
@@ -82,7 +83,7 @@ def run_site(path: Path) -> None:
         say(f"site {site.name}: {line}")
 
     member = SecureMember(site, state)
-    with contextlib.closing(exclusive_lock(state)), contextlib.closing(ResidentTrainer(site, path)) as trainer:
+    with contextlib.closing(exclusive_lock(state)), contextlib.closing(ResidentTrainer(site, path, imports)) as trainer:
         node = SuperNode(site, state, tell)
         tell(f"serving {site.server}; log of the SuperNode: {state / 'supernode.log'}")
         ended = threading.Event()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,24 @@ class ResidentTrainer:
     Args:
         site: Its own file.
         path: Of that file, which the trainer reads.
+        imports: Plug-ins that it loads in addition to the file's own.
     """
 
-    def __init__(self, site: Site, path: Path) -> None:
-        self._site, self._path = site, path
+    def __init__(self, site: Site, path: Path, imports: Sequence[str] = ()) -> None:
+        self._site, self._path, self._imports = site, path, imports
         self._lock = threading.Lock()
         self._start()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "fedmllm.flower.site.trainer", str(theirs.fileno()), str(self._path)]
+        command = [
+            sys.executable,
+            "-m",
+            "fedmllm.flower.site.trainer",
+            str(theirs.fileno()),
+            str(self._path),
+            *self._imports,
+        ]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=quiet_environment())
         theirs.close()
         self._link = Connection(ours.detach())

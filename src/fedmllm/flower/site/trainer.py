@@ -2,7 +2,7 @@
 
 It loads the frozen base once and trains at each request of the site's process, its parent. The two are connected by an
 anonymous socket pair, which no other process can open. A message is a JSON head and the adapter's raw float32.
-`python -m fedmllm.flower.site.trainer FD SITE.toml`.
+`python -m fedmllm.flower.site.trainer FD SITE.toml [PLUGIN ...]`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.backbones.base import Backbone, BackboneSpec
 from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.plugins import load_plugins
 from fedmllm.core.tensors import flatten, manifest_digest, unflatten
 from fedmllm.core.types import Example, Params, Sent, Shard
 from fedmllm.federation.client import Clients, RowStore, planned_steps
@@ -218,6 +219,7 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     """Entry point of the child process."""
     descriptor, path = int(sys.argv[1]), Path(sys.argv[2])
+    load_plugins(sys.argv[3:], "--import")
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     serve_trainer(Site.load(path), Connection(descriptor), state_folder(path))
 
