@@ -49,14 +49,16 @@ def test_scaffold_over_sites_gives_the_bytes_of_one_process(sites):
 
 
 def test_with_masks_the_server_sees_the_mean_only_and_gives_the_same_adapter(sites):
-    events = sites.run("masked", "--set", "engine.secure={}")
+    events = sites.run("masked", "--set", 'engine.secure={drop_outs="recover"}')
     assert events[-1]["event"] == "end", (sites.folder / "run-masked.out").read_text()
     rounds = [event for event in events if event["event"] == "round"]
     assert [[entry["clients"] for entry in event["clients"]] for event in rounds] == [[[0, 1, 2]]] * 2
     assert rounds[0]["clients"][0]["num_examples"] == 36
     assert "3 updates, masked, in" in (sites.folder / "run-masked.out").read_text()
     for name in NAMES:
-        assert (sites.folder / f"{name}.out").read_text().count("masked with 2 other sites") == 2
+        said = (sites.folder / f"{name}.out").read_text()
+        assert said.count("masked with 2 other sites") == 2
+        assert [said.count(f"secure sum of run {events[0]['run_id']}: {op}") for op in ("key", "open")] == [1, 2]
     clear, masked = (
         load_file(sites.folder / out / "adapter" / "adapter_model.safetensors") for out in ("out", "masked")
     )

@@ -5,6 +5,7 @@ Only `test_a_run_with_masks_*` trains. `test_secure_sites.py` runs real processe
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -21,22 +22,25 @@ from flower_federation import NAMES, Federation
 from scipy.stats import chisquare
 
 from fedmllm.algorithms.base import Aggregator
-from fedmllm.config.engine import FlowerSites, SecureAggregation
+from fedmllm.config.engine import FlowerSites, SecureAggregation, least_holders
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.tensors import flatten, manifest_digest
 from fedmllm.core.types import Round, Sent
 from fedmllm.flower.keys import make_site_key
 from fedmllm.flower.request import Request
+from fedmllm.flower.secure.attempt import common_digest, mask_key
 from fedmllm.flower.secure.fixed_point import from_bytes, from_words, to_bytes, to_words
 from fedmllm.flower.secure.layout import pack_words, unpack_sum
 from fedmllm.flower.secure.masks import add_masks, keystream, pair_key
 from fedmllm.flower.secure.member import SecureMember
-from fedmllm.flower.secure.terms import Advert, Terms
+from fedmllm.flower.secure.shares import join, split
+from fedmllm.flower.secure.terms import Advert, Ask, Terms
 from fedmllm.flower.server.experiment import over_sites
 from fedmllm.flower.server.secure_rounds import SecureRounds
 from fedmllm.flower.site.config import Refused, Site
 from fedmllm.flower.site.process import answer
+from fedmllm.flower.wire import array_data
 from fedmllm.runs.record import read
 from support.sites_in_process import Plain, over_the_wire, write_sites
 
@@ -146,9 +150,9 @@ def test_the_key_of_a_pair_is_the_same_at_both_and_another_for_another_context()
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("keys")
-    for name in (*NAMES, "south"):
+    for name in (*NAMES, "south", "zone"):
         make_site_key(folder / name / "site.key")
-    return {name: folder / name for name in (*NAMES, "south")}
+    return {name: folder / name for name in (*NAMES, "south", "zone")}
 
 
 class FakeTrainer:
@@ -176,7 +180,8 @@ class FakeSites:
         self.trainers = [FakeTrainer(i) for i in range(len(names))]
         self.folder, self.keys, self.allow, self.peers = folder, keys, allow, peers
         self.members = [self.member(name) for name in names]
-        self.sent, self.tamper = [], lambda client, content: content
+        self.sent, self.replies, self.asked = [], [], {}
+        self.tamper = lambda client, content: content
         self.tamper_reply = lambda client, content: content
         self.rounds = SecureRounds(self, self.settings.secure)
 
@@ -195,18 +200,28 @@ class FakeSites:
         from fedmllm.flower.messages import Packed
 
         asked = {k: Request.of(EXPERIMENT, "", self.names[k], k, at) for k in sents}
-        texts = {k: r.model_copy(update={"secure": terms}).model_dump_json() for k, r in asked.items()}
+        texts = {k: r.model_copy(update={"secure": terms[k]}).model_dump_json() for k, r in asked.items()}
         return {k: Packed(sent.travelling()).content({"request": texts[k]}) for k, sent in sents.items()}
 
     def exchange(self, at, since, contents):
         for client, content in contents.items():
-            message = Plain(self.tamper(client, content))
-            reply = self.tamper_reply(client, answer(message, self.trainers[client], self.members[client])[0])
+            if (content := self.tamper(client, content)) is None:
+                yield client, "no reply within 1 s"
+                continue
+            self.asked[client] = content if "request" in content["about"] else self.asked.get(client)
+            said = answer(Plain(content), self.trainers[client], self.members[client])[0]
+            self.replies.append((client, said))
+            reply = self.tamper_reply(client, said)
             self.sent.append((client, reply))
             yield client, Plain(reply) if reply is not None else "no reply within 1 s"
 
     def keep_digest(self, client, at, reply):
         return True
+
+    def signatures(self) -> dict[str, str]:
+        """Those of the sets of sites, by site."""
+        said = [(self.names[k], c["about"]["secure"]) for k, c in self.replies if "secure" in c["about"]]
+        return {name: json.loads(text) for name, text in said if text.startswith('"')}
 
     def round(self, number: int = 1, cohort=None):
         cohort = tuple(range(len(self.names))) if cohort is None else cohort
@@ -292,6 +307,194 @@ def test_a_restarted_site_is_asked_for_a_new_key(tmp_path, keys):
         sites.round(4)
 
 
+# ---- shares (S3, S4)
+
+FIVE = (*NAMES, "south", "zone")
+
+
+def test_any_threshold_of_shares_give_the_secret_and_fewer_do_not():
+    secret = bytes(range(32))
+    shares = dict(enumerate(split(secret, 3, 5), start=1))
+    assert all(join({x: shares[x] for x in chosen}) == secret for chosen in itertools.combinations(shares, 3))
+    with pytest.raises(FedmllmError, match="not of one secret"):
+        join({x: shares[x] for x in (1, 2)})
+    with pytest.raises(FedmllmError, match="not of one secret"):
+        join({1: shares[1], 2: shares[2], 3: shares[4]})
+    with pytest.raises(FedmllmError, match="32 bytes and 4 of 3 shares"):
+        split(secret, 4, 3)
+    assert [least_holders(k) for k in (3, 4, 5, 6, 9, 10, 50)] == [3, 3, 4, 5, 7, 7, 34]
+
+
+def recovering(folder: Path, keys, names=FIVE, **more) -> FakeSites:
+    return FakeSites(folder, keys, names=names, peers=names, drop_outs="recover", **more)
+
+
+def plain_sum(numbers) -> np.ndarray:
+    return np.add.reduce([pack_words(made_up(i), 10 * (i + 1), {"loss": 1.0 + i}, terms()) for i in numbers])
+
+
+def lose(client: int, words: bool = True):
+    """Drops the masked reply of a site, or everything it says after it."""
+    return lambda k, c: (
+        None if k == client and (words_of(c) is not None) == words and "refused" not in c["about"] else c
+    )
+
+
+@pytest.mark.parametrize("missing", [None, 0, 2, 4])
+def test_the_sum_over_the_sites_that_are_there_is_recovered_exactly(tmp_path, keys, missing):
+    sites = recovering(tmp_path, keys)
+    totals, unmask = [], sites.rounds._unmasked
+    sites.rounds._unmasked = lambda *given: totals.append(unmask(*given)) or totals[-1]
+    if missing is not None:
+        sites.tamper_reply = lose(missing)
+    update, *failures = sites.round()
+    there = [k for k in range(5) if k != missing]
+    assert np.array_equal(totals[0], plain_sum(there))  # bit for bit
+    assert (update.clients, update.num_examples) == (tuple(there), sum(10 * (k + 1) for k in there))
+    assert [(f.client, f.reason) for f in failures] == ([] if missing is None else [(missing, "no reply within 1 s")])
+
+
+def test_a_site_that_is_lost_after_its_update_stays_in_the_sum(tmp_path, keys):
+    sites, masked = recovering(tmp_path, keys), set()
+
+    def gone(client, content):
+        if client == 1 and client in masked:
+            return None
+        masked.update([client] if words_of(content) is not None else [])
+        return content
+
+    sites.tamper_reply = gone
+    (update,) = sites.round()
+    assert update.clients == (0, 1, 2, 3, 4)
+
+
+def test_with_fewer_than_the_threshold_there_is_no_sum(tmp_path, keys):
+    sites = recovering(tmp_path, keys)
+    sites.tamper_reply = lambda k, c: None if k in (0, 1) and words_of(c) is not None else c
+    with pytest.raises(FedmllmError, match="no sum over 4 of 5 sites"):
+        sites.round()
+
+
+def test_a_late_update_of_a_site_that_was_left_out_stays_masked(tmp_path, keys):
+    sites = recovering(tmp_path, keys)
+    sites.tamper_reply = lose(3)
+    sites.round()
+    late = next(words for k, c in sites.replies if k == 3 and (words := words_of(c)) is not None)
+    attempt = sites.members[3]._runs[RUN].attempt
+    table = json.loads(sites.asked[3]["about"]["request"])["secure"]
+    publics = {a["site"]: a["public"] for a in table["mask_keys"] if a["site"] != "south"}
+    asked = sites.asked[3]
+    common = common_digest(asked["about"]["request"], array_data(asked))
+    pairs = {n: mask_key(attempt.facts, common, attempt.private, public, "south", n) for n, public in publics.items()}
+    without_pairs = late + (np.zeros_like(late) - add_masks(np.zeros_like(late), "south", pairs))
+    own = pack_words(made_up(3), 40, {"loss": 4.0}, terms())
+    assert chisquare(np.bincount(without_pairs >> np.uint64(60), minlength=16)).pvalue > 1e-6  # what the server has
+    assert np.array_equal(without_pairs - keystream(attempt.seed, len(own)), own)  # with the seed that it never gets
+
+
+def test_no_site_gives_shares_for_two_sets_of_sites(tmp_path, keys):
+    """S4: the server says to all that a site was there, and then that it was missing, to get both of its secrets."""
+    sites = recovering(tmp_path, keys)
+    sites.round()
+    ask = Ask(op="sign", run_id=RUN, round=1, serial=1, alive=sorted(FIVE))
+    fewer = ask.model_copy(update={"alive": tuple(sorted(set(FIVE) - {"west"}))})
+    with pytest.raises(Refused, match="this site signed another set of sites for attempt 1"):
+        sites.members[0].sign(fewer)
+    with pytest.raises(Refused, match="shares for a set of sites that this site did not sign"):
+        sites.members[0].open(fewer)
+    assert sites.members[0].open(ask.model_copy(update={"signatures": sites.signatures()})).keys == {}
+
+
+def test_shares_need_the_signatures_of_more_than_two_thirds_over_the_same_set(tmp_path, keys):
+    """A server that shows one set to some sites and another one to the others gets too few signatures of either."""
+    sites = recovering(tmp_path, keys)
+    sites.tamper_reply = lambda k, c: None if "secure" in c["about"] and c["about"]["secure"].startswith('"') else c
+    with pytest.raises(FedmllmError, match="no sum over 4 of 5 sites"):
+        sites.round()  # every update was sent and every site has signed, but nothing was opened
+    signatures = sites.signatures()
+    assert sorted(signatures) == sorted(FIVE)
+    ask = Ask(op="open", run_id=RUN, round=1, serial=1, alive=sorted(FIVE))
+    three = {n: signatures[n] for n in FIVE[:3]}
+    bad = {**three, "south": signatures["east"]}
+    for given in (three, bad):
+        with pytest.raises(Refused, match="3 sites signed the set of sites; 4 are required"):
+            sites.members[4].open(ask.model_copy(update={"signatures": given}))
+    assert set(sites.members[4].open(ask.model_copy(update={"signatures": signatures})).seeds) == set(FIVE)
+
+
+@pytest.mark.parametrize(
+    ("alive", "says"),
+    [
+        (FIVE[:3], "a secure sum over 3 sites; this attempt requires 4"),
+        ((*FIVE[:4], "stranger"), "a sum over other sites than those that were asked"),
+        (FIVE[1:], "a sum over other sites than those that were asked, or without this one"),
+    ],
+)
+def test_a_site_signs_no_set_that_is_too_small_strange_or_without_it(tmp_path, keys, alive, says):
+    sites = recovering(tmp_path, keys)
+    sites.tamper = lambda k, c: None if "secure" in c["about"] and '"op":"sign"' in c["about"]["secure"] else c
+    with pytest.raises(FedmllmError):
+        sites.round()
+    with pytest.raises(Refused, match=says):
+        sites.members[0].sign(Ask(op="sign", run_id=RUN, round=1, serial=1, alive=tuple(sorted(alive))))
+
+
+def test_a_round_that_was_opened_is_not_opened_over_other_sites(tmp_path, keys):
+    sites = recovering(tmp_path, keys)
+    sites.round()
+    sites.tamper_reply = lose(2)
+    with pytest.raises(FedmllmError, match="would give away the difference"):
+        sites.round()
+    assert sites.round(2)[0].clients == (0, 1, 3, 4)
+
+
+def test_a_site_that_was_restarted_misses_a_round_and_is_back_in_the_next(tmp_path, keys):
+    sites = recovering(tmp_path, keys)
+    sites.round(1)
+    sites.members[4] = sites.member("zone")
+    update, failure = sites.round(2)
+    assert update.clients == (0, 1, 2, 3)
+    assert "this site has no key of this run; it was restarted" in failure.reason
+    assert sites.round(3)[0].clients == (0, 1, 2, 3, 4)
+
+
+def swapped_shares(table) -> None:
+    shares = table["secure"]["shares"]
+    shares["east"], shares["north"] = shares["north"], shares["east"]
+
+
+def forged_mask_key(table) -> None:
+    table["secure"]["mask_keys"][1]["public"] = "09" + "00" * 31
+
+
+def lower_threshold(table) -> None:
+    table["secure"]["threshold"] = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (swapped_shares, "the shares of east are missing or not of this attempt"),
+        (forged_mask_key, "the key of north is not signed by that site for this attempt"),
+        (lower_threshold, "attempt 1 was not prepared as it is asked for"),
+        (lambda t: {"round": 9}, "attempt 1 was not prepared as it is asked for"),
+    ],
+)
+def test_a_site_refuses_tampered_shares_and_keys_before_it_trains(tmp_path, keys, change, says):
+    sites = recovering(tmp_path, keys)
+    sites.tamper = changed(change)
+    with pytest.raises(FedmllmError, match=says):
+        sites.round()
+    assert not any(trainer.asked for trainer in sites.trainers)
+
+
+def test_a_site_sets_the_least_threshold_itself(tmp_path, keys):
+    sites = recovering(tmp_path, keys)
+    sites.rounds._settings = SimpleNamespace(**sites.settings.secure.model_dump(), threshold=lambda k: 3)
+    with pytest.raises(FedmllmError, match="3 of 5 sites could open a sum; this site requires 4 to 5"):
+        sites.round()
+
+
 # ---- what a site refuses (S7)
 
 
@@ -363,13 +566,41 @@ def test_a_key_of_another_run_or_a_replayed_attempt_is_refused(tmp_path, keys):
         sites.round(3)
     request = Request.of(EXPERIMENT, "", "east", 0, 5).model_copy(update={"secure": terms()})
     with pytest.raises(Refused, match="the keys of attempt 1 were used or dropped"):
-        sites.members[0].mask(request, made_up(0), 10, {})
+        sites.members[0].mask(request, "", made_up(0), 10, {})
 
 
 def test_another_round_number_gives_other_masks(tmp_path, keys):
     """A server that names another round to one site than the others gets noise."""
     sites = FakeSites(tmp_path, keys)
     sites.tamper = lambda k, c: changed(lambda t: {"round": 7})(k, c) if k == 0 else c
+    with pytest.raises(FedmllmError, match="the masks do not cancel"):
+        sites.round()
+
+
+def small_rate(table) -> None:
+    table["train"]["lr"] = 1e-30
+
+
+def many_bits(table) -> None:
+    table["secure"]["bits"] = 40
+
+
+@pytest.mark.parametrize("drop_outs", ["repeat", "recover"])
+@pytest.mark.parametrize("change", [small_rate, many_bits, "adapter"])
+def test_a_server_that_asks_one_site_for_more_than_the_others_gets_noise(tmp_path, keys, drop_outs, change):
+    """With updates of almost zero from the others, the sum would be one site's update."""
+    from fedmllm.flower.messages import Packed
+
+    sites = FakeSites(tmp_path, keys, drop_outs=drop_outs)
+
+    def tamper(client, content):
+        if client != 0 or "request" not in content["about"]:
+            return content
+        if change == "adapter":
+            return Packed({n: t + 1 for n, t in LIKE.items()}).content({"request": content["about"]["request"]})
+        return changed(change)(client, content)
+
+    sites.tamper = tamper
     with pytest.raises(FedmllmError, match="the masks do not cancel"):
         sites.round()
 
@@ -531,7 +762,7 @@ def test_a_run_with_masks_gives_the_adapter_of_one_without(rows, tmp_path, monke
     assert len(texts) == 3
     assert not any("loss" in text or "num_examples" in text for text in texts)
     first = next(e for e in read(tmp_path / "masked" / "out" / "record.jsonl") if e["event"] == "experiment")
-    assert first["settings"]["engine"]["secure"] == {"bits": 32, "bound": 8.0}
+    assert first["settings"]["engine"]["secure"] == {"drop_outs": "repeat", "bits": 32, "bound": 8.0}
 
 
 def test_without_peers_a_site_takes_part_in_no_secure_sum(rows, tmp_path):

@@ -88,13 +88,36 @@ MOST_ROWS = 2**20  # of a site in a secure sum
 WORD_BITS = 64  # sums are modulo 2^64
 
 
+def least_holders(num_sites: int) -> int:
+    """Shares of a key that give it: more than two thirds, so that no two sets of sites can be opened for one sum.
+
+    Args:
+        num_sites: Sites of a secure sum.
+    """
+    return max(LEAST_SITES, 2 * num_sites // 3 + 1)
+
+
 class SecureAggregation(Spec):
     """Masks between the sites: the server learns the sum of a round's updates and of their row counts, nothing of one site."""
 
+    drop_outs: Literal["repeat", "recover"] = "repeat"
+    """If a site of a round is missing: repeat it over the same sites, or recover the sum over the others from shares of the
+    missing sites' keys, if more than two thirds of the sites are there: three more messages to each site in each round."""
     bits: int = Field(32, ge=8, le=40)
     """Digits after the binary point of the numbers that are summed; the mean is within 2^-(bits + 1) of the exact one."""
     bound: PositiveFloat = 8.0
     """Largest absolute value of a number of a delta; a site with a larger one sends nothing."""
+
+    def threshold(self, num_sites: int) -> int:
+        """Sites that a sum needs, more than two thirds.
+
+        Args:
+            num_sites: Sites of a round.
+
+        Returns:
+            A number of sites; 0 = all of them, without shares of keys.
+        """
+        return least_holders(num_sites) if self.drop_outs == "recover" else 0
 
     def overflow(self, num_sites: int) -> str:
         """Why a sum could leave the range of its words.

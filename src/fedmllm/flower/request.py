@@ -21,13 +21,12 @@ from fedmllm.core.spec import Spec, validate
 from fedmllm.core.types import Round, Sent
 from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.federation.exchange import Header
-from fedmllm.flower.secure.terms import Terms
+from fedmllm.flower.secure.terms import RUN_ID, Terms
 
 ClientMetric = Literal["loss", "num_steps", "num_tokens", "time_s"]  # what a client's training can report
 CLIENT_METRICS: tuple[ClientMetric, ...] = get_args(ClientMetric)
 LARGEST_REQUEST = 2**20  # characters of settings
 KEPT = "kept"  # key of a reply: the state that a client keeps; at a site only its digest
-RUN_ID = "^[0-9a-f]{12}$"
 DIGEST = "[0-9a-f]{64}"  # sha256
 NOT_SETTINGS = frozenset(
     {"version", "run_id", "site", "client", "round", "cohort", "num_clients", "base", "header", "kept", "secure"}

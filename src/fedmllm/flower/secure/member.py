@@ -1,8 +1,8 @@
 """A site's half of secure aggregation.
 
 The site trusts nothing that the server says about other sites: each key must be signed with the key that the site's own file
-names for that site. The key of a run stays in memory. Which sites a round was summed over is stored, because two sums over
-different sites differ by the updates of those that are in one only.
+names for that site. Keys stay in memory. Which sites a round was summed over is stored, because two sums over different sites
+differ by the updates of those that are in one only.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fedmllm.config.engine import LEAST_SITES
+from fedmllm.config.engine import LEAST_SITES, least_holders
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import write_atomically
 from fedmllm.flower.request import Request
+from fedmllm.flower.secure.attempt import Attempt, facts_of, mask_key
 from fedmllm.flower.secure.fixed_point import Words
 from fedmllm.flower.secure.layout import pack_words
-from fedmllm.flower.secure.masks import add_masks, pair_key
-from fedmllm.flower.secure.signing import canonical, is_signed, private_key, public_key, signature_of
-from fedmllm.flower.secure.terms import Advert, Terms
+from fedmllm.flower.secure.masks import add_masks, keystream
+from fedmllm.flower.secure.signing import is_signed, signature_of, site_private_key, site_public_key
+from fedmllm.flower.secure.terms import Advert, Ask, Opened, Prepared, Terms
 from fedmllm.flower.site.config import Refused, Site
 
-RUN_KEY, PAIR = "key of a run", "mask of a pair"
+RUN_KEY, ATTEMPT_KEY, ALIVE = "key of a run", "key of an attempt", "sites of a sum"
+T = TypeVar("T")
 MOST_RUNS = 4  # whose keys are in memory
 
 
@@ -40,7 +42,7 @@ class RunKeys:
     private: X25519PrivateKey
     advert: Advert
     last_serial: int = 0
-    pending: dict[int, dict[str, bytes]] = field(default_factory=dict)  # serial -> keys of the pairs, used once
+    attempt: Attempt | None = None  # the last one; its keys are used once
 
 
 class SecureMember:
@@ -56,11 +58,11 @@ class SecureMember:
 
     def __init__(self, site: Site, folder: Path) -> None:
         self._site, self._folder, self._lock = site, folder / "secure", threading.Lock()
-        self._private = private_key(site.key)
+        self._private = site_private_key(site.key)
         self._peers = {}
         for name, text in site.peers.items():
             try:
-                self._peers[name] = public_key(text)
+                self._peers[name] = site_public_key(text)
             except FedmllmError as error:
                 raise FedmllmError(f"peers.{name}: {error}") from None
         self._peers.setdefault(site.name, self._private.public_key())
@@ -71,6 +73,26 @@ class SecureMember:
             raise FedmllmError("peers: one key has two names; each site has a key of its own")
         self._runs: OrderedDict[str, RunKeys] = OrderedDict()
 
+    def respond(self, ask: Ask) -> str:
+        """Answer a request about keys and shares.
+
+        Args:
+            ask: From the server.
+
+        Returns:
+            JSON: an `Advert`, `Prepared` or `Opened`, or a signature in quotes.
+
+        Raises:
+            Refused: The site does not do that, with the reason.
+        """
+        if ask.op == "key":
+            return self.advertise(ask.run_id).model_dump_json()
+        if ask.op == "prepare":
+            return self._guarded(lambda: self.share(ask)).model_dump_json()
+        if ask.op == "sign":
+            return json.dumps(self.sign(ask))
+        return self.open(ask).model_dump_json()
+
     def advertise(self, run_id: str) -> Advert:
         """A new key of this site for a run; the one before is dropped.
 
@@ -78,9 +100,7 @@ class SecureMember:
             run_id: Of the run.
         """
         private = X25519PrivateKey.generate()
-        public = private.public_key().public_bytes_raw().hex()
-        facts = {"run_id": run_id, "site": self._site.name, "public": public}
-        advert = Advert(site=self._site.name, public=public, signature=signature_of(self._private, RUN_KEY, facts))
+        advert = self._advert(RUN_KEY, private.public_key().public_bytes_raw().hex(), {"run_id": run_id})
         with self._lock:
             self._runs[run_id] = RunKeys(private, advert)
             self._runs.move_to_end(run_id)
@@ -88,8 +108,25 @@ class SecureMember:
                 self._runs.popitem(last=False)
         return advert
 
+    def share(self, ask: Ask) -> Prepared:
+        """Make the secrets of an attempt, and shares of them for all its sites.
+
+        Args:
+            ask: With the terms of the attempt.
+
+        Raises:
+            Refused: The site does not accept the terms.
+        """
+        if ask.terms is None or not ask.terms.threshold:
+            raise self._refused("shares are for an attempt with a threshold")
+        with self._lock:
+            run = self._run(ask.run_id)
+            attempt = self._begin(run, ask.run_id, ask.round, ask.terms)
+            shares = attempt.shares_for(run.private, self._site.name, _publics(ask.terms))
+            return Prepared(mask_key=self._advert(ATTEMPT_KEY, attempt.public(), attempt.facts), shares=shares)
+
     def prepare(self, request: Request) -> None:
-        """Check the terms of a request, before anything is trained, and derive the keys of its masks.
+        """Check the terms of a request before anything is trained.
 
         Args:
             request: With `secure`.
@@ -100,21 +137,36 @@ class SecureMember:
         terms = request.secure
         assert terms is not None
         with self._lock:
-            run = self._runs.get(request.run_id)
-            if run is None:
-                raise self._refused("this site has no key of this run; it was restarted")
-            if reasons := self._objections(request, terms, run):
-                raise self._refused("; ".join(reasons))
-            run.last_serial = terms.serial
-            run.pending = {terms.serial: self._pair_keys(request, terms, run)}
+            run = self._run(request.run_id)
+            if not terms.threshold:
+                self._begin(run, request.run_id, request.round, terms)
+                return
+            attempt = run.attempt
+            if attempt is None or attempt.facts != facts_of(request.run_id, request.round, terms) or attempt.received:
+                raise self._refused(f"attempt {terms.serial} was not prepared as it is asked for, or it was used")
+            known = {advert.site: advert for advert in terms.mask_keys}
+            if sorted(known) != attempt.names or len(terms.mask_keys) != len(known):
+                raise self._refused("the keys of the attempt are not those of its sites")
+            if known[self._site.name].public != attempt.public():
+                raise self._refused("the key of this site is not its own")
+            for advert in terms.mask_keys:
+                if not self._is_of(advert, ATTEMPT_KEY, attempt.facts):
+                    raise self._refused(f"the key of {advert.site} is not signed by that site for this attempt")
+            self._guarded(lambda: attempt.receive(run.private, self._site.name, _publics(terms), terms.shares))
 
     def mask(
-        self, request: Request, delta: np.ndarray[Any, Any], num_examples: int, metrics: Mapping[str, float]
+        self,
+        request: Request,
+        common: str,
+        delta: np.ndarray[Any, Any],
+        num_examples: int,
+        metrics: Mapping[str, float],
     ) -> Words:
         """This site's part of the sum. The keys of the masks are used up.
 
         Args:
             request: As `prepare` accepted it.
+            common: `common_digest` of the request.
             delta: [P].
             num_examples: Rows of the site.
             metrics: Those that may leave it.
@@ -124,72 +176,158 @@ class SecureMember:
         """
         terms = request.secure
         assert terms is not None
+        facts = facts_of(request.run_id, request.round, terms)
+        words = self._guarded(lambda: pack_words(delta, num_examples, metrics, terms))
         with self._lock:
             run = self._runs.get(request.run_id)
-            keys = run.pending.pop(terms.serial, None) if run else None
-        if keys is None:
-            raise self._refused(f"the keys of attempt {terms.serial} were used or dropped")
+            attempt = run.attempt if run else None
+            if run is None or attempt is None or attempt.masked or attempt.facts != facts:
+                raise self._refused(f"the keys of attempt {terms.serial} were used or dropped")
+            attempt.masked = True
+            if not terms.threshold:
+                self._commit(request.run_id, request.round, attempt.names)  # before anything leaves
+        own = attempt.private if terms.threshold else run.private
+        peers = {a.site: a.public for a in (terms.mask_keys or terms.adverts) if a.site != self._site.name}
+        keys = self._guarded(
+            lambda: {
+                peer: mask_key(facts, common, own, public, self._site.name, peer) for peer, public in peers.items()
+            }
+        )
+        masked = add_masks(words, self._site.name, keys)
+        if terms.threshold:
+            masked += keystream(attempt.seed, len(masked))
+        return masked
+
+    def sign(self, ask: Ask) -> str:
+        """Sign which sites' updates are in the sum: one set for an attempt.
+
+        Args:
+            ask: With `serial` and `alive`.
+
+        Returns:
+            The signature.
+
+        Raises:
+            Refused: Another set was signed, or this one is too small, or without this site.
+        """
+        with self._lock:
+            attempt, alive = self._masked(ask), list(ask.alive)
+            least = max(LEAST_SITES, attempt.threshold, self._site.allow.secure_sites)
+            if attempt.alive not in (None, alive):
+                raise self._refused(f"this site signed another set of sites for attempt {ask.serial}")
+            if alive != sorted(set(alive)) or not set(alive) <= set(attempt.names) or self._site.name not in alive:
+                raise self._refused("a sum over other sites than those that were asked, or without this one")
+            if len(alive) < least:
+                raise self._refused(f"a secure sum over {len(alive)} sites; this attempt requires {least}")
+            if reason := self._other_sum(ask.run_id, ask.round, alive):
+                raise self._refused(reason)
+            attempt.alive = alive
+        return signature_of(self._private, ALIVE, {**attempt.facts, "alive": alive})
+
+    def open(self, ask: Ask) -> Opened:
+        """Give the shares that open a sum: of the own masks of the sites in it, and of the keys of those that are missing.
+
+        Args:
+            ask: With `serial`, `alive` and the signatures of that set.
+
+        Raises:
+            Refused: The site did not sign this set, or too few others did.
+        """
+        with self._lock:
+            attempt, alive = self._masked(ask), list(ask.alive)
+            if attempt.alive != alive:
+                raise self._refused("shares for a set of sites that this site did not sign")
+            facts = {**attempt.facts, "alive": alive}
+            valid = [n for n in alive if is_signed(self._peers[n], ask.signatures.get(n, ""), ALIVE, facts)]
+            if len(valid) < attempt.threshold:
+                raise self._refused(f"{len(valid)} sites signed the set of sites; {attempt.threshold} are required")
+            if reason := self._other_sum(ask.run_id, ask.round, alive):
+                raise self._refused(reason)
+            self._commit(ask.run_id, ask.round, alive)
+            return Opened(
+                seeds={n: f"{attempt.received[n][0]:x}" for n in alive},
+                keys={n: f"{attempt.received[n][1]:x}" for n in attempt.names if n not in alive},
+            )
+
+    def _run(self, run_id: str) -> RunKeys:
+        run = self._runs.get(run_id)
+        if run is None:
+            raise self._refused("this site has no key of this run; it was restarted")
+        return run
+
+    def _masked(self, ask: Ask) -> Attempt:
+        """The attempt that a request is about, if this site's update was sent in it."""
+        attempt = self._run(ask.run_id).attempt
+        here = attempt and (attempt.facts["serial"], attempt.facts["round"]) == (ask.serial, ask.round)
+        if attempt is None or not here or not attempt.masked or not attempt.threshold:
+            raise self._refused(f"attempt {ask.serial} at round {ask.round} has no update of this site")
+        return attempt
+
+    def _begin(self, run: RunKeys, run_id: str, round_: int, terms: Terms) -> Attempt:
+        """Check the terms, and start an attempt that no other one shares a key with."""
+        if reasons := self._objections(run_id, round_, terms, run):
+            raise self._refused("; ".join(reasons))
+        run.last_serial = terms.serial
+        run.attempt = Attempt(facts_of(run_id, round_, terms), terms.names(), terms.threshold)
+        return run.attempt
+
+    def _advert(self, what: str, public: str, facts: Mapping[str, Any]) -> Advert:
+        name = self._site.name
+        signature = signature_of(self._private, what, {**facts, "site": name, "public": public})
+        return Advert(site=name, public=public, signature=signature)
+
+    def _is_of(self, advert: Advert, what: str, facts: Mapping[str, Any]) -> bool:
+        key = self._peers.get(advert.site)
+        stated = {**facts, "site": advert.site, "public": advert.public}
+        return key is not None and is_signed(key, advert.signature, what, stated)
+
+    def _guarded(self, function: Callable[[], T]) -> T:
+        """The function's result; its error as a refusal."""
         try:
-            words = pack_words(delta, num_examples, metrics, terms)
+            return function()
+        except Refused:
+            raise
         except FedmllmError as error:
             raise self._refused(str(error)) from None
-        with self._lock:
-            if reason := self._other_sum(request, terms):
-                raise self._refused(reason)
-            self._commit(request, terms)  # before anything leaves
-        return add_masks(words, self._site.name, keys)
 
-    def _objections(self, request: Request, terms: Terms, run: RunKeys) -> list[str]:
+    def _objections(self, run_id: str, round_: int, terms: Terms, run: RunKeys) -> list[str]:
         names, least = terms.names(), max(LEAST_SITES, self._site.allow.secure_sites)
         reasons = []
         if len(set(names)) != len(names) or len({a.public for a in terms.adverts}) != len(names):
             reasons.append("a site or a key of the secure sum comes twice")
         if len(set(names)) < least:
             reasons.append(f"a secure sum over {len(set(names))} sites; this site requires {least}")
+        if terms.threshold and not least_holders(len(names)) <= terms.threshold <= len(names):
+            allowed = f"{least_holders(len(names))} to {len(names)}"
+            reasons.append(f"{terms.threshold} of {len(names)} sites could open a sum; this site requires {allowed}")
         if run.advert not in terms.adverts:
             reasons.append("the secure sum is not over this site's key of the run")
         if terms.serial <= run.last_serial:
             reasons.append(f"attempt {terms.serial} comes after attempt {run.last_serial}; a key is used once")
         for advert in terms.adverts:
-            facts = {"run_id": request.run_id, "site": advert.site, "public": advert.public}
             if advert.site not in self._peers:
                 reasons.append(f"{advert.site[:100]} is not among the peers of this site's file")
-            elif not is_signed(self._peers[advert.site], advert.signature, RUN_KEY, facts):
+            elif not self._is_of(advert, RUN_KEY, {"run_id": run_id}):
                 reasons.append(f"the key of {advert.site} is not signed by that site for this run")
-        if reason := self._other_sum(request, terms):
+        if not terms.threshold and (reason := self._other_sum(run_id, round_, names)):
             reasons.append(reason)
         return reasons
 
-    def _other_sum(self, request: Request, terms: Terms) -> str:
+    def _other_sum(self, run_id: str, round_: int, names: list[str]) -> str:
         """Why this sum and one that the site took part in would give away an update; "" = they would not."""
-        before, names = self._summed(request.run_id).get(str(request.round), []), terms.names()
+        before = self._summed(run_id).get(str(round_), [])
         if not before or before == names:
             return ""
-        return (
-            f"round {request.round} was summed over {', '.join(before)}; a sum over {', '.join(names)} would give away the "
-            "difference"
-        )
+        was, now = ", ".join(before), ", ".join(names)
+        return f"round {round_} was summed over {was}; a sum over {now} would give away the difference"
 
-    def _pair_keys(self, request: Request, terms: Terms, run: RunKeys) -> dict[str, bytes]:
-        """The key of each pair: of this run, round and attempt, and of all sites' keys."""
-        adverts = [a.model_dump() for a in sorted(terms.adverts, key=lambda a: a.site)]
-        attempt = {"run_id": request.run_id, "round": request.round, "serial": terms.serial, "adverts": adverts}
-        keys = {}
-        for advert in terms.adverts:
-            if advert.site != self._site.name:
-                pair = sorted([self._site.name, advert.site])
-                context = canonical(PAIR, {**attempt, "pair": pair})
-                try:
-                    keys[advert.site] = pair_key(run.private, bytes.fromhex(advert.public), context)
-                except FedmllmError as error:
-                    raise self._refused(f"{advert.site}: {error}") from None
-        return keys
-
-    def _commit(self, request: Request, terms: Terms) -> None:
-        summed = self._summed(request.run_id)
-        if str(request.round) not in summed:
+    def _commit(self, run_id: str, round_: int, names: list[str]) -> None:
+        if reason := self._other_sum(run_id, round_, names):
+            raise self._refused(reason)
+        summed = self._summed(run_id)
+        if str(round_) not in summed:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(self._file(request.run_id), json.dumps({**summed, str(request.round): terms.names()}))
+            write_atomically(self._file(run_id), json.dumps({**summed, str(round_): names}))
 
     def _summed(self, run_id: str) -> dict[str, list[str]]:
         """Round -> the sites that it was summed over."""
@@ -202,3 +340,7 @@ class SecureMember:
 
     def _refused(self, reason: str) -> Refused:
         return Refused(self._site.refusal([reason]))
+
+
+def _publics(terms: Terms) -> dict[str, str]:
+    return {advert.site: advert.public for advert in terms.adverts}

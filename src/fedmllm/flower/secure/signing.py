@@ -21,7 +21,7 @@ def canonical(what: str, facts: dict[str, Any]) -> bytes:
     return json.dumps({"protocol": PROTOCOL, "what": what, **facts}, sort_keys=True).encode()
 
 
-def private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def site_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """A site's private key.
 
     Raises:
@@ -36,7 +36,7 @@ def private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def public_key(text: str) -> ec.EllipticCurvePublicKey:
+def site_public_key(text: str) -> ec.EllipticCurvePublicKey:
     """A site's public key.
 
     Args:

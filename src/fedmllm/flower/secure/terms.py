@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from fedmllm.config.engine import LEAST_SITES, MOST_SITES
 from fedmllm.core.spec import Spec
 
+RUN_ID = "^[0-9a-f]{12}$"
 HEX_KEY, HEX_SIGNATURE = r"^[0-9a-f]{64}$", r"^[0-9a-f]{16,300}$"
 
-KEY = "key"  # request for a new key of a run
+KEY, PREPARE, SIGN, OPEN = "key", "prepare", "sign", "open"  # requests about a secure sum
+Share = Annotated[str, Field(pattern=r"^[0-9a-f]{1,140}$")]
 
 
 class Advert(Spec):
@@ -41,6 +43,50 @@ class Terms(Spec):
     max_norm: float = Field(ge=0)
     """Largest norm of the delta; 0 = no limit."""
 
+    threshold: int = Field(0, ge=0, le=MOST_SITES)
+    """Shares that give a missing site's key; 0 = no shares, all sites are needed."""
+    mask_keys: tuple[Advert, ...] = Field((), max_length=MOST_SITES)
+    """With shares: each site's key of this attempt, from which its masks come."""
+    shares: dict[str, str] = Field({}, max_length=MOST_SITES)
+    """With shares: those for this site by the name of the site that made them, encrypted. They differ from site to site."""
+
     def names(self) -> list[str]:
         """The sites of the sum, sorted."""
         return sorted(advert.site for advert in self.adverts)
+
+
+class Prepared(Spec):
+    """A site's key of an attempt and the shares of its secrets for the other sites."""
+
+    mask_key: Advert
+    """Key of the attempt, signed."""
+    shares: dict[str, Annotated[str, Field(max_length=1000)]] = Field(max_length=MOST_SITES)
+    """By the name of the site that can decrypt it."""
+
+
+class Opened(Spec):
+    """A site's shares of other sites' secrets: of each site one of the two, never both."""
+
+    seeds: dict[str, Share] = Field(max_length=MOST_SITES)
+    """Of the own masks of sites whose update is in the sum."""
+    keys: dict[str, Share] = Field(max_length=MOST_SITES)
+    """Of the keys of the attempt of sites that are missing."""
+
+
+class Ask(Spec):
+    """A request about keys and shares of a secure sum."""
+
+    op: Literal["key", "prepare", "sign", "open"]
+    """What is asked."""
+    run_id: str = Field(pattern=RUN_ID)
+    """Of the run."""
+    round: PositiveInt = 1
+    """Of the run, from 1."""
+    terms: Terms | None = None
+    """Of the attempt, for "prepare"."""
+    serial: int = Field(0, ge=0)
+    """Of the attempt, for "sign" and "open"."""
+    alive: tuple[str, ...] = Field((), max_length=MOST_SITES)
+    """The sites whose updates are in the sum, sorted."""
+    signatures: dict[str, Annotated[str, Field(pattern=HEX_SIGNATURE)]] = Field({}, max_length=MOST_SITES)
+    """Of `alive`, by site."""

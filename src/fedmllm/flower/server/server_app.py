@@ -155,12 +155,14 @@ class Sites:
 
         yield from ask(grid, messages, s.round_timeout_s, _POLL_S, lost)
 
-    def requests(self, at: Round, sents: Mapping[int, Sent], terms: Terms | None = None) -> dict[int, RecordDict]:
-        """The content of the message to each of these clients."""
+    def requests(
+        self, at: Round, sents: Mapping[int, Sent], terms: Mapping[int, Terms] | None = None
+    ) -> dict[int, RecordDict]:
+        """The content of the message to each of these clients; with the terms of a secure sum, if it is one."""
         contents: dict[int, RecordDict] = {}
         for tree, clients in distinct({k: sent.travelling() for k, sent in sents.items()}):
             packed = Packed(tree)
-            contents |= {k: self._content(packed, at, k, sents[k], terms) for k in clients}
+            contents |= {k: self._content(packed, at, k, sents[k], terms[k] if terms else None) for k in clients}
         return contents
 
     def _read(self, client: int, at: Round, sent: Sent, reply: Message | str) -> ClientUpdate | ClientFailure:

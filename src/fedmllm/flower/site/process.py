@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -41,13 +40,15 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.spec import validate
 from fedmllm.flower.keys import refuse_open_key
 from fedmllm.flower.patches import PULL_CAP_S, PULL_FIRST_S, PULL_S, set_message_id
 from fedmllm.flower.processes import exclusive_lock, stop
-from fedmllm.flower.request import KEPT, RUN_ID, Request
+from fedmllm.flower.request import KEPT, LARGEST_REQUEST, Request
+from fedmllm.flower.secure.attempt import common_digest
 from fedmllm.flower.secure.fixed_point import to_bytes
 from fedmllm.flower.secure.member import SecureMember
-from fedmllm.flower.secure.terms import KEY
+from fedmllm.flower.secure.terms import Ask
 from fedmllm.flower.site.config import Refused, Site, state_folder
 from fedmllm.flower.site.probe import report_reachability
 from fedmllm.flower.site.resident import ResidentTrainer
@@ -214,7 +215,7 @@ def answer(message: Message, trainer: ResidentTrainer, member: SecureMember) -> 
     try:
         about = message.content[ABOUT]
         if SECURE in about:
-            return _keys(json.loads(str(about[SECURE])), member)
+            return _keys(str(about[SECURE]), member)
         head = {"request": str(about["request"]), "manifest": str(about["manifest"])}
         adapter = array_data(message.content)
     except (FedmllmError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -227,7 +228,7 @@ def answer(message: Message, trainer: ResidentTrainer, member: SecureMember) -> 
         if REFUSED in said:
             return _refusal(said[REFUSED])
         if request.secure:
-            return _masked(request, said, delta, member)
+            return _masked(request, common_digest(head["request"], adapter), said, delta, member)
     except (Refused, ConfigError) as error:
         return _refusal(str(error))
     line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(delta)} bytes, {said['metrics']}; "
@@ -241,17 +242,24 @@ def reply_content(said: dict[str, Any], delta: bytes) -> RecordDict:
     return RecordDict({ADAPTER_KEY: array_record(delta), ABOUT: ConfigRecord(words)})
 
 
-def _keys(asked: dict[str, Any], member: SecureMember) -> tuple[RecordDict, str]:
-    run_id = str(asked.get("run_id"))
-    if asked.get("op") != KEY or not re.fullmatch(RUN_ID, run_id):
-        return _refusal(f"request for keys: got {asked}; allowed: op = {KEY!r} with a run_id")
-    words = ConfigRecord({SECURE: member.advertise(run_id).model_dump_json()})
-    return RecordDict({ABOUT: words}), f"made a key for secure sums of run {run_id}"
+def _keys(text: str, member: SecureMember) -> tuple[RecordDict, str]:
+    try:
+        if len(text) > LARGEST_REQUEST:
+            raise ConfigError(f"request: {len(text)} characters; at most {LARGEST_REQUEST} are allowed")
+        ask = cast("Ask", validate(Ask, json.loads(text), "request"))
+        words = ConfigRecord({SECURE: member.respond(ask)})
+    except (Refused, ConfigError) as error:
+        return _refusal(str(error))
+    return RecordDict({ABOUT: words}), f"secure sum of run {ask.run_id}: {ask.op}"
 
 
-def _masked(request: Request, said: dict[str, Any], delta: bytes, member: SecureMember) -> tuple[RecordDict, str]:
+def _masked(
+    request: Request, common: str, said: dict[str, Any], delta: bytes, member: SecureMember
+) -> tuple[RecordDict, str]:
     """A reply of which the server can read the kept state's digest only, unless it has those of all other sites."""
-    data = to_bytes(member.mask(request, np.frombuffer(delta, dtype="<f4"), int(said["num_examples"]), said["metrics"]))
+    data = to_bytes(
+        member.mask(request, common, np.frombuffer(delta, dtype="<f4"), int(said["num_examples"]), said["metrics"])
+    )
     words = {"manifest": said["manifest"]} | ({KEPT: said[KEPT]} if KEPT in said else {})
     others = len(request.secure.adverts) - 1 if request.secure else 0
     line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(data)} bytes, masked "
