@@ -1,4 +1,4 @@
-"""One attempt at a secure sum that survives missing sites, as a site keeps it.
+"""An attempt at a secure sum that survives missing sites.
 
 Bonawitz et al., CCS 2017, figure 4, with keys of one attempt: a site's update has the pairs' masks and a mask of its own.
 Shares of the seed of the own mask and of the key behind the pairs' masks go to all sites, encrypted. If the site's update is in
