@@ -31,7 +31,7 @@ from fedmllm.flower.secure.terms import Advert, Ask, Opened, Prepared, Terms
 from fedmllm.flower.site.config import Refused, Site
 
 RUN_KEY, ATTEMPT_KEY, ALIVE = "key of a run", "key of an attempt", "sites of a sum"
-T = TypeVar("T")
+_T = TypeVar("_T")
 MOST_RUNS = 4  # whose keys are in memory
 
 
@@ -281,7 +281,7 @@ class SecureMember:
         stated = {**facts, "site": advert.site, "public": advert.public}
         return key is not None and is_signed(key, advert.signature, what, stated)
 
-    def _guarded(self, function: Callable[[], T]) -> T:
+    def _guarded(self, function: Callable[[], _T]) -> _T:
         """The function's result; its error as a refusal."""
         try:
             return function()

@@ -35,7 +35,7 @@ from fedmllm.flower.wire import ABOUT, REFUSED, SECURE, array_data, legible, mas
 if TYPE_CHECKING:
     from fedmllm.flower.server.server_app import Sites
 
-S = TypeVar("S")
+_S = TypeVar("_S")
 
 
 class SecureRounds:
@@ -221,11 +221,11 @@ class SecureRounds:
         return total
 
     def _all(
-        self, at: Round, since: Mapping[int, str], asks: Mapping[int, Ask], read: Callable[[str], S]
-    ) -> tuple[dict[int, S], dict[int, str]]:
+        self, at: Round, since: Mapping[int, str], asks: Mapping[int, Ask], read: Callable[[str], _S]
+    ) -> tuple[dict[int, _S], dict[int, str]]:
         """Ask these sites at once -> (what each one answered, why the others did not)."""
         contents = {k: RecordDict({ABOUT: ConfigRecord({SECURE: a.model_dump_json()})}) for k, a in asks.items()}
-        found, reasons = dict[int, S](), dict[int, str]()
+        found, reasons = dict[int, _S](), dict[int, str]()
         for client, reply in self._sites.exchange(at, since, contents):
             try:
                 found[client] = read(read_secure(reply))
@@ -249,9 +249,9 @@ class SecureRounds:
         )
 
 
-def parsed(kind: type[S]) -> Callable[[str], S]:
+def parsed(kind: type[_S]) -> Callable[[str], _S]:
     """A reader of a site's JSON."""
-    return lambda text: cast("S", validate(cast("type[Spec]", kind), json.loads(text), "its reply"))
+    return lambda text: cast("_S", validate(cast("type[Spec]", kind), json.loads(text), "its reply"))
 
 
 def signature(text: str) -> str:
