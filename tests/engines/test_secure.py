@@ -765,6 +765,23 @@ def test_a_run_with_masks_gives_the_adapter_of_one_without(rows, tmp_path, monke
     assert first["settings"]["engine"]["secure"] == {"drop_outs": "repeat", "bits": 32, "bound": 8.0}
 
 
+def test_the_dry_run_prints_what_leaves_masked(rows, tmp_path):
+    from fedmllm.flower.site.dry_run import dry_run
+
+    write_sites(rows, tmp_path, allow="secure_sites = 3")
+    lines = []
+    secure = rows.folder / "secure.toml"
+    secure.write_text((rows.folder / "experiment.toml").read_text() + "secure = {}\n")
+    dry_run(tmp_path / "east" / "site.toml", secure, tmp_path / "sent", lines.append)
+    after = "\n".join(lines).split("this site would reply:")[1]
+    assert "as one masked uint64 array" in after
+    assert "num_examples" not in after
+    words = from_bytes((tmp_path / "sent").read_bytes())
+    assert chisquare(np.bincount(words >> np.uint64(60), minlength=16)).pvalue > 1e-6
+    with pytest.raises(Refused, match="an update in the clear; this site allows sums over 3 sites only"):
+        dry_run(tmp_path / "east" / "site.toml", rows.folder / "experiment.toml", None, lines.append)
+
+
 def test_without_peers_a_site_takes_part_in_no_secure_sum(rows, tmp_path):
     write_sites(rows, tmp_path, allow="", peers=False)
     member = SecureMember(Site.load(tmp_path / "east" / "site.toml"), tmp_path / "state")

@@ -49,6 +49,11 @@ metrics = ["loss", "num_steps", "num_tokens", "time_s"]
 [allow.settings]
 "train.lr" = {{ max = 1e-2 }}
 "lora.r" = {{ max = 8 }}     # the larger the rank, the more rows a delta can be split into
+
+# For secure aggregation: the site.key.pub of each site, from that site and not from the server. Then secure_sites = 3 in
+# [allow] makes sure that nothing leaves this site unmasked.
+# [peers]
+# other-site = "ecdsa-sha2-nistp384 ..."
 """
 
 

@@ -23,6 +23,7 @@ from fedmllm.config.engine import Engine, InProcess
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.metrics import Metric
 from fedmllm.core.spec import Named
+from fedmllm.core.tensors import mean_delta, plain_mean_delta
 from fedmllm.core.types import ClientUpdate, Example, Modality, Params, Prediction, Round, Sent
 from fedmllm.data.prompts import Prompt
 from fedmllm.federation.client import Clients
@@ -101,6 +102,13 @@ def check_aggregator(aggregator: Aggregator) -> None:
     empty = ClientUpdate(9, {name: torch.full_like(t, 7.0) for name, t in updates[0].delta.items()}, 0, {"loss": 0.0})
     with_empty, _ = aggregator.apply(start, state, at, [*updates, replace(empty, extra=updates[0].extra)])
     assert _equal({"": params}, {"": with_empty}), "a client without rows changed the result"
+    if aggregator.weighted_by:
+        mean = (mean_delta if aggregator.weighted_by == "rows" else plain_mean_delta)(updates)
+        whole = replace(updates[0], delta=mean, num_examples=21, clients=at.cohort)
+        of_mean, _ = aggregator.apply(start, state, at, [whole])
+        assert all(torch.allclose(params[n], of_mean[n], rtol=1e-3, atol=1e-4) for n in params), (
+            f"weighted_by is {aggregator.weighted_by!r}, but apply() gave another result for that mean of the updates"
+        )
     for bad, rule in ((reversed(updates), "updates in descending order"), ((), "a round without updates")):
         try:
             aggregator.apply(start, state, at, bad)

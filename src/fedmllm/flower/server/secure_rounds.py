@@ -103,16 +103,15 @@ class SecureRounds:
             own = self._prepare(at, since, own, lost, len(sents))
         like = next(iter(sents.values())).returned()
         requests = self._sites.requests(at, {k: sents[k] for k in own}, own)
-        words = self._masked(at, like, since, requests, lost)
+        total, replies = self._masked(at, like, since, requests, lost)
         self._note(lost, {}, len(sents))
-        total = np.add.reduce([words[k][0] for k in sorted(words)])
         if self._recovers:
             content = next(iter(requests.values()))
             common = common_digest(str(content[ABOUT]["request"]), array_data(content))
-            total = self._unmasked(at, since, next(iter(own.values())), common, sorted(own), sorted(words), total)
+            total = self._unmasked(at, since, next(iter(own.values())), common, sorted(own), sorted(replies), total)
         for k in lost:
             self._adverts.pop(k, None)  # a site that was restarted has another key
-        update = self._read(at, total, like, {k: words[k][1] for k in sorted(words)}, next(iter(own.values())))
+        update = self._read(at, total, like, replies, next(iter(own.values())))
         return [update, *(ClientFailure(k, reason) for k, reason in sorted(lost.items()))]
 
     def _note(self, lost: dict[int, str], more: Mapping[int, str], cohort: int) -> None:
@@ -128,16 +127,17 @@ class SecureRounds:
         since: Mapping[int, str],
         requests: Mapping[int, RecordDict],
         lost: dict[int, str],
-    ) -> dict[int, tuple[Words, Message]]:
-        """The masked words and the reply of each site that has answered; the others join `lost`."""
+    ) -> tuple[Words, dict[int, Message]]:
+        """The sum of the masked words, and the replies in ascending order; sites without one join `lost`."""
         num_words = sum(t.numel() for t in like.values()) + 1 + 2 * len(SUMMED_METRICS)
-        words: dict[int, tuple[Words, Message]] = {}
+        total, replies = np.zeros(num_words, dtype=np.uint64), dict[int, Message]()
         for client, reply in self._sites.exchange(at, since, requests):
             try:
-                words[client] = (read_words(reply, num_words, like), cast("Message", reply))
+                total += read_words(reply, num_words, like)
+                replies[client] = cast("Message", reply)
             except FedmllmError as error:
                 lost[client] = str(error)
-        return words
+        return total, {k: replies[k] for k in sorted(replies)}
 
     def _read(
         self, at: Round, total: Words, like: Params, replies: Mapping[int, Message], terms: Terms
@@ -159,7 +159,9 @@ class SecureRounds:
         """Ask the sites whose key of this run is not known; return those that gave none, with the reason."""
         ask = Ask(op=KEY, run_id=self._run_id)
         found, reasons = self._all(at, since, {k: ask for k in since if k not in self._adverts}, parsed(Advert))
-        self._adverts |= found
+        names = self._sites.names
+        reasons |= {k: f"it calls itself {legible(a.site)}" for k, a in found.items() if a.site != names[k]}
+        self._adverts |= {k: advert for k, advert in found.items() if k not in reasons}
         return reasons
 
     def _prepare(

@@ -12,7 +12,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -260,12 +260,15 @@ def _masked(
     data = to_bytes(
         member.mask(request, common, np.frombuffer(delta, dtype="<f4"), int(said["num_examples"]), said["metrics"])
     )
-    words = {"manifest": said["manifest"]} | ({KEPT: said[KEPT]} if KEPT in said else {})
     others = len(request.secure.adverts) - 1 if request.secure else 0
     line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(data)} bytes, masked "
-    return RecordDict(
-        {ADAPTER_KEY: masked_record(data), ABOUT: ConfigRecord(words)}
-    ), f"{line}with {others} other sites"
+    return masked_content(data, said), f"{line}with {others} other sites"
+
+
+def masked_content(data: bytes, said: Mapping[str, Any]) -> RecordDict:
+    """Everything that leaves a site after a round of a secure sum: masked words, manifest, digest of kept state."""
+    words = {"manifest": said["manifest"]} | ({KEPT: said[KEPT]} if KEPT in said else {})
+    return RecordDict({ADAPTER_KEY: masked_record(data), ABOUT: ConfigRecord(words)})
 
 
 def _refusal(reason: str) -> tuple[RecordDict, str]:
