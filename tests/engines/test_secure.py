@@ -674,7 +674,7 @@ def test_the_aggregators_that_need_a_sum_only_are_these():
         ({"aggregator": "scaffold"}, "got 'scaffold', which returns more than the delta"),
         (
             {"privacy": {"name": "client-dp", "noise_multiplier": 1, "clip": 1}},
-            r"privacy\.name: got 'client-dp', which needs each site's update",
+            r"privacy\.name: got 'client-dp'; engine\.secure gives the server the sum",
         ),
         ({"cohort_size": 2}, "cohort_size: got 2; engine.secure needs 3 to 50 sites a round"),
         ({"engine": {**SECURE, "secure": {"bits": 40}}, "cohort_size": 5}, "lower bits or bound"),
