@@ -13,7 +13,7 @@ RUN_ID = "^[0-9a-f]{12}$"
 HEX_KEY, HEX_SIGNATURE = r"^[0-9a-f]{64}$", r"^[0-9a-f]{16,300}$"
 
 KEY, PREPARE, SIGN, OPEN = "key", "prepare", "sign", "open"  # requests about a secure sum
-Share = Annotated[str, Field(pattern=r"^[0-9a-f]{1,140}$")]
+_Share = Annotated[str, Field(pattern=r"^[0-9a-f]{1,140}$")]
 
 
 class Advert(Spec):
@@ -67,9 +67,9 @@ class Prepared(Spec):
 class Opened(Spec):
     """A site's shares of other sites' secrets: of each site one of the two, never both."""
 
-    seeds: dict[str, Share] = Field(max_length=MOST_SITES)
+    seeds: dict[str, _Share] = Field(max_length=MOST_SITES)
     """Of the own masks of sites whose update is in the sum."""
-    keys: dict[str, Share] = Field(max_length=MOST_SITES)
+    keys: dict[str, _Share] = Field(max_length=MOST_SITES)
     """Of the keys of the attempt of sites that are missing."""
 
 
