@@ -93,6 +93,9 @@ def test_an_archive_gives_the_report_of_its_folder_and_continues_as_a_suite(suit
     before = out.read_bytes()
     pack_results(suite, out)
     assert out.read_bytes() == before
+    (suite / "suite.json").rename(tmp_path / "suite.json")
+    assert pack_results(suite, tmp_path / "bare.tar.xz") == 8  # runs without a suite
+    (tmp_path / "suite.json").rename(suite / "suite.json")
     pages = []
     for source, name in ((suite, "folder"), (out, "archive")):
         paths = write_report([source], tmp_path / f"{name}.html")

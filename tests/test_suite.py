@@ -171,6 +171,8 @@ def test_claims_are_checked_against_the_labels_and_reach_the_report(tmp_path: Pa
         (("higher =", "above ="), "claims 1: above: unknown key"),
         (("lower = { methods", "text = { methods"), "claims 1: lower: missing"),
         (('visible = "image"', "visible = 3"), "claims 1: visible: got 3; give a text"),
+        (('"image"', '"imag"'), "claims 1: visible: got 'imag'; the cells have: both, image; did you mean 'image'"),
+        (("visible =", "metric ="), "claims 1: metric: got 'image'; the cells have: auc, auc_hard, accuracy"),
         (("[[claims]]", "[claims]"), "claims: got .*; give tables"),
     ],
 )

@@ -42,7 +42,8 @@ def pack_results(folder: Path, out: Path) -> int:
     runs = sorted(path.parent for path in folder.glob(f"*/{SUMMARY}"))
     if not runs:
         raise FedmllmError(f"{folder}: no finished run (a folder with {RECORD} and {SUMMARY})")
-    files = [folder / SUITE, *(run / name for run in runs for name in (RECORD, SUMMARY))]
+    suite = [folder / SUITE] if (folder / SUITE).is_file() else []  # runs without a suite have no labels
+    files = [*suite, *(run / name for run in runs for name in (RECORD, SUMMARY))]
     with writing(out), tarfile.open(out, "w:xz", preset=9) as archive:
         for path in files:
             data = path.read_bytes()

@@ -117,6 +117,8 @@ class Suite:
             raise ConfigError("\n".join(f"{path}: {line}" for line in errors))
         if not cells:
             raise ConfigError(f"{path}: the matrix has no cell")
+        for number, claim in enumerate(claims, start=1):
+            _refuse_unmeasured(claim, [cell.experiment for cell in cells.values()], f"{path}: claims {number}")
         return cls(str(table.get("title") or path.stem), tuple(cells.values()), tuple(left_out), claims)
 
     def select(self, words: Sequence[str]) -> tuple[Cell, ...]:
@@ -274,6 +276,19 @@ def declared_claims(claims: Any, axes: Mapping[str, Mapping[str, Any]], path: Pa
             sides[side] = skipped(several, axes, f"{place}: {side}")
         found.append({**table, **sides})
     return tuple(found)
+
+
+def _refuse_unmeasured(claim: Mapping[str, Any], experiments: Sequence[Experiment], place: str) -> None:
+    """Raise ConfigError if no cell has the claim's metric or visible modalities: a report could not decide it."""
+    measured = {
+        "metric": dict.fromkeys(name for e in experiments for name in e.metrics()),
+        "visible": dict.fromkeys(visible for e in experiments for visible in e.evaluate.visible),
+    }
+    for key, known in measured.items():
+        if key in claim and claim[key] not in known:
+            raise ConfigError(
+                f"{place}: {key}: got {claim[key]!r}; the cells have: {', '.join(known)}{nearest(claim[key], list(known))}"
+            )
 
 
 def seeded(keys: Sequence[str], seed: int) -> dict[str, Any]:
