@@ -11,6 +11,9 @@ import pytest
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.types import visible_of
+from fedmllm.data.drivelm import CAMERAS
+from fedmllm.data.synthetic_clinic import SyntheticClinic
+from fedmllm.data.synthetic_driving import SENSORS, SyntheticDriving
 from fedmllm.reports.importance import importances
 from fedmllm.reports.reading import BySeed, DatasetResults, Draw
 from fedmllm.reports.write import write_report
@@ -126,3 +129,20 @@ def test_new_rows_of_the_clinic_are_predicted_from_its_columns(clinic: Path) -> 
     assert [row["visible"] for row in part] == [["labs"], ["labs"]]
     assert whole[1]["p"] == pytest.approx(part[1]["p"])
     assert whole[0]["p"] != pytest.approx(part[0]["p"])
+
+
+def test_the_ceilings_on_the_page_are_those_of_the_laws() -> None:
+    page = (ROOT / "docs/modalities.md").read_text(encoding="utf-8")
+    clinic, driving = SyntheticClinic(), SyntheticDriving()
+    rows = {
+        "all four": clinic.modalities(),
+        "any three": ("image", "labs", "genes"),
+        "picture and report, or labs and genes": ("labs", "genes"),
+        "any other two": ("image", "genes"),
+        "any one": ("labs",),
+    }
+    for words, visible in rows.items():
+        assert f"| {words} | {clinic.ceilings(frozenset(visible))['auc']:.3f} |" in page
+    best = [driving.ceilings(frozenset(v))["accuracy"] for v in (driving.modalities(), CAMERAS, SENSORS, ())]
+    words = ("with everything", "without the sensors", "without the cameras", "with nothing")
+    assert all(f"{value:.3f} {word}" in page for value, word in zip(best, words, strict=True))

@@ -30,7 +30,7 @@ REPORT = {"good": -1.0, "plain": 0.0, "bad": 1.0}  # tone of the words
 LAB = {"low": -1.0, "normal": 0.0, "high": 1.0}  # of the marker; the other value means nothing
 GENE = {"guards": -1.0, "none": 0.0, "harms": 1.0}
 # The substances and genes do not exist: nothing here may be taken for medicine. Their names and the flags are words that the
-# embedded model has met, one token each: names spelt letter by letter are hardly learned in twenty rounds (results/LOG.md).
+# embedded model has met, one token each.
 MARKER, OTHER = "amber", "birch"
 LEVELS = {"low": (0.5, 4.4), "normal": (5.1, 19.0), "high": (22.0, 90.0)}  # of the marker; normal is 5 to 20
 GENES = ("heron", "flint", "coral")  # the first harms, the second guards, the third means nothing
