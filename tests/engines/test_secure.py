@@ -42,6 +42,7 @@ from fedmllm.flower.site.config import Refused, Site
 from fedmllm.flower.site.process import answer
 from fedmllm.flower.wire import array_data
 from fedmllm.runs.record import read
+from fedmllm.runs.result import load_run
 from support.sites_in_process import Plain, over_the_wire, write_sites
 
 EXPERIMENT = Experiment.parse({"data": "synthetic-irony", "cohort_size": 1})
@@ -757,7 +758,8 @@ def test_a_run_with_masks_gives_the_adapter_of_one_without(rows, tmp_path, monke
     assert event["dropped"] == []
     assert "aggregation_error" not in event  # it would need each update
     size = sum(t.numel() for t in clear.values())
-    assert event["up_bytes"] == 3 * 8 * (size + 9)
+    assert event["up_bytes"] == 3 * 8 * (size + 9) == event["up_lora_bytes"]
+    assert load_run(tmp_path / "masked" / "out").history.rounds[0]["num_averaged"] == 3
     texts = [json.dumps(dict(content["about"])) for _, content in wire.replies if "adapter" in content]
     assert len(texts) == 3
     assert not any("loss" in text or "num_examples" in text for text in texts)

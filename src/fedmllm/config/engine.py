@@ -148,7 +148,7 @@ class FlowerSites(Engine):
     }  # a request names none, and a site reports no modalities
     min_sites: NonNegativeInt = 1
     """Usable responses that a round needs, if its cohort is that large; 0 = a round counts whoever responds, as privacy
-    "client-dp" requires."""
+    "client-dp" requires. With `secure` at least the sites that a sum needs."""
     attempts: PositiveInt = 3
     """Attempts at a round before the run stops."""
     round_timeout_s: PositiveFloat = 3600.0

@@ -178,7 +178,7 @@ class UpdateValidator:
         for update in updates:
             if isinstance(update, ClientUpdate):
                 self._up_bytes += _up_bytes(update)
-                self._up_lora_bytes += lora_bytes(update.delta) * update.num_clients + lora_bytes(update.extra)
+                self._up_lora_bytes += _up_lora_bytes(update)
             size = norm(update.delta) if isinstance(update, ClientUpdate) else 0.0
             if reason := self._fault(update, size):
                 self._leave_out(update.client, reason)
@@ -251,6 +251,12 @@ def _clients(update: ClientUpdate | ClientFailure) -> tuple[int, ...]:
 
 def _up_bytes(update: ClientUpdate) -> int:
     return update.sent_bytes or num_bytes(update.delta) + num_bytes(update.extra)
+
+
+def _up_lora_bytes(update: ClientUpdate) -> int:
+    if update.sent_bytes:  # masked words of all tensors alike
+        return update.sent_bytes * lora_bytes(update.delta) // max(1, num_bytes(update.delta))
+    return lora_bytes(update.delta) + lora_bytes(update.extra)
 
 
 def _mismatch(kind: str, like: Params, got: Params) -> str:

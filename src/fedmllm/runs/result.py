@@ -232,7 +232,7 @@ def round_columns(line: Mapping[str, Any]) -> dict[str, Any]:
     means = {key: sum(values) / len(values) if values else None for key, values in known.items()}
     counts = {
         "num_clients": len(line["cohort"]),
-        "num_averaged": len(entries),
+        "num_averaged": sum(len(entry.get("clients") or (0,)) for entry in entries),
         "num_dropped": len(line["dropped"]),
         "num_dropped_out": len(line.get("dropped_out") or ()),
     }
