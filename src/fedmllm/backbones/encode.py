@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import ProcessorMixin
 
@@ -19,7 +21,7 @@ from fedmllm.backbones.base import Row
 from fedmllm.backbones.cache.prompt_memory import PromptMemory
 from fedmllm.backbones.plain_text import PlainText
 from fedmllm.core.errors import DataError, FedmllmError
-from fedmllm.core.images import open_image
+from fedmllm.core.images import CANVAS, FEATURES, open_image
 from fedmllm.core.types import Conversation
 
 if TYPE_CHECKING:
@@ -75,7 +77,8 @@ class Encoder:
         return self._memory.row(prompt, self._prompt)
 
     def _prompt(self, prompt: Conversation) -> Row:
-        pictures = [open_image(picture.path) for picture in prompt.pictures]
+        imagined = _imagined([picture.path for picture in prompt.pictures])
+        pictures = [_canvas() if imagined is not None else open_image(picture.path) for picture in prompt.pictures]
         output = self._process(prompt, pictures)
         ids = output["input_ids"][0]
         images = {k: v for k, v in output.items() if k in self.image_arguments and isinstance(v, Tensor)}
@@ -87,7 +90,8 @@ class Encoder:
         if self.rope_index is not None:
             per_token["position_ids"] = self._positions(ids, images, per_token)
         self._check_length(len(ids), prompt)
-        return Row(ids, torch.full_like(ids, IGNORED), images, _digest(images), per_token)
+        digest = _digest(images if imagined is None else {**images, "imagined": imagined})
+        return Row(ids, torch.full_like(ids, IGNORED), images, digest, per_token, imagined)
 
     def answered(self, row: Row, answer_ids: list[int]) -> Row:
         """`row` with `answer_ids` behind it, and labels on them."""
@@ -98,6 +102,7 @@ class Encoder:
             row.images,
             row.image_key,
             {key: _extend(key, value, len(answer_ids)) for key, value in row.per_token.items()},
+            row.imagined,
         )
 
     def answer_ids(self, answer: str) -> list[int]:
@@ -181,6 +186,19 @@ def _extend(key: str, value: Tensor, num: int) -> Tensor:
         else value.max() + 1 + torch.arange(num).expand(*value.shape[:-1], -1)
     )
     return torch.cat([value, tail], dim=-1)
+
+
+def _imagined(paths: Sequence[Path]) -> Tensor | None:
+    """Features [Q, D] of the files that hold them in place of pictures; None if these are pictures."""
+    if not paths or any(path.suffix != FEATURES for path in paths):
+        return None
+    return torch.cat([load_file(path)["vectors"] for path in paths])
+
+
+def _canvas() -> Image:
+    from PIL import Image
+
+    return Image.new("RGB", (CANVAS, CANVAS), "white")
 
 
 def _digest(images: dict[str, Tensor]) -> str:

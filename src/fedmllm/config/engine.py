@@ -18,6 +18,7 @@ Capability = Literal[
     "completion",
     "profiles",
     "modality-dropout",
+    "learned-completion",
     "row-privacy",
 ]
 """What an algorithm or an experiment may need of an engine.
@@ -26,8 +27,8 @@ client-state: what a client keeps reaches its next round. extra: other tensors t
 partial: some tensors of the adapter neither train nor travel. frozen-adapter: an additive adapter of any rank that does
 not train. mixed-ranks: clients of unequal LoRA rank. scale: a factor of the trained adapter's product. completion: rows
 that are filled or converted, and public rows. profiles: the server knows which modalities each client has.
-modality-dropout: complete rows lose modalities in training. row-privacy: it clips each row's gradient and adds noise
-(`Clients.row_noise`).
+modality-dropout: complete rows lose modalities in training. learned-completion: a completion that is learned before
+training. row-privacy: it clips each row's gradient and adds noise (`Clients.row_noise`).
 """
 ALL: frozenset[str] = frozenset(get_args(Capability))
 
@@ -70,7 +71,8 @@ class FlowerSimulation(Engine):
 
     name: Literal["flower-simulation"] = "flower-simulation"
     import_path = "fedmllm.flower.simulation:SimulationEngine"
-    supports = ALL
+    import_path = "fedmllm.flower.simulation:FlowerSimulation"
+    supports = ALL - {"learned-completion"}  # its actors load an experiment, not what a run has learned
     num_actors: PositiveInt = 2
     """Ray actors on one machine; on a cluster (RAY_ADDRESS) as many as its CPUs allow."""
     cpus_per_actor: PositiveInt = 1
@@ -145,6 +147,7 @@ class FlowerSites(Engine):
         "completion",
         "profiles",
         "modality-dropout",
+        "learned-completion",
     }  # a request names none, and a site reports no modalities
     min_sites: NonNegativeInt = 1
     """Usable responses that a round needs, if its cohort is that large; 0 = a round counts whoever responds, as privacy

@@ -343,6 +343,23 @@ class Experiment(Spec):
                 f"engine.name: got {self.engine.name!r}, which supports neither completion nor public rows; "
                 f"allowed: {', '.join(able)}"
             )
+        if self.completion.learns and "learned-completion" not in self.engine.supports:
+            members = ((n, cast("type[Engine]", e)) for n, e in Engine.members.items())
+            able = [n for n, e in sorted(members) if {"completion", "learned-completion"} <= e.supports]
+            raise ValueError(
+                f"engine.name: got {self.engine.name!r}, which does not support completion {self.completion.name!r}, "
+                f"learned before training; allowed: {', '.join(able)}"
+            )
+        if self.completion.learns and self.method not in ("federated", "centralised"):
+            raise ValueError(
+                f"completion: got {self.completion.name!r}, which all clients learn together, with method {self.method!r}; "
+                "allowed: federated, centralised"
+            )
+        if self.completion.learns and self.privacy.name != "none":
+            raise ValueError(
+                f"completion: got {self.completion.name!r} with privacy {self.privacy.name!r}, which does not cover what "
+                "clients send before training"
+            )
         if self.completion.reads_model and self.backbone.lora.train_extra:
             raise ValueError(
                 f"backbone.lora.train_extra: got {list(self.backbone.lora.train_extra)}; completion "

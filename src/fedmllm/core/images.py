@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 100_000_000  # a 10,000 x 10,000 picture; a larger one is a mistake or a decompression bomb
 MAX_NAME = 200  # characters of a path in a message
+CANVAS = 224  # pixels of a side of the blank picture whose place imagined features take
+FEATURES = ".features"  # ending of a file that holds features in place of a picture
 _ORIENTATION = 274  # EXIF tag
 
 

@@ -128,6 +128,19 @@ class EngineNote(Event):
 
 
 @dataclass(frozen=True)
+class CompletionRound(Event):
+    """A round is finished in which a completion was learned, before training. Its bytes are not in those of the rounds."""
+
+    kind = "completion_round"
+    round: int
+    num_rounds: int
+    clients: list[dict[str, Any]]  # those averaged: client, num_examples, norm, loss
+    up_bytes: int
+    down_bytes: int
+    wall_s: float
+
+
+@dataclass(frozen=True)
 class RoundEnd(Event):
     """A round is finished. Bytes are those of the round, over all its clients."""
 

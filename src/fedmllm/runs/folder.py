@@ -33,6 +33,11 @@ class RunFolder:
         return self.path / SUMMARY
 
     @property
+    def completion(self) -> Path:
+        """What a completion has learned before training."""
+        return self.path / "completion.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder per checkpoint."""
         return self.path / "checkpoints"

@@ -70,6 +70,11 @@ class Inputs:
         read = [unmasked(shard, modalities) for shard in shards] if experiment.completion.sees_hidden else shards
         checked, bad_train, of_train = check_shards(train.examples, read, data.on_bad_row)
         shards = checked if read is shards else masked_as(shards, checked)
+        if experiment.completion.learns and not (experiment.public.client or _complete_rows(shards, modalities)):
+            raise ConfigError(
+                f"completion: got {experiment.completion.name!r}, but no client has a complete row to learn it from; set "
+                "public.rows and public.client = true, or choose another scenario"
+            )
         public = experiment.public.load(data) if experiment.public.rows else ()
         of_public = public_notes(experiment, shards, train.examples, public, test.examples[:limit])
         test_rows, bad_test, of_test = check_rows(test.examples[:limit], evaluated, data.on_bad_row)
@@ -144,6 +149,10 @@ class Inputs:
         adapter = {"adapter": tensors_digest(self.start)} if self.experiment.backbone.adapter else {}
         base = {"base": self.backbone.digest, **adapter}
         return {"rows": rows, "partition": shards_digest(self.shards, self.train), **base, **public}
+
+
+def _complete_rows(shards: Sequence[Shard], modalities: Sequence[str]) -> bool:
+    return any(frozenset(modalities) <= visible for shard in shards for visible in shard.visible)
 
 
 def completer_of(experiment: Experiment, backbone: Backbone, public: tuple[Example, ...]) -> Completer | None:

@@ -111,6 +111,7 @@ def execute(
     elif empty := [shard.client for shard in inputs.shards if not shard.rows]:
         session.emit(EmptyClients(empty, "these clients hold no row and are never asked"))
     try:
+        session.learn_completion()
         rows = METHODS[experiment.method](session)
         if compare_baselines and experiment.method not in ("majority", "zero-shot"):
             session.sync()

@@ -22,6 +22,7 @@ from fedmllm.runs import checkpoint
 from fedmllm.runs.adapter import save_adapter
 from fedmllm.runs.checkpoint import Checkpoint
 from fedmllm.runs.checkpointer import Checkpointer, is_due
+from fedmllm.runs.completing import learn_completion
 from fedmllm.runs.costs import Totals
 from fedmllm.runs.evaluator import Evaluator, Scores
 from fedmllm.runs.events import EngineNote, Guaranteed, RoundEnd, Sink, fan_out
@@ -63,8 +64,13 @@ class Session:
         self._guarantee: Guarantee | None = None
         self._client_state: ClientStateStore | None = None
         self._aggregator: Aggregator = inputs.experiment.server()  # of that federation
+        self._learning: dict[str, float] = {}  # costs of the completion
         self._totals = start.run_state.totals if start else Totals()
         self._began = time.perf_counter() - (start.run_state.wall_s if start else 0.0)
+
+    def learn_completion(self) -> None:
+        """Learn the completion before training, if it learns, and count what it costs."""
+        self._learning = learn_completion(self.inputs, self.folder, self._start is not None, self.emit)
 
     @property
     def in_second_phase(self) -> bool:
@@ -204,6 +210,7 @@ class Session:
     def rows(self, results: Sequence[Scores]) -> list[dict[str, Any]]:
         """Return the rows of the summary."""
         rows = summary_rows(self.experiment, results, self._totals, self.wall_s)
+        rows = [{**row, **self._learning} for row in rows]
         if self._guarantee:
             about = self._guarantee.to_json()
             self.emit(Guaranteed(about))

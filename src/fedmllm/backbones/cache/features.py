@@ -135,7 +135,8 @@ class ImageFeatures:
     def _computed(self, row: Row) -> Any:
         inputs = {name: self._place(tensor) for name, tensor in row.images.items()}
         with without_hub_kernels(), torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
-            return _without_hidden_states(self._tower(**inputs))
+            output = _without_hidden_states(self._tower(**inputs))
+        return output if row.imagined is None else _replaced(output, row.imagined)
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
@@ -158,6 +159,18 @@ def _without_hidden_states(output: Any) -> Any:
     return type(output)(
         **{k: v for k, v in output.items() if k not in ("hidden_states", "attentions", "last_hidden_state")}
     )
+
+
+def _replaced(output: Any, vectors_QD: Tensor) -> Any:
+    """A tower's output with these vectors in the place of its own; other fields stay those of the canvas."""
+    if isinstance(output, dict):
+        first = next(iter(output))
+        return type(output)(**{k: _replaced(v, vectors_QD) if k == first else v for k, v in output.items()})
+    sizes = [t.shape[:-1].numel() for t in _tensors(output)]
+    if sum(sizes) != len(vectors_QD):
+        raise FedmllmError(f"imagined features: {len(vectors_QD)} vectors; a blank picture takes {sum(sizes)}")
+    left = iter(torch.split(vectors_QD, sizes))
+    return _map(output, lambda t: next(left).view(t.shape).to(t))
 
 
 def _tensors(value: Any) -> list[Tensor]:

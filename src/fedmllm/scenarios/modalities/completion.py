@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.spec import Named
-from fedmllm.core.types import Conversation, Example, Modality, Shard, Visible
+from fedmllm.core.types import Conversation, Example, Modality, Params, Round, Shard, Visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,16 @@ class FrozenModel(Protocol):
         """Return greedy answers of the model without its adapter."""
 
 
+@cache
+def _files() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="fedmllm-")
+    _FOLDERS.append(folder)  # removed at the end of the process
+    return Path(folder.name)
+
+
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
 @dataclass(frozen=True)
 class CompletionSite:
     """What a completion works with: at a client, or at the server for test rows.
@@ -41,12 +53,16 @@ class CompletionSite:
         public: Complete public rows, in the order of their ids; () = none.
         modalities: Of the data set, in order.
         seed: Of the experiment.
+        learned: What a completion that learns has learned; {} = nothing yet.
+        folder: For files that filled rows name; it lasts as long as the process.
     """
 
     model: FrozenModel
     public: tuple[Example, ...]
     modalities: tuple[Modality, ...]
     seed: int
+    learned: Params = field(default_factory=dict)
+    folder: Path = field(default_factory=_files)
 
 
 class Filling(ABC):
@@ -90,6 +106,8 @@ class Completion(Named):
     """True for a control that gets what the mask hides. The record says so."""
     leaks: ClassVar[bool] = False
     """True if filled training content can give the answer away by itself (`fedmllm.testing.leak_probe`). The record says so."""
+    learns: ClassVar[bool] = False
+    """True if it is learned federatedly before training (`num_rounds`, `start`, `learn`)."""
     converts: ClassVar[bool] = False
     """True if rows without a gap are changed, too."""
 
@@ -132,6 +150,42 @@ class Completion(Named):
         """
         return ()
 
+    def num_rounds(self) -> int:
+        """Rounds in which it is learned before training.
+
+        Returns:
+            0 unless `learns`.
+        """
+        return 0
+
+    def start(self, site: CompletionSite) -> Params:
+        """Weights before the first of these rounds.
+
+        Args:
+            site: Frozen model and seed.
+
+        Returns:
+            float32 tensors; {} unless `learns`.
+        """
+        return {}
+
+    def learn(
+        self, site: CompletionSite, rows: Sequence[Example], params: Params, at: Round, client: int
+    ) -> tuple[Params, int, float]:
+        """One client's part of such a round. Pure.
+
+        Args:
+            site: Frozen model and seed.
+            rows: The client's complete rows.
+            params: The weights.
+            at: The round.
+            client: Its number, for random streams.
+
+        Returns:
+            Change of the weights, the rows that it counts for in their mean, and the mean loss.
+        """
+        return {}, 0, 0.0
+
     @abstractmethod
     def prepare(self, site: CompletionSite) -> Filling:
         """Make ready to fill rows.
@@ -172,7 +226,16 @@ class Completer:
 
     def __init__(self, completion: Completion, site: CompletionSite) -> None:
         self._completion, self._modalities = completion, site.modalities
-        self._filling = completion.prepare(site)
+        self.site, self._filling = site, completion.prepare(site)
+
+    def with_learned(self, learned: Params) -> None:
+        """Fill rows with what was learned from now on.
+
+        Args:
+            learned: Weights as `Completion.start` has them.
+        """
+        self.site = replace(self.site, learned=learned)
+        self._filling = self._completion.prepare(self.site)
 
     def __call__(self, example: Example, visible: Visible, training: bool) -> tuple[Example, Visible]:
         """Return the row as it is rendered, and what it shows. A row without a gap is returned as it is.

@@ -1,0 +1,185 @@
+"""The generator of picture features: what is learned, what travels, what is filled, and refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedmllm.backbones.base import Tiny
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError
+from fedmllm.core.tensors import num_bytes, tree_map
+from fedmllm.core.types import Example, Params, Round
+from fedmllm.data.prompts import Plain
+from fedmllm.runs.inputs import Inputs
+from fedmllm.runs.result import load_run
+from fedmllm.runs.run import run
+from fedmllm.scenarios.modalities.completion import Completer, CompletionSite
+from fedmllm.scenarios.modalities.imagine import Imagine
+from fedmllm.testing import check_completion, examples, leak_probe
+from support.runs import Stop, events, experiment
+
+MODALITIES = ("image", "text")
+TEXT = frozenset({"text"})
+AT = Round(1, 0, 1, (0, 1), 2)
+CVAE = {"name": "imagine", "rounds": 1, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def site() -> CompletionSite:
+    return CompletionSite(Tiny().load(seed=0), (), MODALITIES, 0)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[Example, ...]:
+    return Experiment.parse({"data": {"name": "synthetic-verdict", "num_train": 300}}).data.load("train").examples[:300]
+
+
+def learned(completion: Imagine, site: CompletionSite, rows: tuple[Example, ...]) -> CompletionSite:
+    params = completion.start(site)
+    for number in range(1, completion.num_rounds() + 1):
+        delta, _, _ = completion.learn(site, rows, params, replace(AT, number=number), 0)
+        params = tree_map(torch.add, params, delta)
+    return replace(site, learned=params)
+
+
+@pytest.mark.parametrize("completion", [Imagine(kind="mean"), Imagine(rounds=1, steps=3)], ids=lambda c: c.label())
+def test_a_learned_generator_keeps_the_rules(completion: Imagine, site, tmp_path, monkeypatch):
+    rows = examples(tmp_path)[:8]
+    ready = learned(completion, site, tuple(rows))
+    monkeypatch.setattr(
+        Imagine, "prepare", lambda self, s, before=Imagine.prepare: before(self, replace(s, learned=ready.learned))
+    )
+    check_completion(completion, ready.model, rows)  # type: ignore[arg-type]
+    filled, present = Completer(completion, ready)(rows[0], TEXT, True)
+    assert present == set(MODALITIES)
+    other, _ = Completer(completion, ready)(replace(rows[0], answer="yes"), TEXT, True)
+    assert filled.fields["image"] != other.fields["image"]  # the answer counts
+    assert Completer(completion, ready)(rows[0], frozenset({"image"}), True)[0] is rows[0]  # a text is not filled
+
+
+def test_sums_of_clients_are_those_of_all_rows(site, drawn):
+    """kind "mean": the weighted mean of the clients' sums is the sum over the pooled rows, whatever the partition."""
+    completion = Imagine(kind="mean")
+    start, rows = completion.start(site), drawn[:30]
+    whole, count, _ = completion.learn(site, rows, start, AT, 0)
+    assert count == 30
+    parts = [completion.learn(site, part, start, AT, k) for k, part in enumerate((rows[:7], rows[7:12], rows[12:]))]
+    mean: Params = {n: sum(c * d[n] for d, c, _ in parts) / 30 for n in whole}  # type: ignore[misc]
+    assert all(torch.allclose(mean[n], whole[n], rtol=1e-4, atol=1e-5) for n in whole)
+
+
+def test_the_regression_recovers_what_is_linear(site, drawn, monkeypatch):
+    completion = Imagine(kind="mean", ridge=1e-6)
+    c, f = completion._sizes(site)
+    matrix = torch.randn(c, f, generator=torch.Generator().manual_seed(0))
+    real = {row.id: completion._condition(site, row, True) @ matrix for row in drawn[:200]}
+    monkeypatch.setattr(
+        "fedmllm.scenarios.modalities.imagine._vectors", lambda site, row, modality: real[row.id].view(8, -1)
+    )
+    completer = Completer(completion, learned(completion, site, drawn[:200]))
+    for row in drawn[:3]:
+        (path,) = completer(row, TEXT, True)[0].fields["image"]
+        made = site.model.picture_vectors(path).flatten()
+        assert torch.allclose(made, real[row.id], rtol=0, atol=0.02 * float(real[row.id].abs().max()))
+
+
+def test_the_model_reads_imagined_vectors(site, drawn):
+    completer = Completer(Imagine(kind="mean"), learned(Imagine(kind="mean"), site, drawn[:50]))
+    filled, present = completer(drawn[60], TEXT, True)
+    (path,) = filled.fields["image"]
+    row = site.model.encode(Plain().render(filled, present), "yes")  # type: ignore[attr-defined]
+    real = site.model.encode(Plain().render(drawn[60], present), "yes")  # type: ignore[attr-defined]
+    assert row.num_tokens == real.num_tokens  # it takes the place of a picture
+    assert row.image_key != real.image_key
+    assert torch.equal(site.model.picture_vectors(path), row.imagined)
+    losses = [site.model.loss(site.model.collate([r]))[0].detach() for r in (row, real)]  # type: ignore[attr-defined]
+    assert float((losses[0] - losses[1]).abs()) > 1e-4
+
+
+def test_it_leaks_and_says_so(site, drawn):
+    completion = Imagine(kind="mean")
+    leak = leak_probe(replace_site(completion, learned(completion, site, drawn[:200])), site.model, drawn[200:260])[
+        "image"
+    ]
+    assert completion.leaks
+    assert leak.filled > leak.real + 0.05
+
+
+def replace_site(completion: Imagine, ready: CompletionSite) -> Imagine:
+    class Ready(Imagine):
+        name: Any
+
+        def prepare(self, site: CompletionSite):
+            return super().prepare(ready)
+
+    return Ready(**completion.model_dump())
+
+
+TABLE: dict[str, Any] = {"num_rounds": 2, "scenario": {"name": "missing", "rate": 0.4}, "completion": CVAE}
+
+
+@pytest.fixture(scope="module")
+def imagined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imagined") / "run"
+    run(experiment(**TABLE), folder)
+    return folder
+
+
+def test_what_travels_is_counted(imagined: Path, site):
+    size = num_bytes(Imagine(**{k: v for k, v in CVAE.items() if k != "name"}).start(site))
+    rounds = events(imagined, "completion_round")
+    assert [(e["round"], e["num_rounds"], len(e["clients"])) for e in rounds] == [(1, 2, 3), (2, 2, 3)]
+    assert all(e["up_bytes"] == e["down_bytes"] == 3 * size for e in rounds)
+    row = load_run(imagined).rows[0]
+    assert row["completion_up_bytes"] == row["completion_down_bytes"] == 6 * size
+    assert row["up_bytes"] == sum(e["up_bytes"] for e in events(imagined, "round"))  # of training alone
+    assert any("can give their answers away" in note for note in events(imagined, "experiment")[0]["notes"])
+
+
+def test_resume_and_engines(imagined: Path, tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment(**TABLE), tmp_path / "run", [Stop("round", 2)])
+    run(experiment(**TABLE), tmp_path / "run", resume=True)
+    run(experiment(**TABLE, engine="in-process"), tmp_path / "in-process")
+    tensors = [load_run(folder).adapter.tensors for folder in (imagined, tmp_path / "run", tmp_path / "in-process")]
+    assert all(torch.equal(t, tensors[1][n]) for n, t in tensors[0].items())
+    assert all(torch.allclose(t, tensors[2][n], rtol=0, atol=1e-4) for n, t in tensors[0].items())
+    assert (
+        load_run(tmp_path / "run").rows[0]["completion_up_bytes"] == load_run(imagined).rows[0]["completion_up_bytes"]
+    )
+    assert len(events(tmp_path / "run", "completion_round")) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"engine": "flower-simulation"}, "learned before training; allowed: in-process, stacked"),
+        ({"method": "local"}, "which all clients learn together"),
+        ({"completion": {**CVAE, "picture": "scan"}}, "completion.picture: got 'scan'; the rows have image, text"),
+        (
+            {
+                "privacy": {"name": "client-dp", "noise_multiplier": 1.0, "clip": 0.1},
+                "update_filter": {"on_bad_update": "drop_client"},
+                "cohort": "poisson",
+            },
+            "before training",
+        ),
+    ],
+)
+def test_what_cannot_go_together_is_refused_when_it_is_read(changed: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as error:
+        experiment(**{**TABLE, **changed})
+    assert message in str(error.value)
+
+
+def test_without_a_complete_row_nothing_is_loaded():
+    cross = experiment(**{**TABLE, "scenario": {"name": "cross", "num_image_clients": 1}})
+    with pytest.raises(
+        ConfigError, match=r"no client has a complete row to learn it from; set public.rows and public.client"
+    ):
+        Inputs.load(cross)
