@@ -58,6 +58,8 @@ def test_few_rows_and_undefined_metrics_have_no_interval() -> None:
     few = estimate_rows("accuracy", [[row(0.9)] * 4])
     assert (few.value, few.low) == (1.0, None)
     assert estimate_rows("auc", [[row(0.9)] * 20]).value is None  # one class
+    all_right = estimate_rows("accuracy", [[row(0.9)] * 20])
+    assert (all_right.low, all_right.high) == (pytest.approx(0.025 ** (1 / 20)), 1.0)  # not from 100 % to 100 %
     assert (
         estimate_rows("auc", [[row(0.9), *[row(0.2, "no")] * 5]]).low is None
     )  # a third of the samples have one class

@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmllm.reports.comparisons import Comparison, mean_over_settings
-from fedmllm.reports.names import GROUPS, base_of, metric_label
+from fedmllm.reports.names import GROUPS, base_of, metric_label, visible_label
 from fedmllm.reports.numerals import NO_BREAK, Scale, counted, listed_words
 from fedmllm.reports.reading import BySeed, DatasetResults
+from fedmllm.reports.rows import RowResults
 from fedmllm.reports.stats import LEVEL, Paired, Spread, mean_of, paired
 from fedmllm.reports.tables import ResultTable
+from fedmllm.runs.slices import SHOWS
+
+AS_THEY_ARE = "Rows as they are"  # of data with real gaps, which are never called complete
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Group:
     methods: Mapping[str, BySeed]
     baselines: Mapping[str, BySeed]
     is_complete: bool  # rows with every modality: what the others are compared with
-    loss: Paired | None = None  # against the complete group, over the federated methods
+    loss: Paired | None = None  # against the complete rows, or the rows as they are, over the federated methods
 
     @property
     def spread(self) -> Spread:
@@ -55,10 +59,8 @@ def groups(dataset: DatasetResults) -> list[Group]:
         federated = mean_of(list(of_method.values()))
         if federated:
             baselines = {m: mean_over_settings(values, m, settings) for m in plain.methods if m not in plain.federated}
-            name = (
-                GROUPS.get(scenario, scenario) if scenario != "aligned" or scenario == complete else "Rows as they are"
-            )
-            whole = found[0].federated if found and found[0].is_complete else None
+            name = GROUPS.get(scenario, scenario) if scenario != "aligned" or scenario == complete else AS_THEY_ARE
+            whole = found[0].federated if found and (found[0].is_complete or found[0].name == AS_THEY_ARE) else None
             loss = paired(federated, whole) if whole else None
             baselines = {m: seeds for m, seeds in baselines.items() if seeds}
             found.append(Group(name, tuple(settings), federated, of_method, baselines, scenario == complete, loss))
@@ -94,7 +96,11 @@ def ranked(dataset: DatasetResults, table: ResultTable) -> tuple[dict[str, BySee
 
 
 def answers(
-    dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison], chart: Sequence[Group]
+    dataset: DatasetResults,
+    table: ResultTable,
+    pairs: Sequence[Comparison],
+    chart: Sequence[Group],
+    rows: Sequence[RowResults] = (),
 ) -> list[Answer]:
     """What to use, what missing data costs, how sure that is."""
     if dataset.metric in dataset.undefined:
@@ -105,7 +111,7 @@ def answers(
         ]
     found = [
         Answer("What to use", _use(dataset, table, pairs)),
-        Answer("What missing data costs", _costs(table.scale, chart)),
+        Answer("What missing data costs", " ".join(filter(None, [_gaps(rows), _costs(table.scale, chart)]))),
     ]
     found.append(Answer("How sure this is", _certainty(dataset, table, pairs)))
     return [answer for answer in found if answer.text]
@@ -172,7 +178,7 @@ def _baselines(dataset: DatasetResults, table: ResultTable, mean: BySeed, pairs:
 
 
 def _costs(scale: Scale, chart: Sequence[Group]) -> str:
-    complete = next((group for group in chart if group.is_complete), None)
+    complete = next((group for group in chart if group.is_complete or group.name == AS_THEY_ARE), None)
     if complete is None:
         return ""
     found = []
@@ -186,7 +192,32 @@ def _costs(scale: Scale, chart: Sequence[Group]) -> str:
         return ""
     start = scale.value(complete.spread.mean)
     losses = listed_words(found)
+    if not complete.is_complete:
+        return f"Hiding more in training, from {start} on the rows as they are: {losses} {scale.points}."
     return f"From {start} on complete rows, split over sites alike: {losses} {scale.points}, mean of federated methods."
+
+
+def _gaps(rows: Sequence[RowResults]) -> str:
+    """Results by what a test row has, if test rows have gaps; and what hiding more from complete ones costs."""
+    found = next((one for one in rows if one.has_gaps), None)
+    if found is None:
+        return ""
+    scale, parts = found.scale, []
+    for one in found.by(SHOWS):
+        estimate = one.federated or next(iter(one.cells.values()))
+        if estimate.value is not None:
+            parts.append(f"{scale.value(estimate.value)} on test rows with {one.name} ({one.num_rows})")
+    text = f"{metric_label(found.metric)} of the federated methods: {listed_words(parts)}." if len(parts) > 1 else ""
+    if not found.federated:
+        text = f"{metric_label(found.metric)} of {found.methods[0]}: {listed_words(parts)}." if len(parts) > 1 else ""
+    lost = []
+    for hidden in found.hidden:
+        test = hidden.test
+        interval = "" if test.low is None or test.high is None else f" ({scale.interval(test.low, test.high)})"
+        lost.append(f"{visible_label(hidden.visible)} {scale.difference(test.difference)}{interval}")
+    if lost:
+        text += f" The same rows with less visible: {listed_words(lost)}."
+    return text[:1].upper() + text[1:]
 
 
 def _certainty(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison]) -> str:

@@ -12,9 +12,11 @@ from fedmllm.reports.answers import Group
 from fedmllm.reports.names import metric_label
 from fedmllm.reports.numerals import Scale
 from fedmllm.reports.reading import BySeed, DatasetResults, Draw, RunRecord
+from fedmllm.reports.rows import RowResults
 from fedmllm.reports.stats import Spread
 from fedmllm.reports.svg import BASELINES, SERIES, SHOWS, STYLE, TEXT_COLOR, inline
 from fedmllm.reports.tables import ResultTable
+from fedmllm.runs.slices import SHOWS as BY_SHOWS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,6 +132,58 @@ def overview(chart: Sequence[Group], table: ResultTable, key: str) -> PageFigure
     )
     title = f"{metric_label(table.metric)} by missing data"
     return draw_figure(title, f"Means of the federated methods over seeds. {words}", key, paint, (5.6, 3.7))
+
+
+def rows_overview(rows: RowResults, key: str) -> PageFigure | None:
+    """The chart of the first screen for data with gaps: the result on test rows by what they have.
+
+    A 95 % interval over rows for the mean of the federated methods, baselines as lines; of the baselines alone if there is
+    no federated method. None without two groups that define the metric.
+    """
+    scale, groups = rows.scale, [rows.whole, *rows.by(BY_SHOWS)]
+    baselines = [m for m in rows.methods if m not in rows.federated]
+    points = [(g, g.federated or next(iter(g.cells.values()))) for g in groups]
+    points = [(g, e) for g, e in points if e.value is not None]
+    if len(points) < 3:  # all rows, and two groups
+        return None
+    values = [
+        v for g, e in points for v in (e.value, e.low, e.high, *(c.value for c in g.cells.values())) if v is not None
+    ]
+    floor, top = _range([Spread(v, None, 1) for v in values], scale)
+
+    def paint(axes: Axes) -> None:
+        for i, method in enumerate(baselines):
+            line, colour = ("--", ":", "-.")[i % 3], BASELINES[i % len(BASELINES)]
+            at = [(x, g.cells[method].value) for x, (g, _) in enumerate(points) if method in g.cells]
+            for x, value in at:
+                if value is not None:
+                    axes.plot([x - 0.38, x + 0.38], [scale.factor * value] * 2, line, color=colour)
+            if at and at[0][1] is not None:
+                axes.annotate(
+                    method, (-0.38, scale.factor * at[0][1]), (0, 3), textcoords="offset points", ha="left", va="bottom",
+                    color=colour, fontsize=9,
+                )  # fmt: skip
+        for x, (_, e) in enumerate(points):
+            assert e.value is not None
+            if e.low is not None and e.high is not None:
+                ends = [scale.factor * e.low, scale.factor * e.high]
+                axes.plot([x, x], ends, "-", color=SERIES[0], linewidth=7, alpha=0.28, solid_capstyle="butt")
+            axes.plot([x], [scale.factor * e.value], "D", color=SERIES[0], markersize=7)
+            axes.annotate(
+                scale.number(e.value), (x + 0.09, scale.factor * e.value), ha="left", va="center", fontsize=11,
+                fontweight="bold", color=TEXT_COLOR,
+            )  # fmt: skip
+        names = [f"{_two_lines(g.name)}\n{g.num_rows} rows" for g, _ in points]
+        axes.set_xticks(range(len(points)), names, fontsize=9.5)
+        axes.tick_params(axis="x", labelcolor=TEXT_COLOR, length=0)
+        axes.set_xlim(-0.55, len(points) - 0.45)
+        axes.set_ylim(floor, top)
+        axes.set_ylabel(_axis(rows.metric, scale))
+        axes.grid(visible=False, axis="x")
+
+    words = "; ".join(f"{g.name} ({g.num_rows} rows): {scale.number(e.value or 0)}" for g, e in points)
+    title = f"{metric_label(rows.metric)} by what a test row has"
+    return draw_figure(title, f"Mean of the federated methods. {words}", key, paint, (5.6, 3.7))
 
 
 def _two_lines(words: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import PurePath
@@ -14,11 +14,22 @@ from fedmllm.core.text import bytes_text
 from fedmllm.reports.answers import Answer, answers, groups, ranked
 from fedmllm.reports.clients import label_skew, labels_of, who_sees_what
 from fedmllm.reports.comparisons import Comparison, additions, all_pairs, declared
-from fedmllm.reports.figures import MOST_DRAWN, Look, PageFigure, against_cost, curves, looks, overview, panels
+from fedmllm.reports.figures import (
+    MOST_DRAWN,
+    Look,
+    PageFigure,
+    against_cost,
+    curves,
+    looks,
+    overview,
+    panels,
+    rows_overview,
+)
 from fedmllm.reports.importance import Importance, about_importance, importances
 from fedmllm.reports.names import SCENARIOS, TWO, VISIBLE, metric_label, setting_meaning, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
 from fedmllm.reports.reading import DatasetResults, ReportData
+from fedmllm.reports.rows import RowResults, kind_label, results_by_row
 from fedmllm.reports.shares import ShareTable, about_shares, share_table, share_text
 from fedmllm.reports.svg import SHOWS, variable
 from fedmllm.reports.tables import (
@@ -31,7 +42,18 @@ from fedmllm.reports.tables import (
     published_table,
     result_table,
 )
-from fedmllm.reports.texts import about_published, about_table, interval, no_tests, verdict_text
+from fedmllm.reports.texts import (
+    about_published,
+    about_table,
+    estimate_text,
+    interval,
+    no_tests,
+    rows_interval,
+    verdict_text,
+)
+
+SEEDS_NOTE = "Diamonds: mean of the federated methods. Bars: 95 % interval over seeds. Dots: seeds. Lines: baselines."
+ROWS_NOTE = "Diamonds: mean of the federated methods. Bars: 95 % interval over test rows. Lines: baselines."
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,8 @@ class Section:
     others: tuple[ResultTable, ...]  # further metrics
     answers: list[Answer]
     overview: PageFigure | None
+    overview_note: str
+    rows: list[RowResults]  # results by test row, a setting each
     meanings: dict[str, str]  # of the settings
     looks: dict[str, Look]
     num_left_out: int  # methods that no figure has, because another one with an addition is there
@@ -63,7 +87,7 @@ class Section:
     costs: list[CostRow]
 
 
-def section(report: ReportData, dataset: DatasetResults, key: str) -> Section:
+def section(report: ReportData, dataset: DatasetResults, key: str, rows: Sequence[RowResults]) -> Section:
     """Tables and figures of a data set; `key` keeps its ids distinct from those of other data sets."""
     table, pairs, chart = result_table(dataset), all_pairs(dataset), groups(dataset)
     drawn = dataset if len(table.methods) <= MOST_DRAWN else dataset.plain()
@@ -72,6 +96,11 @@ def section(report: ReportData, dataset: DatasetResults, key: str) -> Section:
     means = [spread.mean for matrix in trained for row in matrix.rows.values() for spread in row.values()]
     metrics = [m for m in dataset.metrics if m != table.metric and m not in dataset.undefined]
     best, _ = ranked(dataset, table)
+    gaps = next((one for one in rows if one.has_gaps), None)
+    chart_picture = overview(chart, table, f"{key}-overview")
+    of_rows = gaps is not None and chart_picture is None
+    if gaps is not None and chart_picture is None:
+        chart_picture = rows_overview(gaps, f"{key}-overview")
     claims = {
         "Claims declared in the suite file": declared(dataset, report.claims),
         "All pairs of methods": pairs,
@@ -81,8 +110,10 @@ def section(report: ReportData, dataset: DatasetResults, key: str) -> Section:
         dataset=dataset,
         table=table,
         others=tuple(result_table(dataset, metric) for metric in metrics),
-        answers=answers(dataset, table, pairs, chart),
-        overview=overview(chart, table, f"{key}-overview"),
+        answers=answers(dataset, table, pairs, chart, rows),
+        overview=chart_picture,
+        overview_note=ROWS_NOTE if of_rows else SEEDS_NOTE,
+        rows=list(rows),
         meanings={
             setting: setting_meaning(dataset.pick(setting)[0].settings, dataset.modalities)
             for setting in dataset.settings
@@ -112,7 +143,7 @@ def model_of(backbone: Mapping[str, Any]) -> str:
     return PurePath(str(backbone.get("path") or "")).name or str(backbone["name"])
 
 
-def page(report: ReportData) -> str:
+def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None = None) -> str:
     """The whole page as text."""
     environment = Environment(
         loader=PackageLoader("fedmllm.reports", "page"),
@@ -133,6 +164,9 @@ def page(report: ReportData) -> str:
         about_shares=about_shares,
         share_text=share_text,
         interval=interval,
+        estimate_text=estimate_text,
+        rows_interval=rows_interval,
+        kind_label=kind_label,
         no_tests=no_tests,
         verdict_text=verdict_text,
         SCENARIOS=SCENARIOS,
@@ -142,11 +176,12 @@ def page(report: ReportData) -> str:
         DASH=DASH,
         NB=NO_BREAK,
     )
+    by_row = results_by_row(report) if by_row is None else by_row
     folder = files("fedmllm.reports") / "page"
     first = report.runs[0].heading
     return environment.get_template("page.html.j2").render(
         report=report,
-        sections=[section(report, dataset, f"c{i}") for i, dataset in enumerate(report.datasets)],
+        sections=[section(report, dataset, f"c{i}", by_row[dataset.data]) for i, dataset in enumerate(report.datasets)],
         style=(folder / "page.css").read_text(encoding="utf-8"),
         script=(folder / "page.js").read_text(encoding="utf-8"),
         versions=first.get("versions") or {},

@@ -13,9 +13,11 @@ from fedmllm.reports.importance import Importance, about_importance
 from fedmllm.reports.names import metric_label, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, p_text
 from fedmllm.reports.reading import DatasetResults, RunRecord
+from fedmllm.reports.rows import RowResults, kind_label
 from fedmllm.reports.shares import ShareTable, about_shares, share_text
 from fedmllm.reports.stats import Spread, paired
 from fedmllm.reports.tables import CostRow, Matrix, PublishedTable, ResultRow, ResultTable
+from fedmllm.runs.row_statistics import PairedRows, RowEstimate
 
 
 def results_markdown(table: ResultTable) -> str:
@@ -228,6 +230,74 @@ def interval(comparison: Comparison, scale: Scale) -> str:
     """95 % interval of the difference."""
     test = comparison.test
     return DASH if test.low is None or test.high is None else scale.interval(test.low, test.high)
+
+
+def rows_interval(test: PairedRows, scale: Scale) -> str:
+    """ " (95 % interval -20.1 to -5.0)"; "" without one."""
+    return (
+        ""
+        if test.low is None or test.high is None
+        else f" (95{NO_BREAK}% interval {scale.interval(test.low, test.high)})"
+    )
+
+
+def estimate_text(estimate: RowEstimate, scale: Scale) -> str:
+    """ "85.1 (77.9 to 91.6)", without its unit."""
+    if estimate.value is None:
+        return DASH
+    text = scale.number(estimate.value)
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} ({scale.number(estimate.low)} to {scale.number(estimate.high)})"
+
+
+def rows_markdown(rows: RowResults) -> str:
+    """Results by group of test rows, paired tests, calibration and confusion of one setting."""
+    scale = rows.scale
+    lines = _head(["test rows"], ["n", *rows.methods])
+    for one in (rows.whole, *rows.slices):
+        name = f"{kind_label(one.by)}: {one.name}" if one.by else one.name
+        lines.append(_line([name, str(one.num_rows), *(estimate_text(one.cells[m], scale) for m in rows.methods)]))
+    unit = f" in {scale.unit}" if scale.unit else ""
+    lines += ["", f"{_upper(metric_label(rows.metric))}{unit}, with 95{NO_BREAK}% intervals over test rows."]
+    for hidden in rows.hidden:
+        lines += [
+            "",
+            f"Test rows that have everything, with {visible_label(hidden.visible)} visible: "
+            f"{scale.difference(hidden.test.difference)}{rows_interval(hidden.test, scale)}.",
+        ]
+    if rows.tests:
+        lines += [
+            "",
+            *_head(["higher", "lower"], ["difference", f"95{NO_BREAK}% interval", "right alone", "p", "p (Holm)"]),
+        ]
+        for t in rows.tests:
+            low, high = t.test.low, t.test.high
+            ends = DASH if low is None or high is None else scale.interval(low, high)
+            alone = DASH if t.test.only_a is None else f"{t.test.only_a} : {t.test.only_b}"
+            words = [scale.difference(t.test.difference), ends, alone, p_text(t.test.p), p_text(t.p_holm)]
+            lines.append(_line([t.higher, t.lower, *words]))
+    if rows.calibrations:
+        lines += ["", *_head(["closed questions"], ["accuracy", "mean confidence", "calibration error (ECE)"])]
+        for method, c in rows.calibrations.items():
+            lines.append(_line([method, *(f"{100 * v:.1f}" for v in (c.accuracy, c.confidence, c.ece))]))
+    for method, matrix in rows.confusions.items():
+        lines += ["", *_head([f"{method}: truth"], [f"answer: {label}" for label in matrix.labels])]
+        lines += [_line([label, *map(str, counts)]) for label, counts in zip(matrix.labels, matrix.counts, strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def rows_csv(datasets: Sequence[tuple[str, Sequence[RowResults]]]) -> str:
+    """One line a data set, setting, group of test rows and method: the value and its 95 % interval over rows."""
+    head = ["data", "setting", "by", "name", "num_rows", "method", "metric", "value", "low", "high"]
+    lines = (
+        [data, r.setting, one.by, one.name, one.num_rows, method, r.metric, *map(_plain, (e.value, e.low, e.high))]
+        for data, several in datasets
+        for r in several
+        for one in (r.whole, *r.slices)
+        for method, e in one.cells.items()
+    )
+    return _csv(head, lines)
 
 
 def verdict_text(comparison: Comparison) -> str:

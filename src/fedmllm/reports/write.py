@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedmllm.core.errors import FedmllmError
@@ -14,6 +14,7 @@ from fedmllm.reports.importance import importances
 from fedmllm.reports.names import setting_meaning
 from fedmllm.reports.page import page
 from fedmllm.reports.reading import DatasetResults, ReportData, read_results
+from fedmllm.reports.rows import RowResults, results_by_row
 from fedmllm.reports.shares import share_table
 from fedmllm.reports.tables import costs, matrices, published_table, result_table
 from fedmllm.reports.texts import (
@@ -27,12 +28,14 @@ from fedmllm.reports.texts import (
     results_latex,
     results_markdown,
     rounds_csv,
+    rows_csv,
+    rows_markdown,
     settings_markdown,
     shares_markdown,
 )
 
 _FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".tex": "latex", ".csv": "csv"}
-CSV = ("-results.csv", "-costs.csv", "-rounds.csv")
+CSV = ("-results.csv", "-costs.csv", "-rounds.csv", "-rows.csv")
 ENDINGS: dict[str, tuple[str, ...]] = {
     "html": (".html", ".md", *CSV),
     "markdown": (".md",),
@@ -51,21 +54,23 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
         format_: "html" (page, Markdown and CSV files), "markdown", "latex", "csv"; "" = that of `out`.
 
     Returns:
-        The files written: OUT.html, OUT.md, OUT-results.csv, OUT-costs.csv and OUT-rounds.csv for "html".
+        The files written: OUT.html, OUT.md, OUT-results.csv, OUT-costs.csv, OUT-rounds.csv and OUT-rows.csv for "html".
 
     Raises:
         FedmllmError: There is no finished run, the format is unknown, or a file cannot be written.
     """
     places = [Path(folder) for folder in folders]
     report = read_results(places)
+    by_row = results_by_row(report)
     out, format_ = _place(Path(out) if out else _beside(places[0]), format_)
     makers = {
-        ".html": lambda: page(report),
-        ".md": lambda: markdown(report),
+        ".html": lambda: page(report, by_row),
+        ".md": lambda: markdown(report, by_row),
         ".tex": lambda: latex(report),
         "-results.csv": lambda: results_csv(report.datasets),
         "-costs.csv": lambda: costs_csv(report.datasets, [costs(d) for d in report.datasets]),
         "-rounds.csv": lambda: rounds_csv(report.datasets),
+        "-rows.csv": lambda: rows_csv(list(by_row.items())),
     }
     texts = {out.with_name(f"{out.name}{ending}"): makers[ending]() for ending in ENDINGS[format_]}
     with writing(out):
@@ -107,23 +112,26 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def markdown(report: ReportData) -> str:
+def markdown(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None = None) -> str:
     """The whole report as Markdown, without its figures."""
     parts = [f"# {report.title}\n", *(f"- {note}\n" for note in report.notes)]
+    by_row = results_by_row(report) if by_row is None else by_row
     for dataset in report.datasets:
-        parts += _section(report, dataset)
+        parts += _section(report, dataset, by_row[dataset.data])
     return "\n".join(parts)
 
 
-def _section(report: ReportData, dataset: DatasetResults) -> list[str]:
+def _section(report: ReportData, dataset: DatasetResults, rows: Sequence[RowResults]) -> list[str]:
     table, pairs = result_table(dataset), all_pairs(dataset)
     parts = [f"## {dataset.data}\n"]
-    found = answers(dataset, table, pairs, groups(dataset))
+    found = answers(dataset, table, pairs, groups(dataset), rows)
     parts += ["\n".join(f"- **{answer.question}.** {answer.text}" for answer in found) + "\n"]
     if table.rows:
         parts.append(results_markdown(table))
     if shares := share_table(dataset):
         parts += ["### Share of the ceiling\n", shares_markdown(shares, len(dataset.settings))]
+    for one in rows:
+        parts += [f"### Test rows: {one.setting}\n", rows_markdown(one)]
     parts.append("### Settings\n")
     parts.append(
         settings_markdown(

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.metrics import METRICS
-from fedmllm.core.types import Prediction
 from fedmllm.federation.baselines import majority_predictions
 from fedmllm.federation.client import planned_steps
 from fedmllm.runs.events import Learned
 from fedmllm.runs.inputs import Inputs
-from fedmllm.runs.predictions import Evaluation, read_predictions
+from fedmllm.runs.predictions import final_evaluations, groups_of
 from fedmllm.runs.row_statistics import paired_rows
 
 if TYPE_CHECKING:
@@ -22,27 +21,6 @@ if TYPE_CHECKING:
 
 LOWER_IS_BETTER = ("unparsed",)
 FEW_STEPS = 100  # optimizer steps of all clients over all rounds
-
-
-def final_evaluations(path: Path, visible: str = "") -> list[Evaluation]:
-    """The evaluations of a run's result: that of the last adapter, or of each client's last one.
-
-    Args:
-        path: `predictions.jsonl.gz`.
-        visible: The visible modalities, as in `evaluate.visible`; "" = those evaluated first.
-
-    Returns:
-        One evaluation, or one per client; [] if there is none with these modalities.
-    """
-    last: dict[int | None, Evaluation] = {}
-    for found in read_predictions(path):
-        visible = visible or found.visible
-        if found.visible == visible:
-            last[found.client] = found
-    clients = {client: one for client, one in last.items() if client is not None}
-    return list(
-        (clients or last).values()
-    )  # method "personal" evaluates the global adapter too, which is not the result
 
 
 def learned(inputs: Inputs, evaluator: Evaluator, predictions: Path) -> Learned | None:
@@ -75,13 +53,6 @@ def learned(inputs: Inputs, evaluator: Evaluator, predictions: Path) -> Learned 
         )
     found = Learned(metric, visible, len(inputs.test), value, baselines, [])
     return replace(found, advice=advice(e, inputs)) if found.nothing else found
-
-
-def groups_of(predictions: tuple[Prediction, ...] | list[Prediction], column: str) -> list[str]:
-    """Per row the group that it belongs to; [] if the rows have none."""
-    if not column or any(column not in p.example.columns for p in predictions):
-        return []
-    return [p.example.columns[column] for p in predictions]
 
 
 def advice(experiment: Experiment, inputs: Inputs) -> list[str]:

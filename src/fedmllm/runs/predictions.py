@@ -150,6 +150,34 @@ def read_predictions(path: Path) -> Iterator[Evaluation]:
         raise FedmllmError(f"{path}: not the predictions of a run: {type(error).__name__}: {error}") from None
 
 
+def final_evaluations(path: Path, visible: str = "") -> list[Evaluation]:
+    """The evaluations of a run's result: that of the last adapter, or of each client's last one.
+
+    Args:
+        path: `predictions.jsonl.gz`.
+        visible: The visible modalities, as in `evaluate.visible`; "" = those evaluated first.
+
+    Returns:
+        One evaluation, or one per client; [] if there is none with these modalities.
+    """
+    last: dict[int | None, Evaluation] = {}
+    for found in read_predictions(path):
+        visible = visible or found.visible
+        if found.visible == visible:
+            last[found.client] = found
+    clients = {client: one for client, one in last.items() if client is not None}
+    return list(
+        (clients or last).values()
+    )  # method "personal" evaluates the global adapter too, which is not the result
+
+
+def groups_of(predictions: Sequence[Prediction], column: str) -> list[str]:
+    """Per row the group that it belongs to; [] if the rows have none."""
+    if not column or any(column not in p.example.columns for p in predictions):
+        return []
+    return [p.example.columns[column] for p in predictions]
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         content = path.read_bytes()

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from fedmllm.core.errors import FedmllmError
+from fedmllm.core.metrics import METRICS
 from fedmllm.runs.folder import RECORD, SUMMARY, RunFolder
+from fedmllm.runs.predictions import Evaluation, final_evaluations, groups_of
 from fedmllm.runs.record import read
+from fedmllm.runs.row_statistics import Calibration, Confusion, calibration, confusion, estimate_rows
+from fedmllm.runs.slices import slices
 
 if TYPE_CHECKING:
     import pandas
@@ -149,6 +153,85 @@ class RunResult(Sequence[dict[str, Any]]):
                 return value
         there = ", ".join(dict.fromkeys(f"{row['metric']} ({row['visible']})" for row in self.rows))
         raise FedmllmError(f"{self.folder}: no value of {metric!r} with {visible!r} visible; there are: {there}")
+
+    def evaluations(self, visible: str = "") -> list[Evaluation]:
+        """Return the predictions of the result on the test rows.
+
+        Args:
+            visible: Modalities that the test rows keep; by default the first of the run.
+
+        Returns:
+            One evaluation, or one per client for a method whose clients have adapters of their own.
+
+        Raises:
+            FedmllmError: The run kept no predictions, or none with these modalities.
+        """
+        path = RunFolder(self.folder).predictions
+        found = final_evaluations(path, visible or str(self.rows[0]["visible"])) if path.exists() else []
+        if not found:
+            there = dict.fromkeys(str(row["visible"]) for row in self.rows)
+            reason = (
+                f"none with {visible!r} visible; there are: {', '.join(there)}" if path.exists() else "no such file"
+            )
+            raise FedmllmError(f"{path}: {reason}")
+        return found
+
+    def rows_by(self, by: str, metric: str | None = None, visible: str = "", group: str = "") -> list[dict[str, Any]]:
+        """Return a metric on groups of test rows.
+
+        Args:
+            by: "shows" (what the model received of a row), "site", or a column that the rows keep (`data.columns.keep`).
+            metric: Its name; by default the first of the summary.
+            visible: Modalities that the test rows keep; by default the first of the run.
+            group: Column of rows that belong together, such as the patient, for the intervals.
+
+        Returns:
+            One dictionary per group, after one for all rows: by, name, num_rows, metric, value, and the 95 % interval over
+            rows, low and high. The interval is None for fewer than five rows.
+
+        Raises:
+            ConfigError: No test row has the column.
+            FedmllmError: The run kept no predictions, or there is no such metric.
+        """
+        name, found = metric or str(self.rows[0]["metric"]), self.evaluations(visible)
+        if name not in METRICS:
+            raise FedmllmError(f"metric: got {name!r}; allowed: {', '.join(sorted(METRICS))}")
+        parts = {"all rows": list(range(len(found[0].predictions))), **slices(found[0], by)}
+        rows = []
+        for part, places in parts.items():
+            chosen = [[one.predictions[i] for i in places] for one in found]
+            e = estimate_rows(name, chosen, groups_of(chosen[0], group))
+            values = {"num_rows": e.num_rows, "metric": name, "value": e.value, "low": e.low, "high": e.high}
+            rows.append({"by": by, "name": part, **values})
+        return rows
+
+    def calibration(self, visible: str = "") -> Calibration | None:
+        """Return the calibration of the closed questions, over all clients' adapters if there are several.
+
+        Args:
+            visible: Modalities that the test rows keep; by default the first of the run.
+
+        Returns:
+            Expected calibration error and its bins; None without closed questions.
+
+        Raises:
+            FedmllmError: The run kept no predictions.
+        """
+        return calibration([p for one in self.evaluations(visible) for p in one.predictions])
+
+    def confusion(self, visible: str = "") -> Confusion | None:
+        """Return truth against answer of the closed questions, over all clients' adapters if there are several.
+
+        Args:
+            visible: Modalities that the test rows keep; by default the first of the run.
+
+        Returns:
+            Labels and counts; None without closed questions.
+
+        Raises:
+            FedmllmError: The run kept no predictions.
+        """
+        return confusion([p for one in self.evaluations(visible) for p in one.predictions])
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the rows as a pandas data frame.

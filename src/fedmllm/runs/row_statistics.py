@@ -161,6 +161,9 @@ def estimate_rows(metric: str, runs: Sequence[Sequence[Prediction]], groups: Seq
     value = float(np.mean(values)) if values and len(values) == len(runs) else None
     if value is None or n < LEAST_ROWS:
         return RowEstimate(value, None, None, n)
+    if metric == "accuracy" and value in (0.0, 1.0):  # every sample would have the same value
+        least = 0.025 ** (1 / (len(set(groups)) or n))  # Clopper and Pearson's (Biometrika 26, 1934)
+        return RowEstimate(value, least, 1.0, n) if value else RowEstimate(value, 0.0, 1 - least, n)
     samples = draws(n, DRAWS, groups)
     low, high = _ends(np.mean([sampled(metric, run, samples) for run in runs], axis=0))
     return RowEstimate(value, low, high, n)
