@@ -12,7 +12,7 @@ from fedmllm.reports.reading import BySeed, DatasetResults
 from fedmllm.reports.rows import RowResults
 from fedmllm.reports.stats import LEVEL, Paired, Spread, mean_of, paired
 from fedmllm.reports.tables import ResultTable
-from fedmllm.runs.slices import SHOWS
+from fedmllm.runs.slices import BY_SHOWS
 
 AS_THEY_ARE = "Rows as they are"  # of data with real gaps, which are never called complete
 
@@ -203,7 +203,7 @@ def _gaps(rows: Sequence[RowResults]) -> str:
     if found is None:
         return ""
     scale, parts = found.scale, []
-    for one in found.by(SHOWS):
+    for one in found.by(BY_SHOWS):
         estimate = one.federated or next(iter(one.cells.values()))
         if estimate.value is not None:
             parts.append(f"{scale.value(estimate.value)} on test rows with {one.name} ({one.num_rows})")

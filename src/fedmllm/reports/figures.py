@@ -16,7 +16,7 @@ from fedmllm.reports.rows import RowResults
 from fedmllm.reports.stats import Spread
 from fedmllm.reports.svg import BASELINES, SERIES, SHOWS, STYLE, TEXT_COLOR, inline
 from fedmllm.reports.tables import ResultTable
-from fedmllm.runs.slices import SHOWS as BY_SHOWS
+from fedmllm.runs.slices import BY_SHOWS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

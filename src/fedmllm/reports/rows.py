@@ -24,7 +24,7 @@ from fedmllm.runs.row_statistics import (
     estimate_rows,
     paired_rows,
 )
-from fedmllm.runs.slices import SHOWS, groupings, modalities_of, slices
+from fedmllm.runs.slices import BY_SHOWS, groupings, modalities_of, slices
 
 MOST_SETTINGS = 4  # of which the rows are read; beyond, one of each scenario
 MOST_METHODS = 8
@@ -198,4 +198,4 @@ def _hidden(dataset: DatasetResults, setting: str, first: Evaluation, federated:
 
 def kind_label(by: str) -> str:
     """Heading of a kind of groups."""
-    return {SHOWS: "test row has", "site": "site"}.get(by, by.replace("_", " "))
+    return {BY_SHOWS: "test row has", "site": "site"}.get(by, by.replace("_", " "))

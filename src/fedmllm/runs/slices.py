@@ -8,7 +8,7 @@ from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Visible, visible_of
 from fedmllm.runs.predictions import Evaluation
 
-SHOWS, SITE = "shows", "site"
+BY_SHOWS, BY_SITE = "shows", "site"
 SITE_COLUMN = "client"  # of rows that name their sites
 MOST_VALUES = 12  # of a column that is a grouping without being asked for
 
@@ -46,28 +46,28 @@ def slices(evaluation: Evaluation, by: str) -> dict[str, list[int]]:
         ConfigError: No row has the column; the message lists those that are there.
     """
     found: dict[str, list[int]] = {}
-    if by == SHOWS:
+    if by == BY_SHOWS:
         modalities = modalities_of(evaluation)
         kinds = received(evaluation)
         for kind in sorted(set(kinds), key=lambda kind: (-len(kind), sorted(kind))):
             found[received_name(kind, modalities)] = [i for i, own in enumerate(kinds) if own == kind]
         return found
-    column = SITE_COLUMN if by == SITE else by
+    column = SITE_COLUMN if by == BY_SITE else by
     values = [p.example.columns.get(column) for p in evaluation.predictions]
     if not any(value is not None for value in values):
-        known = ", ".join([SHOWS, *columns_of(evaluation)])
+        known = ", ".join([BY_SHOWS, *row_columns(evaluation)])
         raise ConfigError(f"by: got {by!r}; no test row has that column; allowed: {known}")
     for name in sorted({value for value in values if value is not None}):
         found[name] = [i for i, value in enumerate(values) if value == name]
     return found
 
 
-def columns_of(evaluation: Evaluation) -> list[str]:
+def row_columns(evaluation: Evaluation) -> list[str]:
     """Names of `slices` for the columns of the test rows: "site" for the column of the client."""
     names = dict.fromkeys(name for p in evaluation.predictions for name in p.example.columns)
-    return [SITE if name == SITE_COLUMN else name for name in names]
+    return [BY_SITE if name == SITE_COLUMN else name for name in names]
 
 
 def groupings(evaluation: Evaluation) -> list[str]:
     """Values of `by` that divide the test rows into 2 to 12 groups."""
-    return [by for by in (SHOWS, *columns_of(evaluation)) if 2 <= len(slices(evaluation, by)) <= MOST_VALUES]
+    return [by for by in (BY_SHOWS, *row_columns(evaluation)) if 2 <= len(slices(evaluation, by)) <= MOST_VALUES]
