@@ -386,6 +386,12 @@ def test_settings_that_would_make_the_guarantee_false_are_refused(case: str) -> 
         runs.experiment(**{**DP, **changed})
 
 
+def test_noise_is_part_of_the_name_in_tables() -> None:
+    assert runs.experiment(**DP).method_name() == "fedavg+client-dp z=1"
+    simulated = runs.experiment(**{**DP, "privacy": {**DP["privacy"], "simulate_noise": True}})
+    assert simulated.method_name() == "fedavg+client-dp z=1 simulated"
+
+
 def test_an_experiment_without_privacy_keeps_its_run_id() -> None:
     assert runs.experiment().run_id() == runs.experiment(privacy="none").run_id()
     assert runs.experiment(**DP).run_id() != runs.experiment(**{**DP, "privacy": "none"}).run_id()

@@ -460,7 +460,7 @@ class Experiment(Spec):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
 
     def method_name(self) -> str:
-        """Name in tables: the aggregator or the baseline, and the objective and a plug-in engine if there are any.
+        """Name in tables: the aggregator or the baseline; objective, privacy and a plug-in engine if there are any.
 
         Returns:
             A name such as "fedadam" or "fedavg+fedprox".
@@ -474,8 +474,9 @@ class Experiment(Spec):
         public = ["public-client"] if self.public.client else []
         relation = [] if self.relation.name == "one" else [self.relation.label()]
         dropout = [] if self.modality_dropout.name == "none" else [self.modality_dropout.label()]
+        privacy = [label] if (label := self.privacy.label()) else []
         engine = [self.engine.name] if self.engine.plugin else []  # it may change results
-        return "+".join([head, *objective, *relation, *dropout, *completion, *public, *engine])
+        return "+".join([head, *objective, *relation, *dropout, *completion, *public, *privacy, *engine])
 
     def setting(self) -> str:
         """What distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from fedmllm.algorithms.privacy.accounting import CLOSED_FORM, gaussian_epsilon, poisson_epsilon
-from fedmllm.algorithms.privacy.base import Privacy
+from fedmllm.algorithms.privacy.base import Privacy, noise_label
 from fedmllm.algorithms.privacy.guarantee import SIMULATED, Guarantee
 from fedmllm.algorithms.privacy.noise import keyed_normals
 from fedmllm.core.errors import FedmllmError
@@ -65,6 +65,9 @@ class ClientDp(Privacy):
         if self.clip != "adaptive" and (odd := self.model_fields_set & {"initial_clip", "clip_quantile", "clip_lr"}):
             raise ValueError(f'{min(odd)} has no effect with clip = {self.clip:g}; set clip = "adaptive"')
         return self
+
+    def label(self) -> str:
+        return noise_label(self.name, self.noise_multiplier, self.simulate_noise)
 
     def init(self) -> State:
         import torch

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat
 
 from fedmllm.algorithms.privacy.accounting import CLOSED_FORM, gaussian_epsilon
-from fedmllm.algorithms.privacy.base import Privacy
+from fedmllm.algorithms.privacy.base import Privacy, noise_label
 from fedmllm.algorithms.privacy.guarantee import SIMULATED, Guarantee
 from fedmllm.algorithms.privacy.noise import keyed_normals
 
@@ -43,6 +43,9 @@ class RowDp(Privacy):
     """Delta of the guarantee; below 1 / number of rows."""
     simulate_noise: bool = False
     """Draw the noise from the public seed: runs are reproducible and not private."""
+
+    def label(self) -> str:
+        return noise_label(self.name, self.noise_multiplier, self.simulate_noise)
 
     def guarantee(self, num_visits: int, at_sites: bool = False, outside: tuple[str, ...] = ()) -> Guarantee:
         """What holds after a number of visits to each row.

@@ -1,0 +1,1 @@
+"""Attacks on an experiment's own privacy: `fedmllm audit`."""
