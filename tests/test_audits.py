@@ -15,18 +15,21 @@ from typer.testing import CliRunner
 
 from fedmllm.algorithms.privacy.accounting import gaussian_epsilon
 from fedmllm.algorithms.privacy.client_dp import ClientDp, NoisyMean
-from fedmllm.algorithms.privacy.noise import seed_key
+from fedmllm.algorithms.privacy.noise import simulation_key
 from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.cli.main import app
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import ClientUpdate, Params
+from fedmllm.federation.client import Clients
+from fedmllm.runs.audits import membership
 from fedmllm.runs.audits.audit import audit
 from fedmllm.runs.audits.bounds import exposure, lira_scores, one_run_epsilon, true_positive_rate
 from fedmllm.runs.audits.one_run import Canaries, CanaryMean, CanaryNoise, verdict
+from fedmllm.runs.inputs import Inputs
 from support import runs
 
-LIKE: Params = {"a": torch.zeros(3000)}
-ROUNDS, SIZE, Z = 5, 10, 10.0
+LIKE: Params = {"a": torch.zeros(1000)}
+ROUNDS, SIZE, Z = 5, 10, 8.0
 CLAIM = gaussian_epsilon(Z, ROUNDS, 1e-5)
 KEYS = (bytes([i] * 32) for i in range(256))
 
@@ -83,11 +86,11 @@ class Weighted(NoisyMean):
 
 def client_audit(fault: str, repeat: int) -> dict[str, Any]:
     s = ClientDp(name="client-dp", noise_multiplier=Z / 10 if fault == "noise / 10" else Z, clip=0.5)
-    key = seed_key(0) if fault == "public seed" else bytes([repeat + 1] * 32)
+    key = simulation_key(0) if fault == "public seed" else bytes([repeat + 1] * 32)
     inner = (Weighted if fault == "weights" else NoisyMean)(s, SIZE, key)
-    canaries = Canaries(200, np.random.default_rng(repeat))
-    mean = CanaryMean(inner, canaries, 1000, NoisyMean(s, SIZE, seed_key(0)))
-    real = [ClientUpdate(k, {"a": torch.full((3000,), 0.01 * k)}, 5, {}) for k in range(SIZE)]
+    canaries = Canaries(100, np.random.default_rng(repeat))
+    mean = CanaryMean(inner, canaries, 1000, NoisyMean(s, SIZE, simulation_key(0)))
+    real = [ClientUpdate(k, {"a": torch.full((1000,), 0.01 * k)}, 5, {}) for k in range(SIZE)]
     for t in range(1, ROUNDS + 1):
         mean(real, t, LIKE, {})
     return verdict(canaries, CLAIM, 1e-5, mean.noise_is_known)
@@ -100,12 +103,12 @@ def row_audit(fault: str, repeat: int) -> dict[str, Any]:
         clip=0.5,
         simulate_noise=fault == "public seed",
     )
-    key = seed_key(0) if fault == "public seed" else bytes([repeat + 1] * 32)
-    canaries = Canaries(200, np.random.default_rng(repeat))
-    noise = CanaryNoise(RowNoise(s, key, "0" * 12), canaries, 1, RowNoise(s, seed_key(0), "0" * 12))
+    key = simulation_key(0) if fault == "public seed" else bytes([repeat + 1] * 32)
+    canaries = Canaries(100, np.random.default_rng(repeat))
+    noise = CanaryNoise(RowNoise(s, key, "0" * 12), canaries, 1, RowNoise(s, simulation_key(0), "0" * 12))
     for t in range(1, ROUNDS + 1):
-        noise.noisy(torch.ones(3000), 0, t, 0)
-        noise.noisy(torch.ones(3000), 1, t, 0)
+        noise.noisy(torch.full((1000,), 0.03), 0, t, 0)
+        noise.noisy(torch.full((1000,), 0.03), 1, t, 0)
     return verdict(canaries, CLAIM, 1e-5, noise.noise_is_known)
 
 
@@ -157,8 +160,9 @@ def test_the_verb_audits_an_experiment(tmp_path: Path, privacy: dict[str, Any]) 
 def test_words_are_found_without_row_dp_and_not_with_it() -> None:
     table = {"train": NO_CLIP}
     plain = {row["attack"]: row for row in audit(runs.experiment(**table), "tokens")}
-    assert plain["a crafted adapter, one step of one row"]["bound"] == 1.0
-    assert plain["an ordinary adapter, one step of one row"]["bound"] < 0.5
+    crafted, ordinary = (plain[f"{a}, one step of one row"] for a in ("a crafted adapter", "an ordinary adapter"))
+    assert crafted["caught"]
+    assert crafted["bound"] > ordinary["bound"]
     noisy = audit(runs.experiment(**table, privacy={**ROW, "noise_multiplier": 1.0}), "tokens")
     assert not any(row["caught"] for row in noisy)
 
@@ -173,12 +177,27 @@ def test_an_inserted_secret_is_exposed_by_insertions_and_hidden_by_noise() -> No
     assert not any(row["caught"] for row in audit(runs.experiment(**private), "canary"))
 
 
-def test_membership_of_a_federation_that_memorizes(tmp_path: Path) -> None:
-    train = {"lr": 1e-2, "batch_size": 4, "accumulation": 1, "epochs": 8}
-    made = runs.experiment(train=train, num_rounds=2, cohort_size=3)
-    (row,) = audit(made, "lira", num_shadows=4)
-    assert row["caught"], row
-    assert 0 <= row["tpr_at_0.001"] <= row["tpr_at_0.01"] <= 1
+def test_lira_finds_what_each_shadow_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a training that only remembers: the halves that are left out, and the scores, are wired to each other."""
+    held: set[str | int] = set()
+    rng = np.random.default_rng(0)
+
+    def remember(inputs: Inputs, clients: Clients) -> Params:
+        held.clear()
+        held.update(inputs.train[row].id for shard in clients.shards for row in shard.rows)
+        return inputs.start
+
+    def margins(inputs: Inputs, adapter: Params, rows: Any) -> list[float]:
+        return [6.0 * (example.id in held) + float(rng.normal()) for example, _ in rows]
+
+    monkeypatch.setattr(membership, "trained_adapter", remember)
+    monkeypatch.setattr(membership, "_margins", margins)
+    (row,) = audit(runs.experiment(), "lira", num_shadows=8)
+    assert row["bound"] > 0.95
+    assert row["tpr_at_0.01"] >= row["tpr_at_0.001"] > 0.2
+    assert row["caught"]
+    with pytest.raises(ConfigError, match="--shadows: got 3; allowed: 4 and more"):
+        audit(runs.experiment(), "lira", num_shadows=3)
 
 
 def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fedmllm.core.tensors import params_digest, plain_mean_delta
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, State
 from fedmllm.federation.rounds import Progress, cohorts, federate
 from fedmllm.runs.privacy import secret_key
+from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
 from support import runs
 
@@ -269,6 +270,7 @@ def test_a_run_states_its_guarantee_and_keeps_its_key_to_itself(finished: Path) 
     assert said["epsilon"] == pytest.approx(gaussian_epsilon(1.0, max(counts), 1e-3))
     assert (said["noise"], said["denominator"], said["unit"]) == ("keyed", 2.0, "client")
     assert "the server, which sees every update" in said["outside"]
+    assert load_run(finished).guarantee == said
     (row, *_) = json.loads((finished / "summary.json").read_text())["rows"]
     assert (row["epsilon"], row["privacy"]) == (said["epsilon"], said["claim"])
     for entry in (c for e in events(finished, "round") for c in e["clients"]):

@@ -22,7 +22,7 @@ class AuditKind(StrEnum):
     canary = "canary"
 
 
-def audit(
+def attack(
     experiment: ExperimentFile,
     kind: Annotated[AuditKind, typer.Option(help="tokens, one-run, lira or canary.", metavar="KIND")],
     set_: Set = None,

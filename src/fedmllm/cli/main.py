@@ -13,7 +13,7 @@ import typer.core
 
 from fedmllm.cli import data as data_cli
 from fedmllm.cli import federation as site_cli
-from fedmllm.cli.audit import audit
+from fedmllm.cli.audit import attack
 from fedmllm.cli.build_vlm import build_vlm
 from fedmllm.cli.models import doctor, estimate, export
 from fedmllm.cli.options import ExperimentFile, Set, Track, Verbs, keep_argument_help
@@ -94,6 +94,8 @@ def run(
         raise typer.Exit(130) from None
     show_table(rows)
     typer.echo(f"record: {folder}")
+    if claim := rows[0].get("privacy"):
+        typer.echo(f"privacy: {claim}; record.jsonl says against whom, and what is outside")
     if text := learned_text(RunFolder(folder).record):
         typer.echo(text)
 
@@ -103,7 +105,7 @@ app.add_typer(site_cli.site_app, name="site")
 app.add_typer(site_cli.server_app, name="server")
 app.command(short_help="Run a matrix of experiments, or resume one.")(suite)
 app.command(short_help="Page and tables from the records of runs.")(report)
-app.command(short_help="Attack an experiment's privacy.")(audit)
+app.command(name="audit", short_help="Attack an experiment's privacy.")(attack)
 app.command(short_help="Do two runs differ by more than noise?")(compare)
 app.command(short_help="Describe a table or a member of a family.")(explain)
 app.command(short_help="JSON Schema of an experiment file.")(schema)

@@ -134,6 +134,16 @@ class RunResult(Sequence[dict[str, Any]]):
         """
         return read_history(RunFolder(self.folder).record)
 
+    @cached_property
+    def guarantee(self) -> Mapping[str, Any] | None:
+        """What the run's privacy mechanism guarantees, with everything that a claim has to name; None without privacy.
+
+        Raises:
+            FedmllmError: The record is missing or damaged.
+        """
+        lines = [line for line in read(RunFolder(self.folder).record) if line["event"] == "guarantee"]
+        return dict(lines[-1]["guarantee"]) if lines else None
+
     def value(self, metric: str | None = None, visible: str | None = None) -> float | None:
         """Return one value of the summary.
 

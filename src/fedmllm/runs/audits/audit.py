@@ -15,7 +15,7 @@ from fedmllm.runs.audits.tokens import tokens
 from fedmllm.runs.inputs import Inputs
 
 Kind = Literal["tokens", "one-run", "lira", "canary"]
-SETTINGS = ("num_rounds", "cohort_size", "cohort", "seed")
+_SETTINGS = ("num_rounds", "cohort_size", "cohort", "seed")
 
 
 def audit(
@@ -48,7 +48,7 @@ def audit(
         case "canary":
             rows = extraction(inputs)
     if out is not None:
-        settings = {key: getattr(experiment, key) for key in SETTINGS}
+        settings = {key: getattr(experiment, key) for key in _SETTINGS}
         settings |= {
             "train": experiment.train.model_dump(mode="json"),
             "privacy": experiment.privacy.model_dump(mode="json"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fedmllm.algorithms.privacy.client_dp import ClientDp, NoisyMean
 from fedmllm.algorithms.privacy.guarantee import Guarantee
-from fedmllm.algorithms.privacy.noise import NOISE_KEY_BYTES, seed_key
+from fedmllm.algorithms.privacy.noise import NOISE_KEY_BYTES, simulation_key
 from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.config.engine import InProcess, Stacked
 from fedmllm.config.experiment import Experiment
@@ -40,7 +40,7 @@ def check_auditable(experiment: Experiment) -> None:
 def noise_key(experiment: Experiment) -> bytes:
     """A new secret key; the public one if the experiment simulates its noise."""
     simulated = isinstance(experiment.privacy, ClientDp | RowDp) and experiment.privacy.simulate_noise
-    return seed_key(experiment.seed) if simulated else secrets.token_bytes(NOISE_KEY_BYTES)
+    return simulation_key(experiment.seed) if simulated else secrets.token_bytes(NOISE_KEY_BYTES)
 
 
 def cohort_of(experiment: Experiment, clients: Clients, key: bytes = b"") -> tuple[list[int], list[list[int]]]:
@@ -61,7 +61,9 @@ def claimed(experiment: Experiment, clients: Clients) -> Guarantee | None:
     return e.privacy.guarantee(most * e.train.epochs) if isinstance(e.privacy, RowDp) else None
 
 
-def train(inputs: Inputs, clients: Clients, mean: NoisyMean | None = None, noise: RowNoise | None = None) -> Params:
+def trained_adapter(
+    inputs: Inputs, clients: Clients, mean: NoisyMean | None = None, noise: RowNoise | None = None
+) -> Params:
     """Federate once, with the experiment's privacy.
 
     Args:

@@ -16,10 +16,10 @@ from fedmllm.core.rng import stream
 from fedmllm.core.types import Example, Params, Shard
 from fedmllm.federation.client import RowStore
 from fedmllm.runs.audits.bounds import exposure, lira_scores, true_positive_rate
-from fedmllm.runs.audits.federation import claimed, train
+from fedmllm.runs.audits.federation import claimed, trained_adapter
 from fedmllm.runs.inputs import Inputs
 
-WORDS = [
+_WORDS = [
     "red",
     "blue",
     "green",
@@ -37,7 +37,7 @@ WORDS = [
     "low",
     "old",
 ]
-TIMES = (1, 4, 16)  # how often each secret is inserted
+_TIMES = (1, 4, 16)  # how often each secret is inserted
 CANDIDATES = 256
 NOTICED_AUC = 0.6  # with the numbers of rows and shadows of an audit, chance stays well below
 
@@ -71,7 +71,7 @@ def lira(inputs: Inputs, num_shadows: int = 8, num_targets: int = 40, seed: int 
     for s in range(num_shadows):
         left_out = {(t[0].client, t[0].rows[t[1]]) for t, is_in in zip(targets, in_SN[s], strict=True) if not is_in}
         shards = [_without(shard, left_out) for shard in clients.shards]
-        adapter = train(inputs, replace(clients, shards=shards))
+        adapter = trained_adapter(inputs, replace(clients, shards=shards))
         phi_SN[s] = _margins(inputs, adapter, [(inputs.train[t.rows[i]], t.visible[i]) for t, i in targets])
     scores = lira_scores(phi_SN, in_SN)
     auc = float(roc_auc_score(in_SN.ravel(), scores.ravel()))
@@ -124,9 +124,9 @@ def extraction(inputs: Inputs, seed: int = 0) -> list[dict[str, Any]]:
     e, clients = inputs.experiment, inputs.clients(inputs.experiment.num_rounds)
     rng = stream(seed, "audit", "canary")
     whose = max(clients.shards, key=lambda shard: len(shard.rows))
-    codes = [" ".join(WORDS[int(i)] for i in rng.integers(0, len(WORDS), 4)) for _ in range(CANDIDATES)]
-    secrets = [_row(f"What is code {chr(65 + i)}?", codes[i]) for i in range(len(TIMES))]
-    examples = (*inputs.train, *(row for row, times in zip(secrets, TIMES, strict=True) for _ in range(times)))
+    codes = [" ".join(_WORDS[int(i)] for i in rng.integers(0, len(_WORDS), 4)) for _ in range(CANDIDATES)]
+    secrets = [_row(f"What is code {chr(65 + i)}?", codes[i]) for i in range(len(_TIMES))]
+    examples = (*inputs.train, *(row for row, times in zip(secrets, _TIMES, strict=True) for _ in range(times)))
     more = range(len(inputs.train), len(examples))
     shards = list(clients.shards)
     shards[whose.client] = replace(
@@ -134,9 +134,9 @@ def extraction(inputs: Inputs, seed: int = 0) -> list[dict[str, Any]]:
     )
     changed = replace(clients, shards=shards, store=RowStore(inputs.backbone, e.prompt, examples))
     claim = claimed(e, changed)
-    adapter = train(inputs, changed)
+    adapter = trained_adapter(inputs, changed)
     table = []
-    for i, (row, times) in enumerate(zip(secrets, TIMES, strict=True)):
+    for i, (row, times) in enumerate(zip(secrets, _TIMES, strict=True)):
         before, after = (_exposure(inputs, start, row, codes, i) for start in (inputs.start, adapter))
         learned = after - before >= 4
         table.append(

@@ -6,7 +6,7 @@ Shapes: m canaries, P numbers of a release.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmllm.algorithms.privacy.client_dp import ClientDp, NoisyMean
-from fedmllm.algorithms.privacy.noise import seed_key
+from fedmllm.algorithms.privacy.noise import simulation_key
 from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.core.errors import ConfigError
-from fedmllm.core.tensors import digest
+from fedmllm.core.tensors import params_digest
 from fedmllm.core.types import ClientUpdate, Params, State
 from fedmllm.runs.audits.bounds import correct_guesses, one_run_epsilon
-from fedmllm.runs.audits.federation import claimed, cohort_of, noise_key, train
+from fedmllm.runs.audits.federation import claimed, cohort_of, noise_key, trained_adapter
 from fedmllm.runs.inputs import Inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MOST_CACHED_BYTES = 256 * 2**20
 FIRST_CANARY = 10**9  # a client number that no client has
 
 
@@ -40,16 +41,25 @@ class Canaries:
     def __init__(self, num: int, rng: np.random.Generator) -> None:
         self.is_in = [bool(coin) for coin in rng.integers(0, 2, num)]
         self.scores = np.zeros(num)
+        self._cached: NDArray[np.float32] | None = None
         self._seeds = [int(seed) for seed in rng.integers(0, 2**62, num)]
 
     def direction(self, i: int, size: int) -> NDArray[np.float32]:
-        """A unit vector [P]."""
+        """A unit vector [P]; those of small releases are kept in memory."""
+        if self._cached is not None and self._cached.shape[1] == size:
+            return np.asarray(self._cached[i])
         vector = np.random.default_rng(self._seeds[i]).standard_normal(size, dtype=np.float32)
         return np.asarray(vector / np.linalg.norm(vector), dtype=np.float32)
 
     def see(self, release_P: NDArray[np.float64]) -> None:
         """Add to each canary's score how far the release points in its direction."""
-        for i in range(len(self.scores)):
+        num, size = len(self.scores), len(release_P)
+        if self._cached is None and num * size * 4 <= _MOST_CACHED_BYTES:
+            self._cached = np.stack([self.direction(i, size) for i in range(num)])
+        if self._cached is not None:
+            self.scores += self._cached @ release_P
+            return
+        for i in range(num):
             self.scores[i] += float(self.direction(i, len(release_P)) @ release_P)
 
 
@@ -61,21 +71,30 @@ class CanaryMean:
         canaries: The canary clients.
         num_rows: That a canary claims: a mechanism that weighs by rows is then more sensitive than it may be.
         known: The same mechanism with noise that anyone can compute, to see whether `inner` has it.
+        asked: (round, canary) -> whether the canary is in the cohort, if it is in at all: as often as the claim counts.
     """
 
-    def __init__(self, inner: NoisyMean, canaries: Canaries, num_rows: int = 1, known: NoisyMean | None = None) -> None:
+    def __init__(
+        self,
+        inner: NoisyMean,
+        canaries: Canaries,
+        num_rows: int = 1,
+        known: NoisyMean | None = None,
+        asked: Callable[[int, int], bool] = lambda round_, canary: True,
+    ) -> None:
         self._inner, self._canaries, self._num_rows, self._known = inner, canaries, num_rows, known
+        self._asked = asked
         self.noise_is_known = False
 
     def __call__(
         self, updates: Iterable[ClientUpdate], round_: int, like: Params, state: State
     ) -> tuple[ClientUpdate, State, dict[str, Any]]:
         """As `NoisyMean`, with the canaries among the clients."""
-        received = list(chain(updates, self._sent(like, self._inner.clip(state))))
+        received = list(chain(updates, self._sent(round_, like, self._inner.clip(state))))
         update, own, entry = self._inner(received, round_, like, state)
         if self._known and entry["noise_std"]:
             guess, _, _ = self._known(received, round_, like, state)
-            self.noise_is_known |= digest(guess.delta) == digest(update.delta)
+            self.noise_is_known |= params_digest(guess.delta) == params_digest(update.delta)
         self._canaries.see(_flat(update.delta))
         return update, own, entry
 
@@ -83,12 +102,12 @@ class CanaryMean:
         """The clip of the next round."""
         return self._inner.clip(state)
 
-    def _sent(self, like: Params, clip: float) -> Iterator[ClientUpdate]:
+    def _sent(self, round_: int, like: Params, clip: float) -> Iterator[ClientUpdate]:
         import torch
 
         size = sum(t.numel() for t in like.values())
         for i, is_in in enumerate(self._canaries.is_in):
-            if is_in:
+            if is_in and self._asked(round_, i):
                 flat, begin, delta = torch.from_numpy(self._canaries.direction(i, size) * clip), 0, {}
                 for name, t in like.items():
                     delta[name] = flat[begin : begin + t.numel()].reshape(t.shape).to(t.dtype)
@@ -146,24 +165,29 @@ def one_run(
         ConfigError: The experiment has no privacy to audit.
     """
     e, clients = inputs.experiment, inputs.clients(inputs.experiment.num_rounds)
+    rng = rng or np.random.default_rng()
     claim = claimed(e, clients)
     if claim is None:
         raise ConfigError(f'privacy: got "{e.privacy.name}"; --kind one-run needs a claim; allowed: client-dp, row-dp')
-    canaries = Canaries(num_canaries, rng or np.random.default_rng())
+    canaries = Canaries(num_canaries, rng)
+    members, cohorts = cohort_of(e, clients)
+    most = max(members, key=lambda client: sum(client in cohort for cohort in cohorts))
     wrapped: CanaryMean | CanaryNoise
     if isinstance(e.privacy, ClientDp):
         mean = mechanism or NoisyMean(e.privacy, e.cohort_size, noise_key(e))
-        known = NoisyMean(e.privacy, e.cohort_size, seed_key(e.seed))
-        wrapped = CanaryMean(mean, canaries, num_rows=1000, known=known)
-        train(inputs, clients, mean=wrapped)  # type: ignore[arg-type]
+        known = NoisyMean(e.privacy, e.cohort_size, simulation_key(e.seed))
+        if e.cohort == "poisson":  # a canary is drawn as a client is
+            drawn = rng.random((e.num_rounds, num_canaries)) < e.cohort_size / len(members)
+        else:  # as often as the client that is asked most often
+            drawn = np.array([[most in cohort] * num_canaries for cohort in cohorts])
+        wrapped = CanaryMean(mean, canaries, 1000, known, lambda round_, i: bool(drawn[round_ - 1, i]))
+        trained_adapter(inputs, clients, mean=wrapped)  # type: ignore[arg-type]
     else:
         assert isinstance(e.privacy, RowDp)
-        members, asked = cohort_of(e, clients)
-        most = max(members, key=lambda client: sum(client in cohort for cohort in asked))
         noise = mechanism or RowNoise(e.privacy, noise_key(e), e.run_id())
-        known_rows = RowNoise(e.privacy, seed_key(e.seed), e.run_id())
+        known_rows = RowNoise(e.privacy, simulation_key(e.seed), e.run_id())
         wrapped = CanaryNoise(noise, canaries, most, known_rows)
-        train(inputs, clients, noise=wrapped)
+        trained_adapter(inputs, clients, noise=wrapped)
     return verdict(canaries, claim.epsilon, claim.delta, wrapped.noise_is_known) | {"claim": claim.claim()}
 
 
