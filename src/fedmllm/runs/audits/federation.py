@@ -31,6 +31,8 @@ def check_auditable(experiment: Experiment) -> None:
         raise ConfigError(
             f"engine.name: got {e.engine.name!r}; an audit runs in one process: allowed: in-process, stacked"
         )
+    if e.relation.name != "one":
+        raise ConfigError(f"relation: got {e.relation.name!r}; an audit attacks one global model; allowed: one")
     if "client-state" in e.aggregator.needs or not e.aggregator.global_model:
         raise ConfigError(
             f"aggregator.name: got {e.aggregator.name!r}, whose clients keep state; an audit has no folder for it"
@@ -82,8 +84,8 @@ def trained_adapter(
     if isinstance(e.privacy, RowDp):
         clients = replace(clients, row_noise=noise or RowNoise(e.privacy, key, e.run_id()))
     members, asked = cohort_of(e, clients, key)
-    aggregator = e.server()
-    progress = Progress(0, inputs.start, e.initial_state(inputs.start))
+    aggregator = inputs.aggregator()
+    progress = Progress(0, inputs.start, inputs.initial_state())
     rounds = federate(
         progress,
         start_engine(e.engine, clients),
