@@ -96,6 +96,7 @@ def test_trends() -> None:
     write = Render().series
     assert write({"v": (1, 2)}) == "v 1 to 2, rising, from 1 to 2"
     assert "steady" in write({"v": (100, 300, 101)})
+    assert Render().variants({"A": "0", "B": "WT", "C": "0/0"}) == "no variant"
     assert write({"a": (1, 0), "b": (2,)}) == "a 1 to 0, falling, from 0 to 1; b 2"
     assert Render(top=1).variants({"A": "x", "B": "y"}) == "A x"
 
@@ -139,6 +140,8 @@ def test_variants_in_any_form() -> None:
             {"render": {**RENDER, "units": {"crap": "mg/l"}}},
             r"data\.render\.units\.crap: no such column of numbers; there are: crp",
         ),
+        ({"columns": {"series": {"labs+": "crp"}}}, r"data\.columns: got 'labs\+'; allowed: a name other than all"),
+        ({"columns": {"series": {"all": "crp"}}, "render": {}}, r"data\.columns: got 'all'; allowed"),
         ({"render": {**RENDER, "ranges": {"crp": [5, 0]}}}, r"normal range has to be two numbers, the lower one first"),
     ],
 )
@@ -349,6 +352,16 @@ def test_a_key_frame_without_a_sensor_lacks_the_modality(tmp_path: Path) -> None
     (tmp_path / "v1_1_train_nus.json").write_text(json.dumps({"s": {"key_frames": {"f": entry}}}))
     (row,) = DriveLM(root=tmp_path, sensors=("speed", "range"), test_rate=0.01).load("train").examples
     assert row.fields == {}
+    for sensors, render, message in (
+        (["s-1"], {}, r"data\.sensors: got 's-1'; allowed"),
+        (
+            ["speed"],
+            {"units": {"sped": "m/s"}},
+            r"data\.render\.units\.sped: no such column of numbers; there are: speed",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            DriveLM.pick({"name": "drivelm", "root": str(tmp_path), "sensors": sensors, "render": render}, "data")
     with pytest.raises(ConfigError, match="cameras are not sensors"):
         DriveLM.pick({"name": "drivelm", "root": str(tmp_path), "sensors": ["CAM_BACK"]}, "data")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedmllm.core.errors import DataError
 from fedmllm.core.spec import ADDED_LATER
@@ -28,7 +28,7 @@ from fedmllm.data.reading import (
     take_answer,
     take_text,
 )
-from fedmllm.data.render import Render, readings
+from fedmllm.data.render import Render, check_names, readings
 from fedmllm.data.vqa_rad import ANSWER_METRICS, YES_NO
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
@@ -76,7 +76,13 @@ class DriveLM(Dataset):
     def _are_no_cameras(cls, sensors: tuple[str, ...]) -> tuple[str, ...]:
         if "" in sensors or len({*sensors, *CAMERAS}) < len(sensors) + len(CAMERAS):
             raise ValueError("name each sensor once; cameras are not sensors")
+        check_names(sensors, "data.sensors")
         return sensors
+
+    @model_validator(mode="after")
+    def _renders_sensors(self) -> DriveLM:
+        self.render.check(self.sensors, "data.render")
+        return self
 
     def modalities(self) -> tuple[Modality, ...]:
         return (*CAMERAS, *self.sensors)
@@ -175,7 +181,7 @@ class DriveLM(Dataset):
         if not isinstance(sensors, dict | None):
             raise DataError(f"{place}: sensors is {quoted(sensors)}; an object of series is expected")
         one = {name: (name,) for name in self.sensors}
-        return readings(sensors or {}, one, {}, self.render, lambda cell: cell is None or cell == [], place)
+        return readings(sensors or {}, one, {}, self.render, lambda cell: cell is None, place)
 
     def _cameras(self, paths: Mapping[str, object], place: str) -> dict[Modality, Content]:
         """The published paths begin with "../nuscenes/", as seen from the questions' folder."""

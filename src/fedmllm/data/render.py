@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated
 
 from pydantic import Field, PositiveFloat, field_validator
 
-from fedmllm.core.errors import DataError
+from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.spec import Spec
 from fedmllm.core.types import Modality
 from fedmllm.data.reading import RawRow, as_text, listed, quoted
@@ -43,10 +43,26 @@ class Render(Spec):
     genes: tuple[str, ...] = ()
     """Genes whose variants are written, in this order; needed for a column that holds variants of any gene. Others never
     leave the table: a rare variant identifies a person."""
-    reference: tuple[str, ...] = ("reference", "ref", "wt", "wild type", "0/0")
+    reference: tuple[str, ...] = ("reference", "ref", "wt", "wild type", "wildtype", "none", "negative", "0", "0/0")
     """Words that mean that a gene has no variant, in any case."""
     top: Annotated[int, Field(ge=0)] = 0
     """Number of variants that are written, the first ones; 0 = all."""
+
+    def check(self, numbers: Collection[str], place: str) -> None:
+        """Check that the tables name columns of numbers.
+
+        Args:
+            numbers: Columns that hold numbers.
+            place: Of the settings; begins the error message.
+
+        Raises:
+            ConfigError: A key is none of them.
+        """
+        for key in ("units", "ranges", "step_s"):
+            if odd := sorted(getattr(self, key).keys() - set(numbers)):
+                raise ConfigError(
+                    f"{place}.{key}.{odd[0]}: no such column of numbers; there are: {listed(sorted(numbers))}"
+                )
 
     @field_validator("ranges")
     @classmethod
@@ -102,6 +118,23 @@ class Render(Spec):
         order = self.genes or tuple(found)
         named = [f"{g} {found[g]}" for g in order if g in found and found[g].casefold() not in reference]
         return ", ".join(named[: self.top or None]) or "no variant"
+
+
+def check_names(modalities: Iterable[Modality], place: str) -> None:
+    """Refuse names of modalities that `evaluate.visible` or `scenario.clients` could not name.
+
+    Args:
+        modalities: The names.
+        place: Of the settings; begins the error message.
+
+    Raises:
+        ConfigError: A name is reserved, or has a character that joins names.
+    """
+    for modality in modalities:
+        if modality in ("", "all", "both", "none") or set(modality) & set("+-") or modality != modality.strip():
+            raise ConfigError(
+                f"{place}: got {modality!r}; allowed: a name other than all, both and none, without + and -"
+            )
 
 
 def number(value: float, digits: int) -> str:
@@ -211,13 +244,17 @@ def readings(
         DataError: A cell cannot be read.
     """
     found: dict[Modality, str] = {}
+
+    def has_value(cell: object) -> bool:
+        return not (cell in ([], {}) or is_empty(cell))
+
     for modality, columns in series.items():
-        cells = {column: row[column] for column in columns if not is_empty(row.get(column))}
+        cells = {column: row[column] for column in columns if has_value(row.get(column))}
         if cells:
             values = {c: samples_of(cell, c, place) for c, cell in cells.items()}
             found[modality] = render.series(values, named=columns != (modality,))  # the prompt has the modality's name
     for modality, columns in variants.items():
-        cells = {column: row[column] for column in columns if not is_empty(row.get(column))}
+        cells = {column: row[column] for column in columns if has_value(row.get(column))}
         if cells and len(columns) == 1:
             found[modality] = render.variants(variants_of(cells[columns[0]], columns[0], place))
         elif cells:

@@ -20,7 +20,7 @@ from fedmllm.data.files import IMAGE_COLUMN, File, Form, Options, files_of, form
 from fedmllm.data.imagefolder import METADATA
 from fedmllm.data.marks import MARK, as_list, marks_in, pictures_of, split_at_marks
 from fedmllm.data.reading import RawRow, as_id, collect, filled, held_out, listed, picture, quoted, take_text
-from fedmllm.data.render import Render, readings
+from fedmllm.data.render import Render, check_names, readings
 
 SHORT_TEXT = 12  # characters of a text that may stand for a missing one
 SPLIT_WORDS: Mapping[str, Split] = {
@@ -175,12 +175,8 @@ class Table(Dataset):
                     f"data.render.genes: missing; name the genes whose variants in {names[0]!r} may be written "
                     f"(data.columns.variants.{modality})"
                 )
-        numbers = {name for names in c.numbers().values() for name in names}
-        for key in ("units", "ranges", "step_s"):
-            if odd := sorted(getattr(self.render, key).keys() - numbers):
-                raise ConfigError(
-                    f"data.render.{key}.{odd[0]}: no such column of numbers; there are: {listed(sorted(numbers))}"
-                )
+        check_names((*c.series, *c.variants), "data.columns")
+        self.render.check({name for names in c.numbers().values() for name in names}, "data.render")
 
     def modalities(self) -> tuple[Modality, ...]:
         c = self.columns

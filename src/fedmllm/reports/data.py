@@ -115,10 +115,11 @@ class Federation:
         return table
 
     def _patterns(self, modalities: tuple[Modality, ...]) -> dict[str, list[Visible]]:
-        """Heading -> masks that it counts: "image+text", "image only", "none"; with many modalities, one heading each."""
+        """Heading -> masks that it counts: "image+text", "image only", "none"; with many modalities, one each, all, none."""
         seen = {mask for shard in self.shards for mask in shard.visible}
         if len(modalities) > 2:
-            return {**{m: [mask for mask in seen if m in mask] for m in modalities}, "none": [frozenset()]}
+            of_modality = {m: [mask for mask in seen if m in mask] for m in modalities}
+            return {**of_modality, "all": [frozenset(modalities)], "none": [frozenset()]}
         single = {f"{m} only" if len(modalities) > 1 else m: [frozenset({m})] for m in modalities}
         whole = {"+".join(modalities): [frozenset(modalities)]} if len(modalities) > 1 else {}
         return {**whole, **single, "none": [frozenset()]}
