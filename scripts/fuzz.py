@@ -71,6 +71,14 @@ def row(counts: dict[str, Any]) -> str:
     return "| " + " | ".join(map(str, [*cells, int("crash" in counts)])) + " |"
 
 
+def write(out: Path, results: list[dict[str, Any]], done: bool) -> None:
+    command = " ".join(["python", "scripts/fuzz.py", *sys.argv[1:]])
+    inputs = sum(result["inputs"] for result in results)
+    crashes = sum("crash" in result for result in results)
+    summary = {"command": command, "is_complete": done, "inputs": inputs, "crashes": crashes, "machine": describe()}
+    write_atomically(out, json.dumps({**summary, "versions": versions(), "targets": results}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--inputs", type=int, default=100_000)
@@ -94,14 +102,10 @@ def main() -> None:
                     break
             results.append(sums)
             print(row(sums), flush=True)
+            if not arguments.target:  # after each target: a run that is stopped keeps what it has
+                write(arguments.out, results, done=target is chosen[-1])
     crashes = [result for result in results if "crash" in result]
     inputs = sum(result["inputs"] for result in results)
-    command = " ".join(["python", "scripts/fuzz.py", *sys.argv[1:]])
-    summary = {"command": command, "inputs": inputs, "crashes": len(crashes), "machine": describe()}
-    if not arguments.target:
-        write_atomically(
-            arguments.out, json.dumps({**summary, "versions": versions(), "targets": results}, indent=1) + "\n"
-        )
     print("\n| target | inputs | accepted | refused | crashes |\n|---|---|---|---|---|")
     print("\n".join(map(row, results)))
     print(f"{inputs} inputs, {len(crashes)} crashes")

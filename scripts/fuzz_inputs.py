@@ -6,7 +6,10 @@ import hashlib
 import io
 import json
 import re
-from typing import Any
+import typing
+import unicodedata
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from hypothesis import strategies as st
@@ -15,6 +18,7 @@ from safetensors.torch import save
 
 from fedmllm.algorithms.server_optimizers import FedAdam
 from fedmllm.config.experiment import FAMILIES, Experiment
+from fedmllm.config.train import Evaluate, Train, UpdateFilter
 from fedmllm.core.types import Params
 from fedmllm.runs import checkpoint
 
@@ -159,23 +163,186 @@ def conversations() -> Inputs:
 
 
 def folder_trees() -> Inputs:
-    """Lists of paths below an image folder: labels, hidden files, metadata in odd places, files of other kinds."""
-    folders = st.lists(
-        st.sampled_from(["cat", "dog", ".hidden", "__MACOSX", "caf\u00e9", "cafe\u0301", "sub"]), max_size=3
+    """Image folders as {path: text}: labels or metadata files, and among them hidden files, other kinds, odd places."""
+    labels = st.lists(
+        st.sampled_from(["cat", "dog", "fox", "0", "two words", "caf\u00e9", "cafe\u0301"]),
+        min_size=2,
+        max_size=4,
+        unique_by=lambda name: unicodedata.normalize("NFC", name),
     )
-    files = [
-        "1.png",
-        "2.JPG",
-        "._1.png",
-        "3.avif",
-        "notes.txt",
-        "metadata.csv",
-        "Metadata.CSV",
-        "metadata.jsonl",
-        ".DS_Store",
-    ]
-    path = st.builds(lambda where, name: "/".join([*where, name]), folders, st.sampled_from(files))
-    return st.lists(path, min_size=1, max_size=8, unique=True).map(as_json)
+    names = st.lists(
+        st.sampled_from(["1.png", "2.JPG", "3.avif", "4.jfif", "sub/5.webp"]), min_size=1, max_size=3, unique=True
+    )
+    junk = st.lists(
+        st.sampled_from(
+            [
+                "._1.png",
+                ".DS_Store",
+                "notes.txt",
+                ".hidden/6.png",
+                "__MACOSX/cat/._1.png",
+                "cat/.ipynb_checkpoints/7.png",
+                "scan.dcm",
+            ]
+        ),
+        max_size=3,
+        unique=True,
+    )
+    odd = st.lists(
+        st.sampled_from(["8.png", "metadata.csv", "cat/Metadata.CSV", "metadata.jsonl", "dog/metadata.parquet"]),
+        max_size=2,
+        unique=True,
+    )
+
+    def labelled(chosen: list[str], names: list[list[str]]) -> dict[str, str]:
+        return {f"{label}/{name}": "" for label, own in zip(chosen, names, strict=False) for name in own}
+
+    def listed(tree: dict[str, str], form: str, share: float) -> dict[str, str]:
+        """With one metadata file on top, which lists a share of the images."""
+        images = sorted(tree)[: max(1, round(share * len(tree)))]
+        if form.lower().endswith("csv"):
+            lines = ["file_name,answer", *(f"{path},{len(path) % 2}" for path in images)]
+        else:
+            lines = [json.dumps({"file_name": path, "answer": str(len(path) % 2)}) for path in images]
+        return {**tree, form: "\n".join(lines) + "\n"}
+
+    tree = st.builds(labelled, labels, st.lists(names, min_size=4, max_size=4))
+    forms = st.sampled_from(["metadata.csv", "Metadata.CSV", "metadata.jsonl"])
+    right = st.one_of(tree, st.builds(listed, tree, forms, st.floats(0, 1)))
+    some_odd = st.one_of(st.just([]), st.just([]), odd)
+    return st.builds(lambda tree, junk, odd: {**dict.fromkeys([*junk, *odd], ""), **tree}, right, junk, some_odd).map(
+        as_json
+    )
+
+
+def picture_modes() -> Inputs:
+    """Pictures of every mode and form: {mode, form, size, orientation, seed}."""
+    modes = ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I", "F"]
+    return st.fixed_dictionaries(
+        {
+            "mode": st.sampled_from(modes),
+            "form": st.sampled_from(["PNG", "TIFF", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TGA", "JPEG2000"]),
+            "size": st.tuples(st.integers(1, 9), st.integers(1, 9)),
+            "orientation": st.integers(0, 9),
+            "transparent": st.booleans(),
+            "seed": st.integers(0, 999),
+        }
+    ).map(as_json)
+
+
+def answer_pairs() -> Inputs:
+    """Two answers and whether they mean the same: {one, two, same}."""
+    words = st.sampled_from(
+        ["yes", "left lung", "x-ray", "hepatitis", "O+", "Rh-", "-5", ">5 mm", "<5 mm", "1,000 ml", "1.5", "3/4", "50%",
+         "vitamin A", "caf\u00e9", "it's", "\u80ba\u708e", "\u3042\u308b", "T1", "5-6 cm", "na\u00efve patient",
+         "(right) kidney", "Crohn's disease", "B", "A"]
+    )  # fmt: skip
+    alike: dict[str, Callable[[str], str]] = {
+        "case": lambda text: text.upper() if text != "vitamin A" else text,
+        "blanks": lambda text: f"  {text}\n",
+        "stop": lambda text: f"{text}.",
+        "wide stop": lambda text: f"{text}\u3002",
+        "article": lambda text: f"the {text}",
+        "composed": lambda text: unicodedata.normalize("NFC", text),
+        "decomposed": lambda text: unicodedata.normalize("NFD", text),
+        "wide": lambda text: text.translate({c: c + 0xFEE0 for c in range(0x30, 0x3A)}),
+        "quotes": lambda text: text.replace("'", "\u2019"),
+        "quoted": lambda text: f'"{text}"',
+        "dash": lambda text: text.replace("-", "\u2212"),
+        "same": lambda text: text,
+    }
+    other: dict[str, Callable[[str], str]] = {
+        "word": lambda text: f"{text} mass",
+        "no": lambda text: f"no {text}",
+        "number": lambda text: f"{text} 7",
+        "plus": lambda text: f"{text} +",
+        "A": lambda text: f"{text} A",
+        "percent": lambda text: f"{text} %",
+        "less": lambda text: f"< {text}",
+    }
+
+    def pair(text: str, first: list[str], change: str, same: bool) -> bytes:
+        one = two = text
+        for name in first:
+            two = alike[name](two)
+        two = two if same else other[change](two)
+        return as_json({"one": one, "two": two, "same": same, "changes": [*first, *([] if same else [change])]})
+
+    return st.builds(
+        pair,
+        words,
+        st.lists(st.sampled_from(sorted(alike)), max_size=3, unique=True),
+        st.sampled_from(sorted(other)),
+        st.booleans(),
+    )
+
+
+def settings_tables() -> Inputs:
+    """Experiments that are right: members of every family, with other values of their numbers, choices and flags."""
+    base: dict[str, Any] = {"data": "synthetic-irony", "partition": {"name": "iid", "num_clients": 4}, "cohort_size": 3}
+
+    def values_of(member: type[Any]) -> st.SearchStrategy[Any]:
+        ways: dict[str, st.SearchStrategy[Any]] = {}
+        for key, about in member.model_fields.items():
+            default = about.default
+            if key == "name" or about.is_required():
+                continue
+            if isinstance(default, bool):
+                ways[key] = st.booleans()
+            elif isinstance(default, int):
+                ways[key] = st.sampled_from([default, default + 1, max(1, default)])
+            elif isinstance(default, float):
+                ways[key] = st.sampled_from([default, default / 2, 0.25])
+            elif typing.get_origin(about.annotation) is Literal:
+                ways[key] = st.sampled_from(typing.get_args(about.annotation))
+        return st.fixed_dictionaries({"name": st.just(member.model_fields["name"].default)}, optional=ways)
+
+    def family(key: str) -> st.SearchStrategy[Any]:
+        members = [m for name, m in sorted(FAMILIES[key].members.items()) if m.plugin is None and name != "at-sites"]
+        return st.one_of(*[values_of(m) for m in members if not any(f.is_required() for f in m.model_fields.values())])
+
+    families = st.fixed_dictionaries({}, optional={key: family(key) for key in FAMILIES})
+    train = values_of_spec(Train)
+    rest = st.fixed_dictionaries(
+        {},
+        optional={
+            "train": train,
+            "evaluate": values_of_spec(Evaluate),
+            "update_filter": values_of_spec(UpdateFilter),
+            "num_rounds": st.integers(1, 9),
+            "seed": st.integers(0, 3),
+        },
+    )
+    one = st.builds(
+        lambda key, families: {k: v for k, v in families.items() if k == key},
+        st.sampled_from(sorted(FAMILIES)),
+        families,
+    )
+    return st.builds(lambda chosen, rest: {**base, **rest, **chosen}, st.one_of(one, one, families), rest).map(as_json)
+
+
+def values_of_spec(spec: type[Any]) -> st.SearchStrategy[Any]:
+    """A table of a Spec with its defaults written out, or other allowed words and flags."""
+    ways: dict[str, st.SearchStrategy[Any]] = {}
+    for key, about in spec.model_fields.items():
+        if isinstance(about.default, bool):
+            ways[key] = st.booleans()
+        elif isinstance(about.default, int | float | str):
+            ways[key] = st.just(about.default)
+    return st.fixed_dictionaries({}, optional=ways)
+
+
+def summaries() -> Inputs:
+    """Values, seeds, methods and digests of a few runs: [{method, seed, value, rows}]."""
+    run = st.fixed_dictionaries(
+        {
+            "method": st.sampled_from(["fedavg", "fedadam", "fedyogi"]),
+            "seed": st.integers(0, 3),
+            "value": st.one_of(st.floats(0, 1), st.floats(0, 1), st.sampled_from([None, 0, 1, -1, 0.5, 0.5])),
+            "rows": st.sampled_from(["", "", "", "1111", "2222"]),
+        }
+    )
+    return st.lists(run, min_size=1, max_size=7).map(as_json)
 
 
 def picture_values() -> Inputs:

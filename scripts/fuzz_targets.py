@@ -9,9 +9,12 @@ import contextlib
 import hashlib
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from fuzz_inputs import (
     LIKE,
     ROWS,
     Inputs,
+    answer_pairs,
     answers,
     as_json,
     books,
@@ -30,9 +34,12 @@ from fuzz_inputs import (
     folder_trees,
     headers,
     mutated,
+    picture_modes,
     picture_values,
     pictures,
     resealed,
+    settings_tables,
+    summaries,
     tables,
 )
 from hypothesis import strategies as st
@@ -41,7 +48,8 @@ from PIL import Image
 from fedmllm.algorithms.server_optimizers import FedAdam
 from fedmllm.config.experiment import Experiment, set_key
 from fedmllm.config.train import UpdateFilter
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.answers import same_answer, word_f1
+from fedmllm.core.errors import DataError, FedmllmError
 from fedmllm.core.images import open_image
 from fedmllm.core.types import ClientUpdate
 from fedmllm.data.hateful_memes import HatefulMemes
@@ -49,6 +57,10 @@ from fedmllm.data.imagefolder import contents_of
 from fedmllm.data.prompts import Plain
 from fedmllm.data.table import Columns, Table
 from fedmllm.federation.rounds import Progress, federate
+from fedmllm.flower.server.experiment import over_sites
+from fedmllm.reports.comparisons import all_pairs
+from fedmllm.reports.reading import read_results
+from fedmllm.reports.write import markdown
 from fedmllm.runs import checkpoint, record
 from fedmllm.runs.costs import Totals
 from fedmllm.runs.folder import RunFolder
@@ -122,19 +134,128 @@ def check_conversations(content: bytes, folder: Path) -> None:
 
 
 def check_folder_tree(content: bytes, folder: Path) -> None:
-    """Every file of an image folder is a row, or it is counted."""
-    top = folder / "train"
-    for name in json.loads(content):
+    """Every file of an image folder is a row, or it is counted and named."""
+    top, tree = folder / "train", json.loads(content)
+    for name, text in tree.items():
         path = top / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("file_name,answer\n" if name.lower().endswith("csv") else "")
+        path.write_text(text)
     contents = contents_of(top)
     found = [*contents.images, *contents.metadata, *contents.hidden, *contents.others]
-    assert sorted(path.as_posix() for path in found) == sorted(json.loads(content))
+    assert sorted(path.as_posix() for path in found) == sorted(tree)
     rows = Table(root=folder, train="train", question="?", on_bad_row="skip").load("train")
     counted = len(contents.images) - len(rows.examples) - len(rows.skipped)
     unlisted = [note for note in rows.notes if "in no metadata file" in note]
     assert counted == sum(int(note.split(": ")[1].split()[0]) for note in unlisted)
+    left_out = sum(int(note.split(": ")[1].split()[0]) for note in rows.notes if "left out" in note)
+    assert left_out == len(contents.hidden) + len(contents.others)
+    if not contents.metadata:
+        for example in rows.examples:
+            assert example.answer == unicodedata.normalize("NFC", str(example.id).split("/")[0])
+
+
+def check_picture_mode(content: bytes, folder: Path) -> None:
+    """8-bit RGB of the right size, turned upright; pixels of a lossless RGB or grey picture are kept."""
+    table = json.loads(content)
+    (width, height), mode, form = table["size"], table["mode"], table["form"]
+    values = np.random.default_rng(table["seed"]).integers(0, 256, (height, width, 4), np.uint8)
+    image = Image.fromarray(values).convert("RGB")
+    if mode in ("I;16", "I", "F"):
+        image = Image.fromarray(values[..., 0].astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    elif mode != "RGB":
+        image = (Image.fromarray(values) if mode in ("RGBA", "LA") else image).convert(mode)
+    exif = Image.Exif()
+    exif[274] = table["orientation"]
+    more = {"transparency": 0} if table["transparent"] and mode in ("L", "P") and form == "PNG" else {}
+    try:
+        image.save(folder / "a", form, exif=exif, **more)
+    except (OSError, ValueError, KeyError, SystemError) as error:
+        raise DataError(f"{form} does not hold {mode}: {error}") from None
+    with (folder / "a").open("rb") as file, Image.open(file) as raw:
+        turn, kept_mode = raw.getexif().get(274, 1), raw.mode
+    read = open_image(folder / "a", "rows.csv:2")
+    assert read.mode == "RGB"
+    assert read.size == ((height, width) if turn in (5, 6, 7, 8) else (width, height))
+    if form in ("PNG", "TIFF", "BMP", "PPM", "TGA") and mode in ("RGB", "L") and kept_mode == mode and not more:
+        before = np.asarray(image.convert("RGB"))
+        turns = {2: before[:, ::-1], 3: before[::-1, ::-1], 4: before[::-1], 5: before.swapaxes(0, 1),
+                 6: np.rot90(before, -1), 7: before[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(before)}  # fmt: skip
+        assert (np.asarray(read) == turns.get(turn, before)).all()
+
+
+def check_answer_pair(content: bytes, folder: Path) -> None:
+    """Equal answers count as equal in both orders and have an F1 of 1; others do not."""
+    table = json.loads(content)
+    one, two = table["one"], table["two"]
+    assert same_answer(one, two) == same_answer(two, one) == table["same"]
+    assert same_answer(two, two)
+    assert (word_f1(one, two) == word_f1(two, one) == 1.0) == table["same"]
+    assert 0 <= word_f1(one, two) <= 1
+
+
+def check_settings(content: bytes, folder: Path) -> None:
+    """Settings that are written out and read back mean the same: alone, in a suite's process, and over real sites."""
+    one = Experiment.parse(json.loads(content))
+    assert _at_sites(Experiment.parse(one.dump())) == _at_sites(one)
+    for two in (Experiment.parse(one.dump()), Experiment.parse(json.loads(json.dumps(one.model_dump(mode="json"))))):
+        assert two == one
+        assert (two.identity(), two.run_id(), two.method_name(), two.setting()) == (
+            one.identity(), one.run_id(), one.method_name(), one.setting(),
+        )  # fmt: skip
+        assert two.dump().keys() >= one.dump().keys()
+
+
+def _at_sites(experiment: Experiment) -> Experiment | str:
+    try:
+        return over_sites(experiment, list("ABCD"), test=True)
+    except FedmllmError as error:
+        return str(error)
+
+
+def check_summaries(content: bytes, folder: Path) -> None:
+    """Every run is in the report or named in a note; runs over other rows are not paired; no NaN, no negative lead."""
+    runs = json.loads(content)
+    for i, run in enumerate(runs):
+        line, row = _record_of(run)
+        (folder / str(i)).mkdir()
+        (folder / str(i) / "record.jsonl").write_bytes(line)
+        (folder / str(i) / "summary.json").write_text(json.dumps({"rows": [row]}))
+    report = read_results([folder])
+    kept = {(run.settings["aggregator"]["name"], run.seed, run.draw.rows) for run in report.runs}
+    assert kept == {(run["method"], run["seed"], run["rows"]) for run in runs}
+    different = {(run["method"], run["seed"], run["value"], run["rows"]) for run in runs}
+    assert len(report.runs) == len(different) or report.notes
+    for dataset in report.datasets:
+        draws = {method: set(seeds) for (_, method), seeds in dataset.values().items()}
+        for pair in all_pairs(dataset):
+            assert pair.test.difference >= 0
+            assert 0 < pair.test.n == len(draws[pair.higher] & draws[pair.lower])
+    text = markdown(report).lower()
+    assert " nan" not in text
+    assert "inf " not in text
+
+
+@lru_cache(maxsize=64)
+def _experiment(method: str, seed: int) -> Experiment:
+    return Experiment.parse({"data": "synthetic-irony", "aggregator": method, "seed": seed, "num_rounds": 1})
+
+
+def _record_of(run: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """First lines of a record, and the row of a summary."""
+    e = _experiment(run["method"], run["seed"])
+    digests = {"partition": "0", "base": "0", **({"rows": run["rows"]} if run["rows"] else {})}
+    heading = {
+        "event": "experiment",
+        "run_id": e.run_id(),
+        "settings": e.model_dump(mode="json"),
+        "digests": digests,
+        "num_test": 3,
+    }
+    cost = dict.fromkeys(("num_rounds", "up_bytes", "down_bytes", "up_lora_bytes", "down_lora_bytes", "client_s", "server_s",
+                          "num_tokens", "wall_s", "peak_host_bytes", "peak_device_bytes"), 1)  # fmt: skip
+    row = {"scenario": "aligned", "setting": e.setting(), "method": e.method_name(), "prompt": "plain", "seed": e.seed}
+    row |= {"metric": "auc", "value": run["value"], "std": None, "n": 1, "visible": "all", "run_id": e.run_id(), **cost}
+    return as_json(heading) + b"\n", row
 
 
 def check_picture_values(content: bytes, folder: Path) -> None:
@@ -207,23 +328,27 @@ def _write_checkpoint(folder: Path, changed: dict[str, bytes]) -> None:
 
 
 TARGETS = [
-    Target("experiment-file", 0.12, mutated(EXPERIMENT), check_experiment_file),
-    Target("experiment-table", 0.10, tables(), check_experiment_table),
+    Target("conversations", 0.12, conversations(), check_conversations),
+    Target("folder-tree", 0.12, folder_trees(), check_folder_tree),
+    Target("picture-values", 0.06, picture_values(), check_picture_values),
+    Target("picture-modes", 0.10, picture_modes(), check_picture_mode),
+    Target("answer-pairs", 0.30, answer_pairs(), check_answer_pair),
+    Target("settings-round-trip", 0.08, settings_tables(), check_settings),
+    Target("summaries", 0.02, summaries(), check_summaries),
+    Target("picture", 0.06, mutated(*pictures()), check_picture),
+    Target("experiment-file", 0.06, mutated(EXPERIMENT), check_experiment_file),
+    Target("experiment-table", 0.06, tables(), check_experiment_table),
     Target("override", 0.03, mutated(b"aggregator.lr=1e-2", b"data.name=table", b"train.lr=[1]"), check_override),
-    *[Target(f"rows-{ending}", 0.04, mutated(seed), check_rows(ending)) for ending, seed in ROWS.items()],
-    Target("hateful-memes", 0.05, mutated(ROWS["jsonl"]), check_published),
-    Target("conversations", 0.08, conversations(), check_conversations),
-    Target("folder-tree", 0.05, folder_trees(), check_folder_tree),
-    Target("picture-values", 0.04, picture_values(), check_picture_values),
-    Target("picture", 0.10, mutated(*pictures()), check_picture),
-    Target("adapter", 0.12, mutated(FILES[checkpoint.ADAPTER_FILE]), check_adapter),
-    Target("adapter-header", 0.12, headers(), check_adapter),
-    Target("checkpoint-state", 0.07, books(), check_book),
-    Target("checkpoint-state-bytes", 0.03, mutated(FILES[checkpoint.RUN_STATE]), check_book),
-    Target("checkpoint-state", 0.05, st.one_of(mutated(FILES[checkpoint.STATE]), headers()), check_state),
-    Target("client-answer", 0.06, answers(), check_answer),
-    Target("record", 0.05, mutated(experiment_line()), check_record),
-    Target("summary", 0.05, mutated(b'{"rows": [{"metric": "auc", "value": 0.5}]}'), check_summary),
+    *[Target(f"rows-{ending}", 0.03, mutated(seed), check_rows(ending)) for ending, seed in ROWS.items()],
+    Target("hateful-memes", 0.03, mutated(ROWS["jsonl"]), check_published),
+    Target("adapter", 0.06, mutated(FILES[checkpoint.ADAPTER_FILE]), check_adapter),
+    Target("adapter-header", 0.03, headers(), check_adapter),
+    Target("run-state", 0.01, books(), check_book),
+    Target("run-state-bytes", 0.02, mutated(FILES[checkpoint.RUN_STATE]), check_book),
+    Target("checkpoint-state", 0.02, st.one_of(mutated(FILES[checkpoint.STATE]), headers()), check_state),
+    Target("client-answer", 0.03, answers(), check_answer),
+    Target("record", 0.03, mutated(experiment_line()), check_record),
+    Target("summary", 0.03, mutated(b'{"rows": [{"metric": "auc", "value": 0.5}]}'), check_summary),
 ]
 
 

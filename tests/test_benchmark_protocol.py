@@ -11,6 +11,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.types import Example
 from fedmllm.data.synthetic_verdict import SyntheticVerdict
+from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.methods import baseline_rounds, equivalent_rounds
 from fedmllm.runs.run import run
 from fedmllm.runs.suites.suite import Suite
@@ -93,3 +94,11 @@ def test_a_converged_baseline_trains_for_all_rounds(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             Experiment.parse({**SMALL, **bad, "budget": "converged"})
+
+
+def test_selection_on_validation_rows_leaves_the_digest_of_the_rows() -> None:
+    """Reports pair runs by the digest of their rows: the test rows of both are the same."""
+    last = Inputs.load(Experiment.parse(SMALL)).digests
+    selected = Inputs.load(Experiment.parse({**SMALL, "evaluate": {"select": "validation", "every": 1}})).digests
+    assert {key: value for key, value in selected.items() if key != "validation"} == last
+    assert len(selected["validation"]) == 16

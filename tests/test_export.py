@@ -130,3 +130,11 @@ def test_an_adapter_of_another_shape_is_refused(base_of: Callable[[str], Path], 
     with pytest.raises(FedmllmError, match="does not fit its base"):
         export(tmp_path / "run", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_merged_model_that_cannot_be_written_is_named(base_of: Callable[[str], Path], tmp_path: Path) -> None:
+    run_of(tmp_path / "run", FromFolder(path=str(base_of("qwen2_vl"))))
+    (tmp_path / "f").write_text("")
+    for out in (tmp_path / "f" / "x", tmp_path / ("n" * 300)):
+        with pytest.raises(FedmllmError, match=f"{out}: cannot be written: "):
+            export(tmp_path / "run", out)

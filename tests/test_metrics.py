@@ -138,6 +138,7 @@ def test_answers_that_mean_the_same_are_right(gold: str, said: str) -> None:
     ("gold", "said"),
     [
         ("hepatitis A", "hepatitis"),
+        ("B", "A B"),
         ("vitamin A deficiency", "vitamin deficiency"),
         ("type a", "type"),
         ("O+", "O-"),

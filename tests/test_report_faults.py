@@ -267,3 +267,20 @@ def test_old_and_new_keys_of_records_are_one(tmp_path: Path):
     path.write_text(text)
     assert only(tmp_path).methods == ["FedAvg"]
     assert compare([tmp_path / "old"], [tmp_path / "new"]).settings.keys() == {"seed"} - {"seed"}
+
+
+def test_the_page_explains_its_own_mark(tmp_path: Path):
+    for seed in (0, 1):
+        for name in ("fedavg", "fedadam"):
+            made(tmp_path / f"{name}{seed}", seed=seed, aggregator=name)
+    report = read_results([tmp_path])
+    write_report([tmp_path], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "A frame: the lead of the best" in page
+    assert "\u2248" not in page
+    assert "\u2248: the lead of the best" in markdown(report)
+
+
+def test_a_metric_below_its_range_is_shown(tmp_path: Path):
+    changed(made(tmp_path / "a"), {"auc": -1.0})
+    assert f"{MINUS}100.0" in markdown(read_results([tmp_path]))

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 
@@ -140,3 +144,38 @@ def test_a_tracker_of_ones_own_is_a_sink(run_folder: Path):
     assert kept.kept["failed"] is False
     assert json.dumps(kept.kept)
     assert os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+class Library:
+    """In place of wandb or trackio: keeps the arguments of `init` and what is logged."""
+
+    __spec__ = ModuleSpec("library", None)
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def init(self, **named: Any) -> Library:
+        self.runs.append(named)
+        return self
+
+    def define_metric(self, *_: Any, **__: Any) -> None: ...
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.logged.append((int(values["round"]) if step is None else step, values))
+
+    def finish(self, **_: Any) -> None: ...
+
+
+@pytest.mark.parametrize(("name", "key"), [("wandb", "id"), ("trackio", "name")])
+def test_wandb_and_trackio_continue_the_run_that_was_killed(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, key: str
+):
+    library = Library()
+    monkeypatch.setitem(sys.modules, name, cast("ModuleType", library))
+    replay_after_round_2(name, run_folder)
+    first, second = library.runs
+    assert first[key] == second[key] != ""
+    assert {run["resume"] for run in library.runs} == {"allow"}
+    sent = [(step, values["cost/sent_bytes"]) for step, values in library.logged]
+    assert sent == [*((i, i * 2 * 262144) for i in (1, 2, 3)), (3, 3 * 2 * 262144)]

@@ -18,8 +18,10 @@ from fedmllm.core.types import Example, Picture
 from fedmllm.data.base import Rows
 from fedmllm.data.pictures import check_rows
 from fedmllm.data.prompts import Agnostic, FromFile, Plain
+from fedmllm.runs.run import run
 from support import rawsets
 from support.tables import as_parquet
+from support.tiny_families import write
 
 IMAGE = frozenset({"image"})
 
@@ -340,6 +342,19 @@ def test_broken_exif_is_read_and_turned(case: Any) -> None:
             assert str(error).startswith(f"rows.csv:2: image {path} cannot be read: ")  # noqa: PT017
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff_has_the_pixels_of_a_turned_png(tmp_path: Path, orientation: int) -> None:
+    """An uncompressed TIFF with orientation 5 to 8 came out scrambled: Pillow took its turned width for that of its rows."""
+    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
+    exif = Image.Exif()
+    exif[274] = orientation
+    for name in ("a.tif", "a.png"):
+        image.save(tmp_path / name, exif=exif)
+    tiff, png = (np.asarray(open_image(tmp_path / name)) for name in ("a.tif", "a.png"))
+    assert tiff.shape == ((2, 3, 3) if orientation < 5 else (3, 2, 3))
+    assert (tiff == png).all()
+
+
 def test_a_picture_that_is_broken_in_its_middle_is_found_before_the_run(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.effect_noise((200, 200), 90).save(path)
@@ -387,3 +402,14 @@ def test_files_with_several_frames_are_named(tmp_path: Path) -> None:
         "1 picture with several frames or pages, of which the first is used: a.gif (2)",
     )
     assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+# --- placeholders
+
+
+def test_a_placeholder_in_an_answer_stops_before_the_first_round(case: Any, tmp_path: Path) -> None:
+    case("04")
+    model = write("llava", tmp_path / "model")
+    with pytest.raises(DataError, match=r"t.json:2\[0\]: row '0': .*answer.*'<image>'"):
+        run(Experiment.load("e.toml", [f"backbone.path={model}"]), tmp_path / "out")
+    assert not any('"round"' in line for line in (tmp_path / "out" / "record.jsonl").read_text().splitlines())

@@ -232,3 +232,13 @@ def test_no_rows_no_federation() -> None:
 
 def test_test_rows_show_what_they_have_and_may() -> None:
     assert show_only([row(0), row(1, modalities=("text",))], frozenset({"image"})) == ({"image"}, frozenset())
+
+
+def test_messages_about_columns_cut_what_they_quote() -> None:
+    long = "x" * 100_000
+    row = Example(long, {}, "?", (), "a", "f:0", {"ward": long})
+    with pytest.raises(DataError, match=r"partition\.num_clients allows") as numbered:
+        ByColumn(column="ward", num_clients=2).split([row], 0)
+    with pytest.raises(DataError, match="has no column") as missing:
+        ByColumn(column="wrad").split([row], 0)
+    assert max(len(str(numbered.value)), len(str(missing.value))) < 300

@@ -154,6 +154,13 @@ def test_over_sites_every_site_is_a_client_in_the_order_of_names():
     assert experiment.update_filter.on_bad_update == "drop_client"
 
 
+def test_the_servers_default_survives_a_round_trip_and_a_choice_does_too():
+    for update_filter, want in (({}, "drop_client"), ({"on_bad_update": "fail"}, "fail")):
+        one = Experiment.parse({**EXPERIMENT.dump(), "update_filter": update_filter})
+        for experiment in (one, Experiment.parse(one.dump())):
+            assert over_sites(experiment, ("a", "b"), test=True).update_filter.on_bad_update == want
+
+
 def test_the_servers_experiment_reads_back_from_its_record():
     experiment = over_sites(EXPERIMENT, ("a", "b"), test=True)
     assert isinstance(experiment.data, AtSites)

@@ -25,7 +25,7 @@ def normalised(answer: str) -> str:
     Compatibility forms of Unicode are unified (NFKC), as are case, quotes and dashes. Punctuation becomes a blank, except
     within numbers (1.5, 3/4, -5), as a sign after a word (O-), and "%". Symbols such as + < > are words. Each character of
     a script without blanks is a word. "a", "an" and "the" are left out before another word, but not a capital "A" within
-    an answer (vitamin A deficiency).
+    an answer (vitamin A deficiency) or in front of another letter (A B).
     """
     words = [word for word, is_article in _words(answer) if not is_article]
     return " ".join(words)
@@ -61,14 +61,21 @@ def _words(answer: str) -> list[tuple[str, bool]]:
     text = THOUSANDS.sub(lambda m: m[1] + m[2].replace(",", ""), text)
     spaced = "".join(_kept(text, i) for i in range(len(text)))
     words = WITHOUT_BLANKS.sub(r" \g<0> ", spaced).split()
-    last = len(words) - 1
     return [
-        (
-            unicodedata.normalize("NFKC", word.casefold()),
-            i < last and word.casefold() in ARTICLES and (i == 0 or word != "A"),
-        )
+        (unicodedata.normalize("NFKC", word.casefold()), _is_article(word, i == 0, words[i + 1 : i + 2]))
         for i, word in enumerate(words)
     ]
+
+
+def _is_article(word: str, is_first: bool, after: list[str]) -> bool:
+    """Whether a word may be left out: it is an article before another word, and not a capital "A" that names something.
+
+    It does within an answer (vitamin A deficiency), and in front of another single letter ("A B", two options).
+    """
+    if not after or word.casefold() not in ARTICLES:
+        return False
+    is_letter = len(after[0]) == 1 and after[0].isascii() and after[0].isalpha()
+    return word != "A" or (is_first and not is_letter)
 
 
 def _kept(text: str, i: int) -> str:

@@ -43,7 +43,9 @@ def open_image(path: Path, where: str = "") -> Image:
             raise DataError(f"{place} is empty (0 bytes)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            with Image.open(path) as image:
+            # By a file and not by its name: Pillow maps a named, uncompressed TIFF into memory with the turned size as that
+            # of its rows, which scrambles the pixels of orientations 5 to 8.
+            with path.open("rb") as file, Image.open(file) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise DataError(f"{place} has {width} x {height} pixels; at most {MAX_PIXELS} are read")

@@ -251,7 +251,7 @@ def sampling_error(dataset: DatasetResults, table: ResultTable) -> str:
     values = [cell.spread.mean for row in table.rows for m, cell in row.cells.items() if m in dataset.federated]
     if not dataset.num_test or not values:
         return ""
-    mean, n = sum(values) / len(values), dataset.num_test
+    mean, n = table.scale.clip(sum(values) / len(values)), dataset.num_test
     if table.metric == "auc":
         q1, q2, half = mean / (2 - mean), 2 * mean**2 / (1 + mean), n / 2
         variance = (mean * (1 - mean) + (half - 1) * (q1 + q2 - 2 * mean**2)) / half**2

@@ -28,8 +28,13 @@ def results_markdown(table: ResultTable) -> str:
     return "\n".join(lines) + f"\n\n{about_table(table)}\n"
 
 
-def about_table(table: ResultTable) -> str:
-    """The caption of the main table: metric, seeds, marks, and the difference that could be detected."""
+def about_table(table: ResultTable, unsure: str = "≈") -> str:
+    """The caption of the main table: metric, seeds, marks, and the difference that could be detected.
+
+    Args:
+        table: The table.
+        unsure: What marks a best method whose lead is not established.
+    """
     unit = " in percent" if table.scale.unit == "%" else ""
     seeds = (
         f"mean ± standard deviation over {counted(table.num_seeds, 'seed')}"
@@ -41,7 +46,7 @@ def about_table(table: ResultTable) -> str:
         parts.append("**Best** and _second_ federated method.")
         if table.num_seeds > 1:
             parts.append(
-                "≈: the lead of the best is not established (paired t-test over seeds, Holm over all pairs, 5 %)."
+                f"{unsure}: the lead of the best is not established (paired t-test over seeds, Holm over all pairs, 5 %)."
             )
     if any(row.uneven for row in table.rows):
         parts.append("n: seeds of a cell in rows whose methods have different seeds; these methods are not ranked.")

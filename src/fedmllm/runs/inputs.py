@@ -143,12 +143,16 @@ class Inputs:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Of the rows with their pictures, of who holds and sees which of them, and of the frozen model."""
-        rows = rows_digest(self.train, self.validation, self.test)
+        """Of the rows with their pictures, of who holds and sees which of them, and of the frozen model.
+
+        Validation rows have a digest of their own: runs that select on them are compared with others on the same test rows.
+        """
+        rows = rows_digest(self.train, (), self.test)
+        validation = {"validation": rows_digest(self.validation)} if self.validation else {}
         public = {"public": rows_digest(self.public)} if self.public else {}
         adapter = {"adapter": tensors_digest(self.start)} if self.experiment.backbone.adapter else {}
         base = {"base": self.backbone.digest, **adapter}
-        return {"rows": rows, "partition": shards_digest(self.shards, self.train), **base, **public}
+        return {"rows": rows, "partition": shards_digest(self.shards, self.train), **base, **public, **validation}
 
 
 def _complete_rows(shards: Sequence[Shard], modalities: Sequence[str]) -> bool:

@@ -114,7 +114,7 @@ class ByColumn(Partition):
             value = value_of(example, self.column)
             if self.num_clients and value not in groups:
                 raise DataError(
-                    f"{example.where}: row {example.id!r}: {self.column!r} is {value!r}; "
+                    f"{example.where}: row {example.id!r:.60}: {self.column!r} is {value!r:.60}; "
                     f"partition.num_clients allows 0 to {self.num_clients - 1}"
                 )
             groups.setdefault(value, []).append(row)
@@ -125,7 +125,7 @@ def value_of(example: Example, column: str) -> str:
     """The row's value in a column, or an error that names the row and the columns that it has."""
     if column not in example.columns:
         has = ", ".join(sorted(example.columns)) or "none"
-        raise DataError(f"{example.where}: row {example.id!r} has no column {column!r}; columns: {has}")
+        raise DataError(f"{example.where}: row {example.id!r:.60} has no column {column!r}; columns: {has}")
     return example.columns[column]
 
 
