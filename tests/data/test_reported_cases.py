@@ -407,9 +407,9 @@ def test_files_with_several_frames_are_named(tmp_path: Path) -> None:
 # --- placeholders
 
 
-def test_a_placeholder_in_an_answer_stops_before_the_first_round(case: Any, tmp_path: Path) -> None:
+def test_a_placeholder_in_an_answer_is_text(case: Any, tmp_path: Path) -> None:
+    """It ended the run with "tokens: 34, features: 2048": it became a second picture without pixels."""
     case("04")
     model = write("llava", tmp_path / "model")
-    with pytest.raises(DataError, match=r"t.json:2\[0\]: row '0': .*answer.*'<image>'"):
-        run(Experiment.load("e.toml", [f"backbone.path={model}"]), tmp_path / "out")
-    assert not any('"round"' in line for line in (tmp_path / "out" / "record.jsonl").read_text().splitlines())
+    done = run(Experiment.load("e.toml", [f"backbone.path={model}"]), tmp_path / "out")
+    assert {row["metric"] for row in done.rows} >= {"accuracy", "token_f1"}
