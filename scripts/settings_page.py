@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fedmllm.cli.settings import allowed_values
 from fedmllm.config.experiment import FAMILIES, Experiment
@@ -39,6 +39,9 @@ def keys(kind: type[Spec], prefix: str = "") -> Iterator[tuple[str, dict[str, An
             yield from keys(inner, f"{prefix}{key}.")
         elif key != "name":
             yield prefix + key, properties[key]
+            for kind_ in get_args(inner):  # a table that may be left out
+                if isinstance(kind_, type) and issubclass(kind_, Spec) and kind_ not in FAMILIES.values():
+                    yield from keys(kind_, f"{prefix}{key}.")
 
 
 def cell(text: str) -> str:
