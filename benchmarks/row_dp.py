@@ -18,7 +18,7 @@ from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.backbones.base import Tiny
 from fedmllm.config import engine as engines
 from fedmllm.core.types import Round, Sent
-from fedmllm.federation.engines.stacked.engine import Stacked
+from fedmllm.federation.engines.stacked.engine import StackedEngine
 from fedmllm.testing import COHORT, SIZES, examples, federation, perturbed
 
 REPEATS = 9
@@ -31,8 +31,8 @@ def main() -> None:
         start = perturbed(clients.backbone)
         noise = RowNoise(RowDp(name="row-dp", noise_multiplier=1.0, clip=0.5), b"k" * 32, "0" * 12)
         made = {
-            "ordinary": Stacked(engines.Stacked(), clients),
-            "row-dp": Stacked(engines.Stacked(), replace(clients, row_noise=noise)),
+            "ordinary": StackedEngine(engines.Stacked(), clients),
+            "row-dp": StackedEngine(engines.Stacked(), replace(clients, row_noise=noise)),
         }
         at = Round(1, 0, 4, tuple(COHORT), len(SIZES))
         times: dict[str, list[float]] = {name: [] for name in made}

@@ -167,10 +167,10 @@ def test_words_are_found_without_row_dp_and_not_with_it() -> None:
     assert not any(row["caught"] for row in noisy)
 
 
-@pytest.mark.slow
 def test_a_secret_that_was_inserted_often_is_exposed() -> None:
-    train = {"lr": 2e-2, "batch_size": 4, "accumulation": 1, "epochs": 6, "clip_norm": 0}
-    once, _, often = audit(runs.experiment(train=train, num_rounds=3, cohort_size=3), "canary")
+    train = {"lr": 1e-2, "batch_size": 4, "accumulation": 1, "epochs": 6, "clip_norm": 0}
+    data = {**runs.TABLE["data"], "num_train": 12}
+    once, _, often = audit(runs.experiment(data=data, train=train, num_rounds=2, cohort_size=3), "canary")
     assert once["bound"] < often["bound"]
     assert often["caught"]
 

@@ -20,7 +20,7 @@ from fedmllm.config import engine as engines
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Example, Params, Round
 from fedmllm.federation.client import Clients, Step
-from fedmllm.federation.engines.stacked.engine import Stacked
+from fedmllm.federation.engines.stacked.engine import StackedEngine
 from fedmllm.federation.engines.stacked.packing import items
 from fedmllm.federation.engines.stacked.stack import Stack
 from fedmllm.runs.run import run
@@ -53,7 +53,7 @@ def clipped_sums(
     private = replace(clients, row_noise=noise(0.0, clip))
     members = [k for k in COHORT if SIZES[k]]
     steps = [next(private.steps(k, 1)) for k in members]
-    engine = Stacked(engines.Stacked(token_budget=token_budget), private)
+    engine = StackedEngine(engines.Stacked(token_budget=token_budget), private)
     stack = Stack(engine._targets, clients.backbone.trainable(), [start] * len(members))
     engine._gradients(stack, steps, torch.zeros(len(members), dtype=torch.float64))
     return steps, stack.grads_KT.double()
@@ -113,7 +113,7 @@ def test_one_row_changes_the_sum_by_the_clip_at_most(clients: Clients) -> None:
     start, clip = stirred(clients.backbone), 0.05
     private = replace(clients, row_noise=noise(0.0, clip))
     whole = next(clients.steps(4, 1))
-    engine = Stacked(engines.Stacked(), private)
+    engine = StackedEngine(engines.Stacked(), private)
     sums = []
     for step in (whole, Step(whole.rows[1:], whole.dropout_seeds[1:], whole.lr)):
         stack = Stack(engine._targets, clients.backbone.trainable(), [start])
