@@ -48,7 +48,7 @@ class Imagine(Completion):
 
     name: Literal["imagine"] = "imagine"
     kind: Literal["mean", "cvae"] = "cvae"
-    """Generator."""
+    """Kind of the generator."""
     rounds: PositiveInt = 5
     """Rounds of "cvae", after one for the moments; "mean" has that one alone."""
     steps: PositiveInt = 100
@@ -56,9 +56,9 @@ class Imagine(Completion):
     lr: PositiveFloat = 2e-3
     """Learning rate of these steps."""
     hidden: PositiveInt = 64
-    """Hidden units."""
+    """Hidden units of each network."""
     latent: PositiveInt = 16
-    """Latent variables."""
+    """Number of latent variables."""
     beta: NonNegativeFloat = 0.1
     """Weight of the latent's divergence from the standard normal."""
     ridge: PositiveFloat = 0.1
