@@ -46,6 +46,10 @@ class Aggregator(Named):
     """False if the algorithm needs a new adapter, so that `backbone.adapter` is refused."""
     grows: ClassVar[bool] = False
     """True if the rank of `result` grows with the rounds."""
+    one_round: ClassVar[bool] = False
+    """True if the federation has one round."""
+    lora_init: ClassVar[str] = "kaiming"
+    """The value of `backbone.lora.init` that the algorithm starts from."""
 
     def least_updates(self) -> int:
         """Least number of updates for which the formula is defined.

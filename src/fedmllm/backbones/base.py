@@ -79,6 +79,10 @@ class Lora(Spec):
     """Ranks of the clients, in turn: client k has ranks[k mod len]; () = `r` for all. The scaling is alpha / r for every rank,
     and `r` is the largest of them."""
 
+    init: Annotated[Literal["kaiming", "principal", "principal-b"], ADDED_LATER] = "kaiming"
+    """Values before training. "kaiming": A uniform, B zero. "principal": B = U sqrt(S), A = sqrt(S) V' from the leading
+    directions of the layer's weight W = U S V'. "principal-b": that B, A uniform. Other than "kaiming" is for yoco."""
+
     @model_validator(mode="after")
     def _largest_rank(self) -> Lora:
         if self.ranks and max(self.ranks) != self.r:
@@ -126,6 +130,12 @@ class BackboneSpec(Named):
 
     usual_lr: ClassVar[float] = 1e-4
     """A `train.lr` at which LoRA on such a model learns; named when a run has learned nothing."""
+
+    @model_validator(mode="after")
+    def _principal_directions_can_be_computed(self) -> BackboneSpec:
+        if self.lora.init != "kaiming" and self.precision.base == "nf4":
+            raise ValueError(f'lora.init: got "{self.lora.init}"; weights in nf4 have no SVD; allowed: kaiming')
+        return self
 
     @abstractmethod
     def load(self, seed: int) -> Backbone:

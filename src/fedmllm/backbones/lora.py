@@ -136,12 +136,12 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, base: str) -> tuple[
         peft = get_peft_model(model, config)
     peft.peft_config["default"].base_model_name_or_path = base
     widen(peft, model.dtype)
-    _initialise(peft, seed)
+    _initialise(peft, seed, lora)
     return peft, _own_dropout(peft, lora.dropout)
 
 
-def _initialise(peft: PeftModel, seed: int) -> None:
-    """A ~ U(-1/sqrt(in), 1/sqrt(in)), which is kaiming-uniform with a = sqrt(5), each from its own stream."""
+def _initialise(peft: PeftModel, seed: int, lora: Lora) -> None:
+    """A ~ U(-1/sqrt(in), 1/sqrt(in)), which is kaiming-uniform with a = sqrt(5), each from its own stream; or `lora.init`."""
     for name, parameter in parameters_by_saved_name(peft).items():
         if parameter.is_meta:
             continue
@@ -152,6 +152,31 @@ def _initialise(peft: PeftModel, seed: int) -> None:
             parameter.data.copy_(values)
         elif ".lora_B." in name:
             parameter.data.zero_()
+    if lora.init == "kaiming":
+        return
+    for layer in peft.modules():
+        if isinstance(layer, LoraLayer) and not layer.lora_B["default"].weight.is_meta:
+            b, a = _principal(layer.get_base_layer().weight, lora.r)
+            layer.lora_B["default"].weight.data.copy_(b)
+            if lora.init == "principal":
+                layer.lora_A["default"].weight.data.copy_(a)
+
+
+def _principal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B = U sqrt(S) and A = sqrt(S) V' of the leading directions, in float64. In each column of U the entry of largest
+    magnitude is positive.
+
+    Raises:
+        ConfigError: W has fewer directions.
+    """
+    if rank > min(weight.shape):
+        raise ConfigError(
+            f"lora.r: got {rank}; a weight of shape {list(weight.shape)} has {min(weight.shape)} principal directions"
+        )
+    u, s, vt = torch.linalg.svd(weight.detach().to("cpu", torch.float64), full_matrices=False)
+    sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
+    root = s[:rank].sqrt()
+    return (u * sign)[:, :rank] * root, (vt * sign.mT)[:rank] * root[:, None]
 
 
 def _own_dropout(peft: PeftModel, p: float) -> Seeds:

@@ -207,7 +207,17 @@ class Experiment(Spec):
         check_engine_carries(aggregator, self.engine, self.backbone.lora.ranks if self.federates else ())
         if isinstance(self.engine, FlowerSites) and self.engine.secure:
             check_secure(self, self.engine.secure, self.cohort_size)
-        if self.method == "personal" and (aggregator.grows or not aggregator.global_model):
+        if aggregator.one_round and self.num_rounds > 1:
+            raise ValueError(
+                f"num_rounds: got {self.num_rounds}; {aggregator.name} communicates once; allowed: 1. More local training "
+                "is train.epochs"
+            )
+        if (init := self.backbone.lora.init) != aggregator.lora_init:
+            raise ValueError(
+                f'backbone.lora.init: got "{init}"; {aggregator.name} starts from "{aggregator.lora_init}"; '
+                f"allowed: {aggregator.lora_init}"
+            )
+        if self.method == "personal" and (aggregator.grows or aggregator.one_round or not aggregator.global_model):
             raise ValueError(
                 f'method: got "personal", which fine-tunes a global adapter of rank lora.r; {aggregator.name} has none'
             )

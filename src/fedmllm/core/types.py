@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -141,6 +141,8 @@ class LocalRule:
     """Proximal weight of a tensor: mu (w - w_start) is added to its gradient. It adds to the objective's."""
     shift: Params = field(default_factory=dict)
     """Added to every gradient."""
+    penalty: Callable[[float, Params], Params] | None = None
+    """(share of the round's steps that is done, 0..1; weights) -> gradients of further terms of the loss, for some names."""
     mean_gradient: bool = False
     """True if `Outcome.mean_gradient` is needed."""
 

@@ -196,6 +196,10 @@ class Clients:
         chosen = [whole[i] for i in sorted(draw[: self.dropout.rows].tolist())]
         self.importances[client] = self.store.importance(chosen, self.modalities, start)
 
+    def progress(self, client: int, done: int) -> float:
+        """Share of a round's steps that is done: 0 at the first step, 1 at the last of those planned."""
+        return done / max(1, self.planned_steps(client) - 1)
+
     def view(self, client: int) -> ClientView:
         """What objectives and aggregators may know about a client."""
         return ClientView(
@@ -220,7 +224,7 @@ class Clients:
         trained = sent.trained()
         mus = {n: self.objective.prox_mu(n, view) + rule.mu.get(n, 0.0) for n in sent.start if n in trained}
         shift = {n: t for n, t in rule.shift.items() if n in trained}
-        return LocalRule({n: mu for n, mu in mus.items() if mu}, shift, rule.mean_gradient)
+        return LocalRule({n: mu for n, mu in mus.items() if mu}, shift, rule.penalty, rule.mean_gradient)
 
     def finished(
         self, client: int, at: Round, outcome: Outcome, kept: Params, own: Params, metrics: Mapping[str, float]
@@ -297,6 +301,10 @@ class Clients:
                     _grad(weights[name]).add_(value)
                 for name, mu in rule.mu.items():  # d/dw of mu/2 ||w - anchor||^2
                     _grad(weights[name]).add_(weights[name] - anchor[name], alpha=mu)
+                if rule.penalty:
+                    done, values = self.progress(client, len(losses) - 1), {n: w.detach() for n, w in weights.items()}
+                    for name, gradient in rule.penalty(done, values).items():
+                        _grad(weights[name]).add_(gradient)
                 if self.train.clip_norm:
                     torch.nn.utils.clip_grad_norm_(list(weights.values()), self.train.clip_norm)
             for group in optimizer.param_groups:

@@ -99,7 +99,8 @@ class StackedEngine:
                 for slot in range(k):
                     grads[slot] = noise.noisy(grads[slot], ordered[slot].client, at.number, number)
                 grads.div_(clients.rows_per_step)
-            rules.apply(grads, weights, anchor_KT[:k])
+            done = [clients.progress(m.client, num_steps[slot]) for slot, m in enumerate(ordered[:k])]
+            rules.apply(grads, weights, anchor_KT[:k], done)
             if clients.train.clip_norm:
                 clip(grads, clients.train.clip_norm)
             optimizer.step(weights, grads, [step.lr for step in steps])
@@ -206,13 +207,14 @@ class Rules:
         sizes = {name: size for name, size in stack.sizes.items() if name in trained}
         self._mu = prox_matrix([rule.mu for rule in rules], sizes, stack.weights_KP)
         self._shift_KT = self._sum_KT = None
+        self._penalties, self._stack = [rule.penalty for rule in rules], stack
         if any(rule.shift for rule in rules):
             zero = {name: t.new_zeros(()).expand(t.shape) for name, t in stack.trained().items()}
             self._shift_KT = stack.matrix([{**zero, **rule.shift} for rule in rules])
         if any(rule.mean_gradient for rule in rules):
             self._sum_KT = torch.zeros_like(stack.grads_KT)
 
-    def apply(self, grads_KT: Tensor, weights_KT: Tensor, anchor_KT: Tensor) -> None:
+    def apply(self, grads_KT: Tensor, weights_KT: Tensor, anchor_KT: Tensor, done_K: Sequence[float]) -> None:
         """Change the gradients of the first k clients, which still train; sum up what they were."""
         k = len(grads_KT)
         if self._sum_KT is not None:
@@ -221,6 +223,12 @@ class Rules:
             grads_KT += self._shift_KT[:k]
         if self._mu is not None:
             grads_KT.add_((weights_KT - anchor_KT).mul_(self._mu[:k]))
+        if any(self._penalties):
+            weights, grads = self._stack.views(weights_KT), self._stack.views(grads_KT)
+            for slot, penalty in enumerate(self._penalties[:k]):
+                own = {name: view[slot] for name, view in weights.items()}
+                for name, gradient in (penalty(done_K[slot], own) if penalty else {}).items():
+                    grads[name][slot] += gradient
 
     def mean_gradient(self, slot: int, num_steps: int) -> Tensor | None:
         """Mean of a client's gradients over its steps; None without steps, or if no rule needs it."""

@@ -91,7 +91,7 @@ class Stack:
         self.anchor_KP = self.matrix(starts[:1] if shared else starts)
         self.weights_KP = self.anchor_KP.repeat(len(starts), 1) if shared else self.anchor_KP.clone()
         self.grads_KT = torch.zeros_like(self.weights_KP[:, : self.num_trained])
-        weights, grads = self._views(self.weights_KP), self._views(self.grads_KT)
+        weights, grads = self.views(self.weights_KP), self.views(self.grads_KT)
         self._targets, self._rows_ST = targets, self.grads_KT[:0]
         self._layers = [_Layer(t.layer, weights[t.a], weights[t.b], grads.get(t.a), grads.get(t.b)) for t in targets]
         for layer in self._layers:
@@ -106,7 +106,7 @@ class Stack:
                     )
                     layer.frozen = (a, b)
 
-    def _views(self, matrix_KP: Tensor) -> dict[str, Tensor]:
+    def views(self, matrix_KP: Tensor) -> dict[str, Tensor]:
         """Name -> [K, *shape], a view; of the names whose columns the matrix has."""
         views, begin = {}, 0
         for name, size in self.sizes.items():
@@ -141,14 +141,14 @@ class Stack:
         if len(self._rows_ST) < num_rows:
             self._rows_ST = self.grads_KT.new_zeros(num_rows, self.num_trained)
         rows_ST = self._rows_ST[:num_rows].zero_()
-        grads, slots_B = self._views(rows_ST), torch.arange(num_rows, device=rows_ST.device)
+        grads, slots_B = self.views(rows_ST), torch.arange(num_rows, device=rows_ST.device)
         for target, layer in zip(self._targets, self._layers, strict=True):
             layer.da_KrC, layer.db_KDr, layer.slots_B = grads.get(target.a), grads.get(target.b), slots_B
         return rows_ST
 
     def trained(self) -> Params:
         """Tensors of the names that train, in the stack's shapes; their values mean nothing."""
-        return {name: self._shapes[name] for name in self._views(self.grads_KT)}
+        return {name: self._shapes[name] for name in self.views(self.grads_KT)}
 
     def matrix(self, trees: Sequence[Params]) -> Tensor:
         """One row a tree, in the layout, device and type of the weights; of those names alone that the first tree has."""
@@ -161,7 +161,7 @@ class Stack:
 
         A row of T columns holds the names that train.
         """
-        views = self._views(row_P.cpu()[None])
+        views = self.views(row_P.cpu()[None])
         return {name: cut({name: views[name][0]}, like)[name].clone() for name in like if name in views}
 
 
