@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.lowrank import pairs, product_norm, svd, truncated
+from fedmllm.algorithms.objectives import ClientView
 from fedmllm.config.experiment import FAMILIES, Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError, NothingToAverage
 from fedmllm.core.types import ClientUpdate, Params, Round, State
+from fedmllm.runs.suites.suite import Suite
 
+ROOT = Path(__file__).parent.parent
 C, D, R = 11, 7, 4
 MODULES = ("model.q_proj", "model.v_proj")
 RANKS = (2, 4, 3)
@@ -34,7 +38,7 @@ LORA = sorted(
         "flexlora",
         "raflora",
     }
-    | {"florist", "fedsvd", "hetlora", "fedilora", "fed-plora", "fedalt"}
+    | {"florist", "fedsvd", "hetlora", "fedilora", "fed-plora", "fedalt", "yoco", "yoco-reference"}
 )
 MIXED = [name for name in LORA if FAMILIES["aggregator"].members[name].mixed_ranks]  # type: ignore[attr-defined]
 ROWS = (10, 30, 20)
@@ -465,6 +469,78 @@ def test_fedalt_mixes_a_client_with_the_mean_of_the_others() -> None:
     assert aggregator.sends(alone, only, at(2), 1).frozen == {}  # no other client took part
 
 
+# --- one round
+
+
+def test_yoco_starts_at_the_base_model_and_its_result_is_what_clients_computed_with() -> None:
+    aggregator, params = pick("yoco"), adapter(1)
+    state = aggregator.init(params)
+    sent = aggregator.sends(params, state, at(1), 0)
+    assert off(dense(sent.start), dense({n: -t if "lora_A" in n else t for n, t in sent.frozen.items()})) < 1e-14
+    after, state, functions = step(aggregator, params, state, at(1))
+    assert list(after) == list(params)
+    result = aggregator.result(after, state)
+    assert {result[name_of(m, "A")].shape for m in MODULES} == {(2 * R, C)}
+    for n, product in dense(result).items():
+        assert torch.allclose(product, dense(after)[n] - dense(params)[n], atol=1e-12)
+    assert off(mean(functions), dense(result)) > 1e-3  # factors are averaged, so the mean of the functions is not met
+
+
+@pytest.mark.parametrize(("components", "centred"), [(0, True), (0, False), (2, True)])
+def test_yoco_with_all_components_is_the_weighted_mean(components: int, centred: bool) -> None:
+    """Three clients: all K - 1 = 2 components of centred rows."""
+    aggregator, params = pick("yoco", components=components, centred=centred), adapter(1)
+    state = aggregator.init(params)
+    updates = trained(aggregator, params, state, at(1))
+    after, _ = aggregator.apply(params, state, at(1), updates)
+    plain, _ = pick("fedavg").apply(params, {}, at(1), updates)
+    assert all(torch.allclose(after[n], plain[n], atol=1e-12) for n in params)
+
+
+def test_yoco_components_act_through_unequal_weights_or_no_centring() -> None:
+    params = adapter(1)
+
+    def distance(rows: Sequence[int], **settings: object) -> float:
+        aggregator = pick("yoco", **settings)
+        state = aggregator.init(params)
+        updates = [
+            replace(u, num_examples=n) for u, n in zip(trained(aggregator, params, state, at(1)), rows, strict=True)
+        ]
+        after, _ = aggregator.apply(params, state, at(1), updates)
+        plain, _ = pick("fedavg").apply(params, {}, at(1), updates)
+        factors = [n for n in params if "lora_A" in n]
+        assert all(torch.equal(after[n], plain[n]) for n in params if n not in factors)
+        return max(float((after[n] - plain[n]).norm()) for n in factors)
+
+    assert distance((7, 7, 7), components=1) < 1e-12
+    assert distance((10, 30, 20), components=1) > 1e-2
+    assert distance((7, 7, 7), components=1, centred=False) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["yoco", "yoco-reference"])
+def test_yoco_penalty_is_the_gradient_of_the_stated_loss(name: str) -> None:
+    """The gradient by autograd, of the C x C form where the published code has it."""
+    aggregator, params = pick(name, gamma_max=9.0), adapter(3)
+    sent = aggregator.sends(params, aggregator.init(params), at(1), 0)
+    rule = aggregator.begin(at(1), ClientView(0.0, 1, lambda _: 0), sent, {})
+    assert rule.penalty is not None
+    for done, gamma, weight in ((0.0, 1.0, 0.1), (0.5, 5.0, 0.055), (1.0, 9.0, 0.01)):
+        live = {n: (t * 0.7 + 0.1).requires_grad_() for n, t in params.items()}
+        loss = torch.zeros((), dtype=torch.float64)
+        for n, w in live.items():
+            if "lora_B" in n:
+                sign = params[n].sign()
+                loss = loss + ((gamma * w).tanh() - sign).norm() / (sign.norm() + 1e-6)
+            elif "lora_A" in n and name == "yoco":
+                loss = loss + 1e-3 * w.abs().sum()
+            elif "lora_A" in n:
+                loss = loss + weight * (w.mT @ w - torch.eye(C, dtype=torch.float64)).norm() ** 2
+        loss.backward()
+        found = rule.penalty(done, {n: w.detach() for n, w in live.items()})
+        assert found.keys() == {n for n in params if "lora" in n}
+        assert all(torch.allclose(found[n], live[n].grad, atol=1e-10) for n in found)  # type: ignore[arg-type]
+
+
 # --- every member
 
 
@@ -481,10 +557,10 @@ class TestEveryMember:
         lossless = {"tau": 1.0} if name == "florist" else {}  # below 1 it drops energy in every round
         aggregator, params = pick(name, **lossless), adapter(1)
         state = aggregator.init(params)
-        before = dense(aggregator.result(params, state)) if name != "flora" else None
+        before = dense(aggregator.result(params, state)) if name not in ("flora", "yoco") else None
         for number in (1, 2, 3):
             params, state, functions = step(aggregator, params, state, at(number, ranks), size=0.0)
-            if before is None:  # flora: the global model is the frozen sum, which is empty at first
+            if before is None:  # flora: the global model is the frozen sum, empty at first; yoco: B0 A0 left W
                 assert max(float(t.norm()) for t in mean(functions).values()) < 1e-12
                 continue
             assert off(dense(aggregator.result(params, state)), before) < 1e-10
@@ -553,6 +629,15 @@ DATA = {"data": "synthetic-irony", "partition": {"name": "iid", "num_clients": 4
         ),
         ({"aggregator": {"name": "flora", "server": "fedadam"}}, r"aggregator\.server: unknown key"),
         ({"aggregator": "fedsa-lora", "evaluate": {"every": 1}}, r"fedsa-lora has no global model"),
+        (
+            {"aggregator": "yoco", "backbone": {"name": "tiny", "lora": {"init": "principal"}}},
+            r"num_rounds: got 25; yoco communicates once; allowed: 1",
+        ),
+        ({"aggregator": "yoco", "num_rounds": 1}, r'lora\.init: got "kaiming"; yoco starts from "principal"'),
+        (
+            {"backbone": {"name": "tiny", "lora": {"init": "principal"}}},
+            r'lora\.init: got "principal"; fedavg starts from "kaiming"',
+        ),
     ],
 )
 def test_combinations_without_meaning_are_refused(table: dict, reason: str) -> None:
@@ -565,3 +650,12 @@ def test_ranks_leave_older_run_ids_alone() -> None:
     assert "ranks" not in plain.identity()["backbone"]["lora"]
     ranks = {"backbone": {"name": "tiny", "lora": {"ranks": [2, 8]}}, "aggregator": "flexlora"}
     assert Experiment.parse({**DATA, **ranks}).run_id() != Experiment.parse({**DATA, "aggregator": "flexlora"}).run_id()
+
+
+def test_experiment_files_compare_every_member_at_equal_ranks_and_those_that_can_at_unequal_ones() -> None:
+    cells = {name: Suite.load(ROOT / f"experiments/lora/{name}.toml").cells for name in ("equal", "ranks")}
+    equal = {cell.experiment.aggregator.name for cell in cells["equal"]}
+    assert set(LORA) <= equal
+    unequal = {cell.experiment.aggregator.name for cell in cells["ranks"] if cell.experiment.backbone.lora.ranks}
+    assert unequal == set(MIXED)
+    assert len({cell.run_id for part in cells.values() for cell in part}) == sum(map(len, cells.values()))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.backbones.base import Tiny
@@ -26,6 +27,7 @@ from support.small_federation import COHORT, SIZES, assert_same, federation, fla
 Load = Callable[..., TransformersBackbone]
 Engine = Callable[..., list[ClientUpdate]]
 PARTIAL = ["ffa-lora", "rolora", "fedsa-lora", "fedrot-lora", "lora-fair", "fedsvd", "fedex-lora", "fedalt"]
+ONE_ROUND = {"yoco": "principal", "yoco-reference": "principal-b"}  # and how their adapters start
 RANKED = ["flora", "flexlora", "raflora", "florist", "hetlora", "fedilora", "fed-plora"]
 RANKS = (2, 8, 3)
 
@@ -34,7 +36,7 @@ def lora(name: str) -> dict[str, Any]:
     return {"lora": {"ranks": list(RANKS)}} if name in RANKED else {}
 
 
-@pytest.mark.parametrize("name", [*PARTIAL, *RANKED])
+@pytest.mark.parametrize("name", [*PARTIAL, *RANKED, *ONE_ROUND])
 def test_engines_agree_in_two_rounds(load: Load, examples: list[Example], name: str, tmp_path: Path) -> None:
     """Unequal ranks in one pass, resting and kept factors, frozen adapters of their own: float64, as in test_stacked.py."""
     plain, aggregator = federation(load("tiny"), examples), Aggregator.pick(name, "aggregator")
@@ -124,6 +126,26 @@ def same_logits_by_peft(folder: Path, settings: Experiment) -> None:
     with torch.no_grad(), installed(backbone, Tiny(lora=settings.backbone.lora).load(0).lora()):
         untrained, _ = backbone.loss(backbone.collate(encoded))
     assert not torch.allclose(ours, untrained, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ONE_ROUND)
+def test_one_round_ends_with_an_adapter_that_peft_loads(name: str, tmp_path: Path) -> None:
+    lora = {"init": ONE_ROUND[name], "r": 4, "alpha": 2.0}
+    table = {**TABLE, "aggregator": name, "num_rounds": 1, "backbone": {"name": "tiny", "lora": lora}}
+    settings = Experiment.parse(table)
+    run(settings, tmp_path)
+    (entry,) = [event for event in read(tmp_path / "record.jsonl") if event["event"] == "round"]
+    assert entry["result_rank"] == (8 if name == "yoco" else 4)
+    assert entry["down_bytes"] == (2 if name == "yoco" else 1) * entry["up_bytes"]
+    backbone = settings.backbone.load(0)
+    assert isinstance(backbone, TransformersBackbone)
+    layer = next(module for module in backbone.model.modules() if isinstance(module, LoraLayer))
+    u, s, vt = torch.linalg.svd(layer.get_base_layer().weight.detach().double(), full_matrices=False)
+    b, a = (getattr(layer, part)["default"].weight.detach().double() for part in ("lora_B", "lora_A"))
+    if name == "yoco":
+        assert torch.allclose(b @ a, (u[:, :4] * s[:4]) @ vt[:4], atol=1e-5)
+    assert torch.allclose(b @ b.mT, (u[:, :4] * s[:4]) @ u[:, :4].mT, atol=1e-5)
+    same_logits_by_peft(tmp_path / "adapter", settings)
 
 
 @pytest.mark.parametrize("stop", [None, 2, 4])
