@@ -1,4 +1,7 @@
-"""YOCO: one round of local training that the frozen weights supervise (NeurIPS 2025, OpenReview FoVF3iL6o3)."""
+"""YOCO: one round, supervised by the frozen weights.
+
+NeurIPS 2025, OpenReview FoVF3iL6o3.
+"""
 
 from __future__ import annotations
 
