@@ -108,7 +108,8 @@ class Yoco(OneShot):
         _, u_KK = torch.linalg.eigh(x_KN @ x_KN.mT)  # ascending
         leading = u_KK[:, -self.components :] if self.components else u_KK
         score_K = torch.tensor(weights, dtype=torch.float64) @ leading @ leading.mT
-        return (centre_N + score_K @ x_KN).reshape(locals_[0].shape).to(locals_[0].dtype)
+        mean_N: Tensor = centre_N + score_K @ x_KN
+        return mean_N.reshape(locals_[0].shape).to(locals_[0].dtype)
 
     def result(self, params: Params, state: State) -> Params:
         """The adapter together with the part that left W."""
@@ -138,7 +139,8 @@ def sign_gradient(b: Tensor, sign: Tensor, gamma: float) -> Tensor:
     """Gradient of |tanh(gamma B) - B^s| / (|B^s| + 1e-6), Frobenius norms; 0 where the first is 0."""
     bent = (gamma * b).tanh()
     off = bent - sign
-    return off * (1 - bent * bent) * (gamma / (off.norm().clamp(min=1e-12) * (sign.norm() + 1e-6)))
+    gradient: Tensor = off * (1 - bent * bent) * (gamma / (off.norm().clamp(min=1e-12) * (sign.norm() + 1e-6)))
+    return gradient
 
 
 def _risen(done: float) -> float:
