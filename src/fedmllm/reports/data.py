@@ -185,7 +185,8 @@ def plot(federation: Federation, path: Path) -> None:
             text = f"{value:.0%}" if value == value else "-"
             bottom.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black")
     bottom.set_yticks(range(len(modalities)), modalities)
-    bottom.set_xticks(range(len(clients)), clients)
+    names = [(shard.name or str(shard.client))[:12] for shard in federation.shards]
+    bottom.set_xticks(range(len(clients)), names, rotation=40 if max(map(len, names)) > 3 else 0)
     bottom.set_xlabel("client (boxes: share of its rows that show the modality)")
     try:
         figure.savefig(path, dpi=150)
