@@ -79,5 +79,5 @@ def test_a_method_stays_one_column_where_another_setting_tells_its_runs_apart(tm
 @pytest.mark.parametrize("name", ["tiny-0.5", "tiny-0.5.html"])
 def test_a_name_with_a_dot_is_kept(strategies: Path, tmp_path: Path, name: str):
     write_report([next(path.parent for path in strategies.glob("*/summary.json"))], tmp_path / "new" / name)
-    endings = (".html", ".md", "-results.csv", "-costs.csv", "-rounds.csv", "-rows.csv")
+    endings = (".html", ".md", "-results.csv", "-costs.csv", "-rounds.csv")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {f"tiny-0.5{ending}" for ending in endings}

@@ -54,7 +54,8 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
         format_: "html" (page, Markdown and CSV files), "markdown", "latex", "csv"; "" = that of `out`.
 
     Returns:
-        The files written: OUT.html, OUT.md, OUT-results.csv, OUT-costs.csv, OUT-rounds.csv and OUT-rows.csv for "html".
+        The files written: OUT.html, OUT.md, OUT-results.csv, OUT-costs.csv, OUT-rounds.csv for "html"; and
+        OUT-rows.csv if the runs kept the predictions of their test rows.
 
     Raises:
         FedmllmError: There is no finished run, the format is unknown, or a file cannot be written.
@@ -72,7 +73,8 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
         "-rounds.csv": lambda: rounds_csv(report.datasets),
         "-rows.csv": lambda: rows_csv(list(by_row.items())),
     }
-    texts = {out.with_name(f"{out.name}{ending}"): makers[ending]() for ending in ENDINGS[format_]}
+    endings = [ending for ending in ENDINGS[format_] if ending != "-rows.csv" or any(by_row.values())]
+    texts = {out.with_name(f"{out.name}{ending}"): makers[ending]() for ending in endings}
     with writing(out):
         make_folder(out.parent)
     for path, text in texts.items():
