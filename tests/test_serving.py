@@ -1,0 +1,50 @@
+"""The loaders of docs/serving.md, as they stand on the page, on tiny models: the adapter changes the logits as in training."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fedmllm.backbones.base import FromFolder
+from fedmllm.backbones.hf import load_folder
+from support.tiny_families import PORTS, stirred, write
+
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```$", (Path(__file__).parents[1] / "docs/serving.md").read_text(), re.DOTALL | re.M
+)
+
+
+@pytest.mark.parametrize(("family", "block"), [("gemma3", 0), ("minicpmv2.6", 1)])
+def test_the_page_loads_an_adapter_without_this_package_s_backbone(
+    family: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    code = BLOCKS[block]
+    named = re.search(r'^base = "(.+)"$', code, re.MULTILINE)
+    assert named
+    base = tmp_path / named[1]
+    if family in PORTS:
+        shutil.copytree(
+            request.getfixturevalue("shared") / "parity" / PORTS[family], base, copy_function=shutil.copyfile
+        )
+    else:
+        write(family, base)
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "scan.png")
+    trained = stirred(load_folder(FromFolder(path=str(base)), seed=0))
+    trained.save(tmp_path / "runs/mine/adapter")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    model, inputs = names["model"], names["inputs"]
+    with torch.no_grad():
+        theirs = model(**inputs).logits
+        ours = trained.base(**inputs).logits
+        model.disable_adapter_layers()
+        without = model(**inputs).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert float((without - ours).abs().max()) > 1e-3
