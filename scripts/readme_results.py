@@ -156,9 +156,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for folder in folders:
             written = write_report([folder], Path(place) / f"{folder.name.removesuffix(ARCHIVE)}.html")
-            for path in (
-                p for p in written if p.suffix != ".html" and not p.name.endswith(("-rounds.csv", "-rows.csv"))
-            ):
+            for path in (p for p in written if p.suffix != ".html" and not p.name.endswith("-rounds.csv")):
                 kept = RESULTS / path.name
                 if not kept.exists() or kept.read_bytes() != path.read_bytes():
                     stale.append(str(kept.relative_to(ROOT)))

@@ -87,6 +87,16 @@ def test_messages_of_the_troubleshooting_page_are_messages_of_the_code() -> None
     assert [m for m, pattern in patterns.items() if not any(map(pattern.search, texts))] == []
 
 
+def test_the_python_of_the_page_on_trackers_logs_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/trackers.md").read_text(), re.DOTALL | re.MULTILINE)
+    small = '{"name": "synthetic-irony", "num_train": 20, "num_test": 10}, method="majority"'  # trains nothing
+    assert '"synthetic-irony"' in code
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"synthetic-irony"', small), {})
+    assert list(tmp_path.glob("runs/tracked/tensorboard/events*"))
+
+
 def test_the_citation_file_has_the_required_keys_and_the_package_s_version() -> None:
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

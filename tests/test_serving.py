@@ -13,11 +13,12 @@ from PIL import Image
 
 from fedmllm.backbones.base import FromFolder
 from fedmllm.backbones.hf import load_folder
+from fedmllm.core.types import Example
+from fedmllm.data.prompts import Plain
 from support.tiny_families import PORTS, stirred, write
 
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```$", (Path(__file__).parents[1] / "docs/serving.md").read_text(), re.DOTALL | re.M
-)
+PAGE = (Path(__file__).parents[1] / "docs/serving.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize(("family", "block"), [("gemma3", 0), ("minicpmv2.6", 1)])
@@ -48,3 +49,12 @@ def test_the_page_loads_an_adapter_without_this_package_s_backbone(
         without = model(**inputs).logits
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     assert float((without - ours).abs().max()) > 1e-3
+
+
+def test_the_wording_on_the_page_is_that_of_training(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "scan.png")
+    content: dict[str, Any] = {"image": (tmp_path / "scan.png",), "text": "no acute findings"}
+    example = Example("1", content, "Is there a fracture?", ("no", "yes"), "no", "rows.csv:2", {})
+    _, text = Plain().render(example, frozenset(content)).parts
+    assert f"```text\n{text}\n```" in PAGE
+    assert f"the answer that was trained is `{Plain().target(example)}`" in PAGE
