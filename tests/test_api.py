@@ -69,3 +69,23 @@ def test_keywords_mean_what_the_keys_of_a_file_mean(tmp_path: Path):
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_public_class_has_a_docstring(name: str):
     assert vars(getattr(fedmllm, name)).get("__doc__")
+
+
+def test_functions_take_one_path_as_text(tmp_path: Path):
+    experiment = Experiment(
+        data={"name": "synthetic-irony", "num_train": 12, "num_test": 8},
+        method="majority",
+        partition={"name": "iid", "num_clients": 2},
+    )
+    for name in ("a", "b"):
+        fedmllm.run(experiment, out=tmp_path / name)
+    assert fedmllm.compare(str(tmp_path / "a"), str(tmp_path / "b")).num_pairs == 1
+    assert fedmllm.report(str(tmp_path / "a"), str(tmp_path / "x.csv"))
+    (tmp_path / "my_plugin_of_one_file.py").write_text("")
+    assert fedmllm.load_plugins(str(tmp_path / "my_plugin_of_one_file.py")) == (
+        str(tmp_path / "my_plugin_of_one_file.py"),
+    )
+    with pytest.raises(
+        fedmllm.ConfigError, match=r"experiment: got 'mine.toml'; allowed: an Experiment, as Experiment.load"
+    ):
+        fedmllm.run("mine.toml")

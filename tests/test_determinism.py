@@ -71,6 +71,10 @@ NEEDS: dict[tuple[str, str], Callable[[Path], dict[str, Any]]] = {
         "availability": {"name": "unreliable", "drop_rate": 0.3, "straggle_rate": 0.3}
     },
     ("backbone", "hf"): model_folder,
+    ("completion", "retrieve"): lambda _: {
+        "completion": "retrieve",
+        "public": {"rows": 4},
+    },
 }
 OTHER_TESTS = {  # where what needs processes of its own is compared byte for byte with in-process, which is tried here
     (
@@ -78,6 +82,12 @@ OTHER_TESTS = {  # where what needs processes of its own is compared byte for by
         "flower-simulation",
     ): "engines/test_flower_simulation.py::test_three_rounds_give_the_bytes_of_in_process",
     ("engine", "flower-sites"): "engines/test_flower_sites.py::test_three_sites_give_the_bytes_of_one_process",
+}
+OTHER_TESTS |= {
+    ("aggregator", "yoco"): "test_lora_methods.py::test_yoco_with_all_components_is_the_weighted_mean",
+    ("aggregator", "yoco-reference"): "test_lora_methods.py::test_yoco_with_all_components_is_the_weighted_mean",
+    ("privacy", "client-dp"): "test_client_dp.py::test_a_resumed_run_has_the_same_bytes_and_no_second_release",
+    ("privacy", "row-dp"): "test_client_dp.py::test_simulated_noise_is_reproducible_and_says_that_it_is_not_private",
 }
 MEMBERS = [
     (family, name)

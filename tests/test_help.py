@@ -33,6 +33,7 @@ def test_help_is_complete_plain_text_of_80_columns(path: tuple[str, ...]):
     text = CliRunner().invoke(app, [*path, "--help"], terminal_width=80, prog_name="fedmllm").output
     assert text.startswith("Usage: fedmllm")
     assert "\\[" not in text
+    assert "Positional arguments:" not in text  # of click, in addition to "Arguments:" of typer
     assert "..." not in text.replace("COMMAND [ARGS]...", "").replace("DIR...", "")
     assert max(map(len, text.splitlines())) <= 80
     words = "".join(text.split())  # wherever a line was broken

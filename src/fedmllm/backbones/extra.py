@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fedmllm.backbones.peft_names import ModulesToSaveWrapper, PeftModel
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import nearest
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmllm.backbones.base import Backbone
+from fedmllm.backbones.peft_names import LoraLayer
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import padded, rank_dim
 from fedmllm.core.types import Params

@@ -8,13 +8,12 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedmllm.backbones.base import Lora
 from fedmllm.backbones.dropout import RowDropout, Seeds, dropout_mask, module_key, seed_tensor
 from fedmllm.backbones.extra import extra_modules, widen
+from fedmllm.backbones.peft_names import LoraConfig, LoraLayer, PeftModel, get_peft_model, get_peft_model_state_dict
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.rng import torch_stream
 from fedmllm.core.tensors import same_names

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
@@ -21,6 +19,7 @@ from fedmllm.backbones import nf4
 from fedmllm.backbones.base import FromFolder, Precision
 from fedmllm.backbones.folder import family_of, load_model, quiet
 from fedmllm.backbones.hub_kernels import without_hub_kernels
+from fedmllm.backbones.peft_names import LoraLayer, PeftModel
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import apply_umask, make_folder, writing
 

@@ -16,13 +16,13 @@ from fedmllm.cli import federation as site_cli
 from fedmllm.cli.audit import attack
 from fedmllm.cli.build_vlm import build_vlm
 from fedmllm.cli.models import doctor, estimate, export
-from fedmllm.cli.options import ExperimentFile, Set, Track, Verbs, keep_argument_help
+from fedmllm.cli.options import ExperimentFile, Set, Track, Verbs, show_arguments_once
 from fedmllm.cli.predict import predict
 from fedmllm.cli.settings import explain, schema
 from fedmllm.cli.suites import compare, report, suite
 from fedmllm.core.errors import ConfigError, FedmllmError
 
-keep_argument_help()
+show_arguments_once()
 typer.core.HAS_RICH = False  # help is plain text; with rich installed typer 0.20 writes "\\[required]" into it
 app = typer.Typer(
     name="fedmllm",

@@ -36,9 +36,7 @@ def doctor(
     assert isinstance(spec, FromFolder)
     failed = [check.name for check in examine(spec) if not check.good]
     if failed:
-        raise FedmllmError(
-            f"{model}: these checks failed: {', '.join(failed)}; do not trust results of this model here"
-        )
+        raise FedmllmError(f"{model}: these checks failed: {', '.join(failed)}; results with this model may be wrong")
 
 
 def estimate(

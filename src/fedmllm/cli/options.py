@@ -62,12 +62,17 @@ def imported() -> tuple[str, ...]:
     return found
 
 
-def keep_argument_help() -> None:
-    """Undo that click 8.5 clears the help of arguments, which typer 0.20 sets before it calls click."""
-    initialise = typer.core.TyperArgument.__init__
+def show_arguments_once() -> None:
+    """Adapt typer 0.20 to click 8.5, which clears the help of arguments and has a section for them of its own."""
+    initialize = typer.core.TyperArgument.__init__
 
     def with_help(self: typer.core.TyperArgument, **settings: Any) -> None:
-        initialise(self, **settings)
+        initialize(self, **settings)
         self.help = settings.get("help")
 
+    def none(self: click.Command, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """The arguments are among what typer writes as options."""
+
     typer.core.TyperArgument.__init__ = with_help  # type: ignore[method-assign]
+    if "format_arguments" not in vars(typer.core.TyperCommand):
+        typer.core.TyperCommand.format_arguments = none  # type: ignore[method-assign, assignment]

@@ -71,7 +71,6 @@ class FlowerSimulation(Engine):
 
     name: Literal["flower-simulation"] = "flower-simulation"
     import_path = "fedmllm.flower.simulation:SimulationEngine"
-    import_path = "fedmllm.flower.simulation:FlowerSimulation"
     supports = ALL - {"learned-completion"}  # its actors load an experiment, not what a run has learned
     num_actors: PositiveInt = 2
     """Ray actors on one machine; on a cluster (RAY_ADDRESS) as many as its CPUs allow."""

@@ -42,11 +42,11 @@ class PluginSource:
     """Value for `imports` that loads it in another process; "" if there is no file."""
 
 
-def load_plugins(names: Iterable[str], place: str, folder: Path | None = None) -> tuple[str, ...]:
+def load_plugins(names: str | Iterable[str], place: str = "imports", folder: Path | None = None) -> tuple[str, ...]:
     """Import each module or file, and return the names with absolute paths.
 
     Args:
-        names: Module names, or paths that end in `.py`.
+        names: Module names, or paths that end in `.py`; one alone may stand without a list.
         place: Beginning of an error message: the option, or the file and its key.
         folder: What relative paths count from; the current folder by default.
 
@@ -56,7 +56,8 @@ def load_plugins(names: Iterable[str], place: str, folder: Path | None = None) -
     Raises:
         ConfigError: A file or module does not exist, or fails while it is imported.
     """
-    return tuple(dict.fromkeys(_load(name, place, folder or Path.cwd()) for name in names))
+    several = [names] if isinstance(names, str) else names
+    return tuple(dict.fromkeys(_load(name, place, folder or Path.cwd()) for name in several))
 
 
 def _load(name: str, place: str, folder: Path) -> str:

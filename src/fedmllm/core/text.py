@@ -7,7 +7,7 @@ from typing import Any
 
 
 def bytes_text(num_bytes: float) -> str:
-    """1,234,567 -> "1.2 MB"; decimal units, as networks are sold."""
+    """1,234,567 -> "1.2 MB"; decimal units: 1 kB = 1000 B."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

@@ -13,7 +13,7 @@ from rich.table import Table
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.text import flat_keys
 from fedmllm.reports.numerals import DASH, counted, p_text, signed
-from fedmllm.reports.reading import EXECUTION_KEYS, RunRecord, asked, read_results
+from fedmllm.reports.reading import EXECUTION_KEYS, RunRecord, asked, paths_of, read_results
 from fedmllm.reports.stats import Paired, paired
 
 DIGESTS = {  # name -> the settings that it follows from: with other settings, another digest is expected
@@ -47,7 +47,7 @@ class RunComparison:
     num_pairs: int
 
 
-def compare(a: Sequence[Path], b: Sequence[Path]) -> RunComparison:
+def compare(a: str | Path | Sequence[str | Path], b: str | Path | Sequence[str | Path]) -> RunComparison:
     """Pair runs whose settings agree in all but those that differ between the sides: seed with seed, and so on.
 
     Runs over other rows are never paired, and neither are those of another partition or base model with equal settings.
@@ -62,10 +62,11 @@ def compare(a: Sequence[Path], b: Sequence[Path]) -> RunComparison:
     Raises:
         FedmllmError: A folder has no finished run, runs would be paired twice, or the two sides share no metric.
     """
-    runs_a, runs_b = read_results(a).runs, read_results(b).runs
+    side_a, side_b = paths_of(a), paths_of(b)
+    runs_a, runs_b = read_results(side_a).runs, read_results(side_b).runs
     differing = {key: words for key, words in setting_differences(runs_a, runs_b).items() if key != "seed"}
     keys = [_key(run, differing) for run in runs_a], [_key(run, differing) for run in runs_b]
-    for runs, of_side, place in ((runs_a, keys[0], a), (runs_b, keys[1], b)):
+    for runs, of_side, place in ((runs_a, keys[0], side_a), (runs_b, keys[1], side_b)):
         if len(set(of_side)) < len(of_side):
             twice = next(run.run_id for run, key in zip(runs, of_side, strict=True) if of_side.count(key) > 1)
             raise FedmllmError(

@@ -209,6 +209,11 @@ class DatasetResults:
         return dict(found)
 
 
+def paths_of(places: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return one place or several as a list of paths."""
+    return [Path(places)] if isinstance(places, str | Path) else [Path(place) for place in places]
+
+
 def read_results(folders: Sequence[Path]) -> ReportData:
     """Every run in the folders or archives (`reports/archive.py`), at any depth, in the order of their suites.
 

@@ -13,7 +13,7 @@ from fedmllm.reports.comparisons import additions, all_pairs, declared
 from fedmllm.reports.importance import importances
 from fedmllm.reports.names import setting_meaning
 from fedmllm.reports.page import page
-from fedmllm.reports.reading import DatasetResults, ReportData, read_results
+from fedmllm.reports.reading import DatasetResults, ReportData, paths_of, read_results
 from fedmllm.reports.rows import RowResults, results_by_row
 from fedmllm.reports.shares import share_table
 from fedmllm.reports.tables import costs, matrices, published_table, result_table
@@ -44,11 +44,13 @@ ENDINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-def write_report(folders: Sequence[str | Path], out: str | Path | None = None, format_: str = "") -> list[Path]:
+def write_report(
+    folders: str | Path | Sequence[str | Path], out: str | Path | None = None, format_: str = ""
+) -> list[Path]:
     """Read the runs in the folders; write a report.
 
     Args:
-        folders: Folders of runs or suites.
+        folders: Folders of runs or suites; one alone may stand without a list.
         out: The page, as in `results/page.html`; its ending names the format. Default: `report.html` in the first folder, or
             next to the first archive, under its name.
         format_: "html" (page, Markdown and CSV files), "markdown", "latex", "csv"; "" = that of `out`.
@@ -60,7 +62,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
     Raises:
         FedmllmError: There is no finished run, the format is unknown, or a file cannot be written.
     """
-    places = [Path(folder) for folder in folders]
+    places = paths_of(folders)
     report = read_results(places)
     by_row = results_by_row(report)
     out, format_ = _place(Path(out) if out else _beside(places[0]), format_)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.config.experiment import Experiment
-from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.errors import ConfigError, DataError, FedmllmError
 from fedmllm.core.storage import write_atomically, writing
 from fedmllm.core.types import Example, Prediction, Visible, visible_of
 from fedmllm.data.table import Table
@@ -60,6 +60,8 @@ def predict(
     if target and target.suffix.lower() not in FORMATS:
         raise ConfigError(f"--out: got {target.name!r}; allowed endings: {', '.join(FORMATS)}")
     place, settings = adapter_of(Path(source), experiment, client)
+    if not Path(rows).exists():
+        raise DataError(f"{rows}: no such file or folder")
     examples = table_of(settings, Path(rows), columns or {}).load("test").examples
     kept = visible_of(visible, settings.data.modalities())
     backbone = settings.backbone.load(settings.seed)

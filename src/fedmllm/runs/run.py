@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmllm.config.experiment import Experiment
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.runs.costs import reset_peaks
 from fedmllm.runs.events import EmptyClients, Ended, Extended, Resumed, Sink, Stopped
 from fedmllm.runs.fingerprint import differences
@@ -48,10 +48,15 @@ def run(
         The result: a sequence of the summary's rows, with the adapter and the history of the rounds.
 
     Raises:
-        ConfigError: `resume` is set, and the settings, the rows or the base model are not those of the run in the folder.
+        ConfigError: `experiment` is not an `Experiment`; or `resume` is set, and the settings, the rows or the base model are
+            not those of the run in the folder.
         FedmllmError: The folder holds a run and `resume` is not set; or the run failed. Whatever stops a run, Ctrl-C
             included, is the last line of its record.
     """
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(
+            f"experiment: got {experiment!r:.60}; allowed: an Experiment, as Experiment.load(path) reads from a file"
+        )
     if progress or (progress is None and not sinks and in_notebook()):
         sinks = (*sinks, NotebookBar())
     folder = RunFolder(Path(out or Path("runs") / experiment.run_id()))

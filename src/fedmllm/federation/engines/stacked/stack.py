@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedmllm.backbones.base import Backbone
 from fedmllm.backbones.dropout import RowDropout
+from fedmllm.backbones.peft_names import LoraLayer
 from fedmllm.core.tensors import cut, padded, same_names
 from fedmllm.core.types import Params
 
