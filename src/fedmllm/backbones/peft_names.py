@@ -1,4 +1,4 @@
-"""What the package uses of PEFT, imported so that nothing is fetched.
+"""Names of PEFT, imported so that nothing is fetched.
 
 PEFT imports bitsandbytes, which fetches compiled code at import if the package `kernels` is installed.
 """
