@@ -25,7 +25,7 @@ from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.tensors import params_digest, plain_mean_delta
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, State
 from fedmllm.federation.rounds import Progress, cohorts, federate
-from fedmllm.runs.privacy import secret_key
+from fedmllm.runs.privacy import CentralPrivacy, secret_key
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
 from support import runs
@@ -192,6 +192,11 @@ def test_a_round_with_other_updates_has_independent_noise() -> None:
     assert np.linalg.norm(difference) > 0.5  # equal noise would leave client 2's own update
 
 
+def test_noise_of_another_size_on_one_sum_is_independent() -> None:
+    one, two = (flat(mean([], 3, 4, noise_multiplier=z)[0].delta) for z in (1.0, 2.0))
+    assert abs(np.corrcoef(one, two)[0, 1]) < 0.9
+
+
 # ---- T5, T7: accounting
 
 
@@ -308,6 +313,17 @@ def test_another_key_is_another_result_and_a_lost_key_ends_a_run(tmp_path: Path,
     (tmp_path / "noise.key").unlink()
     with pytest.raises(FedmllmError, match=r"noise\.key: missing: .* cannot be resumed without its key"):
         run(runs.experiment(**DP), tmp_path, resume=True)
+
+
+def test_a_lost_file_of_releases_ends_a_run_and_no_round_counts_as_none(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(runs.experiment(**DP), tmp_path, [runs.Stop("round", 2)])
+    (tmp_path / "releases.jsonl").unlink()
+    with pytest.raises(FedmllmError, match=r"releases\.jsonl: missing: .* cannot be counted"):
+        run(runs.experiment(**DP), tmp_path, resume=True)
+    experiment = runs.experiment(**DP)
+    central = CentralPrivacy(experiment, experiment.privacy, tmp_path, 3, lambda _: lambda _: [0, 1], False)
+    assert central.guarantee(2).num_releases == 2
 
 
 def test_simulated_noise_is_reproducible_and_says_that_it_is_not_private(tmp_path: Path) -> None:

@@ -71,6 +71,19 @@ def test_a_request_over_the_budget_is_refused_before_a_model_is_built(limited: T
     ask(restarted, quiet, start)  # what is left of the budget can be spent
 
 
+def test_a_lost_ledger_is_not_an_empty_one(limited: Trainer, tmp_path: Path) -> None:
+    request = private(limited, STEPS)
+    start = limited.backbone(request).lora()
+    clipping = private(limited, STEPS, privacy=PRIVATE.model_copy(update={"noise_multiplier": 0.0}))
+    open_there = trainer(tmp_path, "")
+    ask(open_there, clipping, start)
+    ask(open_there, request, start)
+    ask(open_there, request, start)
+    (tmp_path / "privacy.jsonl").unlink()
+    with pytest.raises(FedmllmError, match=r"privacy\.jsonl: missing, but .*noise\.key was used"):
+        ask(Trainer(limited.site, tmp_path), request, start)
+
+
 def test_what_a_site_with_a_limit_refuses(limited: Trainer) -> None:
     request = private(limited, STEPS)
     reasons = {

@@ -174,6 +174,15 @@ def test_secret_noise_of_another_sum_is_independent() -> None:
     assert float((simulated.noisy(one, 0, 1, 0) - simulated.noisy(zero, 0, 1, 0)).std()) < 1e-5
 
 
+def test_noise_of_another_size_on_one_sum_is_independent() -> None:
+    # Equal normals at two sizes are two equations, whose solution is the sum.
+    sum_T = torch.linspace(-1, 1, 1000)
+    drawn = [
+        (noise(z, clip).noisy(sum_T, 0, 1, 0) - sum_T).double().numpy() for z, clip in ((50, 1), (100, 1), (50, 0.5))
+    ]
+    assert np.abs(np.corrcoef(drawn) - np.eye(3)).max() < 0.2
+
+
 # ---- runs
 
 

@@ -118,9 +118,10 @@ def site_ledger(path: SiteFile) -> None:
     """Print the epsilon of all requests that were trained with row-dp, by run and in total."""
     from fedmllm.flower.site.config import Site, state_folder
     from fedmllm.flower.site.ledger import LEDGER, Ledger, spent
+    from fedmllm.runs.privacy import NOISE_KEY
 
     allow = Site.load(path).allow
-    entries = Ledger(state_folder(path) / LEDGER).entries()
+    entries = Ledger(state_folder(path) / LEDGER, state_folder(path) / NOISE_KEY).entries()
     for run_id in dict.fromkeys(entry.run_id for entry in entries):
         of_run = [entry for entry in entries if entry.run_id == run_id]
         typer.echo(f"run {run_id}: {len(of_run)} requests, epsilon {spent(of_run, allow.epsilon_delta):.4g}")

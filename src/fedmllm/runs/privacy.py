@@ -69,16 +69,16 @@ class CentralPrivacy:
             return public if simulated else secret_key(folder / name, resumed)
 
         self.draw = draw(key(COHORT_KEY) if self.secret_cohorts else b"")
-        self._releases = Releases(folder / RELEASES)
+        self._releases = Releases(folder / RELEASES, resumed)
         self.mean = NoisyMean(settings, experiment.cohort_size, key(NOISE_KEY), self._releases.add)
 
     def guarantee(self, round_: int, count_draw: bool = True) -> Guarantee:
         """What holds after a round, over all releases so far. Without `count_draw` epsilon is quick and may be too large."""
-        counts = self._releases.counts
+        counts = {done: max(1, self._releases.counts[done]) for done in range(1, round_ + 1)}
         if self.secret_cohorts:
-            most = sum(counts[done] for done in range(1, round_ + 1))
+            most = sum(counts.values())
         else:
-            asked = Counter(k for done in range(1, round_ + 1) for k in self.draw(done) for _ in range(counts[done]))
+            asked = Counter(k for done, count in counts.items() for k in self.draw(done) for _ in range(count))
             most = max(asked.values(), default=0)
         e = self._experiment
         outside: tuple[str, ...] = ()
@@ -153,9 +153,21 @@ def privacy_event(round_: int, entry: Mapping[str, Any], guarantee: Guarantee) -
 
 
 class Releases:
-    """The noisy releases of a run, on disk before they are used."""
+    """The noisy releases of a run, on disk before they are used.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file.
+        must_exist: Refuse to begin one: a run that continues has made releases.
+
+    Raises:
+        FedmllmError: The file is missing or damaged: the releases cannot be counted then.
+    """
+
+    def __init__(self, path: Path, must_exist: bool = False) -> None:
+        if must_exist and not path.exists():
+            raise FedmllmError(
+                f"{path}: missing: without it the releases so far cannot be counted; choose another --out"
+            )
         self._path = path
         self._tags: set[tuple[int, str]] = set()
         if path.exists():

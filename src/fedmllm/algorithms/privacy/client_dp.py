@@ -157,9 +157,9 @@ def count_noise(size: int) -> float:
 class NoisyMean:
     """Makes one noisy pseudo-update of a round's updates.
 
-    Noise depends on the key, the round and the digest of the clipped sum. So the same round computed again, after a stop,
-    has the same bytes, and a round that is repeated with other updates has independent noise: two noisy sums with equal
-    noise would give their difference away.
+    Noise depends on the key, the round, its own size, and the digest of the clipped sum. So the same round computed again,
+    after a stop, has the same bytes, and a round that is repeated with other updates or other noise has independent noise:
+    two noisy sums with equal noise would give their difference away.
 
     Args:
         settings: Clip and noise.
@@ -199,7 +199,9 @@ class NoisyMean:
         z, clip = self._settings.noise_multiplier, self.clip(state)
         std = self._noise_of_sum * clip
         total_P, num_unclipped = clipped_sum(updates, like, clip, std * _GRID)
-        digest = hashlib.sha256(total_P.tobytes() + np.float64(num_unclipped).tobytes()).digest()
+        sigma = count_noise(self._size)
+        content = total_P.tobytes() + np.array([num_unclipped, std, sigma], np.float64).tobytes()
+        digest = hashlib.sha256(content).digest()
         if self._released:
             self._released(round_, hmac.digest(self._key, round_.to_bytes(8, "big") + digest, "sha256").hex())
         if std:
@@ -211,7 +213,7 @@ class NoisyMean:
         if self._settings.clip == "adaptive":
             count = num_unclipped
             if z:
-                count += count_noise(self._size) * float(keyed_normals(self._key, 1, "count", round_, digest)[0])
+                count += sigma * float(keyed_normals(self._key, 1, "count", round_, digest)[0])
             own = self._next(clip, count)
         return ClientUpdate(0, _tree(total_P / self._size, like), 1, {}), own, entry
 

@@ -84,8 +84,9 @@ class RowDp(Privacy):
 class RowNoise:
     """Adds noise to the sum of a step's clipped gradients.
 
-    Secret noise depends on the sum as well as on run, round, client and step: a server that asks for the same round twice with
-    another adapter receives independent noise, so the difference of two replies is noise as well.
+    Secret noise depends on the sum and on its own size as well as on run, round, client and step: a server that asks for the
+    same round twice with another adapter, noise multiplier or clip receives independent noise, so the difference of two replies
+    is noise as well.
 
     Args:
         settings: Clip and noise.
@@ -114,7 +115,7 @@ class RowNoise:
         if not std:
             return sum_T
         values = sum_T.detach().cpu().contiguous()
-        purpose: tuple[str | int | bytes, ...] = ("row-dp", self._run_id, round_, client, step)
+        purpose: tuple[str | int | bytes, ...] = ("row-dp", self._run_id, round_, client, step, repr(std))
         if not self.settings.simulate_noise:
             purpose = (*purpose, hashlib.sha256(values.numpy().tobytes()).digest())
         step_size = std * _GRID

@@ -60,11 +60,12 @@ class Ledger:
     """The file of a site's entries. One is written, and on the disk, before its training begins.
 
     Args:
-        path: The file; made if it does not exist.
+        path: The file; made by the first entry.
+        key: The site's key of noise, which is made after the first entry: if it is there, the file has to be there, too.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, key: Path | None = None) -> None:
+        self._path, self._key = path, key
 
     def entries(self) -> list[Entry]:
         """All entries.
@@ -73,8 +74,13 @@ class Ledger:
             In the order in which they were written.
 
         Raises:
-            FedmllmError: The file is damaged: what has been spent is then unknown.
+            FedmllmError: The file is damaged, or lost: what has been spent is then unknown.
         """
+        if self._key and self._key.exists() and not self._path.exists():
+            raise FedmllmError(
+                f"{self._path}: missing, but {self._key} was used: what has been spent is unknown. Put the ledger back; "
+                "for other rows choose another SITE.toml"
+            )
         try:
             lines = self._path.read_bytes().splitlines() if self._path.exists() else []
             entries = [Entry(**json.loads(line)) for line in lines]
@@ -101,7 +107,7 @@ class Ledger:
             The reason to refuse; "" = the entry is on the disk.
 
         Raises:
-            FedmllmError: The file is damaged.
+            FedmllmError: The file is damaged or lost.
         """
         with self._locked():
             entries = self.entries()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmllm.algorithms.privacy.noise import NOISE_KEY_BYTES
 from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.backbones.base import Backbone, BackboneSpec
 from fedmllm.core.errors import ConfigError, FedmllmError
@@ -45,7 +46,8 @@ class Trainer:
 
     def __init__(self, site: Site, folder: Path = Path("site-state")) -> None:
         self.site, self.num_loads, self._folder = site, 0, folder / "clients"
-        self._key, self.ledger = folder / NOISE_KEY, Ledger(folder / LEDGER)
+        self._key = folder / NOISE_KEY
+        self.ledger = Ledger(folder / LEDGER, self._key)
         if site.threads:
             torch.set_num_threads(site.threads)
         self._examples: tuple[Example, ...] = ()
@@ -162,10 +164,17 @@ class Trainer:
             num_rounds=request.num_rounds,
             seed=request.seed,
             aggregator=request.aggregator,
-            row_noise=RowNoise(request.privacy, secret_key(self._key), request.run_id)
-            if isinstance(request.privacy, RowDp)
-            else None,
+            row_noise=self._row_noise(request),
         )
+
+    def _row_noise(self, request: Request) -> RowNoise | None:
+        """Clipping and noise of a request whose noise, if it has any, is in the ledger by now."""
+        privacy = request.privacy
+        if not isinstance(privacy, RowDp):
+            return None
+        # Clipping alone makes no key: a key says that the ledger has an entry.
+        key = secret_key(self._key) if privacy.noise_multiplier else bytes(NOISE_KEY_BYTES)
+        return RowNoise(privacy, key, request.run_id)
 
 
 def serve_trainer(site: Site, link: Connection, folder: Path = Path("site-state")) -> None:
