@@ -29,7 +29,7 @@ from fedmllm.core.tensors import flatten, manifest_digest
 from fedmllm.core.types import Round, Sent
 from fedmllm.flower.keys import make_site_key
 from fedmllm.flower.request import Request
-from fedmllm.flower.secure.attempt import common_digest, mask_key
+from fedmllm.flower.secure.attempt import Asked, common_digest, mask_key
 from fedmllm.flower.secure.fixed_point import from_bytes, from_words, to_bytes, to_words
 from fedmllm.flower.secure.layout import pack_words, unpack_sum
 from fedmllm.flower.secure.masks import add_masks, keystream, pair_key
@@ -606,6 +606,95 @@ def test_a_server_that_asks_one_site_for_more_than_the_others_gets_noise(tmp_pat
         sites.round()
 
 
+# ---- two sums over the same sites, asked in two ways
+
+
+def once_each(table) -> None:
+    table["secure"]["weights"] = "clients"
+
+
+@pytest.mark.parametrize("drop_outs", ["repeat", "recover"])
+def test_a_sum_with_other_weights_is_refused(tmp_path, keys, drop_outs):
+    """By rows and once each over the same three sites: two equations for one site's update."""
+    sites = FakeSites(tmp_path, keys, drop_outs=drop_outs)
+    sites.round()
+    sites.tamper = changed(once_each)
+    with pytest.raises(
+        FedmllmError, match=r'a sum weighted by "clients"; this site has allow\.secure_weights = "rows"'
+    ):
+        sites.round()
+    assert [trainer.asked for trainer in sites.trainers] == [1, 1, 1]
+
+
+def test_a_site_may_count_once_in_all_sums(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys, allow='secure_weights = "clients"')
+    with pytest.raises(FedmllmError, match='a sum weighted by "rows"'):
+        sites.round()
+    sites.clients.aggregator = Aggregator.pick("feddyn", "aggregator")
+    assert sites.round()[0].num_examples == 3
+
+
+def one_epoch_more(table) -> None:
+    table["train"]["epochs"] += 1
+
+
+@pytest.mark.parametrize("drop_outs", ["repeat", "recover"])
+def test_sums_of_one_run_have_the_same_settings(tmp_path, keys, drop_outs):
+    sites = FakeSites(tmp_path, keys, drop_outs=drop_outs)
+    sites.round(1)
+    sites.tamper = changed(one_epoch_more)
+    for number in (1, 2):
+        with pytest.raises(FedmllmError, match=f"run {RUN} was asked for with other settings"):
+            sites.round(number)
+    sites.members = [sites.member(name) for name in sites.names]  # restarted
+    sites.rounds._adverts.clear()
+    with pytest.raises(FedmllmError, match=f"run {RUN} was asked for with other settings"):
+        sites.round(1)
+    assert [trainer.asked for trainer in sites.trainers] == [1, 1, 1]
+    sites.tamper = lambda client, content: content
+    assert [sites.round(number)[0].num_clients for number in (1, 2)] == [3, 3]  # a round may be repeated as it was
+
+
+def test_a_norm_cannot_be_searched_for_with_one_limit_after_another(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys)
+    sites.rounds._max_norm = 1e-3
+    with pytest.raises(FedmllmError, match="the norm of its delta"):
+        sites.round()
+    sites.rounds._max_norm = 1e-2
+    with pytest.raises(FedmllmError, match="was asked for with other settings"):
+        sites.round()
+
+
+@pytest.mark.parametrize("drop_outs", ["repeat", "recover"])
+def test_a_round_is_not_summed_again_from_another_adapter_or_another_kept_state(tmp_path, keys, drop_outs):
+    from fedmllm.flower.messages import Packed
+
+    sites = FakeSites(tmp_path, keys, drop_outs=drop_outs)
+    sites.round(1)
+
+    def from_another(client, content):
+        if "request" not in content["about"]:
+            return content
+        return Packed({n: t + 1 for n, t in LIKE.items()}).content({"request": content["about"]["request"]})
+
+    for tamper in (from_another, changed(lambda t: {"kept": {"1": "0" * 64}})):
+        sites.tamper = tamper
+        with pytest.raises(FedmllmError, match="round 1 was summed after another request"):
+            sites.round(1)
+    sites.tamper = from_another
+    assert sites.round(2)[0].num_clients == 3  # another round starts from another adapter
+
+
+def test_a_record_of_sums_that_cannot_be_read_is_no_empty_one(tmp_path, keys):
+    sites = FakeSites(tmp_path, keys)
+    sites.round(1)
+    file = tmp_path / "east" / "secure" / f"{RUN}.json"
+    for text in ('{"1": ["east", "north", "west"]}', "{"):  # of an earlier version; cut off
+        file.write_text(text)
+        with pytest.raises(FedmllmError, match=f"what run {RUN} was summed over cannot be read here"):
+            sites.round(1)
+
+
 def test_a_site_may_demand_secure_sums_and_how_many_sites_they_need(tmp_path, keys):
     sites = FakeSites(tmp_path, keys, allow="secure_sites = 3")
     here = sites.members[0]._site
@@ -792,4 +881,4 @@ def test_without_peers_a_site_takes_part_in_no_secure_sum(rows, tmp_path):
     others = tuple(a.model_copy(update={"site": n}) for a, n in zip(terms().adverts, NAMES, strict=True))
     known = terms(adverts=(advert, *others[1:]))
     with pytest.raises(Refused, match="north is not among the peers of this site's file"):
-        member.prepare(request.model_copy(update={"secure": known}))
+        member.prepare(request.model_copy(update={"secure": known}), Asked("", ""))

@@ -99,7 +99,8 @@ def least_holders(num_sites: int) -> int:
 
 
 class SecureAggregation(Spec):
-    """Masks between the sites: the server learns the sum of a round's updates and of their row counts, nothing of one site."""
+    """Masks between the sites: of a round the server learns the sums of updates, row counts and metrics. Sums of other rounds,
+    runs or sets of sites may differ by what one site sent (docs/deploy.md)."""
 
     drop_outs: Literal["repeat", "recover"] = "repeat"
     """If a site of a round is missing: repeat it over the same sites, or recover the sum over the others from shares of the

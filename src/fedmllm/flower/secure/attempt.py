@@ -26,7 +26,33 @@ from fedmllm.flower.secure.signing import canonical
 from fedmllm.flower.secure.terms import Terms
 
 _NONCE = bytes(12)  # a key encrypts one message
+_OF_AN_ATTEMPT = ("serial", "adverts", "threshold", "mask_keys", "shares")
+_OF_A_ROUND = ("round", "cohort", "header", "kept")
 _SHARE_BYTES = 66  # of a number below 2^521
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Digests of what a site was asked, as far as its update depends on it. They never leave the site."""
+
+    run: str  # of what stays the same in all rounds of a run
+    round: str  # of everything
+
+    @classmethod
+    def of(cls, request: str, adapter: bytes) -> Asked:
+        """Digests of a request.
+
+        Args:
+            request: As it travels, JSON.
+            adapter: Raw float32.
+        """
+        table = json.loads(request)
+        # Keys, shares and who has to open the sum differ between attempts at a round; no update depends on them.
+        table["secure"] = {k: v for k, v in table["secure"].items() if k not in _OF_AN_ATTEMPT}
+        settings = {k: v for k, v in table.items() if k not in _OF_A_ROUND}
+        whole = {"request": table, "adapter": hashlib.sha256(adapter).hexdigest()}
+        digests = (hashlib.sha256(canonical("asked", facts)).hexdigest() for facts in (settings, whole))
+        return cls(*digests)
 
 
 @dataclass
@@ -39,6 +65,7 @@ class Attempt:
     private: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate)
     seed: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES))
     received: dict[str, tuple[int, int]] = field(default_factory=dict)  # site -> its shares for this one: seed, key
+    asked: Asked | None = None  # what was accepted for training
     masked: bool = False
     alive: list[str] | None = None  # the one set that this site has signed
 

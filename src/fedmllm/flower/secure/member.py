@@ -1,28 +1,30 @@
 """A site's half of secure aggregation.
 
 The site trusts nothing that the server says about other sites: each key must be signed with the key that the site's own file
-names for that site. Keys stay in memory. Which sites a round was summed over is stored, because two sums over different sites
-differ by the updates of those that are in one only.
+names for that site. Keys stay in memory. What a round was summed over is stored: two sums over different sites differ by the
+updates of those that are in one only, and two over the same sites, asked in two ways, can be solved for single updates.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedmllm.config.engine import LEAST_SITES, least_holders
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.spec import Spec, validate
 from fedmllm.core.storage import write_atomically
 from fedmllm.flower.request import Request
-from fedmllm.flower.secure.attempt import Attempt, facts_of, mask_key
+from fedmllm.flower.secure.attempt import Asked, Attempt, facts_of, mask_key
 from fedmllm.flower.secure.fixed_point import Words
 from fedmllm.flower.secure.layout import pack_words
 from fedmllm.flower.secure.masks import add_masks, keystream
@@ -33,6 +35,24 @@ from fedmllm.flower.site.config import Refused, Site
 RUN_KEY, ATTEMPT_KEY, ALIVE = "key of a run", "key of an attempt", "sites of a sum"
 _T = TypeVar("_T")
 MOST_RUNS = 4  # whose keys are in memory
+
+
+class _Sum(Spec):
+    """A sum that this site took part in."""
+
+    sites: list[str]
+    """Sorted."""
+    asked: str
+    """Digest of the request."""
+
+
+class _Sums(Spec):
+    """The sums of a run, as they are stored."""
+
+    settings: str = ""
+    """Digest of what is the same in all rounds."""
+    rounds: dict[int, _Sum] = {}  # noqa: RUF012
+    """By the number of the round."""
 
 
 @dataclass
@@ -125,11 +145,12 @@ class SecureMember:
             shares = attempt.shares_for(run.private, self._site.name, _publics(ask.terms))
             return Prepared(mask_key=self._advert(ATTEMPT_KEY, attempt.public(), attempt.facts), shares=shares)
 
-    def prepare(self, request: Request) -> None:
-        """Check the terms of a request before anything is trained.
+    def prepare(self, request: Request, asked: Asked) -> None:
+        """Check the terms of a request before anything is trained. The first one accepted fixes the settings of its run.
 
         Args:
             request: With `secure`.
+            asked: Its digests.
 
         Raises:
             Refused: The site does not accept the terms.
@@ -139,11 +160,14 @@ class SecureMember:
         with self._lock:
             run = self._run(request.run_id)
             if not terms.threshold:
-                self._begin(run, request.run_id, request.round, terms)
+                attempt = self._begin(run, request.run_id, request.round, terms)
+                self._accept(request.run_id, request.round, attempt, asked)
                 return
             attempt = run.attempt
             if attempt is None or attempt.facts != facts_of(request.run_id, request.round, terms) or attempt.received:
                 raise self._refused(f"attempt {terms.serial} was not prepared as it is asked for, or it was used")
+            if reasons := self._site.refuse_weights(terms):  # those of the shares may have been others
+                raise self._refused("; ".join(reasons))
             known = {advert.site: advert for advert in terms.mask_keys}
             if sorted(known) != attempt.names or len(terms.mask_keys) != len(known):
                 raise self._refused("the keys of the attempt are not those of its sites")
@@ -152,6 +176,7 @@ class SecureMember:
             for advert in terms.mask_keys:
                 if not self._is_of(advert, ATTEMPT_KEY, attempt.facts):
                     raise self._refused(f"the key of {advert.site} is not signed by that site for this attempt")
+            self._accept(request.run_id, request.round, attempt, asked)
             self._guarded(lambda: attempt.receive(run.private, self._site.name, _publics(terms), terms.shares))
 
     def mask(
@@ -185,7 +210,7 @@ class SecureMember:
                 raise self._refused(f"the keys of attempt {terms.serial} were used or dropped")
             attempt.masked = True
             if not terms.threshold:
-                self._commit(request.run_id, request.round, attempt.names)  # before anything leaves
+                self._commit(request.run_id, request.round, attempt.names, attempt.asked)  # before anything leaves
         own = attempt.private if terms.threshold else run.private
         peers = {a.site: a.public for a in (terms.mask_keys or terms.adverts) if a.site != self._site.name}
         keys = self._guarded(
@@ -243,7 +268,7 @@ class SecureMember:
                 raise self._refused(f"{len(valid)} sites signed the set of sites; {attempt.threshold} are required")
             if reason := self._other_sum(ask.run_id, ask.round, alive):
                 raise self._refused(reason)
-            self._commit(ask.run_id, ask.round, alive)
+            self._commit(ask.run_id, ask.round, alive, attempt.asked)
             return Opened(
                 seeds={n: f"{attempt.received[n][0]:x}" for n in alive},
                 keys={n: f"{attempt.received[n][1]:x}" for n in attempt.names if n not in alive},
@@ -292,7 +317,7 @@ class SecureMember:
 
     def _objections(self, run_id: str, round_: int, terms: Terms, run: RunKeys) -> list[str]:
         names, least = terms.names(), max(LEAST_SITES, self._site.allow.secure_sites)
-        reasons = []
+        reasons = self._site.refuse_weights(terms)
         if len(set(names)) != len(names) or len({a.public for a in terms.adverts}) != len(names):
             reasons.append("a site or a key of the secure sum comes twice")
         if len(set(names)) < least:
@@ -315,25 +340,54 @@ class SecureMember:
 
     def _other_sum(self, run_id: str, round_: int, names: list[str]) -> str:
         """Why this sum and one that the site took part in would give away an update; "" = they would not."""
-        before = self._summed(run_id).get(str(round_), [])
-        if not before or before == names:
+        before = self._known(run_id).rounds.get(round_)
+        if before is None or before.sites == names:
             return ""
-        was, now = ", ".join(before), ", ".join(names)
+        was, now = ", ".join(before.sites), ", ".join(names)
         return f"round {round_} was summed over {was}; a sum over {now} would give away the difference"
 
-    def _commit(self, run_id: str, round_: int, names: list[str]) -> None:
+    def _accept(self, run_id: str, round_: int, attempt: Attempt, asked: Asked) -> None:
+        """Refuse a request unlike those before it: another one in a round that was summed, or other settings in the run."""
+        known = self._known(run_id)
+        if known.settings not in ("", asked.run):
+            raise self._refused(
+                f"run {run_id} was asked for with other settings; sums of one run with two settings can be solved for an update"
+            )
+        before = known.rounds.get(round_)
+        if before is not None and before.asked != asked.round:
+            raise self._refused(
+                f"round {round_} was summed after another request; two sums over the same sites can be solved for an update"
+            )
+        if not known.settings:
+            self._store(run_id, known.model_copy(update={"settings": asked.run}))
+        attempt.asked = asked
+
+    def _commit(self, run_id: str, round_: int, names: list[str], asked: Asked | None) -> None:
+        if asked is None:
+            raise self._refused(f"round {round_} was not prepared")
         if reason := self._other_sum(run_id, round_, names):
             raise self._refused(reason)
-        summed = self._summed(run_id)
-        if str(round_) not in summed:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(self._file(run_id), json.dumps({**summed, str(round_): names}))
+        known = self._known(run_id)
+        if round_ not in known.rounds:
+            rounds = {**known.rounds, round_: _Sum(sites=names, asked=asked.round)}
+            self._store(run_id, known.model_copy(update={"rounds": rounds}))
+        elif known.rounds[round_].asked != asked.round:  # summed by an attempt that began before this one
+            raise self._refused(f"round {round_} was summed after another request")
 
-    def _summed(self, run_id: str) -> dict[str, list[str]]:
-        """Round -> the sites that it was summed over."""
+    def _known(self, run_id: str) -> _Sums:
+        """What the site took part in. Raises Refused if that cannot be read."""
         file = self._file(run_id)
-        found: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        return found
+        if not file.exists():
+            return _Sums()
+        try:
+            return cast("_Sums", validate(_Sums, json.loads(file.read_text(encoding="utf-8")), "sums"))
+        except (ConfigError, OSError, ValueError) as error:
+            print(f"site {self._site.name}: {file}: {error}", file=sys.stderr, flush=True)
+            raise self._refused(f"what run {run_id} was summed over cannot be read here") from None
+
+    def _store(self, run_id: str, sums: _Sums) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(self._file(run_id), sums.model_dump_json())
 
     def _file(self, run_id: str) -> Path:
         return self._folder / f"{run_id}.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
 
@@ -22,6 +22,7 @@ from fedmllm.core.spec import Spec, nearest, validate
 from fedmllm.core.types import Example, Modality, Shard, Visible
 from fedmllm.data.base import Dataset
 from fedmllm.flower.request import CLIENT_METRICS, ClientMetric, Request, check_name
+from fedmllm.flower.secure.terms import Terms
 from fedmllm.scenarios.partitions import value_of
 
 
@@ -85,6 +86,9 @@ class Allow(Spec):
     secure_sites: NonNegativeInt = 0
     """Fewest sites of a secure sum, this one included. Above 0, nothing leaves this site unmasked. 0 = 3 sites suffice, and
     replies in the clear are allowed."""
+    secure_weights: Literal["rows", "clients"] = "rows"
+    """How a site counts in secure sums: by its rows, or once. One of them: two sums over the same sites with either give away
+    single updates."""
     max_epsilon: PositiveFloat | None = None
     """Largest epsilon of all requests together, over all runs and servers; a request without privacy "row-dp" is
     then refused."""
@@ -240,6 +244,8 @@ class Site(Spec):
             reasons.append(f"round {request.round} of {request.num_rounds}; this site allows {allow.max_rounds}")
         if allow.secure_sites and request.secure is None:
             reasons.append(f"an update in the clear; this site allows sums over {allow.secure_sites} sites only")
+        if request.secure is not None:
+            reasons += self.refuse_weights(request.secure)
         reasons += self._without_privacy(request, num_rows)
         asked = request.settings()
         for key, allowed in {**DEFAULTS, **allow.settings}.items():
@@ -270,6 +276,20 @@ class Site(Spec):
                 f"objective {request.objective.name} depends on the rows; with row-dp this site allows task or fedprox"
             )
         return reasons
+
+    def refuse_weights(self, terms: Terms) -> list[str]:
+        """Check how a secure sum counts the sites.
+
+        Args:
+            terms: Of the sum.
+
+        Returns:
+            At most one reason to refuse.
+        """
+        allowed = self.allow.secure_weights
+        if terms.weights == allowed:
+            return []
+        return [f'a sum weighted by "{terms.weights}"; this site has allow.secure_weights = "{allowed}"']
 
     def refuse_base(self, request: Request, base: str) -> str:
         """Check the base model of a request.

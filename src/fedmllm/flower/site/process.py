@@ -45,7 +45,7 @@ from fedmllm.flower.keys import refuse_open_key
 from fedmllm.flower.patches import PULL_CAP_S, PULL_FIRST_S, PULL_S, set_message_id
 from fedmllm.flower.processes import exclusive_lock, stop
 from fedmllm.flower.request import KEPT, LARGEST_REQUEST, Request
-from fedmllm.flower.secure.attempt import common_digest
+from fedmllm.flower.secure.attempt import Asked, common_digest
 from fedmllm.flower.secure.fixed_point import to_bytes
 from fedmllm.flower.secure.member import SecureMember
 from fedmllm.flower.secure.terms import Ask
@@ -223,7 +223,7 @@ def answer(message: Message, trainer: ResidentTrainer, member: SecureMember) -> 
     try:
         request = Request.read(head["request"])
         if request.secure:
-            member.prepare(request)
+            member.prepare(request, Asked.of(head["request"], adapter))
         said, delta = trainer.ask(head, adapter)
         if REFUSED in said:
             return _refusal(said[REFUSED])
