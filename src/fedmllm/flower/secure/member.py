@@ -160,8 +160,8 @@ class SecureMember:
         with self._lock:
             run = self._run(request.run_id)
             if not terms.threshold:
-                attempt = self._begin(run, request.run_id, request.round, terms)
-                self._accept(request.run_id, request.round, attempt, asked)
+                started = self._begin(run, request.run_id, request.round, terms)
+                self._accept(request.run_id, request.round, started, asked)
                 return
             attempt = run.attempt
             if attempt is None or attempt.facts != facts_of(request.run_id, request.round, terms) or attempt.received:
