@@ -13,6 +13,7 @@ from fedmllm.core.types import Params
 from fedmllm.flower.request import Request
 from fedmllm.flower.site.config import Site
 from fedmllm.flower.site.trainer import Trainer
+from fedmllm.runs.audits.tokens import nearest_words
 
 OPEN = "min_steps = 1\nmin_rows_per_step = 1\nlora_a = {min = 0}\nlora_b = {min = 0}\nmin_movement = 0"
 ONE_ROW = {"lr": 1e-3, "batch_size": 1, "accumulation": 1, "max_steps": 1}
@@ -52,17 +53,5 @@ def recovered(there: Trainer, request: Request, delta: Params) -> float:
     of_row = [set(store.row(shard.rows[i], shard.visible[i]).input_ids.tolist()) for i in order[:NUM_FRAME_ROWS]]
     frame = set.intersection(*of_row)
     words = of_row[0] - frame
-    layer = next(m for n, m in backbone.model.named_modules() if n.endswith("layers.0.input_layernorm"))
-    with torch.no_grad():
-        x_VD = layer(backbone.model.get_input_embeddings().weight.float()).double()
-    known, _ = torch.linalg.qr(x_VD[sorted(frame)].T)
-    x_VD = x_VD - x_VD @ known @ known.T
-    g_RD = torch.cat([t for n, t in delta.items() if "layers.0.self_attn" in n and "lora_A" in n]).double()
-    g_RD = g_RD / g_RD.norm()
-    g_RD = g_RD - g_RD @ known @ known.T
-    _, sizes, basis = torch.linalg.svd(g_RD, full_matrices=False)
-    basis = basis[sizes > 1e-5 * sizes[0]]
-    off_V = (x_VD - x_VD @ basis.T @ basis).norm(dim=1) / x_VD.norm(dim=1).clamp_min(1e-9)
-    off_V[sorted(frame)] = torch.inf
-    nearest = set(off_V.argsort()[: len(words)].tolist())
+    nearest = nearest_words(backbone.model, delta, frame, len(words))
     return len(nearest & words) / len(words)

@@ -90,7 +90,7 @@ class Allow(Spec):
     """How a site counts in secure sums: by its rows, or once. One of them: two sums over the same sites with either give away
     single updates."""
     max_epsilon: PositiveFloat | None = None
-    """Largest epsilon of all requests together, over all runs and servers; a request without privacy "row-dp" is
+    """Largest epsilon of all requests together, over all runs of this file; a request without privacy "row-dp" is
     then refused."""
     epsilon_delta: float = Field(1e-5, gt=0, lt=1)
     """Delta at which epsilon is counted; below 1 / number of rows."""

@@ -1,4 +1,4 @@
-"""A site's own account of privacy, over all runs and servers."""
+"""A site's own account of privacy, over all runs of its SITE.toml."""
 
 from __future__ import annotations
 

@@ -92,9 +92,29 @@ def recovered(clients: Clients, client: int, start: Params) -> tuple[float, int]
         *(set(clients.store.row(shard.rows[i], shard.visible[i]).input_ids.tolist()) for i in order)
     )
     words = {token for row in step.rows for token in row.input_ids.tolist()} - frame
-    model: Any = clients.backbone.model
+    nearest = nearest_words(clients.backbone.model, update.delta, frame, len(words))
+    return (len(nearest & words) / len(words) if words else 0.0), len(words)
+
+
+def nearest_words(model: Any, delta: Params, frame: set[int], num_words: int) -> set[int]:
+    """Words whose embeddings lie nearest to the span of the first layer's change.
+
+    Shapes: V words, D hidden, R rows of the changes of all lora_A.
+
+    Args:
+        model: Whose embeddings they are.
+        delta: An update.
+        frame: Words that are known to be there, such as the prompt's own; they are taken out of the span.
+        num_words: How many to return.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        FedmllmError: The model has no attention with LoRA in a first layer that begins with a norm.
+    """
     layer = next((m for n, m in model.named_modules() if n.endswith("layers.0.input_layernorm")), None)
-    changes = [t for n, t in update.delta.items() if "layers.0.self_attn" in n and "lora_A" in n]
+    changes = [t for n, t in delta.items() if "layers.0.self_attn" in n and "lora_A" in n]
     if layer is None or not changes:
         raise FedmllmError("audit: the model has no attention with LoRA in a first layer that begins with a norm")
     with torch.no_grad():
@@ -108,5 +128,4 @@ def recovered(clients: Clients, client: int, start: Params) -> tuple[float, int]
     basis = basis[sizes > 1e-5 * sizes[0]]
     off_V = (x_VD - x_VD @ basis.T @ basis).norm(dim=1) / x_VD.norm(dim=1).clamp_min(1e-9)
     off_V[sorted(frame)] = torch.inf
-    nearest = set(off_V.argsort()[: len(words)].tolist())
-    return (len(nearest & words) / len(words) if words else 0.0), len(words)
+    return set(off_V.argsort()[:num_words].tolist())
