@@ -42,6 +42,8 @@ class Engine(Named):
     may be its own: f"{__name__}:Class"."""
     supports: ClassVar[frozenset[str]] = frozenset()
     """What it can do for `Aggregator.needs`."""
+    reads_rows: ClassVar[bool] = True
+    """False if other processes read the clients' rows: nothing is computed for them in this one."""
 
 
 class InProcess(Engine):
@@ -71,6 +73,7 @@ class FlowerSimulation(Engine):
 
     name: Literal["flower-simulation"] = "flower-simulation"
     import_path = "fedmllm.flower.simulation:SimulationEngine"
+    reads_rows = False
     supports = ALL - {"learned-completion"}  # its actors load an experiment, not what a run has learned
     num_actors: PositiveInt = 2
     """Ray actors on one machine; on a cluster (RAY_ADDRESS) as many as its CPUs allow."""
@@ -143,6 +146,7 @@ class FlowerSites(Engine):
 
     name: Literal["flower-sites"] = "flower-sites"
     import_path = "fedmllm.flower.server.server_app:Sites"
+    reads_rows = False
     supports = ALL - {
         "completion",
         "profiles",

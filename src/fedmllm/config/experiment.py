@@ -8,7 +8,7 @@ import json
 import pkgutil
 import tomllib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -296,8 +296,7 @@ class Experiment(Spec):
         if self.method != "federated":
             raise ValueError(f"relation: got {relation.name!r} with method {self.method!r}; it is for: federated")
         if not aggregator.optimizes:
-            members = ((n, cast("type[Aggregator]", member)) for n, member in Aggregator.members.items())
-            able = ", ".join(sorted(n for n, member in members if member.optimizes))
+            able = aggregators_that(lambda member: member.optimizes)
             raise ValueError(f"relation: got {relation.name!r} with aggregator {aggregator.name!r}; allowed: {able}")
         if self.backbone.lora.ranks:
             raise ValueError(
@@ -312,9 +311,7 @@ class Experiment(Spec):
                 f'relation: got {relation.name!r} with evaluate.select = "validation", which selects one adapter'
             )
         if "profiles" not in self.engine.supports:
-            able = ", ".join(
-                sorted(n for n, e in Engine.members.items() if "profiles" in cast("type[Engine]", e).supports)
-            )
+            able = engines_that(["profiles"])
             raise ValueError(
                 f"engine.name: got {self.engine.name!r}, whose server does not know the clients' modalities; allowed: {able}"
             )
@@ -337,8 +334,7 @@ class Experiment(Spec):
                 "importance that clients report; allowed: uniform, none"
             )
         if "modality-dropout" not in self.engine.supports:
-            members = ((n, cast("type[Engine]", e)) for n, e in Engine.members.items())
-            able = ", ".join(sorted(n for n, e in members if "modality-dropout" in e.supports))
+            able = engines_that(["modality-dropout"])
             raise ValueError(f"engine.name: got {self.engine.name!r}, which drops no modalities; allowed: {able}")
         return self
 
@@ -348,17 +344,16 @@ class Experiment(Spec):
             return self
         self.completion.check(self.data.modalities())
         if "completion" not in self.engine.supports:
-            able = sorted(n for n, e in Engine.members.items() if "completion" in cast("type[Engine]", e).supports)
+            able = engines_that(["completion"])
             raise ValueError(
                 f"engine.name: got {self.engine.name!r}, which supports neither completion nor public rows; "
-                f"allowed: {', '.join(able)}"
+                f"allowed: {able}"
             )
         if self.completion.learns and "learned-completion" not in self.engine.supports:
-            members = ((n, cast("type[Engine]", e)) for n, e in Engine.members.items())
-            able = [n for n, e in sorted(members) if {"completion", "learned-completion"} <= e.supports]
+            able = engines_that(["completion", "learned-completion"])
             raise ValueError(
                 f"engine.name: got {self.engine.name!r}, which does not support completion {self.completion.name!r}, "
-                f"learned before training; allowed: {', '.join(able)}"
+                f"learned before training; allowed: {able}"
             )
         if self.completion.learns and self.method not in ("federated", "centralised"):
             raise ValueError(
@@ -542,21 +537,32 @@ def imports_of(table: Mapping[str, Any], file: Path | None) -> dict[str, tuple[s
     return {"imports": load_plugins(names, place, file.parent if file else None)}
 
 
+def aggregators_that(suit: Callable[[type[Aggregator]], bool]) -> str:
+    """Names of the aggregators that suit, for an error message."""
+    members = cast("Mapping[str, type[Aggregator]]", Aggregator.members)
+    return ", ".join(sorted(name for name, member in members.items() if suit(member)))
+
+
+def engines_that(support: Iterable[str]) -> str:
+    """Names of the engines with these capabilities, for an error message."""
+    members = cast("Mapping[str, type[Engine]]", Engine.members)
+    return ", ".join(sorted(name for name, member in members.items() if member.supports.issuperset(support)))
+
+
 def check_engine_carries(aggregator: Aggregator, engine: Engine, ranks: Sequence[int] = ()) -> None:
     """Raise ConfigError if the engine lacks something that the aggregator or unequal ranks need, naming what works."""
     if ranks and not aggregator.mixed_ranks:
-        members = ((n, cast("type[Aggregator]", member)) for n, member in Aggregator.members.items())
-        able = sorted(n for n, member in members if member.mixed_ranks)
+        able = aggregators_that(lambda member: member.mixed_ranks)
         raise ConfigError(
             f"backbone.lora.ranks: got {list(ranks)}; {aggregator.name} averages factors of one rank; allowed: (), "
-            f"or one of these aggregators: {', '.join(able)}"
+            f"or one of these aggregators: {able}"
         )
     needs = aggregator.needs | ({"mixed-ranks"} if ranks else set())
     if missing := sorted(needs - engine.supports):
-        able = sorted(n for n, member in Engine.members.items() if needs <= cast("type[Engine]", member).supports)
+        able = engines_that(needs)
         raise ConfigError(
             f"engine.name: got {engine.name!r}; {aggregator.name} needs {' and '.join(missing)}, "
-            f"which it does not support; allowed: {', '.join(able)}"
+            f"which it does not support; allowed: {able}"
         )
 
 
@@ -566,8 +572,7 @@ def check_client_dp(experiment: Experiment, privacy: ClientDp) -> None:
     if e.method != "federated":
         raise ConfigError(f'privacy: got "client-dp" with method "{e.method}"; it is for: federated')
     if not aggregator.of_the_mean:
-        members = ((n, cast("type[Aggregator]", member)) for n, member in Aggregator.members.items())
-        able = ", ".join(sorted(n for n, member in members if member.of_the_mean))
+        able = aggregators_that(lambda member: member.of_the_mean)
         raise ConfigError(
             f'privacy: "client-dp" releases one noisy mean; aggregator {aggregator.name} uses more of the clients than their '
             f"mean update; allowed: {able}"
@@ -612,8 +617,7 @@ def check_secure(experiment: Experiment, secure: SecureAggregation, num_sites: i
             "is not combined with noise; allowed: none"
         )
     if not aggregator.weighted_by:
-        members = ((n, cast("type[Aggregator]", member)) for n, member in Aggregator.members.items())
-        able = ", ".join(sorted(n for n, member in members if member.weighted_by))
+        able = aggregators_that(lambda member: bool(member.weighted_by))
         more = "which returns more than the delta" if "extra" in aggregator.needs else "which needs each site's update"
         raise ConfigError(
             f"aggregator.name: got {aggregator.name!r}, {more}; with engine.secure the server has only the sum of the deltas; "
@@ -652,10 +656,8 @@ def check_row_dp(experiment: Experiment, privacy: RowDp) -> None:
     if e.backbone.lora.ranks:
         raise ConfigError(f'backbone.lora.ranks: got {list(e.backbone.lora.ranks)} with privacy "row-dp"; allowed: ()')
     if "row-privacy" not in e.engine.supports:
-        able = sorted(n for n, m in Engine.members.items() if "row-privacy" in cast("type[Engine]", m).supports)
-        raise ConfigError(
-            f"engine.name: got {e.engine.name!r}, which does not clip rows (row-dp); allowed: {', '.join(able)}"
-        )
+        able = engines_that(["row-privacy"])
+        raise ConfigError(f"engine.name: got {e.engine.name!r}, which does not clip rows (row-dp); allowed: {able}")
     if isinstance(e.engine, FlowerSites) and privacy.simulate_noise:
         raise ConfigError('privacy.simulate_noise: got true with engine "flower-sites"; allowed: false')
     if isinstance(e.engine, FlowerSimulation) and not privacy.simulate_noise:

@@ -156,7 +156,7 @@ class Clients:
 
     def steps(self, client: int, round_: int) -> Iterator[Step]:
         """The client's optimizer steps in a round; each epoch has its own order, from the client's own stream."""
-        shard, size = self.shards[client], self.train.batch_size * self.train.accumulation
+        shard, size = self.shards[client], self.rows_per_step
         planned, num_steps = self.planned_steps(client), self.num_steps(client, round_)
         base, done = self.round_lr(round_), 0
         odds = self.dropout.odds(self.modalities, self.importances.get(client, {}))

@@ -128,7 +128,7 @@ class Session:
             self._evaluate(begin, num_rounds, selection)  # whatever the record held after the checkpoint is cut off
         if "client-state" in aggregator.needs:
             clients = replace(clients, state=ClientStateStore(self.folder.client_state, begin.round))
-        if not e.engine.name.startswith("flower"):  # its actors do it for their own clients
+        if e.engine.reads_rows:
             clients.store.warm(clients.shards)
         rows = None
         if isinstance(e.privacy, RowDp):
