@@ -81,6 +81,31 @@ def test_a_file_named_in_toml_adds_an_aggregator(tmp_path: Path, monkeypatch: py
     assert "imports" not in loaded.identity()
 
 
+STATED = (
+    HALF
+    + """
+    of_the_mean: ClassVar[bool] = True
+    weighted_by: ClassVar[str] = "rows"
+"""
+)
+PRIVATE = {
+    "privacy": {"name": "client-dp", "noise_multiplier": 1.0, "clip": 0.5},
+    "update_filter": {"on_bad_update": "drop_client"},
+}
+SECURE = {"engine": {"name": "flower-sites", "secure": {}}, "cohort_size": 3}
+
+
+@pytest.mark.parametrize(("table", "flag"), [(PRIVATE, "of_the_mean"), (SECURE, "weighted_by")])
+def test_privacy_trusts_a_plug_in_only_if_it_states_what_its_base_promises(tmp_path: Path, table, flag):
+    write(tmp_path / "half.py", HALF, cls="Half", name="half", doc="")
+    settings = {**DATA, **table, "imports": str(tmp_path / "half.py"), "aggregator": "half"}
+    with pytest.raises(ConfigError, match=f"A plug-in does not inherit {flag}: Half has to state it if it holds"):
+        Experiment.parse(settings)
+    stated = STATED.replace("import Literal", "import ClassVar, Literal")
+    write(tmp_path / "half.py", stated, cls="Half", name="half", doc="")
+    assert getattr(Experiment.parse(settings).aggregator, flag)
+
+
 def test_another_version_of_a_file_gives_another_run_id(tmp_path: Path):
     settings = {**DATA, "imports": str(tmp_path / "half.py"), "aggregator": "half"}
     ids = []

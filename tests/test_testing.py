@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import Objective
+from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.config.engine import Engine
 from fedmllm.core.metrics import METRICS
 from fedmllm.core.spec import Named
 from fedmllm.core.tensors import mean_delta
-from fedmllm.core.types import Conversation, Example, Prediction
+from fedmllm.core.types import Conversation, Example, Prediction, Sent
 from fedmllm.data.prompts import Agnostic, Plain, Prompt
 from fedmllm.scenarios.masks import Scenario
 from fedmllm.testing import (
@@ -131,7 +132,7 @@ def halved(settings, clients):
     return lambda at, sents: [replace(u, delta={n: t / 2 for n, t in u.delta.items()}) for u in whole(at, sents)]
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedadam", "median", "krum", "scaffold", "feddyn"])
+@pytest.mark.parametrize("name", ["fedavg", "fedadam", "median", "krum", "scaffold", "feddyn", "ffa-lora", "rolora"])
 def test_aggregators(name: str):
     check_aggregator(Aggregator.pick(name, "aggregator"))
 
@@ -155,3 +156,25 @@ def test_an_aggregator_that_counts_empty_clients_or_writes_into_its_arguments_is
         check_aggregator(Plain())
     with pytest.raises(AssertionError, match=r"other values for the same updates|changed the adapter"):
         check_aggregator(InPlace())
+
+
+def test_an_aggregator_that_needs_more_than_the_mean_it_states_is_caught():
+    class Largest(Aggregator):
+        name: Literal["largest"] = "largest"
+        of_the_mean: ClassVar[bool] = True
+
+        def apply(self, params, state, at, updates):
+            mean_delta(kept := [u for u in updates if u.num_examples])
+            largest = max(kept, key=lambda u: u.metrics.get("loss", 0.0))
+            return {n: w + largest.delta[n] for n, w in params.items()}, state
+
+    class Alone(FedAvg):
+        name: Literal["alone"] = "alone"
+        of_the_mean: ClassVar[bool] = True
+
+        def sends(self, params, state, at, client):
+            return Sent({n: w + client for n, w in params.items()})
+
+    for member, rule in ((Largest(), "another result for the mean"), (Alone(), r"sends\(\) differs by client")):
+        with pytest.raises(AssertionError, match=rule):
+            check_aggregator(member)

@@ -39,6 +39,9 @@ class Aggregator(Named):
 
     mixed_ranks: ClassVar[bool] = False
     """True if clients may have unequal ranks (`lora.ranks`)."""
+    trusted: ClassVar[tuple[str, ...]] = ("of_the_mean", "weighted_by")
+    """Flags that privacy and secure aggregation rely on. A plug-in states them itself: they are not inherited, since a class
+    that changes a method of a shipped one may break what its base promises."""
     global_model: ClassVar[bool] = True
     """False if only the clients' own models (`personal`) are evaluated."""
 
@@ -50,6 +53,28 @@ class Aggregator(Named):
     """True if the federation has one round."""
     lora_init: ClassVar[str] = "kaiming"
     """The value of `backbone.lora.init` that the algorithm starts from."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if cls.plugin:
+            for flag in cls.trusted:
+                if flag not in vars(cls):
+                    setattr(cls, flag, getattr(Aggregator, flag))
+
+    @classmethod
+    def unstated(cls, flag: str) -> str:
+        """Say that a plug-in does not state a flag that one of its bases has.
+
+        Args:
+            flag: One of `trusted`.
+
+        Returns:
+            The end of an error message; "" if no base has the flag.
+        """
+        if not any(vars(base).get(flag) for base in cls.__mro__):
+            return ""
+        return f". A plug-in does not inherit {flag}: {cls.__name__} has to state it if it holds"
 
     def least_updates(self) -> int:
         """Least number of updates for which the formula is defined.

@@ -575,7 +575,7 @@ def check_client_dp(experiment: Experiment, privacy: ClientDp) -> None:
         able = aggregators_that(lambda member: member.of_the_mean)
         raise ConfigError(
             f'privacy: "client-dp" releases one noisy mean; aggregator {aggregator.name} uses more of the clients than their '
-            f"mean update; allowed: {able}"
+            f"mean update; allowed: {able}{aggregator.unstated('of_the_mean')}"
         )
     if e.update_filter.on_bad_update == "fail":
         raise ConfigError(
@@ -621,7 +621,7 @@ def check_secure(experiment: Experiment, secure: SecureAggregation, num_sites: i
         more = "which returns more than the delta" if "extra" in aggregator.needs else "which needs each site's update"
         raise ConfigError(
             f"aggregator.name: got {aggregator.name!r}, {more}; with engine.secure the server has only the sum of the deltas; "
-            f"allowed: {able}"
+            f"allowed: {able}{aggregator.unstated('weighted_by')}"
         )
     if ranks:
         raise ConfigError(f"backbone.lora.ranks: got {list(ranks)}; engine.secure sums deltas of one rank; allowed: ()")

@@ -24,7 +24,7 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.metrics import Metric
 from fedmllm.core.spec import Named
 from fedmllm.core.tensors import mean_delta, plain_mean_delta
-from fedmllm.core.types import ClientUpdate, Example, Modality, Params, Prediction, Round, Sent
+from fedmllm.core.types import ClientUpdate, Example, Modality, Params, Prediction, Round, Sent, State
 from fedmllm.data.prompts import Prompt
 from fedmllm.federation.client import Clients
 from fedmllm.scenarios.masks import Scenario
@@ -109,12 +109,33 @@ def check_aggregator(aggregator: Aggregator) -> None:
         assert all(torch.allclose(params[n], of_mean[n], rtol=1e-3, atol=1e-4) for n in params), (
             f"weighted_by is {aggregator.weighted_by!r}, but apply() gave another result for that mean of the updates"
         )
+    if aggregator.of_the_mean:
+        _check_of_the_mean(aggregator, start, state, at, updates)
     for bad, rule in ((reversed(updates), "updates in descending order"), ((), "a round without updates")):
         try:
             aggregator.apply(start, state, at, bad)
         except FedmllmError:
             continue
         raise AssertionError(f"apply() accepted {rule}; it must raise FedmllmError")
+
+
+def _check_of_the_mean(
+    aggregator: Aggregator, start: Params, state: State, at: Round, updates: Sequence[ClientUpdate]
+) -> None:
+    """Assert that one update can take the clients' place: their mean, whatever they report in addition."""
+    one, other = (aggregator.sends(start, state, at, client) for client in (0, 1))
+    assert one.trained() == other.trained(), "of_the_mean is true, but sends() has clients train different tensors"
+    assert _equal({"": one.travelling()}, {"": other.travelling()}), (
+        "of_the_mean is true, but sends() differs by client"
+    )
+    assert not aggregator.returned_extra(one), "of_the_mean is true, but clients return more than their delta"
+    equal = [replace(update, num_examples=3, metrics={"loss": float(update.client)}) for update in updates]
+    params, _ = aggregator.apply(start, state, at, equal)
+    mean = ClientUpdate(0, plain_mean_delta(equal), 1, {})
+    of_mean, _ = aggregator.apply(start, state, at, [mean])
+    assert all(torch.allclose(params[n], of_mean[n], rtol=1e-3, atol=1e-4) for n in params), (
+        "of_the_mean is true, but apply() gave another result for the mean of the updates"
+    )
 
 
 def _update(aggregator: Aggregator, start: Params, at: Round, client: int, noise: torch.Generator) -> ClientUpdate:
