@@ -42,8 +42,7 @@ class Bars:
         elif isinstance(event, RoundEnd):
             losses = [c["loss"] for c in event.clients if "loss" in c]
             note = f"loss {sum(losses) / len(losses):.3f}" if losses else "" if event.clients else "no update"
-            owner = "rounds" if event.client is None else f"client {event.client} alone"
-            show(self._task, description=owner, completed=event.round, total=event.num_rounds, note=note)
+            show(self._task, description=event.whose, completed=event.round, total=event.num_rounds, note=note)
         elif isinstance(event, Evaluated):
             name, value = next(iter(event.metrics.items()))
             show(self._task, note="" if value is None else f"{name} {value:.3f}")

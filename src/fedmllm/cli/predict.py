@@ -29,7 +29,9 @@ def predict(
     column: Annotated[
         list[str] | None, typer.Option(help="Name a column: --column image=scan", metavar="KEY=NAME")
     ] = None,
-    client: Annotated[int | None, typer.Option(help="Whose adapter, for a run of method local.", min=0)] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Whose adapter, for a run of method local.", metavar="SITE|NUMBER")
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Predict the answers of new rows with a trained adapter."""

@@ -354,15 +354,19 @@ def costs_csv(datasets: Sequence[DatasetResults], rows: Sequence[Sequence[CostRo
     return _csv(["data", *fields], lines)
 
 
-ROUND = ("round", "client", "lr", "up_bytes", "down_bytes", "server_s", "wall_s")
+ROUND = ("round", "client", "name", "lr", "up_bytes", "down_bytes", "server_s", "wall_s")
 
 
 def rounds_csv(datasets: Sequence[DatasetResults]) -> str:
-    """One line a round of a run: its costs, its mean loss, and the metrics of the global adapter after it, if evaluated."""
+    """One line a round of a run: its costs, its mean loss, and the metrics of the global adapter after it, if evaluated.
+
+    `client` and `name` say whose rounds they are if a client trains alone; `sites` lists the clients that were averaged, by
+    name if their rows name them.
+    """
     kinds = dict.fromkeys(
         (name, event["visible"]) for d in datasets for run in d.runs for event in run.evals for name in event["metrics"]
     )
-    head = ["data", "setting", "method", "seed", "run_id", *ROUND, "num_clients", "num_dropped", "loss"]
+    head = ["data", "setting", "method", "seed", "run_id", *ROUND, "sites", "num_clients", "num_dropped", "loss"]
     head += [f"{name} ({visible})" for name, visible in kinds]
     return _csv(head, (line for d in datasets for run in d.runs for line in _round_lines(run, list(kinds))))
 
@@ -380,7 +384,8 @@ def _round_lines(run: RunRecord, kinds: Sequence[tuple[str, str]]) -> Iterator[l
         found = scores.get((event.get("client"), event["round"]), {})
         values = [event.get(key) for key in ROUND]
         about = [run.data, run.setting, run.method, run.seed, run.run_id]
-        counts = [len(clients), len(event.get("dropped") or []) + len(event.get("dropped_out") or []), loss]
+        sites = "; ".join(str(c.get("name", c.get("client", ""))) for c in clients)
+        counts = [sites, len(clients), len(event.get("dropped") or []) + len(event.get("dropped_out") or []), loss]
         yield [*about, *map(_plain, [*values, *counts, *(found.get(kind) for kind in kinds)])]
 
 

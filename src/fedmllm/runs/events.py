@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
 from fedmllm.core.errors import FedmllmError
@@ -58,6 +58,35 @@ def fan_out(sinks: Sequence[Sink]) -> Sink:
             sink(event)
 
     return emit
+
+
+def with_site_names(emit: Sink, names: Mapping[int, str]) -> Sink:
+    """Return a sink that passes events on with the site's name, `name`, next to each client's number.
+
+    Args:
+        emit: Receives the events.
+        names: Client -> its site, if the rows name their sites; without names the events stay as they are.
+    """
+
+    def name_of(clients: Sequence[int]) -> str:
+        return " + ".join(names.get(client, str(client)) for client in clients)
+
+    def named(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {"client": entry["client"], "name": name_of(entry.get("clients") or [entry["client"]]), **entry}
+
+    def emit_named(event: Event) -> None:
+        changes: dict[str, Any] = {}
+        if isinstance(event, RoundEnd | CompletionRound):
+            changes["clients"] = [named(entry) for entry in event.clients]
+        if isinstance(event, RoundEnd):
+            changes["dropped"] = [named(entry) for entry in event.dropped]
+        if isinstance(event, RoundEnd | Evaluated | Validated) and event.client is not None:
+            changes["name"] = name_of([event.client])
+        if isinstance(event, EmptyClients):
+            changes["names"] = [name_of([client]) for client in event.clients]
+        emit(replace(event, **changes))
+
+    return emit_named if names else emit
 
 
 def renamed(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,6 +146,7 @@ class EmptyClients(Event):
     kind = "empty_clients"
     clients: list[int]
     note: str
+    names: Sequence[str] = ()  # of their sites, if the rows name them
 
 
 @dataclass(frozen=True)
@@ -162,6 +192,12 @@ class RoundEnd(Event):
     dropped_out: list[int] | None = None  # clients that received the adapter and did not answer
     note: str = ""
     client: int | None = None  # whose training alone it is, for method "local"
+    name: str = ""  # of that client's site, if the rows name their sites
+
+    @property
+    def whose(self) -> str:
+        """Whose rounds these are, as a title of a progress bar."""
+        return "rounds" if self.client is None else f"{self.name or f'client {self.client}'} alone"
 
 
 @dataclass(frozen=True)
@@ -195,6 +231,7 @@ class Evaluated(Event):
     round: int | None = None
     client: int | None = None
     node: str = ""  # of a graph's adapters the one that is not the result: "mean"
+    name: str = ""  # of the client's site, if the rows name their sites
 
 
 @dataclass(frozen=True)
@@ -208,6 +245,7 @@ class Validated(Event):
     visible: str
     best_round: int | None
     client: int | None = None
+    name: str = ""  # of the client's site, if the rows name their sites
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def predict(
     experiment: Experiment | None = None,
     visible: str = "all",
     columns: Mapping[str, Any] | None = None,
-    client: int | None = None,
+    client: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Predict the answers of rows, which need none of their own.
@@ -44,7 +44,7 @@ def predict(
         experiment: Model, prompt and columns; by default those of the run.
         visible: Modalities that the model receives of those that a row has: "all", "none", or names joined by "+".
         columns: Keys of `data.columns` that differ from those of the experiment, such as {"image": "scan"}.
-        client: Whose adapter to take, for a run of method "local".
+        client: Whose adapter to take, for a run of method "local": a number, or the name of a site.
         progress: Called with (rows done, rows in all).
 
     Returns:
@@ -88,7 +88,7 @@ def predict(
     return result
 
 
-def adapter_of(source: Path, experiment: Experiment | None, client: int | None) -> tuple[Path | None, Experiment]:
+def adapter_of(source: Path, experiment: Experiment | None, client: int | str | None) -> tuple[Path | None, Experiment]:
     """Return the adapter's folder and the experiment that describes model and prompt; None = the model as it is."""
     run = RunFolder(source)
     if not run.record.is_file():
@@ -103,9 +103,12 @@ def adapter_of(source: Path, experiment: Experiment | None, client: int | None) 
     settings = experiment or Experiment.parse(head["settings"], str(run.record))
     if settings.method == "zero-shot":
         return None, settings
-    place = run.adapter(client)
+    names = {about["name"]: about["client"] for about in head.get("clients", ())}
+    number = names.get(client, client) if isinstance(client, str) else client
+    place = run.adapter(number)
     if not place.is_dir():
-        known = ", ".join(map(str, run.client_adapters()))
+        there = run.client_adapters()
+        known = ", ".join([name for name, number in names.items() if number in there] or map(str, there))
         advice = f"--client is one of: {known}" if known else "the run is not finished, or its method trains no adapter"
         raise FedmllmError(f"{place}: no such adapter; {advice}")
     return place, settings

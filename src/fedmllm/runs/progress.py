@@ -46,8 +46,7 @@ class NotebookBar:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # tqdm recommends ipywidgets at import
                 from tqdm.auto import tqdm
-            name = "rounds" if event.client is None else f"client {event.client} alone"
-            self._bar, self._owner = tqdm(total=event.num_rounds, desc=name, unit="round"), event.client
+            self._bar, self._owner = tqdm(total=event.num_rounds, desc=event.whose, unit="round"), event.client
         return self._bar
 
     def _close(self) -> None:

@@ -62,7 +62,8 @@ class History:
     Attributes:
         rounds: One row per round: round, cohort size, mean loss and norm, bytes, seconds; and one column
             "METRIC/VISIBLE" per value that was evaluated after the round.
-        clients: One row per round and client that was averaged: round, client, num_examples, norm, loss, ...
+        clients: One row per round and client that was averaged: round, client, num_examples, norm, loss, ...; and
+            `name`, if the rows name their sites.
     """
 
     rounds: tuple[dict[str, Any], ...]
@@ -300,7 +301,7 @@ def read_history(record: Path) -> History:
     places: dict[tuple[int | None, int | None], dict[str, Any]] = {}  # (client, round); round None = the last one
     for line in read(record):
         try:
-            owner = {"client": line["client"]} if line.get("client") is not None else {}
+            owner = {key: line[key] for key in ("client", "name") if line.get(key) is not None}
             if line["event"] == "round":
                 row = {"round": line["round"], **owner, **round_columns(line)}
                 places[line.get("client"), line["round"]] = places[line.get("client"), None] = row

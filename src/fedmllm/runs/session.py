@@ -25,7 +25,7 @@ from fedmllm.runs.checkpointer import Checkpointer, is_due
 from fedmllm.runs.completing import learn_completion
 from fedmllm.runs.costs import Totals
 from fedmllm.runs.evaluator import Evaluator, Scores
-from fedmllm.runs.events import EngineNote, Guaranteed, RoundEnd, Sink, fan_out
+from fedmllm.runs.events import EngineNote, Guaranteed, RoundEnd, Sink, fan_out, with_site_names
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.inputs import Inputs, start_engine
 from fedmllm.runs.predictions import PredictionFile
@@ -51,7 +51,9 @@ class Session:
         self, inputs: Inputs, folder: RunFolder, record: Record, sinks: Sequence[Sink], start: Checkpoint | None
     ) -> None:
         self.inputs, self.experiment, self.folder = inputs, inputs.experiment, folder
-        self.emit = fan_out((record, *sinks))
+        pools = inputs.experiment.method == "centralised"  # its one client is not a site
+        names = {} if pools else {shard.client: shard.name for shard in inputs.shards if shard.name}
+        self.emit = with_site_names(fan_out((record, *sinks)), names)
         self._record = record
         self._predictions = PredictionFile(folder.predictions)
         self._predictions.truncate(start.run_state.prediction_bytes if start else 0)

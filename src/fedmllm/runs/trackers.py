@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -41,8 +42,8 @@ class Tracker(ABC):
 
     def __call__(self, event: Event) -> None:
         """Pass an event's numbers to the library."""
-        client = getattr(event, "client", None)
-        prefix = "" if client is None else f"client-{client}/"
+        client, name = getattr(event, "client", None), re.sub(r"[^\w. -]", "_", getattr(event, "name", ""))
+        prefix = "" if client is None else f"client-{client}{name and f'-{name}'}/"
         if isinstance(event, Started):
             self.begin(event.run_id, flat_keys(event.settings))
         elif isinstance(event, Resumed):
