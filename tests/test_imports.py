@@ -1,11 +1,14 @@
-"""Modules that settings, help texts and records need are imported without torch."""
+"""Modules that settings, help texts and records need are imported without torch; no test module imports another."""
 
 from __future__ import annotations
 
+import ast
 import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +56,22 @@ def test_light_modules_load_no_model_library() -> None:
 @pytest.mark.parametrize("name", ["fedmllm.federation.client"])
 def test_the_check_finds_a_module_that_does(name: str) -> None:
     assert modules_that_load_torch([name]) == [name]
+
+
+def imported_test_modules(code: str) -> Iterator[str]:
+    """Yield the test modules and conftests among the imports of a module."""
+    for node in ast.walk(ast.parse(code)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(alias.name for alias in node.names if node.level)]
+        parts = [part for name in names for part in name.split(".")]
+        yield from (part for part in parts if part.startswith("test_") or part in ("tests", "conftest"))
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several of them need is in tests/support, in a conftest or in fedmllm.testing."""
+    modules = sorted(Path(__file__).parent.rglob("*.py"))
+    assert len(modules) > 80
+    assert [f"{path.name}: {name}" for path in modules for name in imported_test_modules(path.read_text())] == []
+    for code in ("from test_runs import x", "import tests.conftest", "def f():\n    from . import a, test_b"):
+        assert list(imported_test_modules(code))

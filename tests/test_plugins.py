@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.config.experiment import Experiment
 from fedmllm.core import plugins
+from fedmllm.core.code_digest import helper_files
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
 from fedmllm.core.spec import Named
@@ -216,6 +218,128 @@ def test_a_class_without_a_file_is_identified_by_its_code():
         exec(compile(code, "<cell>", "exec"), vars(module))
         ids.append(Experiment(data="synthetic-irony", aggregator="cell").run_id())
     assert ids[0] == ids[2] != ids[1]
+
+
+CELL = """
+from fedmllm.algorithms.server_optimizers import FedAvg
+from typing import ClassVar, Literal
+{cells}
+def factor():
+    return {factor}
+
+class Cell(FedAvg):
+    name: Literal["cell"] = "cell"
+    words: ClassVar[frozenset] = frozenset({words})
+    def apply(self, params, state, updates, scale={scale}, *, more={more}):
+        return factor() if scale in {{"alpha", "beta", "gamma"}} else super().apply(params, state, updates)
+"""
+PRINT_DIGEST = """
+import sys
+from types import ModuleType
+sys.modules["cells"] = module = ModuleType("cells")
+exec(compile(sys.argv[1], "<cell>", "exec"), vars(module))
+print(module.Cell.plugin.digest)
+"""
+CELLS = {"cells": "", "factor": "2", "words": "{'one', 'two', 'three', 'four'}", "scale": "1", "more": "None"}
+
+
+def test_the_digest_of_a_class_without_a_file_is_equal_in_every_process():
+    digests = []
+    for seed in ("1", "2", "3"):
+        command = [sys.executable, "-c", PRINT_DIGEST, CELL.format(**CELLS)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": seed}
+        )
+        digests.append(done.stdout)
+    assert len(digests[0].strip()) == 16
+    assert len(set(digests)) == 1
+
+
+def cell_digest(**changes: str) -> str:
+    Aggregator.members.pop("cell", None)
+    sys.modules["cells"] = module = ModuleType("cells")
+    exec(compile(CELL.format(**CELLS | changes), "<cell>", "exec"), vars(module))
+    return module.Cell.plugin.digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"words": "{'one', 'two', 'three', 'five'}"},  # a ClassVar
+        {"scale": "2"},  # the default of an argument
+        {"more": "0"},  # that of a keyword-only argument
+        {"factor": "3"},  # the code of a function that a method calls
+        {"factor": "LIMIT", "cells": "LIMIT = 4"},  # and the value of a variable that it reads
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_digest_of_a_class_without_a_file_changes_with_what_it_computes(change: dict[str, str]):
+    assert cell_digest(**change) != cell_digest() == cell_digest()
+    assert cell_digest(factor="LIMIT", cells="LIMIT = 4") != cell_digest(factor="LIMIT", cells="LIMIT = 5")
+
+
+HELPED = "from helper_of_half import rate\n" + HALF
+
+
+def test_a_helper_module_next_to_a_plugin_is_part_of_its_digest(tmp_path: Path):
+    write(tmp_path / "half.py", HELPED, cls="Half", name="half", doc="")
+    (tmp_path / "not_imported.py").write_text("x = 1\n")
+    settings = {**DATA, "imports": str(tmp_path / "half.py"), "aggregator": "half"}
+    found = []
+    for rate in ("1", "2", "1"):
+        (tmp_path / "helper_of_half.py").write_text(f"import helper_of_helper\nrate = {rate}\n")
+        (tmp_path / "helper_of_helper.py").write_text("import json\n")
+        experiment = Experiment.parse(settings)
+        module = sys.modules[type(experiment.aggregator).__module__]
+        found.append((experiment.run_id(), module.rate))  # the changed helper is executed again
+    assert found[0] == found[2] != found[1]
+    assert [found[0][1], found[1][1]] == [1, 2]
+    (stated,) = [plugin.record() for plugin in experiment.plugins()]
+    assert [Path(name).name for name in stated["helpers"]] == ["helper_of_half.py", "helper_of_helper.py"]
+    (tmp_path / "helper_of_helper.py").write_text("import base64\n")
+    assert Experiment.parse(settings).run_id() != found[0][0]
+
+
+def test_helper_modules_of_a_package_are_those_of_the_package(tmp_path: Path):
+    package = tmp_path / "site-packages/mine"
+    (package / "sub").mkdir(parents=True)
+    texts = {
+        "__init__.py": "",
+        "plugin.py": "import torch, other, mine.late\nfrom . import near\nfrom .sub.deep import x\nimport mine\n",
+        "near.py": "def f():\n    from .sub import inside\n",
+        "late.py": "import json\n",
+        "unused.py": "",
+        "json.py": "",
+        "sub/__init__.py": "",
+        "sub/deep.py": "from ..plugin import y\n",
+        "sub/inside.py": "",
+    }
+    for name, text in texts.items():
+        (package / name).write_text(text)
+    (tmp_path / "site-packages/other.py").write_text("")  # installed next to the package
+    found = {str(path.relative_to(package)) for path in helper_files(package / "plugin.py")}
+    assert found == texts.keys() - {"plugin.py", "unused.py", "json.py"}
+    (tmp_path / "site-packages/single.py").write_text("import other\n")
+    assert helper_files(tmp_path / "site-packages/single.py") == ()
+
+
+def test_two_files_that_import_each_other_are_loaded_once(tmp_path: Path):
+    write(tmp_path / "first_one.py", "import second_one\n" + HALF, cls="First", name="first", doc="")
+    write(tmp_path / "second_one.py", "import first_one\n" + HALF, cls="Second", name="second", doc="")
+    for imports in (["first_one.py", "second_one.py"], ["second_one.py", "first_one.py"], ["second_one.py"]):
+        paths = [str(tmp_path / name) for name in imports]
+        first = Experiment.parse({**DATA, "imports": paths, "aggregator": "first"})
+        assert sys.modules["first_one"].First is type(first.aggregator) is Aggregator.members["first"]
+        assert Experiment.parse({**DATA, "imports": paths, "aggregator": "first"}).run_id() == first.run_id()
+        for name in [name for name in sys.modules if "first_one" in name or "second_one" in name]:
+            del sys.modules[name]
+
+
+def test_a_member_of_a_helper_module_is_loaded_by_its_path_in_another_process(tmp_path: Path):
+    write(tmp_path / "inner_one.py", HALF, cls="Inner", name="inner", doc="")
+    (tmp_path / "outer_one.py").write_text("import inner_one\n")
+    plugins.load_plugins(str(tmp_path / "outer_one.py"))
+    assert Experiment.parse({**DATA, "aggregator": "inner"}).imports == (str(tmp_path / "inner_one.py"),)
 
 
 def test_every_verb_loads_plugins(tmp_path: Path):

@@ -8,16 +8,13 @@ import shutil
 import socket
 import ssl
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request as Called
 from starlette.responses import PlainTextResponse
@@ -26,6 +23,7 @@ from starlette.routing import Route
 from fedmllm.flower import processes as flower_processes
 from fedmllm.flower.keys import make_authority
 from fedmllm.flower.server.gate import gate
+from support.tls import served
 
 CALLS = {
     ("POST", "/v1/fleet/pull-messages"): 201,
@@ -42,24 +40,6 @@ CALLS = {
     ("POST", "/v1/fleet/"): 404,
     ("POST", "/"): 404,
 }
-
-
-@contextlib.contextmanager
-def served(app: Starlette, folder: Path) -> Iterator[int]:
-    """The app over TLS on loopback -> its port."""
-    port = flower_processes.free_port()
-    files = {"ssl_certfile": str(folder / "server.crt"), "ssl_keyfile": str(folder / "server.key")}
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", **files))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until = time.monotonic() + 20
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.01)
-    try:
-        yield port
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(10)
 
 
 async def echo(called: Called) -> PlainTextResponse:

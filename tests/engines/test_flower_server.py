@@ -170,7 +170,8 @@ def test_a_server_on_another_port_is_reported_at_once(tmp_path: Path):
 def test_a_server_with_another_authority_is_named_by_its_certificate(tmp_path: Path):
     pytest.importorskip("uvicorn")
     from starlette.applications import Starlette
-    from test_flower_gate import served
+
+    from support.tls import served
 
     make_authority(tmp_path / "one", ["127.0.0.1"])
     make_authority(tmp_path / "two", ["127.0.0.1"])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from fedmllm.core.answers import same_answer, word_f1
 from fedmllm.core.errors import ConfigError
-from fedmllm.core.plugins import PluginSource, source_of_object
+from fedmllm.core.plugins import PluginSource, defines_again, source_of_object
 from fedmllm.core.types import Prediction
 
 Metric = Callable[[Sequence[Prediction]], float | None]
@@ -27,11 +27,11 @@ def metric(f: Metric) -> Metric:
     Raises:
         ConfigError: Another function has that name.
     """
-    name, old = f.__name__, METRICS.get(f.__name__)
-    if old and (old.__module__, old.__qualname__) != (f.__module__, f.__qualname__):
+    name, old, source = f.__name__, METRICS.get(f.__name__), source_of_object(f)
+    if old and not defines_again(old, PLUGIN_METRICS.get(name), f, source):
         raise ConfigError(f"metric {name!r} is defined twice: in {old.__module__} and in {f.__module__}; rename one")
     METRICS[name] = f
-    if source := source_of_object(f):
+    if source:
         PLUGIN_METRICS[name] = source
     return f
 

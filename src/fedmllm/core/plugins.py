@@ -1,13 +1,12 @@
 """Plug-ins: modules and files outside the package that define members or metrics.
 
 A plug-in is loaded because a command (`--import`), a file (`imports = [...]`) or an installed distribution (entry-point
-group `fedmllm.plugins`) names it. Each member knows the digest of the file it comes from (`source_of`): it is part of the
-run id, so two versions of a plug-in never share a run.
+group `fedmllm.plugins`) names it. Each member knows the digest of the file it comes from and of the modules that the file
+imports from its own folder (`source_of`): it is part of the run id, so two versions of a plug-in never share a run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -16,16 +15,17 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any
 
+from fedmllm.core.code_digest import bytes_digest, file_digest, helper_files, object_digest
 from fedmllm.core.errors import ConfigError, FedmllmError
 
 GROUP = "fedmllm.plugins"
 PREFIX = "fedmllm_plugin_"  # of the module name of a plug-in that is loaded from a path
-NUM_DIGITS = 16  # of a digest
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,18 @@ class PluginSource:
     module: str
     """Module name; the stem of the file for one that was loaded from a path or run as a script."""
     digest: str
-    """First 16 hex digits of the file's SHA-256, or of the compiled code of a class that is defined in a notebook."""
+    """First 16 hex digits of a SHA-256: of the file and its helper modules, or of the compiled code if there is no file."""
     file: str
-    """Absolute path; "" if there is no file."""
+    """Absolute path; "" for a class or function of a notebook."""
     import_name: str
     """Value for `imports` that loads it in another process; "" if there is no file."""
+    helpers: tuple[tuple[str, str], ...] = ()
+    """(absolute path, digest) of each module that the file imports from its own folder."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what a run's record states about the plug-in."""
+        stated = {"module": self.module, "file": self.file, "digest": self.digest}
+        return stated | ({"helpers": dict(self.helpers)} if self.helpers else {})
 
 
 def load_plugins(names: str | Iterable[str], place: str = "imports", folder: Path | None = None) -> tuple[str, ...]:
@@ -94,26 +101,32 @@ def load_module(name: str, place: str) -> ModuleType:
 
 
 def load_file(path: Path, place: str) -> ModuleType:
-    """Import a file; one that is imported already, under whichever name, is executed again only if it has changed.
+    """Import a file that is not imported yet, under whichever name; one that was loaded from its path is loaded again if
+    it or one of its helper modules has changed.
+
+    `import NAME` of another plug-in gives the same module, unless NAME is that of an installed module.
 
     Raises ConfigError with file, line and reason if that fails.
     """
     loaded = _module_at(path)
     if loaded and (not loaded.__name__.startswith(PREFIX) or vars(loaded)["__digest__"] == file_digest(path)):
         return loaded
-    name = f"{PREFIX}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"{PREFIX}{path.stem}_{bytes_digest(str(path).encode())[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{place}: {path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     vars(module)["__digest__"] = file_digest(path)
-    sys.modules[name] = module
-    source_of.cache_clear()
+    _remove([path, *helper_files(path)] if loaded else [])
     _search_in(path.parent)
+    names = [name, path.stem] if _is_found_at(path) else [name]
+    sys.modules.update(dict.fromkeys(names, module))
+    source_of.cache_clear()
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
-        del sys.modules[name]
+        for each in names:
+            sys.modules.pop(each, None)
         if isinstance(error, FedmllmError):
             raise type(error)(f"{place}: {path}: {error}") from error
         if isinstance(error, Exception):
@@ -141,8 +154,9 @@ def source_of(module: str) -> PluginSource | None:
     if file is None:
         return None
     by_path = module.startswith(PREFIX) or module in ("__main__", "__mp_main__")
-    name = str(file) if by_path else module
-    return PluginSource(file.stem if by_path else module, file_digest(file), str(file), name)
+    name = str(file) if by_path or _is_next_to_a_plugin(module, file) else module
+    helpers = tuple((str(helper), bytes_digest(helper.read_bytes())) for helper in helper_files(file))
+    return PluginSource(file.stem if by_path else module, file_digest(file), str(file), name, helpers)
 
 
 def source_of_import(name: str) -> PluginSource | None:
@@ -159,21 +173,15 @@ def source_of_object(thing: Any) -> PluginSource | None:
         return None
     if source := source_of(thing.__module__):
         return source
-    digest = hashlib.sha256()
-    for key, value in sorted({**vars(thing), "": thing}.items()):
-        if isinstance(code := getattr(getattr(value, "__func__", value), "__code__", None), CodeType):
-            digest.update(repr((key, *_code(code))).encode())
-    return PluginSource(thing.__module__, digest.hexdigest()[:NUM_DIGITS], "", "")
+    return PluginSource(thing.__module__, object_digest(thing), "", "")
 
 
-def file_digest(path: Path) -> str:
-    """First digits of the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:NUM_DIGITS]
-
-
-def _code(code: CodeType) -> tuple[Any, ...]:
-    constants = tuple(_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)
-    return code.co_code.hex(), code.co_names, constants
+def defines_again(old: Any, old_source: PluginSource | None, new: Any, source: PluginSource | None) -> bool:
+    """True if `new` is a later version of `old`: a cell of a notebook or a file that is executed again, under any name."""
+    if old.__qualname__ != new.__qualname__:
+        return False
+    same_file = old_source is not None and source is not None and source.file != "" and old_source.file == source.file
+    return old.__module__ == new.__module__ or same_file
 
 
 def _file_of(module: ModuleType | None) -> Path | None:
@@ -187,6 +195,25 @@ def _file_of(module: ModuleType | None) -> Path | None:
 def _module_at(path: Path) -> ModuleType | None:
     alike = [m for m in list(sys.modules.values()) if str(getattr(m, "__file__", "")).endswith(path.name)]
     return next((module for module in alike if _file_of(module) == path), None)
+
+
+def _remove(files: list[Path]) -> None:
+    """Drop the modules of changed files, so that the next import executes them again; the main module stays."""
+    for name, module in list(sys.modules.items()):
+        if name not in ("__main__", "__mp_main__") and _file_of(module) in files:
+            del sys.modules[name]
+
+
+def _is_found_at(path: Path) -> bool:
+    """True if `import STEM` would execute this file now."""
+    found = None if path.stem in sys.modules else PathFinder.find_spec(path.stem)
+    return found is not None and found.origin is not None and Path(found.origin).resolve() == path
+
+
+def _is_next_to_a_plugin(module: str, file: Path) -> bool:
+    """True for a module that is found only because a plug-in was loaded from a path in its folder."""
+    by_path = [m for name, m in list(sys.modules.items()) if name.startswith(PREFIX)]
+    return "." not in module and any(at is not None and at.parent == file.parent for at in map(_file_of, by_path))
 
 
 def _search_in(folder: Path) -> None:

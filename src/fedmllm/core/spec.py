@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedmllm.core.errors import ConfigError
-from fedmllm.core.plugins import PluginSource, source_of_object
+from fedmllm.core.plugins import PluginSource, defines_again, source_of_object
 
 T = TypeVar("T")
 
@@ -95,8 +95,8 @@ class Named(Spec):
         cls.plugin = source_of_object(cls)
         name = cls.model_fields["name"].default
         if isinstance(name, str):
-            old = cls.members.get(name)  # a cell of a notebook, or a file that has changed, may define its class again
-            if old and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+            old = cls.members.get(name)
+            if old and not defines_again(old, old.plugin, cls, cls.plugin):
                 raise ConfigError(
                     f"{cls.family} {name!r} is defined twice: {_place(old)} and {_place(cls)}; rename one"
                 )
@@ -105,7 +105,9 @@ class Named(Spec):
     def identity(self) -> dict[str, Any]:
         """Return the settings that change results; those of a plug-in name the digests of the files that define it."""
         bases = [base for base in type(self).__mro__ if issubclass(base, Named) and base is not Named]
-        sources = {source.module: source.digest for base in bases if (source := base.plugin)}
+        sources: dict[str, str] = {}
+        for module, digest in dict.fromkeys((base.plugin.module, base.plugin.digest) for base in bases if base.plugin):
+            sources[module] = f"{sources[module]}+{digest}" if module in sources else digest
         return super().identity() | ({"plugin": sources} if sources else {})
 
     @classmethod

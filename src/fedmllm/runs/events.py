@@ -112,7 +112,7 @@ class Started(Event):
     clients: list[dict[str, Any]]
     num_skipped: int
     skipped: list[str]  # the first ones
-    plugins: list[dict[str, str]] = field(default_factory=list)  # of all code outside the package
+    plugins: list[dict[str, Any]] = field(default_factory=list)  # of all code outside the package
     notes: Sequence[str] = ()  # findings about the rows, such as pictures that are in training and test
 
 

@@ -274,5 +274,5 @@ def heading(inputs: Inputs) -> Started:
         num_skipped=len(inputs.skipped),
         skipped=list(inputs.skipped[:20]),
         notes=inputs.notes,
-        plugins=[{"module": p.module, "file": p.file, "digest": p.digest} for p in e.plugins()],
+        plugins=[plugin.record() for plugin in e.plugins()],
     )
