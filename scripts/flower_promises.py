@@ -201,7 +201,7 @@ def refusals(backbone: str) -> str:
         expect(last["event"] == "stopped", last)
         for part in (
             "refused by site north",
-            "30 optimiser steps; this site allows at most 20",
+            "more optimiser steps than allow.max_steps = 20",
             "train.lr = 0.003",
             "'agnostic'",
         ):

@@ -219,9 +219,13 @@ def test_epsilon_of_dp_accounting() -> None:
     assert epsilon(PLDAccountant, "REPLACE_ONE") == pytest.approx(gaussian_epsilon(0.5, 25, 1e-5), rel=1e-3)
     # Release 0.6 ignores the doubled sensitivity here; when this fails, the pin `dp-accounting<0.7` can be reconsidered.
     assert epsilon(RdpAccountant, "REPLACE_ONE") < 0.5 * gaussian_epsilon(0.5, 25, 1e-5)
-    assert poisson_epsilon(1.0, 25, 1e-5, 0.2)[0] == pytest.approx(7.2996, abs=1e-3)
-    assert poisson_epsilon(2.0, 25, 1e-5, 0.2)[0] == pytest.approx(2.4697, abs=1e-3)
-    assert poisson_epsilon(2.0, 25, 1e-5, 0.1)[0] < poisson_epsilon(2.0, 25, 1e-5, 0.2)[0]
+    assert poisson_epsilon(1.0, [1] * 25, 1e-5, 0.2)[0] == pytest.approx(7.2996, abs=1e-3)
+    assert poisson_epsilon(2.0, [1] * 25, 1e-5, 0.2)[0] == pytest.approx(2.4697, abs=1e-3)
+    # A round that is released twice has one draw: a release with z / sqrt(2), more than two draws cost.
+    twice = poisson_epsilon(2.0, [1] * 24 + [2], 1e-5, 0.2)[0]
+    assert poisson_epsilon(2.0, [1] * 26, 1e-5, 0.2)[0] < twice
+    assert poisson_epsilon(2.0, [4], 1e-5, 0.2)[0] == pytest.approx(poisson_epsilon(1.0, [1], 1e-5, 0.2)[0])
+    assert poisson_epsilon(2.0, [1] * 25, 1e-5, 0.1)[0] < poisson_epsilon(2.0, [1] * 25, 1e-5, 0.2)[0]
 
 
 def test_epsilon_is_monotone() -> None:
@@ -234,7 +238,7 @@ def test_epsilon_is_monotone() -> None:
 
 def test_without_the_extra_a_poisson_draw_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
-    epsilon, accountant = poisson_epsilon(1.0, 25, 1e-5, 0.2)
+    epsilon, accountant = poisson_epsilon(1.0, [1] * 25, 1e-5, 0.2)
     assert epsilon == gaussian_epsilon(1.0, 25, 1e-5)
     assert accountant.endswith("the draw is not counted: pip install fedmllm[dp]")
 
@@ -324,6 +328,36 @@ def test_a_lost_file_of_releases_ends_a_run_and_no_round_counts_as_none(tmp_path
     experiment = runs.experiment(**DP)
     central = CentralPrivacy(experiment, experiment.privacy, tmp_path, 3, lambda _: lambda _: [0, 1], False)
     assert central.guarantee(2).num_releases == 2
+    central._releases.add(3, "released, and then the run was stopped before its checkpoint")
+    central._releases.add(2, "one")
+    central._releases.add(2, "another")
+    assert central.guarantee(2).num_releases == 4
+
+
+def test_the_first_line_has_no_exact_count_of_rows_unless_the_noise_is_simulated(
+    tmp_path: Path, finished: Path
+) -> None:
+    (line,) = events(finished, "experiment")
+    assert "rows per client, labels, modalities and bad rows are left out" in line["withheld"]
+    assert line["rows_per_client"] == line["clients"] == line["skipped"] == []
+    run(runs.experiment(**{**DP, "privacy": {**DP["privacy"], "simulate_noise": True}}), tmp_path)
+    (whole,) = events(tmp_path, "experiment")
+    assert "withheld" not in whole
+    assert sum(whole["rows_per_client"]) == whole["num_train"]
+    assert line["num_train"] == float(f"{whole['num_train']:.0e}")
+
+
+def test_the_noisy_count_of_an_adaptive_clip_lies_on_a_grid_that_holds_the_exact_one() -> None:
+    ups = drawn(8, 40)
+    step = 2.0 ** math.floor(math.log2(2.0 * 2**-20))
+    found = set()
+    for round_ in range(20):
+        _, state, _ = mean(ups, 40, round_, clip="adaptive", noise_multiplier=0.1, clip_lr=1.0)
+        share = 0.5 - math.log(float(state[CLIP_STATE]["clip"]) / 0.1)
+        steps = (share - 0.5) * 40 / step
+        assert abs(steps - round(steps)) < 1e-3
+        found.add(round(steps))
+    assert len(found) == 20
 
 
 def test_simulated_noise_is_reproducible_and_says_that_it_is_not_private(tmp_path: Path) -> None:
@@ -346,7 +380,7 @@ def test_a_poisson_cohort_is_drawn_from_its_own_key_and_recorded_nowhere(tmp_pat
         assert (e["cohort"], e["clients"], e["dropped"]) == ([], [], [])
     (line,) = events(tmp_path, "guarantee")
     assert line["guarantee"]["num_releases"] == 2
-    assert line["guarantee"]["relation"] == "add or remove a client"
+    assert line["guarantee"]["relation"] == "a client's updates replaced by zeros"
 
 
 def test_poisson_cohorts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html.parser
 import io
+import json
 import re
 import shutil
 import statistics
@@ -20,13 +21,17 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.reports.answers import answers, groups
 from fedmllm.reports.compare import compare
 from fedmllm.reports.comparisons import all_pairs, declared
+from fedmllm.reports.guarantees import _FACTS, privacy_tables
 from fedmllm.reports.published import published_for
 from fedmllm.reports.reading import read_results
 from fedmllm.reports.stats import detectable, holm, paired, seeds_needed
 from fedmllm.reports.tables import result_table
 from fedmllm.reports.write import write_report
 from fedmllm.runs.record import read
+from fedmllm.runs.result import load_run
+from fedmllm.runs.run import run
 from fedmllm.runs.suites.suite import Suite
+from support import runs
 from support.made_up import write_run
 
 ROOT = Path(__file__).parents[1]
@@ -360,6 +365,39 @@ def test_made_up_records_have_the_form_of_real_ones(tmp_path: Path):
         read_results([tmp_path / "real"]).runs[0].rows[0].keys()
         >= read_results([tmp_path / "made-up"]).runs[0].rows[0].keys()
     )
+
+
+def test_every_run_with_privacy_has_all_that_its_claim_needs_beside_its_price_and_its_audit(tmp_path: Path):
+    table = {"num_rounds": 1, "update_filter": {"on_bad_update": "drop_client"}}
+    private = {"privacy": {"name": "client-dp", "noise_multiplier": 2.0, "clip": 0.5, "delta": 1e-3}}
+    clear, noisy, alone = (
+        runs.experiment(**{**table, **changed}) for changed in ({}, private, {**private, "seed": 1, "num_rounds": 2})
+    )
+    for name, experiment in (("clear", clear), ("noisy", noisy), ("alone", alone)):
+        run(experiment, tmp_path / name)
+    row = {"kind": "one-run", "bound": 0.25, "claim": "epsilon 1", "attack": "10 canaries", "reason": ""}
+    (tmp_path / "noisy" / "audit.json").write_text(json.dumps({"run_id": noisy.run_id(), "rows": [row]}))
+    (tmp_path / "audit-of-another.json").write_text(json.dumps({"run_id": "0" * 12, "rows": [row]}))
+    page, text, *_ = (path.read_text() for path in write_report([tmp_path], tmp_path / "report.html"))
+    (dataset,) = read_results([tmp_path]).datasets
+    tables = {t.facts["releases counted"]: t.facts for t in privacy_tables(dataset)}
+    assert tables["1"].keys() == {"claim", *_FACTS.values(), "who knows the draw", "outside of the guarantee", *PRICE}
+    assert tables["1"]["relation"] == "a client's updates replaced by zeros"
+    assert tables["1"]["claim"] == load_run(tmp_path / "noisy").guarantee["claim"]
+    values = [load_run(tmp_path / name).value() for name in ("noisy", "clear")]
+    assert "{:.3f}, without noise {:.3f} on the same 1".format(*values) in tables["1"]["utility"]
+    assert tables["1"]["audit"].startswith("one-run: epsilon at least 0.25; claimed epsilon 1; 10 canaries")
+    assert "no run without noise on the same seeds" in tables["2"]["utility"]
+    assert tables["2"]["audit"].startswith("none in the folders of these runs")
+    for words in ("the server, which sees every update", "closed form (Gaussian", "epsilon at least 0.25"):
+        assert words in page
+        assert words in text
+    (tmp_path / "noisy" / "audit.json").write_text("{}")
+    with pytest.raises(FedmllmError, match=r"audit\.json: not a table of `fedmllm audit`"):
+        write_report([tmp_path], tmp_path / "report.html")
+
+
+PRICE = {"utility", "audit"}
 
 
 def test_a_baseline_without_a_model_stands_in_the_table(tmp_path: Path):

@@ -72,7 +72,7 @@ def test_a_request_within_the_limits_is_not_refused(tmp_path):
         ("", {"site": "south"}, "this is north, not south"),
         ("", {"base": "other"}, "base model other is not the one here, base"),
         ('base = "pinned"', {}, "the site has pinned pinned"),
-        ("max_steps = 2", {}, "3 optimiser steps; this site allows at most 2"),
+        ("max_steps = 2", {}, "more optimiser steps than allow.max_steps = 2"),
         ("max_rounds = 10", {}, "round 1 of 25; this site allows 10"),
         ("", {"round": 26}, "round 26 of 25"),
         ('settings = { "train.lr" = { max = 1e-4 } }', {}, "train.lr = 0.001; this site allows at most 0.0001"),

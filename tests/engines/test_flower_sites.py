@@ -82,7 +82,7 @@ def test_what_a_site_does_not_allow_is_refused_and_the_reason_is_in_the_record(s
     changes = ("train.max_steps=0", "train.epochs=10", "engine.attempts=1")
     last = sites.run("refused", *(word for change in changes for word in ("--set", change)))[-1]
     assert last["event"] == "stopped"
-    assert "refused by site north: 30 optimiser steps; this site allows at most 20" in last["reason"]
+    assert "refused by site north: more optimiser steps than allow.max_steps = 20" in last["reason"]
 
 
 def test_an_update_beyond_the_limit_is_left_out_of_the_sum_and_named(sites):

@@ -102,16 +102,30 @@ def test_words_at_the_bounds_do_not_overflow():
 
 def test_the_mean_is_within_half_a_step_of_the_exact_one_and_metrics_are_summed():
     rows, t = [5, 1, 700], terms()
-    losses = [{"loss": 2.0, "num_steps": 3.0}, {"num_steps": 1.0}, {"loss": math.nan, "num_steps": 2.0}]
+    losses = [{"loss": 2.0, "num_steps": 3.0}, {"loss": 1.0, "num_steps": 1.0}, {"loss": 3.0, "num_steps": 2.0}]
     parts = [pack_words(made_up(i), n, m, t) for i, (n, m) in enumerate(zip(rows, losses, strict=True))]
     summed = unpack_sum(np.add.reduce(parts), NUM, 3, t)
     exact = sum(n * made_up(i).astype(np.float64) for i, n in enumerate(rows)) / sum(rows)
     assert np.abs(summed.mean - exact).max() <= 2.0**-33 + np.abs(exact).max() * 2.0**-24  # and a float32
     assert summed.weight == 706
-    assert summed.metrics == {"loss": 2.0, "num_steps": 6.0}  # the mean over those that gave one
+    assert summed.metrics == {"loss": pytest.approx((5 * 2 + 1 + 700 * 3) / 706, abs=1e-4), "num_steps": 6.0}
     plain = terms(weights="clients")
     alike = unpack_sum(np.add.reduce([pack_words(made_up(i), n, {}, plain) for i, n in enumerate(rows)]), NUM, 3, plain)
     assert alike.weight == 3
+
+
+@pytest.mark.parametrize("kept", [{}, {"loss": math.nan}, {"loss": 1e30}])
+def test_a_metric_that_one_site_keeps_to_itself_is_readable_for_no_site(kept):
+    # With the value of two sites in the sum, each of them would know the other's; with that of one, the server.
+    t, others = terms(), {"loss": 2.0, "num_steps": 1.0}
+    at, sums = NUM + 1, []
+    for _ in range(40):
+        parts = [pack_words(made_up(i), 5, {**kept, "num_steps": 1.0} if i else others, t) for i in range(3)]
+        total = np.add.reduce(parts)
+        assert unpack_sum(total, NUM, 3, t).metrics == {"num_steps": 3.0}
+        sums.append(total[at : at + 2])
+    bits = np.unpackbits(np.concatenate(sums).view(np.uint8))
+    assert abs(bits.mean() - 0.5) < 0.05  # random numbers, the count as well
 
 
 def test_a_sum_whose_masks_do_not_cancel_is_not_read():

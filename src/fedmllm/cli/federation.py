@@ -115,16 +115,21 @@ def site_check(path: SiteFile) -> None:
 
 @site_app.command("ledger", short_help="Print what was spent of epsilon.")
 def site_ledger(path: SiteFile) -> None:
-    """Print the epsilon of all requests that were trained with row-dp, by run and in total."""
+    """Print the epsilon of all requests that were answered, by run and in total."""
     from fedmllm.flower.site.config import Site, state_folder
-    from fedmllm.flower.site.ledger import LEDGER, Ledger, spent
+    from fedmllm.flower.site.ledger import Ledger, spent
     from fedmllm.runs.privacy import NOISE_KEY
 
-    allow = Site.load(path).allow
-    entries = Ledger(state_folder(path) / LEDGER, state_folder(path) / NOISE_KEY).entries()
+    site = Site.load(path)
+    allow, state = site.allow, state_folder(path)
+    entries = Ledger.of(site, state, state / NOISE_KEY).entries(allow.epsilon_since)
     for run_id in dict.fromkeys(entry.run_id for entry in entries):
         of_run = [entry for entry in entries if entry.run_id == run_id]
         typer.echo(f"run {run_id}: {len(of_run)} requests, epsilon {spent(of_run, allow.epsilon_delta):.4g}")
+    if without := sum(not entry.noise_multiplier for entry in entries):
+        typer.echo(f"{without} requests had no noise: no epsilon holds for the rows that they were about")
+    if allow.epsilon_since:
+        typer.echo(f"requests before {allow.epsilon_since} (allow.epsilon_since) are not counted")
     limit = "no limit" if allow.max_epsilon is None else f"limit {allow.max_epsilon:g}"
     total = spent(entries, allow.epsilon_delta)
     typer.echo(f"all runs: epsilon {total:.4g} at delta {allow.epsilon_delta:g} per row; {limit}")

@@ -126,6 +126,9 @@ class Clients:
     aggregator: Aggregator = FEDAVG
     state: ClientStateStore | None = None  # if the aggregator keeps client state
     row_noise: RowNoise | None = None  # with privacy "row-dp"
+    left_out: Callable[[str], None] | None = (
+        None  # given why a row cannot be read: it then counts as zeros; None = an error
+    )
     dropout: ModalityDropout = NO_DROPOUT
     importances: dict[int, dict[Modality, float]] = field(default_factory=dict)  # by client, of its current round
     experiment: Experiment | None = None  # for engines whose processes load everything again
@@ -167,12 +170,27 @@ class Clients:
                 if done == num_steps:
                     return
                 group = [int(i) for i in order[start : start + size]]
+                found = [(i, row) for i in group if (row := self._row(shard.rows[i], seen(i))) is not None]
                 yield Step(
-                    rows=tuple(self.store.row(shard.rows[i], seen(i)) for i in group),
-                    dropout_seeds=tuple(stream_seed(self.seed, "dropout", round_, client, epoch, i) for i in group),
+                    rows=tuple(row for _, row in found),
+                    dropout_seeds=tuple(stream_seed(self.seed, "dropout", round_, client, epoch, i) for i, _ in found),
                     lr=base * step_factor(self.train.step_schedule, done, planned),
                 )
                 done += 1
+
+    def _row(self, index: int, visible: Visible) -> Row | None:
+        """The encoded row; None if it cannot be read and counts as zeros.
+
+        With row-dp a request that fails because of one row would be an answer without noise: a server that chooses
+        `max_tokens` would learn how long each row is.
+        """
+        try:
+            return self.store.row(index, visible)
+        except Exception as error:  # whatever the row does to the reader
+            if self.left_out is None:
+                raise
+            self.left_out(f"{type(error).__name__}: {error}")
+            return None
 
     def _masks(self, client: int, round_: int, epoch: int, odds: Sequence[float]) -> Callable[[int], Visible]:
         """Place of a row in the shard -> its mask for an epoch."""
@@ -335,7 +353,7 @@ class Clients:
         mean_T = self.row_noise.noisy(sum_T, client, at.number, number) / self.rows_per_step
         for name, part in zip(names, mean_T.split([weights[n].numel() for n in names]), strict=True):  # type: ignore[no-untyped-call]
             weights[name].grad = part.reshape(weights[name].shape).to(weights[name].device)
-        return total / len(step.rows)
+        return total / max(1, len(step.rows))
 
     def backward(self, step: Step) -> float:
         """Gradients of the mean over the step's rows of each row's mean loss, one micro-batch at a time -> that loss."""

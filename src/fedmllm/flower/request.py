@@ -12,6 +12,7 @@ from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import Objective, TaskLoss
 from fedmllm.algorithms.privacy.base import NoPrivacy, Privacy
 from fedmllm.algorithms.privacy.row_dp import RowDp
+from fedmllm.algorithms.schedules import round_factor
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.backbones.base import Lora, Precision
 from fedmllm.config.experiment import FAMILIES, Experiment
@@ -181,6 +182,10 @@ class Request(Spec):
             if key in table:
                 table[key] = FAMILIES[key].pick(table[key], f"request.{key}")
         return cast("Request", validate(cls, table, "request"))
+
+    def round_lr(self) -> float:
+        """The learning rate of the round, before the schedule over its steps."""
+        return self.train.lr * round_factor(self.train.round_schedule, self.round, self.num_rounds)
 
     def at(self) -> Round:
         """The round as the algorithm sees it."""

@@ -15,6 +15,7 @@ ADAPTER_KEY, ABOUT = "adapter", "about"  # the two records of a message
 FLAT = "flat"  # the one array of the adapter record
 SECURE = "secure"  # key of a message about keys of a secure sum, and of its reply
 REFUSED = "refused"  # key of a reply with a reason instead of an update
+HERE = "here"  # key of what the trainer adds to a reason for its site's own log; it does not travel
 FLOAT32, RAW = "float32", "raw-little-endian"
 UINT64 = "uint64"  # of a masked reply
 LONGEST_WORDS = 2000  # characters of another machine's reason that are kept

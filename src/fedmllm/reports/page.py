@@ -25,6 +25,7 @@ from fedmllm.reports.figures import (
     panels,
     rows_overview,
 )
+from fedmllm.reports.guarantees import PrivacyTable, privacy_tables
 from fedmllm.reports.importance import Importance, about_importance, importances
 from fedmllm.reports.names import SCENARIOS, TWO, VISIBLE, metric_label, setting_meaning, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
@@ -85,6 +86,7 @@ class Section:
     tests: dict[str, list[Comparison]]  # title -> tests that are corrected together
     published: PublishedTable | None
     costs: list[CostRow]
+    privacy: list[PrivacyTable]
 
 
 def section(report: ReportData, dataset: DatasetResults, key: str, rows: Sequence[RowResults]) -> Section:
@@ -135,6 +137,7 @@ def section(report: ReportData, dataset: DatasetResults, key: str, rows: Sequenc
         tests={title: several for title, several in claims.items() if several},
         published=published_table(dataset, table),
         costs=costs(dataset),
+        privacy=privacy_tables(dataset),
     )
 
 

@@ -55,6 +55,7 @@ class RunRecord:
     rows: tuple[dict[str, Any], ...]
     wall_s: float
     labels: Mapping[str, str] = field(default_factory=dict)  # axis -> label, in a suite
+    guarantee: Mapping[str, Any] | None = None  # of the run's privacy
 
     @property
     def seed(self) -> int:
@@ -324,6 +325,7 @@ def read_run(folder: Path) -> RunRecord:
             evals=tuple(_eval(e) for e in events if e["event"] == "eval" and not e.get("node")),
             rows=tuple(rows),
             wall_s=float(row["wall_s"]),
+            guarantee=next((dict(e["guarantee"]) for e in reversed(events) if e["event"] == "guarantee"), None),
         )
     except ConfigError:
         raise
@@ -340,7 +342,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{key}: got {str(row[key])[:60]!r}; it must be a text")
     if type(row["seed"]) is not int or type(row["wall_s"]) not in (int, float):
         raise TypeError(f"seed, wall_s: got {row['seed']!r}, {row['wall_s']!r}; they must be numbers")
-    for key in row.keys() - {*WORDS, "setting"}:
+    for key in row.keys() - {*WORDS, "setting", "privacy"}:
         _number(row[key], key)
     return {"value": row["value"], **row}
 

@@ -10,6 +10,7 @@ from fedmllm.core.storage import make_folder, write_atomically, writing
 from fedmllm.reports.answers import answers, groups
 from fedmllm.reports.archive import ARCHIVE
 from fedmllm.reports.comparisons import additions, all_pairs, declared
+from fedmllm.reports.guarantees import privacy_markdown, privacy_tables
 from fedmllm.reports.importance import importances
 from fedmllm.reports.names import setting_meaning
 from fedmllm.reports.page import page
@@ -155,6 +156,8 @@ def _section(report: ReportData, dataset: DatasetResults, rows: Sequence[RowResu
         parts += [f"### Importance of each modality: {important.method}\n", importance_markdown(important, table.scale)]
     if published := published_table(dataset, table):
         parts += ["### Published numbers, settings that agree\n", published_markdown(published)]
+    if private := privacy_tables(dataset):
+        parts += ["### Privacy\n", privacy_markdown(private)]
     return [*parts, "### Costs of a run\n", costs_markdown(costs(dataset))]
 
 

@@ -114,6 +114,7 @@ class Started(Event):
     skipped: list[str]  # the first ones
     plugins: list[dict[str, Any]] = field(default_factory=list)  # of all code outside the package
     notes: Sequence[str] = ()  # findings about the rows, such as pictures that are in training and test
+    withheld: str = ""  # what this line does not have, and why
 
 
 @dataclass(frozen=True)

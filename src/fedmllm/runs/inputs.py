@@ -258,10 +258,15 @@ def device(backbone: Backbone) -> dict[str, Any]:
     }
 
 
+WITHHELD = (
+    "num_train has one digit; rows per client, labels, modalities and bad rows are left out, as numbers without noise:"
+)
+
+
 def heading(inputs: Inputs) -> Started:
-    """Return the first line of a record."""
+    """Return the first line of a record. Counts of the rows would leave without noise, so privacy leaves them out."""
     e = inputs.experiment
-    return Started(
+    started = Started(
         run_id=e.run_id(),
         settings=e.model_dump(mode="json"),
         versions=versions(),
@@ -276,3 +281,8 @@ def heading(inputs: Inputs) -> Started:
         notes=inputs.notes,
         plugins=[plugin.record() for plugin in e.plugins()],
     )
+    if e.privacy.name == "none" or getattr(e.privacy, "simulate_noise", False):
+        return started
+    coarse = float(f"{started.num_train:.0e}")
+    nothing: dict[str, Any] = {"rows_per_client": [], "clients": [], "num_skipped": 0, "skipped": [], "notes": ()}
+    return replace(started, num_train=int(coarse), **nothing, withheld=f"{WITHHELD} privacy {e.privacy.name}")

@@ -74,12 +74,16 @@ class CentralPrivacy:
 
     def guarantee(self, round_: int, count_draw: bool = True) -> Guarantee:
         """What holds after a round, over all releases so far. Without `count_draw` epsilon is quick and may be too large."""
-        counts = {done: max(1, self._releases.counts[done]) for done in range(1, round_ + 1)}
-        if self.secret_cohorts:
-            most = sum(counts.values())
-        else:
-            asked = Counter(k for done, count in counts.items() for k in self.draw(done) for _ in range(count))
-            most = max(asked.values(), default=0)
+        counts = (
+            Counter(dict.fromkeys(range(1, round_ + 1), 1)) | self._releases.counts
+        )  # later rounds before a stop, too
+        most = list(counts.values())
+        if not self.secret_cohorts:
+            asked: dict[int, list[int]] = {}
+            for done, count in counts.items():
+                for client in self.draw(done):
+                    asked.setdefault(client, []).append(count)
+            most = max(asked.values(), key=sum, default=[])
         e = self._experiment
         outside: tuple[str, ...] = ()
         if e.evaluate.select == "validation":

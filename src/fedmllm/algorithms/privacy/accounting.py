@@ -6,6 +6,8 @@ The closed form is built in. The extra `dp` (dp-accounting) is needed only to co
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 
 CLOSED_FORM = "closed form (Gaussian, arXiv:1905.02383)"
@@ -54,20 +56,24 @@ def gaussian_epsilon(noise_multiplier: float, num_releases: int, delta: float) -
     return float(brentq(lambda epsilon: gaussian_delta(epsilon, mu) - delta, 0.0, high, xtol=1e-10, rtol=1e-12))
 
 
-def poisson_epsilon(noise_multiplier: float, num_releases: int, delta: float, rate: float) -> tuple[float, str]:
-    """Epsilon if each unit is drawn for a release with probability `rate` by a secret draw.
+def poisson_epsilon(noise_multiplier: float, releases: Sequence[int], delta: float, rate: float) -> tuple[float, str]:
+    """Epsilon if each unit is drawn for a round with probability `rate` by a secret draw.
+
+    A round that is released c times, as after a stop, has one draw: it is one Gaussian release with z / sqrt(c) of one sample,
+    which costs more than c samples of their own.
 
     Args:
         noise_multiplier: z.
-        num_releases: All releases, whether they contain the unit or not.
+        releases: Of each round, whether they contain the unit or not.
         delta: In (0, 1).
         rate: q, in (0, 1].
 
     Returns:
-        Epsilon under adding or removing a unit, and the accountant. Without the extra `dp` the draw is not counted: the
+        Epsilon under replacing a unit's contributions by zeros (dp-accounting's ADD_OR_REMOVE_ONE), and the accountant.
+        Without the extra `dp` the draw is not counted: the
         closed form is a valid, larger epsilon.
     """
-    plain = gaussian_epsilon(noise_multiplier, num_releases, delta)
+    plain = gaussian_epsilon(noise_multiplier, sum(releases), delta)
     if rate >= 1 or plain in (0.0, math.inf):
         return plain, CLOSED_FORM
     try:
@@ -75,7 +81,9 @@ def poisson_epsilon(noise_multiplier: float, num_releases: int, delta: float, ra
         from dp_accounting.pld import PLDAccountant
     except ImportError:
         return plain, f"{CLOSED_FORM}; the draw is not counted: pip install fedmllm[dp]"
-    event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise_multiplier))
     accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    accountant.compose(dp_accounting.SelfComposedDpEvent(event, num_releases))
+    for times, num_rounds in sorted(Counter(releases).items()):
+        once = dp_accounting.GaussianDpEvent(noise_multiplier / math.sqrt(times))
+        event = dp_accounting.PoissonSampledDpEvent(rate, once)
+        accountant.compose(dp_accounting.SelfComposedDpEvent(event, num_rounds))
     return float(accountant.get_epsilon(delta)), f"PLD, dp-accounting {version('dp-accounting')}"

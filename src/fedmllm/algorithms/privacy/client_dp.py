@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -32,7 +32,7 @@ _GRID = 2.0**-20  # step of the grid on which sum and noise are added, over the 
 _OUTSIDE = (
     "the server, which sees every update",
     "whether and when a client responded",
-    "training tokens, seconds and bytes of a run, and the rows of each client in its record's first line",
+    "training tokens, seconds and bytes of a run, and the digests of its rows",
 )
 
 
@@ -106,7 +106,7 @@ class ClientDp(Privacy):
         self,
         size: int,
         num_clients: int,
-        num_releases: int,
+        releases: Sequence[int],
         poisson: bool,
         outside: tuple[str, ...] = (),
         count_draw: bool = True,
@@ -116,7 +116,7 @@ class ClientDp(Privacy):
         Args:
             size: Clients of a round (on average, if `poisson`).
             num_clients: That can be drawn.
-            num_releases: That contain the most frequent client; all of them if `poisson`.
+            releases: Of each round that contains the most frequent client; of each round if `poisson`.
             poisson: Whether the cohorts are a secret Poisson draw.
             outside: What leaves without noise, in addition to `_OUTSIDE`.
             count_draw: Whether epsilon counts the secrecy of a Poisson draw, which takes a second. Otherwise it is larger.
@@ -126,14 +126,14 @@ class ClientDp(Privacy):
         """
         z, rate = self.noise_multiplier, size / num_clients
         if poisson and count_draw:
-            epsilon, accountant = poisson_epsilon(z, num_releases, self.delta, rate)
+            epsilon, accountant = poisson_epsilon(z, releases, self.delta, rate)
         else:
-            epsilon, accountant = gaussian_epsilon(z, num_releases, self.delta), CLOSED_FORM
+            epsilon, accountant = gaussian_epsilon(z, sum(releases), self.delta), CLOSED_FORM
         secret = poisson and accountant.startswith("PLD")
         return Guarantee(
             mechanism=self.name,
             unit="client",
-            relation="add or remove a client" if poisson else "a client's updates replaced by zeros",
+            relation="a client's updates replaced by zeros",
             adversary="whoever sees every round's adapter" + (" but not the cohorts" if secret else " and the cohorts"),
             epsilon=epsilon,
             delta=self.delta,
@@ -141,7 +141,7 @@ class ClientDp(Privacy):
             noise_multiplier=z,
             clip=self.clip,
             denominator=float(size),
-            num_releases=num_releases,
+            num_releases=sum(releases),
             sampling=f"Poisson, rate {rate:.4g}" if poisson else f"{size} of {num_clients} clients by the public seed",
             sampling_is_secret=secret,
             noise=SIMULATED if self.simulate_noise else "keyed",
@@ -213,7 +213,10 @@ class NoisyMean:
         if self._settings.clip == "adaptive":
             count = num_unclipped
             if z:
-                count += sigma * float(keyed_normals(self._key, 1, "count", round_, digest)[0])
+                # The count is a whole number of halves, so of steps, too: no low bit of the sum separates the two.
+                step = 2.0 ** math.floor(math.log2(sigma * _GRID))
+                noise = sigma * float(keyed_normals(self._key, 1, "count", round_, digest)[0])
+                count += step * round(noise / step)
             own = self._next(clip, count)
         return ClientUpdate(0, _tree(total_P / self._size, like), 1, {}), own, entry
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.errors import FedmllmError, Reason
 
 Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"  # [W], little-endian where they travel
 WORD_BYTES = 8
@@ -33,9 +33,7 @@ def to_words(values: np.ndarray[Any, Any], weight: int, bits: int, bound: float)
     """
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= bound:  # NaN, too
-        raise FedmllmError(
-            f"a number of the delta is {largest:g}; secure aggregation allows {bound:g} (engine.secure.bound)"
-        )
+        raise FedmllmError(Reason(f"a number of its delta is over engine.secure.bound = {bound:g}", f"{largest:g}"))
     scaled = np.rint(values.astype(np.float64) * 2.0**bits).astype(np.int64)
     scaled *= weight
     return scaled.view(np.uint64)

@@ -1,11 +1,13 @@
 """Layout of a site's words: delta, weight, metrics.
 
-A metric is two words, value and count, so that a site may keep one to itself. `loss` is weighted as the delta is.
+A metric is two words, value and count. A site that keeps one to itself sends two random words, so that it cannot be read: a sum
+over the other sites alone could be one site's value. `loss` is weighted as the delta is.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from fedmllm.config.engine import MOST_ROWS
-from fedmllm.core.errors import FedmllmError
-from fedmllm.flower.secure.fixed_point import Words, from_words, to_words, word
+from fedmllm.core.errors import FedmllmError, Reason
+from fedmllm.flower.secure.fixed_point import WORD_BYTES, Words, from_bytes, from_words, to_words, word
 from fedmllm.flower.secure.terms import Terms
 
 SUMMED_METRICS = ("loss", "num_steps", "num_tokens", "time_s")
@@ -30,7 +32,7 @@ class Summed:
 
     mean: np.ndarray[Any, np.dtype[np.float32]]  # of the deltas, weighted, [P]
     weight: int  # sum of the weights: rows, or sites
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # those that all sites gave
 
 
 def pack_words(delta: np.ndarray[Any, Any], num_examples: int, metrics: Mapping[str, float], terms: Terms) -> Words:
@@ -46,17 +48,21 @@ def pack_words(delta: np.ndarray[Any, Any], num_examples: int, metrics: Mapping[
         FedmllmError: A number is over its bound, or the site has no row or too many.
     """
     if not 1 <= num_examples <= MOST_ROWS:
-        raise FedmllmError(f"{num_examples} rows; secure aggregation sums over sites of 1 to {MOST_ROWS} rows")
+        said = f"its number of rows is not of 1 to {MOST_ROWS}, of which secure aggregation makes sums"
+        raise FedmllmError(Reason(said, f"{num_examples} rows"))
     size = float(np.sqrt(np.square(delta, dtype=np.float64).sum()))
     if terms.max_norm and not size <= terms.max_norm:
-        raise FedmllmError(f"the norm of its delta is over update_filter.max_norm = {terms.max_norm:g}")
+        said = f"the norm of its delta is over update_filter.max_norm = {terms.max_norm:g}"
+        raise FedmllmError(Reason(said, f"{size:g}"))
     weight = num_examples if terms.weights == "rows" else 1
     parts = [to_words(delta, weight, terms.bits, terms.bound), word(weight)]
     for name in SUMMED_METRICS:
         value, own = metrics.get(name, math.nan), weight if name in WEIGHTED else 1
         largest = LARGEST_METRIC if name in WEIGHTED else LARGEST_TOTAL
-        known = abs(value) <= largest  # NaN is not
-        parts += [word(own * round(value * 2**METRIC_BITS)), word(own)] if known else [word(0), word(0)]
+        if abs(value) <= largest:  # NaN is not
+            parts += [word(own * round(value * 2**METRIC_BITS)), word(1)]
+        else:
+            parts.append(from_bytes(secrets.token_bytes(2 * WORD_BYTES)))
     return np.concatenate(parts)
 
 
@@ -85,6 +91,6 @@ def unpack_sum(total: Words, num_params: int, num_sites: int, terms: Terms) -> S
         at = num_params + 1 + 2 * i
         count = int(total[at + 1 : at + 2].view(np.int64)[0])
         value = float(from_words(total[at : at + 1], METRIC_BITS)[0])
-        if count > 0:
-            metrics[name] = value / count if name in WEIGHTED else value
+        if count == num_sites:  # otherwise a site kept it to itself, and the value is a random number
+            metrics[name] = value / weight if name in WEIGHTED else value
     return Summed((values / weight).astype(np.float32), weight, metrics)

@@ -20,7 +20,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedmllm.config.engine import LEAST_SITES, least_holders
-from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError, Reason
 from fedmllm.core.spec import Spec, validate
 from fedmllm.core.storage import write_atomically
 from fedmllm.flower.request import Request
@@ -313,7 +313,7 @@ class SecureMember:
         except Refused:
             raise
         except FedmllmError as error:
-            raise self._refused(str(error)) from None
+            raise self._refused(Reason.of(error)) from None
 
     def _objections(self, run_id: str, round_: int, terms: Terms, run: RunKeys) -> list[str]:
         names, least = terms.names(), max(LEAST_SITES, self._site.allow.secure_sites)

@@ -7,6 +7,7 @@ path; it is accepted as it is, or refused with a reason.
 from __future__ import annotations
 
 import tomllib
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,7 +18,7 @@ from fedmllm.algorithms.privacy.row_dp import RowDp
 from fedmllm.backbones.base import BackboneSpec, Tiny
 from fedmllm.config.engine import LEAST_SITES
 from fedmllm.config.experiment import FAMILIES, imports_of
-from fedmllm.core.errors import ConfigError, DataError, FedmllmError
+from fedmllm.core.errors import ConfigError, DataError, FedmllmError, Reason
 from fedmllm.core.spec import Spec, nearest, validate
 from fedmllm.core.types import Example, Modality, Shard, Visible
 from fedmllm.data.base import Dataset
@@ -65,7 +66,8 @@ class Allow(Spec):
     base: str = ""
     """Digest of the base model; "" = that of the site's own backbone, whichever it is."""
     min_steps: PositiveInt = 2
-    """Fewest optimiser steps of a round. The delta of one step can be solved for the gradient, and that for words."""
+    """Fewest optimiser steps of a round that move the adapter. The delta of one step can be solved for the gradient, and that
+    for words."""
     max_steps: PositiveInt = 1000
     """Most optimiser steps of a round."""
     min_rows_per_step: PositiveInt = 4
@@ -90,10 +92,12 @@ class Allow(Spec):
     """How a site counts in secure sums: by its rows, or once. One of them: two sums over the same sites with either give away
     single updates."""
     max_epsilon: PositiveFloat | None = None
-    """Largest epsilon of all requests together, over all runs of this file; a request without privacy "row-dp" is
-    then refused."""
+    """Largest epsilon of all requests in the site's ledger together; a request without privacy "row-dp" is then refused, and
+    any request if one without it was answered before."""
     epsilon_delta: float = Field(1e-5, gt=0, lt=1)
     """Delta at which epsilon is counted; below 1 / number of rows."""
+    epsilon_since: date | None = None
+    """Day of which the first request counts for epsilon, for rows that are new since then; None = all requests count."""
     settings: dict[str, Range | tuple[Any, ...]] = {}  # noqa: RUF012
     """Further limits by dotted path, a range or a list of values: "train.lr" = {max = 1e-3}, "prompt.name" = ["plain"]."""
     metrics: tuple[ClientMetric, ...] = CLIENT_METRICS
@@ -131,6 +135,9 @@ class Site(Spec):
     peers: dict[str, str] = {}  # noqa: RUF012
     """Registered keys of the sites by name, for secure aggregation: the text of each one's `site.key.pub`, which has to come
     from that site and not from the server."""
+    ledger: Path | None = None
+    """File of the account of all requests; by default `privacy.jsonl` in the folder of the site's state. All site files over
+    the same rows name the same one."""
     threads: NonNegativeInt = 0
     """Threads of torch; 0 = torch's default."""
     task_timeout_s: PositiveFloat = 6 * 3600.0
@@ -148,7 +155,7 @@ class Site(Spec):
         """Read SITE.toml.
 
         Args:
-            path: Of the file; `ca` and `key` are relative to its folder.
+            path: Of the file; `ca`, `key` and `ledger` are relative to its folder.
 
         Raises:
             ConfigError: With every bad key.
@@ -165,7 +172,7 @@ class Site(Spec):
             for key in ("data", "backbone"):
                 if key in table:
                     table[key] = FAMILIES[key].pick(table[key], key)
-            for key in ("ca", "key"):
+            for key in ("ca", "key", "ledger"):
                 if isinstance(table.get(key), str):
                     table[key] = here / table[key]
             site = cast("Site", validate(cls, table, ""))
@@ -219,27 +226,31 @@ class Site(Spec):
         profile: Visible = frozenset(self.modalities or self.data.modalities())
         return examples, Shard(client, tuple(rows), tuple(profile & frozenset(examples[i].fields) for i in rows))
 
-    def refuse(self, request: Request, num_steps: int, num_rows: int) -> str:
+    def refuse(self, request: Request, num_steps: int, num_rows: int, num_moving: int | None = None) -> Reason:
         """Check a request against `allow`, as far as that needs no model.
 
         Args:
             request: As it came.
             num_steps: Optimiser steps of the request on this site's rows.
             num_rows: Rows of this site.
+            num_moving: Those of the steps that move the adapter; None = all.
 
         Returns:
             The reason to refuse; "" = accepted.
         """
-        allow, reasons = self.allow, []
+        allow, reasons, moving = self.allow, list[str](), num_steps if num_moving is None else num_moving
         if request.site != self.name:
             reasons.append(f"this is {self.name}, not {request.site}")
         if num_steps > allow.max_steps:
-            reasons.append(f"{num_steps} optimiser steps; this site allows at most {allow.max_steps}")
-        if num_steps < allow.min_steps:
-            reasons.append(f"{num_steps} optimiser steps; this site allows no fewer than {allow.min_steps}")
+            said = f"more optimiser steps than allow.max_steps = {allow.max_steps}"
+            reasons.append(Reason(said, f"{num_steps} steps"))
+        if moving < allow.min_steps:
+            said = f"fewer optimiser steps that move the adapter than allow.min_steps = {allow.min_steps}"
+            reasons.append(Reason(said, f"{moving} of {num_steps} steps"))
         rows = min(request.train.batch_size * request.train.accumulation, num_rows)
         if rows < allow.min_rows_per_step:
-            reasons.append(f"{rows} rows per optimiser step; this site allows no fewer than {allow.min_rows_per_step}")
+            said = f"fewer rows per optimiser step than allow.min_rows_per_step = {allow.min_rows_per_step}"
+            reasons.append(Reason(said, f"{rows} rows per step"))
         if request.num_rounds > allow.max_rounds or request.round > request.num_rounds:
             reasons.append(f"round {request.round} of {request.num_rounds}; this site allows {allow.max_rounds}")
         if allow.secure_sites and request.secure is None:
@@ -291,7 +302,7 @@ class Site(Spec):
             return []
         return [f'a sum weighted by "{terms.weights}"; this site has allow.secure_weights = "{allowed}"']
 
-    def refuse_base(self, request: Request, base: str) -> str:
+    def refuse_base(self, request: Request, base: str) -> Reason:
         """Check the base model of a request.
 
         Args:
@@ -308,6 +319,7 @@ class Site(Spec):
             reasons.append(f"base model {request.base[:12]} is not the one here, {base[:12]}")
         return self.refusal(reasons)
 
-    def refusal(self, reasons: list[str]) -> str:
+    def refusal(self, reasons: list[str]) -> Reason:
         """The reasons as one line for the server; "" without any."""
-        return f"refused by site {self.name}: {'; '.join(reasons)}" if reasons else ""
+        said = f"refused by site {self.name}: {'; '.join(reasons)}" if reasons else ""
+        return Reason(said, "; ".join(here for reason in reasons if (here := getattr(reason, "here", ""))))

@@ -42,7 +42,7 @@ def dry_run(site_file: Path, experiment_file: Path, out: Path | None, say: Calla
     """
     site, experiment = Site.load(site_file), Experiment.load(experiment_file)
     with tempfile.TemporaryDirectory() as folder:  # state that the algorithm would keep here
-        _train(site, experiment, Trainer(site, Path(folder)), out, say)
+        _train(site, experiment, Trainer(site, Path(folder), charges=False), out, say)
 
 
 def _train(site: Site, experiment: Experiment, trainer: Trainer, out: Path | None, say: Callable[[str], None]) -> None:

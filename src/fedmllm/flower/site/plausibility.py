@@ -15,6 +15,7 @@ import torch
 
 from fedmllm.algorithms.schedules import step_factor
 from fedmllm.config.train import Train
+from fedmllm.core.errors import Reason
 from fedmllm.core.types import Params
 from fedmllm.flower.site.config import Allow, Range
 
@@ -62,6 +63,26 @@ def _outside(name: str, tensor: torch.Tensor, unit: float, limit: Range) -> str:
     return f"{name}: {what} is {value:.3g}; this site allows {limit}"
 
 
+def moving_steps(train: Train, round_lr: float, num_steps: int) -> int:
+    """Count the steps that a round's delta shows: a server may give others a learning rate of next to 0, or decay them away.
+
+    Args:
+        train: Weight decay and schedule of the steps.
+        round_lr: Learning rate at the beginning of the round.
+        num_steps: Optimizer steps of the round.
+
+    Returns:
+        The steps whose learning rate, times what later weight decay leaves of them, is a tenth of the largest or more.
+    """
+    left, shares = 1.0, []
+    for i in reversed(range(num_steps)):
+        rate = round_lr * step_factor(train.step_schedule, i, num_steps)
+        shares.append(abs(rate * left))
+        left *= 1 - rate * train.weight_decay
+    largest = max(shares, default=0.0)
+    return sum(share >= largest / 10 for share in shares) if largest else 0
+
+
 def suppressed_updates(
     delta: Params, start: Params, train: Train, round_lr: float, num_steps: int, least: float
 ) -> list[str]:
@@ -87,7 +108,10 @@ def suppressed_updates(
         moved = rms(change - (decayed - start[name]))
         if 0 < moved < bound:
             return [
-                f"{name}: moved by {moved:.3g} (RMS); this site allows no less than {bound:.3g}, because a smaller change is "
-                "proportional to the gradient"
+                Reason(
+                    f"{name}: moved by less than allow.min_movement = {least:g} allows; such a change is proportional to the "
+                    "gradient",
+                    f"{moved:.3g} (RMS), less than {bound:.3g}",
+                )
             ]
     return []

@@ -39,7 +39,7 @@ from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_f
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError, Reason
 from fedmllm.core.spec import validate
 from fedmllm.flower.keys import refuse_open_key
 from fedmllm.flower.patches import PULL_CAP_S, PULL_FIRST_S, PULL_S, set_message_id
@@ -50,10 +50,22 @@ from fedmllm.flower.secure.fixed_point import to_bytes
 from fedmllm.flower.secure.member import SecureMember
 from fedmllm.flower.secure.terms import Ask
 from fedmllm.flower.site.config import Refused, Site, state_folder
+from fedmllm.flower.site.ledger import Ledger
 from fedmllm.flower.site.probe import report_reachability
 from fedmllm.flower.site.resident import ResidentTrainer
 from fedmllm.flower.site.supernode import SuperNode
-from fedmllm.flower.wire import ABOUT, ADAPTER_KEY, REFUSED, SECURE, array_data, array_record, legible, masked_record
+from fedmllm.flower.wire import (
+    ABOUT,
+    ADAPTER_KEY,
+    HERE,
+    REFUSED,
+    SECURE,
+    array_data,
+    array_record,
+    legible,
+    masked_record,
+)
+from fedmllm.runs.privacy import NOISE_KEY
 
 POLL_S = 0.2
 
@@ -78,6 +90,8 @@ def run_site(path: Path, imports: Sequence[str] = ()) -> None:
         state.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise FedmllmError(f"{state}: cannot be made: {error.strerror}") from None
+    if site.allow.max_epsilon is not None:
+        Ledger.of(site, state, state / NOISE_KEY).claim()
     signal.signal(signal.SIGTERM, _interrupt)
 
     def tell(line: str) -> None:
@@ -226,11 +240,11 @@ def answer(message: Message, trainer: ResidentTrainer, member: SecureMember) -> 
             member.prepare(request, Asked.of(head["request"], adapter))
         said, delta = trainer.ask(head, adapter)
         if REFUSED in said:
-            return _refusal(said[REFUSED])
+            return _refusal(Reason(said[REFUSED], said.get(HERE, "")))
         if request.secure:
             return _masked(request, common_digest(head["request"], adapter), said, delta, member)
     except (Refused, ConfigError) as error:
-        return _refusal(str(error))
+        return _refusal(Reason.of(error))
     line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(delta)} bytes, {said['metrics']}; "
     return reply_content(said, delta), f"{line}base loaded {said['num_loads']} time(s)"
 
@@ -249,7 +263,7 @@ def _keys(text: str, member: SecureMember) -> tuple[RecordDict, str]:
         ask = cast("Ask", validate(Ask, json.loads(text), "request"))
         words = ConfigRecord({SECURE: member.respond(ask)})
     except (Refused, ConfigError) as error:
-        return _refusal(str(error))
+        return _refusal(Reason.of(error))
     return RecordDict({ABOUT: words}), f"secure sum of run {ask.run_id}: {ask.op}"
 
 
@@ -272,8 +286,9 @@ def masked_content(data: bytes, said: Mapping[str, Any]) -> RecordDict:
 
 
 def _refusal(reason: str) -> tuple[RecordDict, str]:
-    words = legible(reason)
-    return RecordDict({ABOUT: ConfigRecord({REFUSED: words})}), words
+    """The reply to the server, and the line for this site's operator, which alone has the numbers."""
+    words, here = legible(reason), getattr(reason, "here", "")
+    return RecordDict({ABOUT: ConfigRecord({REFUSED: words})}), f"{words} (here: {here})" if here else words
 
 
 def say(line: str) -> None:

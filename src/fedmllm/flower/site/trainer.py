@@ -22,7 +22,7 @@ import torch
 from fedmllm.algorithms.privacy.noise import NOISE_KEY_BYTES
 from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.backbones.base import Backbone, BackboneSpec
-from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError, Reason
 from fedmllm.core.plugins import load_plugins
 from fedmllm.core.tensors import flatten, manifest_digest, unflatten
 from fedmllm.core.types import Example, Params, Sent, Shard
@@ -30,9 +30,10 @@ from fedmllm.federation.client import Clients, RowStore, planned_steps
 from fedmllm.federation.exchange import Header, uplink
 from fedmllm.flower.request import KEPT, Request
 from fedmllm.flower.site.config import Refused, Site, state_folder
-from fedmllm.flower.site.ledger import LEDGER, Ledger
-from fedmllm.flower.site.plausibility import implausible_adapter, scales, suppressed_updates
+from fedmllm.flower.site.ledger import Entry, Ledger
+from fedmllm.flower.site.plausibility import implausible_adapter, moving_steps, scales, suppressed_updates
 from fedmllm.flower.site.state import SiteState
+from fedmllm.flower.wire import HERE, REFUSED
 from fedmllm.runs.privacy import NOISE_KEY, secret_key
 
 
@@ -42,12 +43,14 @@ class Trainer:
     Args:
         site: Its own file.
         folder: For state that an algorithm keeps here.
+        charges: Whether requests count for the site's ledger.
     """
 
-    def __init__(self, site: Site, folder: Path = Path("site-state")) -> None:
+    def __init__(self, site: Site, folder: Path = Path("site-state"), charges: bool = True) -> None:
         self.site, self.num_loads, self._folder = site, 0, folder / "clients"
         self._key = folder / NOISE_KEY
-        self.ledger = Ledger(folder / LEDGER, self._key)
+        self._charges = charges
+        self.ledger = Ledger.of(site, folder, self._key)
         if site.threads:
             torch.set_num_threads(site.threads)
         self._examples: tuple[Example, ...] = ()
@@ -74,7 +77,8 @@ class Trainer:
         """
         shard = self._rows(request.client)
         num_steps = planned_steps(request.train, len(shard.rows))
-        if reason := self.site.refuse(request, num_steps, len(shard.rows)):
+        num_moving = moving_steps(request.train, request.round_lr(), num_steps)
+        if reason := self.site.refuse(request, num_steps, len(shard.rows), num_moving):
             raise Refused(reason)
         if reason := self._charge(request):
             raise Refused(self.site.refusal([reason]))
@@ -97,19 +101,14 @@ class Trainer:
             about[KEPT] = sha
         return reply, about
 
-    def _charge(self, request: Request) -> str:
-        """Enter a request with row-dp in the ledger, before a model is built; the reason why it would spend too much."""
+    def _charge(self, request: Request) -> Reason:
+        """Enter a request in the ledger, before a model is built; the reason why it would spend too much."""
+        if not self._charges:
+            return Reason("")
         privacy, allow = request.privacy, self.site.allow
-        if not isinstance(privacy, RowDp) or not privacy.noise_multiplier:
-            return ""
-        return self.ledger.charge(
-            request.run_id,
-            request.round,
-            privacy.noise_multiplier,
-            request.train.epochs,
-            allow.max_epsilon,
-            allow.epsilon_delta,
-        )
+        z = privacy.noise_multiplier if isinstance(privacy, RowDp) else 0.0
+        entry = Entry(request.run_id, request.round, z, request.train.epochs, round(time.time(), 3))
+        return self.ledger.charge(entry, allow.max_epsilon, allow.epsilon_delta, allow.epsilon_since)
 
     def _sent(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> Sent:
         """What the server sent. Raises Refused if it does not fit the adapter here."""
@@ -162,10 +161,14 @@ class Trainer:
             shards=[*(Shard(k, (), ()) for k in range(request.client)), shard],
             modalities=self.site.data.modalities(),
             num_rounds=request.num_rounds,
+            left_out=self._left_out if isinstance(request.privacy, RowDp) else None,
             seed=request.seed,
             aggregator=request.aggregator,
             row_noise=self._row_noise(request),
         )
+
+    def _left_out(self, reason: str) -> None:
+        print(f"site {self.site.name}: a row counts as zeros: {reason}", file=sys.stderr, flush=True)
 
     def _row_noise(self, request: Request) -> RowNoise | None:
         """Clipping and noise of a request whose noise, if it has any, is in the ledger by now."""
@@ -196,10 +199,10 @@ def serve_trainer(site: Site, link: Connection, folder: Path = Path("site-state"
             params, about = trainer.train(_request(head["request"]), _floats(body), head["manifest"])
             delta = flatten(params).numpy().tobytes()
         except Refused as error:
-            about = {"refused": str(error)}
+            about = {REFUSED: str(error), HERE: Reason.of(error).here}
         except Exception as error:  # may name rows and files: that stays here
             print(f"site {site.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            about = {"refused": f"site {site.name}: training failed with {type(error).__name__}; its own log says why"}
+            about = {REFUSED: f"site {site.name}: training failed with {type(error).__name__}; its own log says why"}
         about |= {"num_loads": trainer.num_loads, "busy_s": time.perf_counter() - began}
         link.send_bytes(json.dumps(about).encode())
         link.send_bytes(delta)

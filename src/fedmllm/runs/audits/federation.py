@@ -59,7 +59,7 @@ def claimed(experiment: Experiment, clients: Clients) -> Guarantee | None:
     most = max(sum(client in cohort for cohort in asked) for client in members)
     if isinstance(e.privacy, ClientDp):
         poisson = e.cohort == "poisson"
-        return e.privacy.guarantee(e.cohort_size, len(members), e.num_rounds if poisson else most, poisson)
+        return e.privacy.guarantee(e.cohort_size, len(members), [1] * (e.num_rounds if poisson else most), poisson)
     return e.privacy.guarantee(most * e.train.epochs) if isinstance(e.privacy, RowDp) else None
 
 
