@@ -12,14 +12,16 @@ import torch
 from fedmllm.backbones.base import Tiny
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
+from fedmllm.core.rng import torch_stream
 from fedmllm.core.tensors import num_bytes, tree_map
 from fedmllm.core.types import Example, Params, Round
 from fedmllm.data.prompts import Plain
 from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
-from fedmllm.scenarios.modalities.completion import Completer, CompletionSite
-from fedmllm.scenarios.modalities.imagine import Imagine
+from fedmllm.scenarios.modalities.completion import Completer, Completion, CompletionSite
+from fedmllm.scenarios.modalities.generators import Component, _orthonormal, _whitening
+from fedmllm.scenarios.modalities.imagine import Imagine, _vectors
 from fedmllm.testing import check_completion, examples, leak_probe
 from support.runs import Stop, events, experiment
 
@@ -27,6 +29,7 @@ MODALITIES = ("image", "text")
 TEXT = frozenset({"text"})
 AT = Round(1, 0, 1, (0, 1), 2)
 CVAE = {"name": "imagine", "rounds": 1, "steps": 3}
+SHORT = [Imagine(kind="mean")] + [Imagine(kind=kind, rounds=1, steps=3) for kind in ("cvae", "gan", "flow")]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def learned(completion: Imagine, site: CompletionSite, rows: tuple[Example, ...]
     return replace(site, learned=params)
 
 
-@pytest.mark.parametrize("completion", [Imagine(kind="mean"), Imagine(rounds=1, steps=3)], ids=lambda c: c.label())
+@pytest.mark.parametrize("completion", SHORT, ids=lambda c: c.kind)
 def test_a_learned_generator_keeps_the_rules(completion: Imagine, site, tmp_path, monkeypatch):
     rows = examples(tmp_path)[:8]
     ready = learned(completion, site, tuple(rows))
@@ -86,6 +89,62 @@ def test_the_regression_recovers_what_is_linear(site, drawn, monkeypatch):
         (path,) = completer(row, TEXT, True)[0].fields["image"]
         made = site.model.picture_vectors(path).flatten()
         assert torch.allclose(made, real[row.id], rtol=0, atol=0.02 * float(real[row.id].abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["flow", "gan"])
+def test_components_are_those_of_the_pooled_rows(kind, site, drawn):
+    """Clients that multiply their own covariances find the pooled rows' leading directions and variances."""
+    completion, parts = Imagine(kind=kind, components=16), (drawn[:10], drawn[10:50], drawn[50:120])
+    params = completion.start(site)
+    for number in range(1, Component.measured_rounds + 1):
+        found = [completion.learn(site, part, params, replace(AT, number=number), k) for k, part in enumerate(parts)]
+        assert all(set(delta) == set(params) for delta, _, _ in found)
+        params = {n: t + sum(count * delta[n] for delta, count, _ in found) / 120 for n, t in params.items()}
+    f = torch.stack([_vectors(site, row, "image").flatten() for row in drawn[:120]]).double()
+    mean, (_, values, directions) = f.mean(0), torch.linalg.svd(f - f.mean(0), full_matrices=False)
+    assert torch.allclose(params["moment.mean"].double(), mean, rtol=0, atol=1e-4)
+    basis = _orthonormal(params["component.span"]).double()
+    assert torch.allclose(basis.T @ basis, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-5)
+    kept = ((f - mean) @ basis).square().sum() / values[:16].square().sum()
+    assert 0.95 < kept < 1 + 1e-6  # of the variance of the best sixteen directions
+    assert torch.allclose(params["component.variance"].double(), ((f - mean) @ basis).square().mean(0), rtol=1e-3)
+    assert ((directions[:1] @ basis).norm()) > 0.99
+
+
+def test_a_flow_without_velocity_draws_normal_noise(site, drawn):
+    """v = 0: a draw's components are the noise itself, of the row's own stream."""
+    params = learned(Imagine(kind="flow", rounds=1, steps=1), site, drawn[:60]).learned
+    still = {n: torch.zeros_like(t) if n.startswith("velocity") else t for n, t in params.items()}
+    flow = Imagine(kind="flow")._generator(site)
+    condition = Imagine()._condition(site, drawn[0], True)
+    draws = torch.stack([flow.component(still, condition, torch_stream(0, "row", i)) for i in range(500)])  # type: ignore[attr-defined]
+    assert torch.equal(draws[7], torch.randn(32, generator=torch_stream(0, "row", 7)))
+    whole = flow.drawing(still)(condition, torch_stream(0, "row", 7))
+    assert torch.allclose(_whitening(still)(whole[None])[0], draws[7], rtol=0, atol=1e-3)
+    assert abs(float(draws.std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["flow", "gan"])
+def test_draws_follow_the_condition(kind, site, drawn):
+    """Draws for an answer are nearer to real pictures of that answer than to those of the other one, on average."""
+    completion = Imagine(kind=kind, rounds=2, steps=60, components=8)
+    draw = completion._generator(site).drawing(learned(completion, site, drawn[:200]).learned)
+    real = {row.id: _vectors(site, row, "image").flatten() for row in drawn}
+    made = {row.id: draw(completion._condition(site, row, True), torch_stream(0, "row", row.id)) for row in drawn[200:]}
+
+    def means(features: dict[Any, torch.Tensor], rows: tuple[Example, ...]) -> torch.Tensor:
+        yes, no = ([features[r.id] for r in rows if (r.answer == r.choices[0]) == first] for first in (True, False))
+        return torch.stack(yes).mean(0) - torch.stack(no).mean(0)
+
+    assert float(torch.cosine_similarity(means(made, drawn[200:]), means(real, drawn[:200]), dim=0)) > 0.5
+    assert all(torch.isfinite(t).all() for t in made.values())
+
+
+def test_settings_of_other_kinds_are_refused():
+    with pytest.raises(ConfigError, match='completion: latent: got 4, without effect for kind "flow"; it is for: cvae'):
+        Completion.pick({"name": "imagine", "kind": "flow", "latent": 4}, "completion")
+    assert Imagine(kind="flow", latent=16) == Imagine(kind="flow")  # a default does no harm: a dump names all settings
+    assert "components" not in Imagine().identity()  # which the run ids of earlier experiments do not know
 
 
 def test_the_model_reads_imagined_vectors(site, drawn):
@@ -130,6 +189,24 @@ def imagined(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", ["gan", "flow"])
+def test_other_kinds_travel_the_same_way(kind: str, tmp_path: Path, site):
+    """Counted rounds before training, the same bytes of an adapter after a stop, and the same result by both engines."""
+    completion = {"name": "imagine", "kind": kind, "rounds": 1, "steps": 2}
+    table = {**TABLE, "num_rounds": 1, "completion": completion}
+    size = num_bytes(Completion.pick(completion, "completion").start(site))  # type: ignore[attr-defined]
+    run(experiment(**table), tmp_path / "stacked")
+    rounds = events(tmp_path / "stacked", "completion_round")
+    assert [(e["round"], e["up_bytes"], e["down_bytes"]) for e in rounds] == [
+        (i, 3 * size, 3 * size) for i in range(1, 7)
+    ]
+    run(experiment(**table, engine="in-process"), tmp_path / "in-process")
+    run(experiment(**table), tmp_path / "again")
+    stacked, other, again = (load_run(tmp_path / name).adapter.tensors for name in ("stacked", "in-process", "again"))
+    assert all(torch.allclose(t, other[n], rtol=0, atol=1e-4) for n, t in stacked.items())
+    assert all(torch.equal(t, again[n]) for n, t in stacked.items())
+
+
 def test_what_travels_is_counted(imagined: Path, site):
     size = num_bytes(Imagine(**{k: v for k, v in CVAE.items() if k != "name"}).start(site))
     rounds = events(imagined, "completion_round")
@@ -160,6 +237,7 @@ def test_resume_and_engines(imagined: Path, tmp_path: Path):
     [
         ({"engine": "flower-simulation"}, "learned before training; allowed: in-process, stacked"),
         ({"method": "local"}, "which all clients learn together"),
+        ({"completion": {**CVAE, "kind": "mean"}}, 'rounds: got 1, without effect for kind "mean"'),
         ({"completion": {**CVAE, "picture": "scan"}}, "completion.picture: got 'scan'; the rows have image, text"),
         (
             {

@@ -11,7 +11,7 @@ from fedmllm.core.types import ClientUpdate, Params, Round, Sent
 from fedmllm.federation.client import Clients
 from fedmllm.federation.engines.in_process import InProcessEngine
 from fedmllm.federation.engines.stacked.engine import StackedEngine
-from fedmllm.federation.engines.stacked.stack import Stack
+from fedmllm.federation.engines.stacked.stack import Stack, gate_of
 from fedmllm.testing import COHORT, MODALITIES, SIZES, assert_same, federation, flat
 from fedmllm.testing import perturbed as stirred
 
@@ -60,7 +60,8 @@ def gradients_off(clients: Clients, token_budget: int = 1024) -> list[float]:
     members = [client for client in COHORT if SIZES[client]]
     steps = [next(clients.steps(client, 1)) for client in members]
     engine = StackedEngine(engines.Stacked(token_budget=token_budget), clients)
-    stack = Stack(engine._targets, clients.backbone.trainable(), [start] * len(members))
+    starts = [start] * len(members)
+    stack = Stack(engine._targets, clients.backbone.trainable(), starts, gate=gate_of(clients.backbone))
     engine._gradients(stack, steps, torch.zeros(len(members), dtype=torch.float64))
     clients.backbone.set_lora(start)
     off, weights = [], clients.backbone.trainable()

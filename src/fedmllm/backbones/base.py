@@ -79,6 +79,10 @@ class Lora(Spec):
     """Ranks of the clients, in turn: client k has ranks[k mod len]; () = `r` for all. The scaling is alpha / r for every rank,
     and `r` is the largest of them."""
 
+    modality_gate: Annotated[bool, ADDED_LATER] = False
+    """Train a vector for each layer and modality (text, picture) that is added to the attention's keys. It is sent and
+    averaged with the adapter, and starts at zero, which changes nothing."""
+
     init: Annotated[Literal["kaiming", "principal", "principal-b"], ADDED_LATER] = "kaiming"
     """Values before training. "kaiming": A uniform, B zero. "principal": B = U sqrt(S), A = sqrt(S) V' from the leading
     directions of the layer's weight W = U S V'. "principal-b": that B, A uniform. Other than "kaiming" is for yoco."""
@@ -261,7 +265,12 @@ class Backbone(ABC):
             One text a prompt, without special tokens.
         """
         before = self.lora()
-        self.set_lora({name: t.new_zeros(t.shape) if "lora_B" in name else t for name, t in before.items()})
+        self.set_lora(
+            {
+                name: t.new_zeros(t.shape) if "lora_B" in name or "modality_gate" in name else t
+                for name, t in before.items()
+            }
+        )
         try:
             return self.generate(prompts, max_new_tokens)
         finally:

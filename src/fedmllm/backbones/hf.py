@@ -25,6 +25,7 @@ from fedmllm.backbones.dropout import seed_tensor
 from fedmllm.backbones.encode import IGNORED, Encoder
 from fedmllm.backbones.hub_kernels import without_hub_kernels
 from fedmllm.backbones.lora import adapter_config, add_lora, copy_of, decoder_name, load_into, parameters_by_saved_name
+from fedmllm.backbones.modality_gate import ModalityGate
 from fedmllm.core.storage import write_tensors
 from fedmllm.core.types import Conversation, Params, Picture
 
@@ -73,7 +74,9 @@ class TransformersBackbone(Backbone):
         with without_hub_kernels():
             self.model, self._seeds = add_lora(model, spec.lora, seed, base)
         self.model.eval()  # dropout of the base stays off, as in the reference; LoRA's follows its row seeds
-        self._live = parameters_by_saved_name(self.model)
+        self.gate = ModalityGate(self.base, self.decoder) if spec.lora.modality_gate else None
+        live = {**parameters_by_saved_name(self.model), **(self.gate.parameters() if self.gate else {})}
+        self._live = {name: live[name] for name in sorted(live)}
         frozen = all(name.startswith(f"base_model.model.{self.decoder}.") for name in self._live)
         folder = Path(spec.image_features_folder).expanduser() if spec.image_features_folder else None
         self.features = ImageFeatures(
@@ -171,6 +174,8 @@ class TransformersBackbone(Backbone):
         Returns:
             [N, V], and the whole output of the forward pass.
         """
+        if self.gate:
+            self.gate.read(batch)
         with without_hub_kernels(), _head_limited_to(self.base.get_output_embeddings(), index_N):
             output = self.base(
                 input_ids=batch["input_ids"],
@@ -214,7 +219,7 @@ class TransformersBackbone(Backbone):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "adapter_model.safetensors", self.lora())
-        config = adapter_config(self.model)
+        config = adapter_config(self.model) | ({"modality_gate": True} if self.gate else {})  # PEFT warns of it
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -5,6 +5,7 @@ W + scaling * B A is summed in float32 and rounded once to the base's own type.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import warnings
@@ -53,6 +54,11 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
         make_folder(out.parent)
     if exists:
         raise FedmllmError(f"{out} exists; name a folder that does not")
+    if json.loads((adapter / "adapter_config.json").read_text()).get("modality_gate"):
+        raise FedmllmError(
+            f"{adapter}: it was trained with backbone.lora.modality_gate, whose vectors depend on a token's modality; no "
+            "weight of the base can hold them. `fedmllm predict` uses the adapter as it is"
+        )
     family = family_of(base)
     if nf4.is_quantised(base):
         raise FedmllmError(

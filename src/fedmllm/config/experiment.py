@@ -479,9 +479,10 @@ class Experiment(Spec):
         public = ["public-client"] if self.public.client else []
         relation = [] if self.relation.name == "one" else [self.relation.label()]
         dropout = [] if self.modality_dropout.name == "none" else [self.modality_dropout.label()]
+        gate = ["modality-gate"] if self.backbone.lora.modality_gate else []
         privacy = [label] if (label := self.privacy.label()) else []
         engine = [self.engine.name] if self.engine.plugin else []  # it may change results
-        return "+".join([head, *objective, *relation, *dropout, *completion, *public, *privacy, *engine])
+        return "+".join([head, *objective, *gate, *relation, *dropout, *completion, *public, *privacy, *engine])
 
     def setting(self) -> str:
         """What distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split.

@@ -56,6 +56,7 @@ class Range(Spec):
 DEFAULTS: dict[str, Range | tuple[Any, ...]] = {
     "lora.targets": ("",),
     "lora.train_extra": ([],),
+    "lora.modality_gate": (False,),
     "lora.r": Range(max=8),
 }
 

@@ -1,6 +1,6 @@
 """Completion of pictures by a generator of frozen features, learned before training.
 
-Shapes: B rows, C condition, F = Q D values of the tower's output (Q vectors of D channels), Z latent, H hidden.
+Shapes: B rows, C condition, F = Q D values of the tower's output (Q vectors of D channels).
 """
 
 from __future__ import annotations
@@ -9,23 +9,34 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.images import CANVAS, FEATURES
 from fedmllm.core.rng import torch_stream
+from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.storage import write_tensors
 from fedmllm.core.types import Example, Modality, Params, Round
 from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling
+from fedmllm.scenarios.modalities.generators import GENERATORS, Generator, GeneratorSizes
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
 MAX_VALUES = 16_384  # F; above it the generator would be larger than most adapters
 LABELS = 8  # choices whose number is part of the condition; a row with a later one, or an open answer, goes without
-ROWS_PER_STEP = 64
+_OF_KIND = {  # setting -> the kinds that read it
+    "rounds": ("cvae", "gan", "flow"),
+    "steps": ("cvae", "gan", "flow"),
+    "lr": ("cvae", "gan", "flow"),
+    "hidden": ("cvae", "gan", "flow"),
+    "latent": ("cvae", "gan"),
+    "components": ("gan", "flow"),
+    "beta": ("cvae",),
+    "ridge": ("mean",),
+}
 
 
 class Imagine(Completion):
@@ -35,8 +46,10 @@ class Imagine(Completion):
     afterwards (FedRecon, arXiv:2504.09941). Its condition is the mean of the text's frozen token embeddings and the answer's
     place among the choices. A missing text is not filled, and test rows are never filled: without the answer nothing is gained.
 
-    kind "mean" is ridge regression, from sums over rows that travel once and give the same result for any partition. kind
-    "cvae" is a conditional variational autoencoder (Sohn et al., NeurIPS 2015) whose draws differ from row to row.
+    kind "mean" is ridge regression, from sums over rows that travel once and give the same result for any partition. The
+    draws of the others differ from row to row: "cvae" is a conditional variational autoencoder (Sohn et al., NeurIPS 2015),
+    "flow" a rectified flow (arXiv:2209.03003) and "gan" a Wasserstein GAN with gradient penalty (arXiv:1704.00028), these two
+    in the space of the features' principal components, which the clients find first.
 
     What leaves a client in addition: moments of its complete rows' features, or generator weights, which can memorize them.
     """
@@ -47,20 +60,22 @@ class Imagine(Completion):
     )
 
     name: Literal["imagine"] = "imagine"
-    kind: Literal["mean", "cvae"] = "cvae"
+    kind: Literal["mean", "cvae", "gan", "flow"] = "cvae"
     """Kind of the generator."""
     rounds: PositiveInt = 5
-    """Rounds of "cvae", after one for the moments; "mean" has that one alone."""
+    """Rounds of training, after those for moments: one of "cvae", five of "gan" and "flow". "mean" has one of these alone."""
     steps: PositiveInt = 100
-    """Local steps of 64 rows in a round, by Adam."""
+    """Local steps of 64 rows in a round, by Adam; each of "gan" takes five steps of its critic before."""
     lr: PositiveFloat = 2e-3
     """Learning rate of these steps."""
     hidden: PositiveInt = 64
-    """Hidden units of each network."""
+    """Hidden units of each layer of a network."""
     latent: PositiveInt = 16
-    """Number of latent variables."""
+    """Number of latent variables of "cvae" and "gan"."""
+    components: Annotated[PositiveInt, ADDED_LATER] = 32
+    """Principal components of "gan" and "flow"."""
     beta: NonNegativeFloat = 0.1
-    """Weight of the latent's divergence from the standard normal."""
+    """Weight of the latent's divergence from the standard normal, of "cvae"."""
     ridge: PositiveFloat = 0.1
     """Penalty of "mean", for a condition of mean square 1."""
     picture: str = "image"
@@ -74,28 +89,21 @@ class Imagine(Completion):
                 allowed = ", ".join(modalities)
                 raise ConfigError(f"completion.{key}: got {getattr(self, key)!r}; the rows have {allowed}")
 
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Imagine:
+        fields = type(self).model_fields
+        for key, kinds in _OF_KIND.items():
+            if self.kind not in kinds and (value := getattr(self, key)) != fields[key].default:
+                raise ValueError(
+                    f'{key}: got {value}, without effect for kind "{self.kind}"; it is for: {", ".join(kinds)}'
+                )
+        return self
+
     def num_rounds(self) -> int:
-        return 1 if self.kind == "mean" else 1 + self.rounds
+        return GENERATORS[self.kind].measured_rounds + (0 if self.kind == "mean" else self.rounds)
 
     def start(self, site: CompletionSite) -> Params:
-        import torch
-
-        c, f = self._sizes(site)
-        moments = {"moment.mean": torch.zeros(f), "moment.square": torch.zeros(f)}
-        if self.kind == "mean":
-            return {"mean.cc": torch.zeros(c + 1, c + 1), "mean.cf": torch.zeros(c + 1, f)}
-        shapes = {
-            "encoder.0": (self.hidden, f + c),
-            "encoder.1": (2 * self.latent, self.hidden),
-            "decoder.0": (self.hidden, self.latent + c),
-            "decoder.1": (f, self.hidden),
-        }
-        net = {}
-        for name, (rows, columns) in shapes.items():
-            noise = torch_stream(site.seed, "imagine", name)
-            net[f"{name}.weight"] = torch.randn(rows, columns, generator=noise) / columns**0.5
-            net[f"{name}.bias"] = torch.zeros(rows)
-        return {**moments, **net}
+        return self._generator(site).start(site.seed)
 
     def learn(
         self, site: CompletionSite, rows: Sequence[Example], params: Params, at: Round, client: int
@@ -109,42 +117,22 @@ class Imagine(Completion):
         if not usable:
             return zero, 0, 0.0
         c_BC, f_BF = torch.stack([c for c, _ in usable]), torch.stack([v for _, v in usable])
-        if self.kind == "mean":
-            one_BC = torch.cat([c_BC, torch.ones(len(c_BC), 1)], 1).double()
-            sums = {"mean.cc": one_BC.T @ one_BC, "mean.cf": one_BC.T @ f_BF.double()}
-            return {name: (t / len(usable)).float() for name, t in sums.items()}, len(usable), 0.0
-        if at.number == 1:
-            return {**zero, "moment.mean": f_BF.mean(0), "moment.square": f_BF.square().mean(0)}, len(usable), 0.0
-        delta, loss = self._train(params, c_BC, f_BF, torch_stream(site.seed, "imagine", at.number, client))
+        generator = self._generator(site)
+        if at.number <= generator.measured_rounds:
+            found = generator.measure(at.number, params, c_BC, f_BF)
+            return {**zero, **{name: t - params[name] for name, t in found.items()}}, len(usable), 0.0
+        delta, loss = generator.train(params, c_BC, f_BF, torch_stream(site.seed, "imagine", at.number, client))
         return {**zero, **delta}, len(usable), loss
-
-    def _train(self, params: Params, c_BC: Tensor, f_BF: Tensor, noise: Generator) -> tuple[Params, float]:
-        """Local steps on all complete rows of a client -> (change of the network's weights, mean loss)."""
-        import torch
-
-        start = {name: t for name, t in params.items() if not name.startswith("moment.")}
-        live = {name: t.clone().requires_grad_(True) for name, t in start.items()}
-        mean_F, std_F = _moments(params)
-        optimizer = torch.optim.Adam(live.values(), lr=self.lr)
-        total = 0.0
-        with torch.enable_grad():
-            for _ in range(self.steps):
-                pick = torch.randint(len(c_BC), (min(ROWS_PER_STEP, len(c_BC)),), generator=noise)
-                c, f = c_BC[pick], (f_BF[pick] - mean_F) / std_F
-                mu_BZ, log_var_BZ = _layers(live, "encoder", torch.cat([f, c], 1)).chunk(2, dim=1)
-                draw_BZ = torch.randn(mu_BZ.shape, generator=noise)
-                z_BZ = mu_BZ + (log_var_BZ / 2).exp() * draw_BZ
-                made = _layers(live, "decoder", torch.cat([z_BZ, c], 1))
-                divergence = (mu_BZ.square() + log_var_BZ.exp() - 1 - log_var_BZ).sum(1).mean() / 2
-                loss = (made - f).square().mean() + self.beta * divergence / mu_BZ.shape[1]
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                total += float(loss.detach())
-        return {name: (t.detach() - start[name]) for name, t in live.items()}, total / self.steps
 
     def prepare(self, site: CompletionSite) -> Filling:
         return _Imagining(self, site)
+
+    def _generator(self, site: CompletionSite) -> Generator:
+        c, f = self._sizes(site)
+        sizes = GeneratorSizes(
+            c, f, self.hidden, self.latent, self.components, self.steps, self.lr, self.beta, self.ridge
+        )
+        return GENERATORS[self.kind](sizes)
 
     def _sizes(self, site: CompletionSite) -> tuple[int, int]:
         """(C, F)."""
@@ -173,48 +161,20 @@ class Imagine(Completion):
 
 class _Imagining(Filling):
     def __init__(self, settings: Imagine, site: CompletionSite) -> None:
-        import torch
-
         self._settings, self._site = settings, site
-        params = site.learned
-        if settings.kind == "mean" and params:
-            square = params["mean.cc"].double()
-            penalty = settings.ridge * torch.eye(len(square), dtype=torch.float64)
-            penalty[-1, -1] = 0.0  # the intercept
-            self._weights = torch.linalg.solve(square + penalty, params["mean.cf"].double()).float()
+        self._draw = settings._generator(site).drawing(site.learned) if site.learned else None
 
     def fill(self, example: Example, training: bool) -> Example:
-        s, params = self._settings, self._site.learned
-        if s.picture in example.fields or not params:
+        s, site = self._settings, self._site
+        if s.picture in example.fields or not self._draw:
             return example
         import torch
 
         with torch.no_grad():
-            c = self._settings._condition(self._site, example, training)
-            if s.kind == "mean":
-                made_F = torch.cat([c, torch.ones(1)]) @ self._weights
-            else:
-                noise = torch_stream(self._site.seed, "imagine-row", str(example.id))
-                z = torch.randn(s.latent, generator=noise)
-                mean_F, std_F = _moments(params)
-                made_F = _layers(params, "decoder", torch.cat([z, c])[None])[0] * std_F + mean_F
-        like = self._site.model.picture_vectors(_canvas(self._site.folder))
-        return replace(
-            example, fields={**example.fields, s.picture: (_stored(self._site.folder, made_F.view_as(like)),)}
-        )
-
-
-def _layers(params: Params, part: str, x_B: Tensor) -> Tensor:
-    from torch.nn.functional import linear, silu
-
-    hidden = silu(linear(x_B, params[f"{part}.0.weight"], params[f"{part}.0.bias"]))
-    return linear(hidden, params[f"{part}.1.weight"], params[f"{part}.1.bias"])
-
-
-def _moments(params: Params) -> tuple[Tensor, Tensor]:
-    """Pooled mean and standard deviation [F]."""
-    mean_F = params["moment.mean"]
-    return mean_F, (params["moment.square"] - mean_F.square()).clamp_min(1e-6).sqrt()
+            c = s._condition(site, example, training)
+            made_F = self._draw(c, torch_stream(site.seed, "imagine-row", str(example.id)))
+        like = site.model.picture_vectors(_canvas(site.folder))
+        return replace(example, fields={**example.fields, s.picture: (_stored(site.folder, made_F.view_as(like)),)})
 
 
 def _vectors(site: CompletionSite, example: Example, modality: Modality) -> Tensor:

@@ -25,7 +25,7 @@ from fedmllm.federation.engines.in_process import InProcessEngine
 from fedmllm.federation.engines.stacked.memory import is_out_of_memory, release, token_budget
 from fedmllm.federation.engines.stacked.packing import PASS_TOKENS, in_step, items, passes
 from fedmllm.federation.engines.stacked.row_adamw import RowAdamW, clip, prox_matrix
-from fedmllm.federation.engines.stacked.stack import Stack, find_targets
+from fedmllm.federation.engines.stacked.stack import Stack, find_targets, gate_of
 
 ROW_GRADIENT_BYTES = 256 * 2**20  # of the rows of one pass, each with a gradient of its own
 
@@ -85,6 +85,7 @@ class StackedEngine:
             trained,
             frozens,
             ordered[0].sent.scale,
+            gate_of(self._backbone),
         )
         rules = Rules([m.rule for m in ordered], trained, stack)
         trains_KT, anchor_KT = (matrix[:, : stack.num_trained] for matrix in (stack.weights_KP, stack.anchor_KP))

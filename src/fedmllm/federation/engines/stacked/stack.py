@@ -3,7 +3,8 @@
 Each row of a batch passes through its own client's LoRA. Equal to training one client after another up to the order of
 summation: the base never changes, so rows of different clients may share a pass.
 
-Shapes: K clients, P weights of one adapter, T of them trained, B rows, L tokens, C channels in, D channels out, r rank.
+Shapes: K clients, P weights of one adapter, T of them trained, B rows, L tokens, C channels in, D channels out, r rank,
+M modalities.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from fedmllm.backbones.base import Backbone
 from fedmllm.backbones.dropout import RowDropout
+from fedmllm.backbones.modality_gate import GateLayer, ModalityGate
 from fedmllm.backbones.peft_names import LoraLayer
 from fedmllm.core.tensors import cut, padded, same_names
 from fedmllm.core.types import Params
@@ -37,7 +39,9 @@ class Target:
 def find_targets(backbone: Backbone) -> tuple[list[Target], str]:
     """(the adapted layers, "") if LoRA on linear layers is all that is trained; else ([], what else there is)."""
     names = {id(parameter): name for name, parameter in backbone.trainable().items()}
-    targets = []
+    targets, gate = [], gate_of(backbone)
+    for layer_ in gate.layers if gate else ():
+        names.pop(id(layer_.weight))
     for name, layer in backbone.model.named_modules():
         if isinstance(layer, LoraLayer):
             a, b = (getattr(layer, part)[_ADAPTER] for part in ("lora_A", "lora_B"))
@@ -51,6 +55,12 @@ def find_targets(backbone: Backbone) -> tuple[list[Target], str]:
             f"{len(names)} tensors are trained in addition to LoRA on linear layers, such as {min(names.values())}",
         )
     return targets, "" if targets else "the backbone has no LoRA layer of PEFT"
+
+
+def gate_of(backbone: Backbone) -> ModalityGate | None:
+    """The backbone's modality gate, if it has one."""
+    gate: ModalityGate | None = getattr(backbone, "gate", None)
+    return gate
 
 
 class Stack:
@@ -69,6 +79,7 @@ class Stack:
         trained: Names that train; None = all.
         frozens: The frozen adapter of each client (`Sent.frozen`), or one for all; () = none.
         scale: Factor of every client's product (`Sent.scale`).
+        gate: The backbone's modality gate; None = it has none.
     """
 
     def __init__(
@@ -79,6 +90,7 @@ class Stack:
         trained: frozenset[str] | None = None,
         frozens: Sequence[Params] = (),
         scale: float = 1.0,
+        gate: ModalityGate | None = None,
     ) -> None:
         shared = all(start is starts[0] for start in starts)
         largest = starts[0] if shared else largest_of(starts)
@@ -96,6 +108,9 @@ class Stack:
         self._layers = [_Layer(t.layer, weights[t.a], weights[t.b], grads.get(t.a), grads.get(t.b)) for t in targets]
         for layer in self._layers:
             layer.own_scaling = layer.scaling * scale
+        gates = gate.layers if gate else []
+        self._gates = [_Gate(layer, weights[layer.name], grads.get(layer.name)) for layer in gates]
+        self._parts: list[_Layer | _Gate] = [*self._layers, *self._gates]
         if frozens:
             largest = largest_of(frozens)
             for target, layer in zip(targets, self._layers, strict=True):
@@ -120,17 +135,17 @@ class Stack:
     @contextmanager
     def installed(self) -> Iterator[Callable[[Tensor], None]]:
         """While open, the model runs with these adapters. Yields a setter of each row's client (0..K-1), int64 [B]."""
-        for layer in self._layers:
-            layer.install()
+        for part in self._parts:
+            part.install()
         try:
             yield self._use
         finally:
-            for layer in self._layers:
-                layer.remove()
+            for part in self._parts:
+                part.remove()
 
     def _use(self, clients_B: Tensor) -> None:
-        for layer in self._layers:
-            layer.clients_B = layer.slots_B = clients_B
+        for part in self._parts:
+            part.clients_B = part.slots_B = clients_B
 
     def row_gradients(self, num_rows: int) -> Tensor:
         """Zeros [S, T] to which the next backward pass adds the gradient of each of its rows, instead of to `grads_KT`.
@@ -144,6 +159,8 @@ class Stack:
         grads, slots_B = self.views(rows_ST), torch.arange(num_rows, device=rows_ST.device)
         for target, layer in zip(self._targets, self._layers, strict=True):
             layer.da_KrC, layer.db_KDr, layer.slots_B = grads.get(target.a), grads.get(target.b), slots_B
+        for gate in self._gates:
+            gate.grads_KMD, gate.slots_B = grads.get(gate.layer.name), slots_B
         return rows_ST
 
     def trained(self) -> Params:
@@ -247,6 +264,47 @@ class _RowLora(torch.autograd.Function):
             dx_BLC = torch.bmm(dlow_BLr, a_BrC)
             dx_BLC = (dx_BLC if keep_BLC is None else dx_BLC.mul_(keep_BLC)).to(x_BLC.dtype)
         return dx_BLC, grad_BLD if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+class _Gate:
+    """Replacement of one layer's modality gate. Without a gradient tensor it does not train."""
+
+    def __init__(self, layer: GateLayer, weights_KMD: Tensor, grads_KMD: Tensor | None) -> None:
+        self.layer, self.weights_KMD, self.grads_KMD = layer, weights_KMD, grads_KMD
+        self.clients_B = self.slots_B = torch.zeros(0, dtype=torch.int64)
+        self._switch = weights_KMD.new_zeros(()).requires_grad_()
+
+    def install(self) -> None:
+        self.layer.instead = self._add
+
+    def remove(self) -> None:
+        self.layer.instead = None
+
+    def _add(self, keys_BLD: Tensor) -> Tensor:
+        out: Tensor = _RowGate.apply(keys_BLD, self._switch, self)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _RowGate(torch.autograd.Function):
+    """Keys + the vector of each token's modality, of the row's own client."""
+
+    @staticmethod
+    def forward(ctx: Any, keys_BLD: Tensor, switch: Tensor, gate: _Gate) -> Tensor:
+        ctx.gate, ctx.slots_B, ctx.pictures_BL1 = gate, gate.slots_B, gate.layer.pictures_BL1
+        text_B1D, picture_B1D = (
+            gate.weights_KMD.index_select(0, gate.clients_B).to(keys_BLD.dtype)[:, :, None].unbind(1)
+        )
+        return keys_BLD + torch.where(ctx.pictures_BL1, picture_B1D, text_B1D)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BLD: Tensor) -> Any:
+        gate: _Gate = ctx.gate
+        if gate.grads_KMD is not None:
+            wide_BLD = grad_BLD.to(gate.grads_KMD.dtype)
+            picture_BD = (wide_BLD * ctx.pictures_BL1).sum(1)
+            text_BD = (wide_BLD * ~ctx.pictures_BL1).sum(1)
+            gate.grads_KMD.index_add_(0, ctx.slots_B, torch.stack([text_BD, picture_BD], dim=1))
+        return grad_BLD, None, None
 
 
 def _dropped(x_BLC: Tensor, keep_BLC: Tensor | None, dtype: torch.dtype) -> Tensor:
