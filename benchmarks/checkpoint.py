@@ -1,4 +1,4 @@
-"""What a checkpoint costs: seconds that a round waits for it, and seconds until it is on the disk.
+"""Cost of a checkpoint: seconds that a round waits for it, and seconds until it is on the disk.
 
 python benchmarks/checkpoint.py > results/checkpoint.md
 """

@@ -1,4 +1,4 @@
-"""How long it takes to split the published sets, and to show who holds what: made-up files of the published sizes.
+"""Seconds to split the published sets and to print the clients' rows: made-up files of the published sizes.
 
 python benchmarks/data.py > results/data.md
 

@@ -1,4 +1,4 @@
-"""What Flower costs a round, above the clients' own work: in process, in Ray actors, and over real processes with TLS.
+"""Cost of Flower for a round, above the clients' own work: in process, in Ray actors, and over real processes with TLS.
 
     python benchmarks/flower.py > results/flower.md
 

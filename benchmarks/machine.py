@@ -1,4 +1,4 @@
-"""What machine a figure was measured on: every committed table says so."""
+"""Description of the machine that a figure was measured on, for every committed table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What secure aggregation costs a round over real processes, and its arithmetic alone.
+"""Cost of secure aggregation for a round over real processes, and of its arithmetic alone.
 
     python benchmarks/secure.py > results/secure.md
 

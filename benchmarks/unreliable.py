@@ -1,4 +1,4 @@
-"""What bad and absent clients cost, on the embedded world: one client that sends noise; clients that drop out or straggle.
+"""Cost of bad and absent clients, on the embedded world: one client that sends noise; clients that drop out or straggle.
 
 python benchmarks/unreliable.py --seeds 2 > results/unreliable.md    # --out FOLDER keeps the runs and resumes those in it
 """

@@ -1,7 +1,8 @@
 """Check the vocabulary of the tree: `python scripts/check_words.py [PATH ...]`.
 
-Prints `place: word: what to use instead` for every word of `words.toml`, and every module whose docstring does not begin
-with a short noun phrase. Exits with 1 if there is any.
+Prints `place: word: what to use instead` for every word of `words.toml`, every module whose docstring does not begin
+with a short noun phrase, and every docstring of a class or function that begins with a clause ("What ...", "Whether ...").
+Exits with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -43,12 +44,17 @@ def bad_words(path: Path, text: str, words: list[dict[str, str]]) -> Iterator[st
                 yield f"{path.relative_to(ROOT)}:{number}: {found[0]!r}: use {word['use']}"
 
 
-def bad_first_line(path: Path, text: str) -> Iterator[str]:
-    first = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
-    if CLAUSE.match(first):
-        yield f"{path.relative_to(ROOT)}:1: {first!r}: begin a module's docstring with a noun phrase or a verb"
-    if len(first.split(". ")[0].split()) > MAX_WORDS:
-        yield f"{path.relative_to(ROOT)}:1: {first!r}: the first sentence has more than {MAX_WORDS} words"
+def bad_first_lines(path: Path, text: str) -> Iterator[str]:
+    place, tree = path.relative_to(ROOT), ast.parse(text)
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        first = (ast.get_docstring(node) or "").split("\n")[0]
+        line = 1 if isinstance(node, ast.Module) else node.lineno
+        if CLAUSE.match(first):
+            yield f"{place}:{line}: {first!r}: begin a docstring with a verb (Return ...) or a noun phrase"
+        if node is tree and "src" in place.parts and len(first.split(". ")[0].split()) > MAX_WORDS:
+            yield f"{place}:{line}: {first!r}: the first sentence has more than {MAX_WORDS} words"
 
 
 def main() -> None:
@@ -60,8 +66,8 @@ def main() -> None:
         except UnicodeDecodeError:
             continue
         slips += bad_words(path, text, words)
-        if path.suffix == ".py" and path.is_relative_to(ROOT / "src"):
-            slips += bad_first_line(path, text)
+        if path.suffix == ".py":
+            slips += bad_first_lines(path, text)
     print("\n".join(slips))
     sys.exit(1 if slips else 0)
 

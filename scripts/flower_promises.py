@@ -1,4 +1,4 @@
-"""What a federation promises where nothing fails: the same bytes, closed doors, no code at a site, nothing that leaves it
+"""Promises of a federation without failures: the same bytes, closed doors, no code at a site, nothing that leaves it
 unasked. Cases of `scripts/flower_trial.py`.
 """
 
@@ -47,7 +47,7 @@ def same_bytes(backbone: str) -> str:
 
 
 def closed_door(backbone: str) -> str:
-    """What sites reach lets their path through and no other; a site without a registered key gets nowhere."""
+    """Check that the gate passes the sites' path and no other, and that a site without a registered key is refused."""
     import httpx
 
     with federation(backbone) as f:
@@ -105,7 +105,7 @@ def loopback(backbone: str) -> str:
 
 
 def lives(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
+    """Return whether a process runs; one that has ended and was not waited for does not."""
     try:
         return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
     except OSError:

@@ -1,4 +1,4 @@
-"""What may come from outside, and what is done with it. Only FedmllmError may come out.
+"""Inputs from outside, and what is done with them. Only FedmllmError may come out.
 
 A target is bytes in, nothing out, so that whatever breaks it is a file of the corpus (tests/corpus/TARGET/).
 """
@@ -353,7 +353,7 @@ TARGETS = [
 
 
 def survives(target: Target, content: bytes, folder: Path) -> bool:
-    """Whether it was accepted (False: refused with our own error). Anything else that is raised is a crash."""
+    """Return whether it was accepted (False: refused with our own error). Anything else that is raised is a crash."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

@@ -123,7 +123,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
 
 
 def note(kills: list[dict[str, Any]], began: float, out: Path) -> None:
-    """What is known so far: a trial that is itself stopped leaves it."""
+    """Write the results so far, which a trial that is itself stopped leaves."""
     equal = sum(entry["equal"] for entry in kills)
     about = {"machine": platform.machine(), "python": platform.python_version(), "versions": versions(), "threads": 1}
     result = {"kills": len(kills), "equal": equal, "seconds": round(time.monotonic() - began), **about, "log": kills}

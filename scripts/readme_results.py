@@ -66,7 +66,7 @@ def table(dataset: DatasetResults) -> str:
 
 
 def text_of(places: list[Path]) -> str:
-    """What stands between the markers."""
+    """Return the text between the markers."""
     parts = [
         "The embedded benchmark, a drawn data set and a model of a million weights: not a result about a real MLLM.\n"
     ]

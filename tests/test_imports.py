@@ -69,7 +69,7 @@ def imported_test_modules(code: str) -> Iterator[str]:
 
 
 def test_no_test_module_imports_another() -> None:
-    """What several of them need is in tests/support, in a conftest or in fedmllm.testing."""
+    """Shared helpers are in tests/support, in a conftest or in fedmllm.testing."""
     modules = sorted(Path(__file__).parent.rglob("*.py"))
     assert len(modules) > 80
     assert [f"{path.name}: {name}" for path in modules for name in imported_test_modules(path.read_text())] == []

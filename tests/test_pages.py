@@ -20,7 +20,7 @@ LEAST_MESSAGES = 50  # of the troubleshooting page: the test reads all of its ta
 
 
 def command_errors(text: str) -> list[str]:
-    """What is wrong with each `fedmllm VERB ... --flag` of a page."""
+    """Return the errors of each `fedmllm VERB ... --flag` of a page."""
     errors = []
     for found in re.finditer(r"(?:^|[`$ ])fedmllm ((?:[a-z]|--)[^`|;\n]*)", text, flags=re.MULTILINE):
         words = re.sub(r"\s(#|&|>).*", "", found[1]).split()

@@ -1,4 +1,4 @@
-"""How the base is held, and what is trained on it."""
+"""Precision of the base, and what is trained on it."""
 
 from __future__ import annotations
 

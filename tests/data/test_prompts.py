@@ -1,4 +1,4 @@
-"""What the model reads: a golden file for each (set, prompt strategy, visible modalities), and a user's own wording."""
+"""Prompts: a golden file for each (set, prompt strategy, visible modalities), and a user's own wording."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server may ask of a site, what the site refuses, and how the server sees the sites. Nothing is started here."""
+"""Limits of a site on a server's requests, its refusals, and the server's view of the sites. Nothing is started here."""
 
 from __future__ import annotations
 

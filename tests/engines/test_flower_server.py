@@ -35,7 +35,7 @@ def server(tmp_path: Path) -> Server:
 
 
 def finished(out: Path, experiment: Experiment) -> None:
-    """What a finished run over the sites a and b leaves."""
+    """Write what a finished run over the sites a and b leaves."""
     out.mkdir()
     first = {"event": "experiment", "settings": over_sites(experiment, ("a", "b"), test=True).dump()}
     (out / "record.jsonl").write_text(json.dumps(first) + '\n{"event": "end", "num_rows": 1}\n')

@@ -1,4 +1,4 @@
-"""How rows are cut into passes, how large a pass may be on a GPU, and which errors mean that it was too large."""
+"""Cutting of rows into passes, the size of a pass on a GPU, and errors of passes that were too large."""
 
 from __future__ import annotations
 

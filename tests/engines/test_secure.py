@@ -184,7 +184,7 @@ class FakeTrainer:
 
 
 class FakeSites:
-    """What `SecureRounds` uses of the engine, with sites of this process; `tamper` may change or drop a message."""
+    """Part of the engine that `SecureRounds` uses, with sites of this process; `tamper` may change or drop a message."""
 
     def __init__(
         self, folder: Path, keys, names=NAMES, allow: str = "", peers=NAMES, attempts: int = 1, **secure

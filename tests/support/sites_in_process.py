@@ -26,7 +26,7 @@ from fedmllm.runs.run import run
 
 
 class InThisProcess:
-    """What a `ResidentTrainer` does, without its process."""
+    """`ResidentTrainer` without its process."""
 
     def __init__(self, folder: Path) -> None:
         self.trainer, self.requests = Trainer(Site.load(folder / "site.toml"), folder / "site-state"), []

@@ -104,7 +104,7 @@ class Aggregator(Named):
         return {}
 
     def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
-        """What `client` receives in this round.
+        """Return the tensors that `client` receives in this round, and those that it trains and keeps.
 
         Args:
             params: The global adapter before the round.

@@ -30,7 +30,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Profile:
-    """What a server knows of a client for a relation: all that leaves the client for it.
+    """Summary of a client for a relation: all that leaves the client for it.
 
     Attributes:
         num_rows: Number of its rows.

@@ -41,7 +41,7 @@ class Format(StrEnum):
 
 @app.command(short_help="Source, licence and files of a data set.")
 def where(name: Annotated[str, typer.Argument(help="Name of a data set, as in data.name.", metavar="SET")]) -> None:
-    """Where to get a data set, its licence, and the files that are expected. Nothing is downloaded."""
+    """Print the source of a data set, its license, and the files that are expected. Nothing is downloaded."""
     from fedmllm.reports.data import where_to_get
 
     typer.echo(where_to_get(name))
@@ -59,7 +59,7 @@ def show(
         typer.Option("--plot", help="Draw label skew and who sees what (.png, .svg, .pdf).", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Who holds which rows, and what they still show. Needs no image file."""
+    """Print the rows of each client and their available modalities. Needs no image file."""
     from fedmllm.config.experiment import Experiment
     from fedmllm.reports.data import Federation, plot
 

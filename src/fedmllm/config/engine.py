@@ -34,7 +34,7 @@ ALL: frozenset[str] = frozenset(get_args(Capability))
 
 
 class Engine(Named):
-    """How the clients of a round are computed. An engine changes place and speed; results agree up to the
+    """Computation of the clients of a round. An engine changes place and speed; results agree up to the
     order of float32 sums."""
 
     import_path: ClassVar[str]

@@ -485,7 +485,7 @@ class Experiment(Spec):
         return "+".join([head, *objective, *gate, *relation, *dropout, *completion, *public, *privacy, *engine])
 
     def setting(self) -> str:
-        """What distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split.
+        """Return what distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split.
 
         Returns:
             Key=value pairs separated by blanks, or a member's name.

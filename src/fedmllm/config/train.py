@@ -120,7 +120,7 @@ class UpdateFilter(Spec):
 
 
 class Checkpointing(Spec):
-    """How often a run's state is saved, and how many checkpoints are kept."""
+    """Intervals at which a run's state is saved, and number of checkpoints that are kept."""
 
     every: PositiveInt = 1
     """Rounds between two checkpoints."""

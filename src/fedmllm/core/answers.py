@@ -32,7 +32,7 @@ def normalised(answer: str) -> str:
 
 
 def same_answer(one: str, two: str) -> bool:
-    """Whether two open answers count as equal: identical, or with one form, articles left out or not."""
+    """Return whether two open answers count as equal: identical, or with one form, articles left out or not."""
     if one.strip() == two.strip() or normalised(one) == normalised(two) != "":
         return True
     whole = [[word for word, _ in _words(answer)] for answer in (one, two)]
@@ -68,7 +68,7 @@ def _words(answer: str) -> list[tuple[str, bool]]:
 
 
 def _is_article(word: str, is_first: bool, after: list[str]) -> bool:
-    """Whether a word may be left out: it is an article before another word, and not a capital "A" that names something.
+    """Return whether a word may be left out: an article before another word, and not a capital "A" that names something.
 
     It does within an answer (vitamin A deficiency), and in front of another single letter ("A B", two options).
     """

@@ -14,7 +14,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 NUM_DIGITS = 16  # of a digest
-PACKAGE = __name__.partition(".")[0]
+_PACKAGE = __name__.partition(".")[0]
 # Attributes that Python, abc or pydantic add to a class.
 ADDED = {"plugin", "_abc_impl", "model_config", "__annotate__", "__annotate_func__"}
 
@@ -100,7 +100,7 @@ def _imported(code: bytes, package: tuple[str, ...]) -> tuple[tuple[str, ...], .
             outer = package[: len(package) - node.level + 1] if node.level else ()
             module = (*outer, *(node.module.split(".") if node.module else ()))
             names += [(*module, alias.name) for alias in node.names]
-    return tuple(name for name in names if name[0] != PACKAGE)
+    return tuple(name for name in names if name[0] != _PACKAGE)
 
 
 def _files_of(module: tuple[str, ...], folder: Path, root: Path) -> Iterator[Path]:
@@ -237,7 +237,7 @@ def _contents(cell: Any) -> Any:
 def _name_of_module(name: str) -> str:
     """The name, with the digest of a file that is not of an installed package."""
     file = getattr(sys.modules.get(name), "__file__", None)
-    if not isinstance(file, str) or name.partition(".")[0] == PACKAGE or not file.endswith(".py"):
+    if not isinstance(file, str) or name.partition(".")[0] == _PACKAGE or not file.endswith(".py"):
         return f"module {name}"
     path = Path(file).resolve()
     return f"module {name}" if not path.is_file() or is_installed(_root(path)) else f"module {name} {file_digest(path)}"

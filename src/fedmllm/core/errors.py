@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class FedmllmError(Exception):
-    """What went wrong, where, and what is allowed: a user can act on it. Anything else that escapes is a bug."""
+    """Error that names place, value and what is allowed: a user can act on it. Anything else that escapes is a bug."""
 
 
 class ConfigError(FedmllmError):

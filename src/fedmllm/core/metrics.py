@@ -51,7 +51,7 @@ def chosen(prediction: Prediction) -> str | None:
 
 
 def is_right(prediction: Prediction) -> bool:
-    """Whether the answer is right: the choice, or an open answer that `same_answer` accepts.
+    """Return whether the answer is right: the choice, or an open answer that `same_answer` accepts.
 
     A generation that is identical to the answer is right even if it could not be parsed, such as one of two lines.
     """

@@ -166,7 +166,7 @@ def checked(model: type[BaseModel], table: Mapping[str, object], place: str, mak
 
 
 def _no_numbers(model: type[BaseModel], table: Mapping[str, object], place: str) -> Iterator[str]:
-    """What pydantic would read as a number although it is not one: TOML has types, and a slip is not guessed at."""
+    """Yield errors for values that pydantic would read as numbers: TOML has types, and a slip is not guessed at."""
     for key, value in table.items():
         kind = model.model_fields[key].annotation if key in model.model_fields else None
         where = f"{place}.{key}".strip(".")

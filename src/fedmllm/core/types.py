@@ -94,7 +94,7 @@ class Round:
 
 @dataclass(frozen=True, eq=False)
 class Sent:
-    """What one client works with in one round.
+    """Tensors that one client works with in one round.
 
     The client's rank is that of `start`. Names that neither train nor are kept stay as they are in `start`.
     """
@@ -188,7 +188,7 @@ class ClientFailure:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model said about one test row."""
+    """The model's output for one test row."""
 
     example: Example
     scores: tuple[float, ...]  # log p(choice | prompt) per choice; () for an open question
@@ -197,7 +197,7 @@ class Prediction:
 
 
 def visible_of(text: str, modalities: tuple[Modality, ...]) -> Visible:
-    """What a test row shows: "all" (or "both"), "none", modalities joined by "+", or "all-" with modalities that are hidden."""
+    """Parse visible modalities: "all" (or "both"), "none", modalities joined by "+", or "all-" with those that are hidden."""
     if text in ("all", "both"):
         return frozenset(modalities)
     if text == "none":
@@ -214,5 +214,5 @@ def visible_of(text: str, modalities: tuple[Modality, ...]) -> Visible:
 
 
 def answer_label(example: Example) -> str:
-    """What label skew is about: the answer of a multiple-choice row; all open rows count as one label."""
+    """Return the label for label skew: the answer of a multiple-choice row; all open rows count as one label."""
     return example.answer if example.choices else "(open)"

@@ -50,7 +50,7 @@ def is_ambiguous(rows: Iterable[Example]) -> bool:
 
 
 def reading_of(rows: Iterable[Example]) -> Reading:
-    """How the answers of a column are read: as words if all of them are choices, else as numbers.
+    """Return the reading of a column of answers: as words if all of them are choices, else as numbers.
 
     Rows whose answer fits neither way do not count.
 

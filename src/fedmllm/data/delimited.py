@@ -65,7 +65,7 @@ def _joined(cells: list[str], ahead: deque[tuple[int, str | DataError]], width: 
 
 
 def _is_open(cell: str) -> bool:
-    """Does a quoted field begin here that does not end here?"""
+    """Return whether a quoted field begins here that does not end here."""
     return cell.startswith('"') and cell.count('"') % 2 == 1
 
 

@@ -317,5 +317,5 @@ def readable(name: str, folder: str) -> str:
 
 
 def held_out(rate: float, key: str) -> bool:
-    """Is the group `key` (an image, a scene, a row) kept out of training? The same answer in every run and file order."""
+    """Return whether the group `key` (an image, a scene, a row) is kept out of training, in every run and file order alike."""
     return stream_seed(0, "held-out", key) / 2**63 < rate

@@ -28,7 +28,7 @@ ReferenceRange = tuple[float, float]
 
 
 class Render(Spec):
-    """How lab values, series and variants are written. Keys of the tables are the columns of the values."""
+    """Text form of lab values, series and variants. Keys of the tables are the columns of the values."""
 
     digits: Annotated[int, Field(ge=1, le=15)] = 3
     """Significant digits of a number."""

@@ -104,7 +104,7 @@ class Synthetic(Dataset):
         return ("image", "text")
 
     def folder(self) -> Path:
-        """Where the files are; drawn now if they are not there yet."""
+        """Return the folder of the files; they are drawn now if they are not there yet."""
         sizes = f"{self.num_train}-{self.num_validation}-{self.num_test}"
         folder = cache_folder() / self.name / f"v{VERSION}-seed{self.seed}-{sizes}{self._variant()}"
         if folder.is_dir():
@@ -176,7 +176,7 @@ class SyntheticMemes(Synthetic):
 
 
 class SyntheticIrony(SyntheticMemes):
-    """Is the caption ironic? 2-way; the label is almost an interaction of picture and text alone."""
+    """Embedded set "Is the caption ironic?": 2-way; the label is almost an interaction of picture and text alone."""
 
     question = "Is the content ironic?"
     choices = labels = ("sincere", "ironic")
@@ -191,7 +191,7 @@ class SyntheticIrony(SyntheticMemes):
 
 
 class SyntheticCrisis(Synthetic):
-    """Which of CrisisMMD's eight classes, in a toy town after a windy day; the files of CrisisMMD v2.0."""
+    """Embedded set with CrisisMMD's eight classes, in a toy town after a windy day; the files of CrisisMMD v2.0."""
 
     name: Literal["synthetic-crisis"] = "synthetic-crisis"
 

@@ -62,7 +62,7 @@ class Patient:
 
 
 class SyntheticClinic(Synthetic):
-    """Is the patient at risk? Four modalities, each of which can be missing; all their levels are uniform and independent.
+    """Embedded set "Is the patient at risk?": four modalities, each of which can be missing, with uniform independent levels.
 
     With f, t, l, g the values of face, tone, marker and gene (-1, 0 or 1),
 

@@ -31,7 +31,7 @@ SPLIT_WORDS: Mapping[str, Split] = {
 
 
 class Columns(Spec):
-    """Which column holds what; "" = none does. "file" is the name of a row's file, if no column has that name."""
+    """Columns of a table by their meaning; "" = none. "file" is the name of a row's file, if no column has that name."""
 
     id: str = ""
     """Column of the row's id; "" = the column "id" if there is one, else the line or index."""
@@ -460,7 +460,7 @@ def _paths_in(row: RawRow, columns: Sequence[str], folder: Path) -> list[Path]:
 
 
 def _notes_of_folders(files: Sequence[File], listed_images: set[Path]) -> list[str]:
-    """What image folders hold that is not read: files of other kinds, and images that no metadata file lists."""
+    """Return notes on unread files of image folders: files of other kinds, and images that no metadata file lists."""
     notes: list[str] = []
     for contents in {id(file.contents): file.contents for file in files if file.contents}.values():
         notes += contents.notes()

@@ -219,7 +219,7 @@ class Clients:
         return done / max(1, self.planned_steps(client) - 1)
 
     def view(self, client: int) -> ClientView:
-        """What objectives and aggregators may know about a client."""
+        """Return what objectives and aggregators may know about a client."""
         return ClientView(
             missing_rate=self.shards[client].missing_rate(self.modalities),
             num_layers=self.backbone.num_layers,

@@ -45,7 +45,7 @@ class Header(Spec):
         return {name: torch.zeros(()).expand(shape) for name, shape in self.shapes.items()}
 
     def sent(self, payload: Params, initial: Params) -> Sent:
-        """What the client works with.
+        """Return the tensors that the client works with.
 
         Args:
             payload: The tensors that travelled.

@@ -37,7 +37,7 @@ class Progress:
 
 
 class Sends(Mapping[int, Sent]):
-    """What each client asked receives. Made when it is read, so those of a large cohort are not all in memory."""
+    """Tensors for each client of a cohort. Made when they are read, so those of a large cohort are not all in memory."""
 
     def __init__(self, aggregator: Aggregator, params: Params, state: State, at: Round, asked: Sequence[int]) -> None:
         self._aggregator, self._params, self._state, self._at, self._asked = aggregator, params, state, at, asked
@@ -260,7 +260,7 @@ def _up_lora_bytes(update: ClientUpdate) -> int:
 
 
 def _mismatch(kind: str, like: Params, got: Params) -> str:
-    """How names, shapes or types differ from what a client returns; "" if they do not."""
+    """Describe how names, shapes or types differ from what a client returns; "" if they do not."""
     try:
         same_names(like, got)
     except FedmllmError as error:

@@ -120,7 +120,7 @@ def keep_ray_on_loopback() -> None:
 
 
 def ray_is_connected() -> bool:
-    """Whether this process has a Ray worker; its creation replaces the handler of SIGTERM."""
+    """Return whether this process has a Ray worker; its creation replaces the handler of SIGTERM."""
     import ray
 
     return bool(ray.is_initialized())

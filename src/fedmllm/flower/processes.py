@@ -95,7 +95,7 @@ def exclusive_lock(folder: Path) -> IO[str]:
 
 
 def is_dead(process: subprocess.Popen[Any]) -> bool:
-    """Whether a child has ended. It stays a zombie, so that its process id is not given to another process."""
+    """Return whether a child has ended. It stays a zombie, so that its process id is not given to another process."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

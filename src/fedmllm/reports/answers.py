@@ -102,7 +102,7 @@ def answers(
     chart: Sequence[Group],
     rows: Sequence[RowResults] = (),
 ) -> list[Answer]:
-    """What to use, what missing data costs, how sure that is."""
+    """Return the answers of the first screen: the method to use, the cost of missing data, the certainty."""
     if dataset.metric in dataset.undefined:
         name = metric_label(dataset.metric)
         reason = " (AUC needs test rows of both classes)" if dataset.metric.startswith("auc") else ""

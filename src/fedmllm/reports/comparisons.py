@@ -31,12 +31,12 @@ class Comparison:
 
     @property
     def is_established(self) -> bool:
-        """Whether the difference is above zero at the 5 % level, after the correction."""
+        """True if the difference is above zero at the 5 % level, after the correction."""
         return self.p_holm is not None and self.p_holm < LEVEL and self.test.difference > 0
 
     @property
     def disagrees(self) -> bool:
-        """Whether mean and number of cells point to different methods."""
+        """True if mean and number of cells point to different methods."""
         return 2 * self.wins < self.cells
 
     @property

@@ -311,7 +311,7 @@ def _toml(text: str) -> str:
 
 
 def where_to_get(name: str) -> str:
-    """Where to get a data set, on what terms, and the files that are expected."""
+    """Return the source of a data set, its terms, and the files that are expected."""
     if name not in Dataset.members:
         raise ConfigError(f"no data set is called {name!r}; there are: {', '.join(sorted(Dataset.members))}")
     member = Dataset.members[name]

@@ -28,7 +28,7 @@ MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚
 
 @dataclass(frozen=True)
 class Look:
-    """How a method is drawn, the same in every figure."""
+    """Color and mark of a method, the same in every figure."""
 
     colour: str
     marker: str

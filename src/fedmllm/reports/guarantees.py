@@ -117,7 +117,7 @@ def _key(run: RunRecord) -> str:
 
 
 def _audits(runs: Sequence[RunRecord]) -> str:
-    """What the audits of these runs found, by the run ids that their files name."""
+    """Return the results of the audits of these runs, by the run ids that their files name."""
     texts = []
     for run in runs:
         for path in sorted({*run.folder.glob(AUDITS), *run.folder.parent.glob(AUDITS)}):

@@ -15,7 +15,7 @@ from fedmllm.reports.stats import Spread
 
 @dataclass(frozen=True)
 class Importance:
-    """What each modality of the test rows contributes to the main metric of one method.
+    """Contribution of each modality of the test rows to the main metric of one method.
 
     Attributes:
         method: The method.

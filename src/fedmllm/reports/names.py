@@ -70,7 +70,7 @@ def _listed(values: Mapping[str, object]) -> str:
 
 
 def visible_label(visible: str) -> str:
-    """What test rows show, in words: "labs only", "image, text and labs", "everything but genes"."""
+    """Return the visible modalities of test rows in words: "labs only", "image, text and labs", "everything but genes"."""
     if visible in VISIBLE:
         return VISIBLE[visible]
     if visible.startswith("all-"):

@@ -14,7 +14,7 @@ COUNTS = frozenset({"unparsed"})  # metrics that count rows; fewer are better
 
 @dataclass(frozen=True)
 class Scale:
-    """How the values of a metric are printed, and what they can be."""
+    """Printed form and range of the values of a metric."""
 
     factor: float = 100.0
     unit: str = "%"

@@ -16,7 +16,7 @@ NUM_CLIENTS, ALPHA = 10, 0.5  # of every published setting; the alpha settings h
 
 @dataclass(frozen=True)
 class PublishedNumbers:
-    """What a paper reports for one data set: method -> setting -> value, in percent."""
+    """Numbers that a paper reports for one data set: method -> setting -> value, in percent."""
 
     title: str
     metric: str

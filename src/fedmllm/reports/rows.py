@@ -45,7 +45,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Hidden:
-    """What hiding modalities costs on the test rows that have all of them: the same rows, with less visible."""
+    """Cost of hiding modalities on the test rows that have all of them: the same rows, with less visible."""
 
     visible: str
     test: PairedRows  # mean of the federated methods: hidden - complete

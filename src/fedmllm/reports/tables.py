@@ -199,7 +199,7 @@ def _orderings(
 
 @dataclass(frozen=True)
 class CostRow:
-    """What a method costs: means over its runs, and the sum over all of them."""
+    """Costs of a method: means over its runs, and the sum over all of them."""
 
     method: str
     num_runs: int

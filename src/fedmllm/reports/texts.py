@@ -180,7 +180,7 @@ def costs_markdown(rows: Sequence[CostRow]) -> str:
 
 
 def importance_markdown(table: Importance, scale: Scale) -> str:
-    """What each modality of the test rows contributes, for one method."""
+    """Return the contribution of each modality of the test rows, for one method."""
     modalities = list(next(iter(table.rows.values())))
     lines = _head(["trained on"], modalities)
     for setting, cells in table.rows.items():

@@ -82,7 +82,7 @@ class Checkpointer:
 
 
 def is_due(experiment: Experiment, round_: int, num_rounds: int) -> bool:
-    """Whether a checkpoint follows a round: by `checkpoint.every`, before every validation, and after the last round."""
+    """Return whether a checkpoint follows a round: by `checkpoint.every`, before every validation, and after the last round."""
     evaluate = experiment.evaluate
     validated = evaluate.select == "validation" and round_ % evaluate.every == 0
     return validated or round_ % experiment.checkpoint.every == 0 or round_ == num_rounds

@@ -152,7 +152,7 @@ class EmptyClients(Event):
 
 @dataclass(frozen=True)
 class EngineNote(Event):
-    """How an engine computes the rounds."""
+    """Facts about an engine's computation of the rounds."""
 
     kind = "engine"
     note: str
@@ -214,7 +214,7 @@ class Privatized(Event):
 
 @dataclass(frozen=True)
 class Guaranteed(Event):
-    """What the run's privacy mechanism guarantees, with all that a claim has to name (`Guarantee.to_json`)."""
+    """Guarantee of the run's privacy mechanism, with all that a claim has to name (`Guarantee.to_json`)."""
 
     kind = "guarantee"
     guarantee: Mapping[str, Any]

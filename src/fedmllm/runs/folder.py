@@ -34,7 +34,7 @@ class RunFolder:
 
     @property
     def completion(self) -> Path:
-        """What a completion has learned before training."""
+        """Tensors that a completion has learned before training."""
         return self.path / "completion.safetensors"
 
     @property
@@ -63,7 +63,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has a summary."""
+        """True if the run has a summary."""
         return self.summary.exists()
 
     def remove_summary(self) -> None:

@@ -38,7 +38,7 @@ from fedmllm.scenarios.modalities.completion import Completer, CompletionSite, N
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an experiment is about, loaded once: rows, who holds what, and the frozen model."""
+    """Inputs of an experiment, loaded once: rows, their partition, and the frozen model."""
 
     experiment: Experiment
     train: tuple[Example, ...]
@@ -230,7 +230,7 @@ def start_engine(settings: EngineSettings, clients: Clients) -> RoundEngine:
 
 
 def about_client(shard: Shard, examples: Sequence[Example]) -> dict[str, Any]:
-    """What a client holds: rows by label, and rows by what they show ("image+text", "none")."""
+    """Count a client's rows by label, and by available modalities ("image+text", "none")."""
     labels = Counter(answer_label(examples[row]) for row in shard.rows)
     shows = Counter("+".join(sorted(visible)) or "none" for visible in shard.visible)
     name = shard.name or str(shard.client)
@@ -249,7 +249,7 @@ def versions() -> dict[str, str]:
 
 
 def device(backbone: Backbone) -> dict[str, Any]:
-    """Where the numbers are computed."""
+    """Return the device of the computation."""
     return {
         "name": str(backbone.device),
         "machine": platform.machine(),

@@ -73,7 +73,7 @@ class CentralPrivacy:
         self.mean = NoisyMean(settings, experiment.cohort_size, key(NOISE_KEY), self._releases.add)
 
     def guarantee(self, round_: int, count_draw: bool = True) -> Guarantee:
-        """What holds after a round, over all releases so far. Without `count_draw` epsilon is quick and may be too large."""
+        """Return the guarantee after a round, over all releases. Without `count_draw` epsilon is quick and may be too large."""
         counts = (
             Counter(dict.fromkeys(range(1, round_ + 1), 1)) | self._releases.counts
         )  # later rounds before a stop, too
@@ -144,7 +144,7 @@ class RowPrivacy:
             self.noise = RowNoise(settings, key, experiment.run_id())
 
     def guarantee(self, round_: int) -> Guarantee:
-        """What holds after a round for a row of the client that was asked most often."""
+        """Return the guarantee after a round for a row of the client that was asked most often."""
         asked = Counter(client for done in range(1, round_ + 1) for client in self._draw(done))
         visits = self._experiment.train.epochs * max(asked.values(), default=0)
         outside = ("rounds that a site trained twice: its own ledger counts them",) if self._at_sites else ()

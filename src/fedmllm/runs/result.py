@@ -57,7 +57,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class History:
-    """What happened in each round of a run, as two tables.
+    """History of a run by round, as two tables.
 
     Attributes:
         rounds: One row per round: round, cohort size, mean loss and norm, bytes, seconds; and one column
@@ -137,7 +137,7 @@ class RunResult(Sequence[dict[str, Any]]):
 
     @cached_property
     def guarantee(self) -> Mapping[str, Any] | None:
-        """What the run's privacy mechanism guarantees, with everything that a claim has to name; None without privacy.
+        """Guarantee of the run's privacy mechanism, with everything that a claim has to name; None without privacy.
 
         Raises:
             FedmllmError: The record is missing or damaged.

@@ -89,7 +89,7 @@ def _swapped(row: Example, mask: Visible, rows: Sequence[Example]) -> dict[Modal
 
 
 def _added(result: tuple[Example, Visible], row: Example, mask: Visible) -> object:
-    """What a completion made of a row, without what the row had hidden anyway."""
+    """Return a completion's result for a row, without what the row had hidden anyway."""
     filled, present = result
     return None if filled is row else (filled.visible_fields(present), present, filled.question, filled.choices)
 

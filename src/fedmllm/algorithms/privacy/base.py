@@ -9,7 +9,7 @@ from fedmllm.core.types import State
 
 
 class Privacy(Named):
-    """What is clipped and noised before anyone sees it."""
+    """Privacy mechanism: values that are clipped and noised before anyone sees them."""
 
     central: ClassVar[bool] = False
     """True if the server sees every update and releases one noisy mean of them."""

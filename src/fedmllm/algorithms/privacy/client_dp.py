@@ -111,7 +111,7 @@ class ClientDp(Privacy):
         outside: tuple[str, ...] = (),
         count_draw: bool = True,
     ) -> Guarantee:
-        """What holds after a number of releases.
+        """Return the guarantee after a number of releases.
 
         Args:
             size: Clients of a round (on average, if `poisson`).

@@ -49,7 +49,7 @@ class Guarantee:
 
     @property
     def holds(self) -> bool:
-        """Whether anything is guaranteed at all."""
+        """True if anything is guaranteed at all."""
         return self.noise == "keyed" and math.isfinite(self.epsilon)
 
     def claim(self) -> str:

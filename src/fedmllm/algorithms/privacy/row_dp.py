@@ -48,7 +48,7 @@ class RowDp(Privacy):
         return noise_label(self.name, self.noise_multiplier, self.simulate_noise)
 
     def guarantee(self, num_visits: int, at_sites: bool = False, outside: tuple[str, ...] = ()) -> Guarantee:
-        """What holds after a number of visits to each row.
+        """Return the guarantee after a number of visits to each row.
 
         A row is in one step of each epoch, so its visits are epochs x rounds of its client, whatever the order of the rows.
         The order is public: sampling does not help.

@@ -22,7 +22,7 @@ HEAD_WIDTH = 128  # of the resampler's attention, whatever the language model's 
 
 
 def position_buckets(count: int, side: int) -> Tensor:
-    """Which of a trained tower's `side` positions each of `count` patches in a row takes: [count], NaViT's fractions.
+    """Return the positions [count], of a trained tower's `side`, that `count` patches in a row take: NaViT's fractions.
 
     The step is rounded to float32 before it is multiplied: with float64, or with i / count, other buckets come out for 25,
     49, 50, 55 and 58 patches at side 70, and the trained positions were used with these.

@@ -57,7 +57,7 @@ class Asked:
 
 @dataclass
 class Attempt:
-    """What a site keeps of one attempt, in memory."""
+    """State of one attempt at a site, in memory."""
 
     facts: dict[str, Any]  # run, round, serial and the sites' keys of the run: what every key and signature is bound to
     names: list[str]
@@ -121,7 +121,7 @@ class Attempt:
 
 
 def facts_of(run_id: str, round_: int, terms: Terms) -> dict[str, Any]:
-    """What the keys and signatures of an attempt are bound to: equal at all sites and at the server."""
+    """Return the facts that the keys and signatures of an attempt are bound to: equal at all sites and at the server."""
     adverts = [a.model_dump() for a in sorted(terms.adverts, key=lambda a: a.site)]
     return {"run_id": run_id, "round": round_, "serial": terms.serial, "threshold": terms.threshold, "adverts": adverts}
 

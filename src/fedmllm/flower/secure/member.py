@@ -57,7 +57,7 @@ class _Sums(Spec):
 
 @dataclass
 class RunKeys:
-    """What a site keeps of one run, in memory."""
+    """State of one run at a site, in memory."""
 
     private: X25519PrivateKey
     advert: Advert
@@ -375,7 +375,7 @@ class SecureMember:
             raise self._refused(f"round {round_} was summed after another request")
 
     def _known(self, run_id: str) -> _Sums:
-        """What the site took part in. Raises Refused if that cannot be read."""
+        """Return the sums that the site took part in. Raises Refused if they cannot be read."""
         file = self._file(run_id)
         if not file.exists():
             return _Sums()

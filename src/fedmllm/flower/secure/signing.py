@@ -60,7 +60,7 @@ def signature_of(key: ec.EllipticCurvePrivateKey, what: str, facts: dict[str, An
 
 
 def is_signed(key: ec.EllipticCurvePublicKey, signature: str, what: str, facts: dict[str, Any]) -> bool:
-    """Whether a signature is that of this statement by this key."""
+    """Return whether a signature is that of this statement by this key."""
     try:
         key.verify(bytes.fromhex(signature), canonical(what, facts), HASH)
     except (InvalidSignature, ValueError):

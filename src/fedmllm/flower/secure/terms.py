@@ -28,7 +28,7 @@ class Advert(Spec):
 
 
 class Terms(Spec):
-    """How a site masks its update. All sites of a round receive the same."""
+    """Rules by which a site masks its update. All sites of a round receive the same."""
 
     serial: PositiveInt
     """Number of the attempt, which grows within a run: a site uses each key of a pair for one attempt."""

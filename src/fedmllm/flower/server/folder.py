@@ -233,7 +233,7 @@ class Server:
             self.flwr("stop", run_id, CONNECTION)
 
     def is_reachable(self) -> bool:
-        """Whether something listens on SuperLink's port."""
+        """Return whether something listens on SuperLink's port."""
         with socket.socket() as probe:
             probe.settimeout(5)
             return probe.connect_ex(("127.0.0.1", self.listen.port)) == 0

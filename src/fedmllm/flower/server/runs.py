@@ -91,7 +91,7 @@ def run_over_sites(
 
 
 def has_finished(folder: RunFolder, experiment: Experiment) -> bool:
-    """Whether the run in a folder has finished with these settings and sites.
+    """Return whether the run in a folder has finished with these settings and sites.
 
     Raises:
         ConfigError: It has other settings or sites.

@@ -291,7 +291,7 @@ def about_of(reply: Message | str) -> ConfigRecord:
 
 
 def read_secure(reply: Message | str) -> str:
-    """What a site says about its keys. Raises FedmllmError if there is no such reply."""
+    """Return a site's statement about its keys. Raises FedmllmError if there is no such reply."""
     about = about_of(reply)
     if SECURE not in about:
         raise FedmllmError("its reply cannot be read: it has no key")

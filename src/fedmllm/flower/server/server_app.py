@@ -220,5 +220,5 @@ def activations(grid: Grid) -> dict[int, str]:
 
 
 def usable(answer: ClientUpdate | ClientFailure | None) -> bool:
-    """Whether a reply counts towards `min_sites`. The round loop applies the update filter later."""
+    """Return whether a reply counts towards `min_sites`. The round loop applies the update filter later."""
     return isinstance(answer, ClientUpdate) and is_finite(answer.delta) and is_finite(answer.extra)

@@ -15,7 +15,7 @@ PENDING_S = 300.0  # for SuperLink to start a run
 
 
 class Watch:
-    """Whether a run has ended.
+    """Watcher of a run, which may end.
 
     A run is alive while it holds its record's lock; SuperLink is queried only otherwise, because the query is slow.
 
@@ -32,7 +32,7 @@ class Watch:
         self._check, self._wrote = self._began + STATUS_S, False
 
     def ended(self) -> bool:
-        """Whether the run has ended; `status` and `details` are then its last ones.
+        """Return whether the run has ended; `status` and `details` are then its last ones.
 
         Raises:
             FedmllmError: SuperLink has not started the run within `PENDING_S`.
@@ -55,7 +55,7 @@ class Watch:
 
 
 def is_written(record: Path) -> bool:
-    """Whether a running process has the lock of this record."""
+    """Return whether a running process has the lock of this record."""
     with record.open("ab") as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -62,7 +62,7 @@ DEFAULTS: dict[str, Range | tuple[Any, ...]] = {
 
 
 class Allow(Spec):
-    """What a server may ask for. A request outside is refused, and the reason reaches the server's record."""
+    """Limits of a server's requests. A request outside is refused, and the reason reaches the server's record."""
 
     base: str = ""
     """Digest of the base model; "" = that of the site's own backbone, whichever it is."""

@@ -214,7 +214,7 @@ class Ledger:
 
 
 def _overlap(one: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Whether two parts of a folder may have a row in common: only two values of one column have none."""
+    """Return whether two parts of a folder may have a row in common: only two values of one column have none."""
     return one[0] != other[0] or not one[0] or one[1] == other[1]
 
 

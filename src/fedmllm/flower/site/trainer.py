@@ -111,7 +111,7 @@ class Trainer:
         return self.ledger.charge(entry, allow.max_epsilon, allow.epsilon_delta, allow.epsilon_since)
 
     def _sent(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> Sent:
-        """What the server sent. Raises Refused if it does not fit the adapter here."""
+        """Return the tensors that the server sent. Raises Refused if they do not fit the adapter here."""
         header = request.header or Header.of(Sent(self._initial))
         like = header.like()
         if manifest != (ours := manifest_digest(like)):

@@ -53,7 +53,7 @@ def cohort_of(experiment: Experiment, clients: Clients, key: bytes = b"") -> tup
 
 
 def claimed(experiment: Experiment, clients: Clients) -> Guarantee | None:
-    """What the experiment guarantees after its last round; None without privacy."""
+    """Return the experiment's guarantee after its last round; None without privacy."""
     e = experiment
     members, asked = cohort_of(e, clients)
     most = max(sum(client in cohort for cohort in asked) for client in members)

@@ -43,7 +43,7 @@ NOTICED_AUC = 0.6  # with the numbers of rows and shadows of an audit, chance st
 
 
 def lira(inputs: Inputs, num_shadows: int = 8, num_targets: int = 40, seed: int = 0) -> list[dict[str, Any]]:
-    """Which rows were trained on? Each shadow federation trains on a random half of the target rows.
+    """Infer membership of rows: each shadow federation trains on a random half of the target rows.
 
     Args:
         inputs: Of an experiment whose rows have choices.

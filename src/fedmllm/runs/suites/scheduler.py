@@ -38,7 +38,7 @@ class Job:
 
 @dataclass
 class CellState:
-    """How far a suite is."""
+    """Progress of a suite: its cells and their times."""
 
     waiting: list[Cell]
     finished: int = 0  # cells with a summary, kept ones included
@@ -66,7 +66,7 @@ class CellState:
 
 
 class Display(Protocol):
-    """What shows a suite's state to a person."""
+    """Display of a suite's state."""
 
     def update(self, state: CellState) -> None: ...
 

@@ -17,7 +17,7 @@ from fedmllm.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Message:
-    """What a worker process sends."""
+    """Message of a worker process."""
 
     host_bytes: int  # peak of the process in this cell
     event: Event | None = None

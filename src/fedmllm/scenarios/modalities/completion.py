@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class FrozenModel(Protocol):
-    """What a completion may use of the backbone. Nothing of it depends on the adapter."""
+    """Part of the backbone that a completion may use. Nothing of it depends on the adapter."""
 
     digest: str
 
@@ -46,7 +46,7 @@ _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 @dataclass(frozen=True)
 class CompletionSite:
-    """What a completion works with: at a client, or at the server for test rows.
+    """Inputs of a completion: at a client, or at the server for test rows.
 
     Attributes:
         model: The frozen model.
@@ -112,7 +112,7 @@ class Completion(Named):
     """True if rows without a gap are changed, too."""
 
     def at_test(self) -> bool:
-        """Whether rows that are evaluated are completed.
+        """Return whether rows that are evaluated are completed.
 
         Returns:
             False unless a member says otherwise: without the answer a completion adds no information about it.
@@ -274,7 +274,7 @@ class Completer:
         self._filling.warm([example for example in given if example is not None], training)
 
     def _given(self, example: Example, visible: Visible, training: bool) -> Example | None:
-        """What the completion gets of a row; None = the row is not its business."""
+        """Return the part of a row that the completion receives; None = the row is not completed."""
         present = example.visible_fields(visible)
         if not training and not self._completion.at_test():
             return None

@@ -113,7 +113,7 @@ class _Nearest(Filling):
 
 
 def _same(example: Example, public: Example, answer: str) -> bool:
-    """Whether a public row has the answer; open answers are compared by their words."""
+    """Return whether a public row has the answer; open answers are compared by their words."""
     return public.answer == answer if example.choices else word_f1(public.answer, answer) >= SAME_ANSWER
 
 

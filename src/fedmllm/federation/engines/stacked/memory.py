@@ -37,7 +37,7 @@ def token_budget(backbone: Backbone, rows: Sequence[Item]) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not allocate, on the GPU or on the CPU (which has no exception class of its own)."""
+    """Return whether torch could not allocate, on the GPU or on the CPU (which has no exception class of its own)."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
