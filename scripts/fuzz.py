@@ -1,6 +1,7 @@
 """Put strange inputs into every way in; whatever raises more than our own error is a crash and goes into tests/corpus/.
 
 python scripts/fuzz.py                       # 100,000 inputs, about half an hour on one core; results/fuzz.json
+python scripts/fuzz.py --resume              # goes on with the first target that results/fuzz.json does not hold
 python scripts/fuzz.py --inputs 2000 --target adapter --seed 7
 """
 
@@ -72,7 +73,7 @@ def row(counts: dict[str, Any]) -> str:
 
 
 def write(out: Path, results: list[dict[str, Any]], done: bool) -> None:
-    command = " ".join(["python", "scripts/fuzz.py", *sys.argv[1:]])
+    command = " ".join(["python", "scripts/fuzz.py", *(word for word in sys.argv[1:] if word != "--resume")])
     inputs = sum(result["inputs"] for result in results)
     crashes = sum("crash" in result for result in results)
     summary = {"command": command, "is_complete": done, "inputs": inputs, "crashes": crashes, "machine": describe()}
@@ -85,12 +86,14 @@ def main() -> None:
     parser.add_argument("--target", choices=[target.name for target in TARGETS])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "fuzz.json")
+    parser.add_argument("--resume", action="store_true", help="keep the targets that --out holds already")
     arguments = parser.parse_args()
     chosen = [target for target in TARGETS if arguments.target in (None, target.name)]
     whole = sum(target.share for target in chosen)
-    results = []
+    results = json.loads(arguments.out.read_text())["targets"] if arguments.resume else []
+    kept = {result["target"] for result in results}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        for target in chosen:
+        for target in [target for target in chosen if target.name not in kept]:
             left, start = round(arguments.inputs * target.share / whole), arguments.seed
             sums: dict[str, Any] = {"target": target.name, "inputs": 0, "accepted": 0, "refused": 0, "seconds": 0}
             while left > 0:  # hypothesis ends early where it has seen all it can think of: then with another seed
