@@ -1,7 +1,7 @@
 """Put strange inputs into every way in; whatever raises more than our own error is a crash and goes into tests/corpus/.
 
 python scripts/fuzz.py                       # 100,000 inputs, about half an hour on one core; results/fuzz.json
-python scripts/fuzz.py --resume              # goes on with the first target that results/fuzz.json does not hold
+python scripts/fuzz.py --resume              # continues with the first target that results/fuzz.json does not hold
 python scripts/fuzz.py --inputs 2000 --target adapter --seed 7
 """
 

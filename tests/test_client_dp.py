@@ -415,7 +415,7 @@ REFUSED = {
     "feddyn": ({"aggregator": "feddyn"}, "feddyn uses more"),
     "exact": ({"aggregator": "fedex-lora"}, "fedex-lora uses more"),
     "baseline": ({"method": "local"}, 'got "client-dp" with method "local"; it is for: federated'),
-    "fail": ({"update_filter": {}}, 'on_bad_update: got "fail".*allowed: drop_client'),
+    "fail": ({"update_filter": {}}, 'on_bad_update: got "by_engine".*allowed: drop_client'),
     "adaptive": (
         {"privacy": {**DP["privacy"], "clip": "adaptive"}},
         'privacy.clip: "adaptive" needs a cohort of over 10 clients at noise_multiplier 1; cohort_size is 2',

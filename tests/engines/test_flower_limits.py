@@ -157,7 +157,8 @@ def test_over_sites_every_site_is_a_client_in_the_order_of_names():
 def test_the_servers_default_survives_a_round_trip_and_a_choice_does_too():
     for update_filter, want in (({}, "drop_client"), ({"on_bad_update": "fail"}, "fail")):
         one = Experiment.parse({**EXPERIMENT.dump(), "update_filter": update_filter})
-        for experiment in (one, Experiment.parse(one.dump())):
+        full = Experiment.parse(json.loads(one.model_dump_json()))  # names every default
+        for experiment in (one, Experiment.parse(one.dump()), full):
             assert over_sites(experiment, ("a", "b"), test=True).update_filter.on_bad_update == want
 
 

@@ -578,10 +578,10 @@ def check_client_dp(experiment: Experiment, privacy: ClientDp) -> None:
             f'privacy: "client-dp" releases one noisy mean; aggregator {aggregator.name} uses more of the clients than their '
             f"mean update; allowed: {able}{aggregator.unstated('of_the_mean')}"
         )
-    if e.update_filter.on_bad_update == "fail":
+    if e.update_filter.on_bad_update != "drop_client":
         raise ConfigError(
-            'update_filter.on_bad_update: got "fail", which stops a run because of one client\'s data; with privacy '
-            '"client-dp" a bad update counts as zeros; allowed: drop_client'
+            f'update_filter.on_bad_update: got "{e.update_filter.on_bad_update}", which stops a run because of one client\'s '
+            'data; with privacy "client-dp" a bad update counts as zeros; allowed: drop_client'
         )
     if isinstance(e.engine, FlowerSites) and e.engine.min_sites:
         raise ConfigError(

@@ -113,10 +113,16 @@ class Personal(Spec):
 class UpdateFilter(Spec):
     """Check of the clients' updates before they are aggregated."""
 
-    on_bad_update: Literal["fail", "drop_client"] = "fail"
-    """Reaction to an update with NaN, Inf, wrong names or shapes, or over the norm limit."""
+    on_bad_update: Literal["by_engine", "fail", "drop_client"] = "by_engine"
+    """Reaction to an update with NaN, Inf, wrong names or shapes, or over the norm limit. "by_engine" = "drop_client" over
+    real sites, else "fail"."""
     max_norm: NonNegativeFloat = 0.0
     """Largest norm of a delta; 0 = no limit."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that change results. "by_engine" is "fail" here: over real sites it is replaced before."""
+        table = super().identity()
+        return table | ({"on_bad_update": "fail"} if self.on_bad_update == "by_engine" else {})
 
 
 class Checkpointing(Spec):

@@ -85,8 +85,8 @@ def federate(
         secret_cohorts: True if clients must not learn who else is asked.
 
     Raises:
-        FedmllmError: an update may not be aggregated and `update_filter.on_bad_update` is "fail"; or the global adapter
-            would no longer be finite. No round that is yielded holds NaN or Inf.
+        FedmllmError: an update may not be aggregated and `update_filter.on_bad_update` is not "drop_client"; or the global
+            adapter would no longer be finite. No round that is yielded holds NaN or Inf.
     """
     params, state = progress.params, progress.state
     for round_ in range(progress.round + 1, num_rounds + 1):
@@ -174,7 +174,7 @@ class UpdateValidator:
         self.engine_s += time.perf_counter() - began
 
     def checked(self, updates: Iterable[ClientUpdate | ClientFailure]) -> Iterator[ClientUpdate]:
-        """The updates that may be aggregated. Raises FedmllmError for any other if `on_bad_update` is "fail"."""
+        """The updates that may be aggregated. Raises FedmllmError for any other unless they are dropped."""
         for update in updates:
             if isinstance(update, ClientUpdate):
                 self._up_bytes += _up_bytes(update)
@@ -193,7 +193,7 @@ class UpdateValidator:
             self._leave_out(client, "no response")
 
     def _leave_out(self, client: int, reason: str) -> None:
-        if self._update_filter.on_bad_update == "fail":
+        if self._update_filter.on_bad_update != "drop_client":
             raise FedmllmError(
                 f"round {self._at.number}, client {client}: {reason}; nothing was averaged. "
                 'update_filter.on_bad_update = "drop_client" leaves such clients out'

@@ -62,8 +62,10 @@ class ClientDp(Privacy):
 
     @model_validator(mode="after")
     def _adaptive_settings_have_an_effect(self) -> ClientDp:
-        if self.clip != "adaptive" and (odd := self.model_fields_set & {"initial_clip", "clip_quantile", "clip_lr"}):
-            raise ValueError(f'{min(odd)} has no effect with clip = {self.clip:g}; set clip = "adaptive"')
+        fields = type(self).model_fields
+        odd = [key for key in ("clip_lr", "clip_quantile", "initial_clip") if getattr(self, key) != fields[key].default]
+        if self.clip != "adaptive" and odd:
+            raise ValueError(f'{odd[0]} has no effect with clip = {self.clip:g}; set clip = "adaptive"')
         return self
 
     def label(self) -> str:

@@ -80,6 +80,6 @@ def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Expe
             "evaluate them; allowed: an aggregator with a global model"
         )
     changes: dict[str, Any] = {"data": data, "partition": ByColumn(column="site"), "engine": engine}
-    if "on_bad_update" not in experiment.update_filter.model_fields_set:
+    if experiment.update_filter.on_bad_update == "by_engine":
         changes["update_filter"] = experiment.update_filter.model_copy(update={"on_bad_update": "drop_client"})
     return experiment.model_copy(update=changes)
