@@ -157,3 +157,18 @@ def test_yardsticks_do_not_depend_on_the_aggregator() -> None:
     assert Experiment.parse(adam).server().name == "fedadam"
     for method in ("local", "centralised"):
         assert Experiment.parse({**adam, "method": method}).server() == Experiment.parse(GOOD).server()
+
+
+def test_the_usual_rate_is_that_of_the_backbone_and_the_default_stays() -> None:
+    usual = {"data": "synthetic-irony", "train": {"lr": "usual", "epochs": 2}}
+    named = {"data": "synthetic-irony", "train": {"lr": 3e-3, "epochs": 2}}
+    assert Experiment.parse(usual) == Experiment.parse(named)
+    assert (
+        Experiment.parse(usual).run_id()
+        == Experiment.parse(named).run_id()
+        != Experiment(data="synthetic-irony").run_id()
+    )
+    assert Experiment.parse({**usual, "backbone": {"name": "hf", "path": "x"}}).train.lr == 1e-4
+    assert Experiment.parse(Experiment.parse(usual).dump()).train.lr == 3e-3
+    with pytest.raises(ConfigError, match=r"train.lr: got 'common'; it should be a number"):
+        Experiment.parse({**usual, "train": {"lr": "common"}})

@@ -15,7 +15,7 @@ from fedmllm.cli import data as data_cli
 from fedmllm.cli import federation as site_cli
 from fedmllm.cli.audit import attack
 from fedmllm.cli.build_vlm import build_vlm
-from fedmllm.cli.models import doctor, estimate, export
+from fedmllm.cli.models import calibrate, doctor, estimate, export
 from fedmllm.cli.options import ExperimentFile, Set, Track, Verbs, show_arguments_once
 from fedmllm.cli.predict import predict
 from fedmllm.cli.settings import explain, schema
@@ -111,7 +111,8 @@ app.command(short_help="Describe a table or a member of a family.")(explain)
 app.command(short_help="JSON Schema of an experiment file.")(schema)
 app.command(short_help="Check a model folder.")(doctor)
 app.command(name="build-vlm", short_help="Build a small vision-language model from packages.")(build_vlm)
-app.command(short_help="Memory and traffic, from config.json alone.")(estimate)
+app.command(short_help="Measure this device for the times of estimate.")(calibrate)
+app.command(short_help="Memory, traffic and time, without running.")(estimate)
 app.command(short_help="Predict the answers of new rows.")(predict)
 app.command(short_help="Merge a run's adapter into its model.")(export)
 

@@ -1,4 +1,4 @@
-"""The verbs about models: doctor, estimate, export.
+"""The verbs about models: doctor, calibrate, estimate, export.
 
 Mount with `app.command()(doctor)` and so on.
 """
@@ -14,6 +14,7 @@ from fedmllm.cli.options import ExperimentFile, Set
 from fedmllm.core.errors import FedmllmError
 
 ModelFolder = Annotated[str, typer.Argument(help="Model folder; hub:owner/name asks the network.", metavar="MODEL_DIR")]
+Threads = Annotated[int, typer.Option(help="Threads; 0 = the usable cores, or 1 on a busy machine.", min=0)]
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")]
 
 
@@ -42,15 +43,50 @@ def doctor(
 def estimate(
     experiment: ExperimentFile,
     set_: Set = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Bytes as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes and seconds as one JSON object.")] = False,
+    memory_gb: Annotated[
+        float, typer.Option("--memory-gb", help="Memory of the device that the model is to fit in.", min=0)
+    ] = 24.0,
+    threads: Threads = 0,
 ) -> None:
-    """Memory for weights, LoRA, optimiser and activations, and bytes sent a round: from settings and config.json alone."""
+    """Memory and bytes sent, from settings and config.json alone; seconds a round, if this device is calibrated."""
     from fedmllm.config.experiment import Experiment
 
     settings = Experiment.load(experiment, set_ or [])
+    from fedmllm.cli.threads import set_threads
     from fedmllm.reports.model import print_estimate
 
-    print_estimate(settings, as_json)
+    set_threads(threads, [])
+    print_estimate(settings, as_json, memory_gb)
+
+
+def calibrate(
+    experiment: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Experiment whose model and rows are measured. Default: the embedded ones.", metavar="EXPERIMENT.toml"
+        ),
+    ] = None,
+    set_: Set = None,
+    threads: Threads = 0,
+) -> None:
+    """Measure this device, and a model on it, for the times of `estimate`. The figures stay in the user's cache folder."""
+    from fedmllm.config.experiment import Experiment
+
+    settings = Experiment.load(experiment, set_ or []) if experiment else Experiment(data="synthetic-irony")
+    from fedmllm.cli.threads import set_threads
+    from fedmllm.runs.calibration import calibrate as measure
+    from fedmllm.runs.calibration import calibration_file, model_key
+
+    set_threads(threads, [])
+    found = measure(settings)
+    speed = found.models[model_key(settings)]
+    typer.echo(f"{found.device}: " + ", ".join(f"{k} {v / 1e9:.3g} GFLOP/s" for k, v in found.products_per_s.items()))
+    typer.echo(
+        f"{settings.backbone.name}: {speed.pass_s * 1e3:.3g} ms a pass and {speed.token_s * 1e6:.3g} us a token; "
+        f"{speed.encode_s * 1e3:.3g} ms to read a row for the first time"
+    )
+    typer.echo(f"kept in {calibration_file()}")
 
 
 def export(

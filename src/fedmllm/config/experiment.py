@@ -43,7 +43,7 @@ from fedmllm.config.engine import (
     Stacked,
 )
 from fedmllm.config.public import Public
-from fedmllm.config.train import Checkpointing, Evaluate, Personal, Train, UpdateFilter, one_or_several
+from fedmllm.config.train import USUAL, Checkpointing, Evaluate, Personal, Train, UpdateFilter, one_or_several
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
 from fedmllm.core.plugins import PluginSource, load_entry_points, load_plugins, source_of_import
@@ -516,6 +516,9 @@ def _members(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         values["partition"] = ByColumn()  # the rows name their clients: the real federation, without a simulated split
         if "privacy" not in values:  # whose noise depends on the number of clients
             values.setdefault("cohort_size", 0)  # few sites, all of them there: each one trains in every round
+    train, backbone = values.get("train"), values.get("backbone", Tiny())
+    if isinstance(train, Mapping) and train.get("lr") == USUAL and isinstance(backbone, BackboneSpec):
+        values["train"] = {**train, "lr": backbone.usual_lr}  # identity and records have the number
     return values, errors
 
 

@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -19,12 +20,16 @@ from fedmllm.algorithms.schedules import Schedule
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
 from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Spec, nearest
 
+USUAL = "usual"  # of `train.lr`: the backbone's `usual_lr`, put in its place when an experiment is read
+_LR = {"anyOf": [{"const": USUAL}, {"type": "number", "exclusiveMinimum": 0}]}
+
 
 class Train(Spec):
     """Local training of a client. Defaults: the published protocol, with AdamW; `lr` is the one to set."""
 
-    lr: PositiveFloat = 2e-5
-    """Learning rate of AdamW."""
+    lr: Annotated[PositiveFloat, WithJsonSchema(_LR)] = 2e-5
+    """Learning rate of AdamW. "usual" is the one at which LoRA learns on this kind of model: 3e-3 for "tiny", 1e-4 for "hf".
+    The default is that of the published benchmark, at which the embedded model learns nothing."""
     epochs: PositiveInt = 1
     """Passes over a client's rows in a round."""
     max_steps: NonNegativeInt = 0

@@ -17,9 +17,11 @@ from fedmllm.backbones.hf import load_folder
 from fedmllm.backbones.model_checks import Check, checkup
 from fedmllm.backbones.places import base_folder
 from fedmllm.config.experiment import Experiment
+from fedmllm.runs.calibration import RoundTime, round_time
 from fedmllm.runs.costs import peaks, reset_peaks
 
 ADAM_BYTES = 16  # a trained weight: itself, its gradient, two moments, float32
+WORKSPACE_BYTES = 2e9  # of the libraries on CUDA: 0.5 to 2 GB
 LABEL_TOKENS = 16  # a row, generously: the only positions that go through the head
 
 
@@ -100,13 +102,27 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[EstimateLine], lis
     return sizes, memory, traffic
 
 
-def print_estimate(experiment: Experiment, as_json: bool = False, console: Console | None = None) -> None:
-    """The estimate as two tables, or as one JSON object (bytes)."""
+def print_estimate(
+    experiment: Experiment, as_json: bool = False, memory_gb: float = 24.0, console: Console | None = None
+) -> None:
+    """Print the estimate as two tables and a line on time, or as one JSON object (bytes, seconds).
+
+    Args:
+        experiment: What would run.
+        as_json: Print JSON.
+        memory_gb: Memory of the device that the model is to fit in.
+        console: Where to print.
+    """
     console = console or Console()
     sizes, memory, traffic = estimate(experiment)
     total = sum(line.num_bytes for line in memory)
+    device = device_named(experiment.backbone.device)
+    needed = total + (WORKSPACE_BYTES if device.type == "cuda" else 0)
+    timed = round_time(experiment, sizes.num_weights, device)
     if as_json:
-        console.print_json(json.dumps(_as_json(sizes, memory, traffic)))
+        fit = {"needed_bytes": round(needed), f"fits_in_{memory_gb:g}_gb": needed <= memory_gb * 1e9}
+        time = {"round_s": timed.seconds, "first_s": timed.first_s, "time_is": timed.about}
+        console.print_json(json.dumps({**_as_json(sizes, memory, traffic), **fit, **time}))
         return
     precision = experiment.backbone.precision.base
     console.print(
@@ -120,10 +136,25 @@ def print_estimate(experiment: Experiment, as_json: bool = False, console: Conso
         if last is not None:
             table.add_row("together", _size(last), "workspace of the libraries (0.5 to 2 GB on CUDA) not counted")
         console.print(table)
-    if device_named(experiment.backbone.device).type != "cpu":
+    console.print(f"fits in {memory_gb:g} GB: {'yes' if needed <= memory_gb * 1e9 else 'no'}, {_size(needed)} needed")
+    console.print(time_text(timed, experiment.num_rounds), highlight=False, soft_wrap=True)
+    if device.type != "cpu":
         console.print(
             f"also on the host: {_size(experiment.backbone.keep_image_features_mb * 2**20)} of image features"
         )
+
+
+def time_text(timed: RoundTime, num_rounds: int) -> str:
+    """Return a line on the time of a run, without its evaluations.
+
+    Args:
+        timed: Of a round.
+        num_rounds: Of the run.
+    """
+    if timed.seconds is None:
+        return f"time: not known; {timed.about}"
+    first = "" if timed.first_s is None else f", and {timed.first_s:.3g} s more while rows are read for the first time"
+    return f"time: {timed.seconds:.3g} s a round, {timed.seconds * num_rounds:.3g} s in all{first}; {timed.about}"
 
 
 def _as_json(sizes: Footprint, memory: list[EstimateLine], traffic: list[EstimateLine]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def advice(experiment: Experiment, inputs: Inputs) -> list[str]:
     e, found = experiment, []
     usual = e.backbone.usual_lr
     if e.train.lr * 3 < usual:
-        found.append(f"train.lr = {e.train.lr:g} is low for this model: try {usual:g}")
+        found.append(f'train.lr = {e.train.lr:g} is low for this model: try {usual:g}, which "usual" stands for')
     members = [shard for shard in inputs.shards if shard.rows]
     cohort = min(e.cohort_size or len(members), len(members))
     mean = sum(planned_steps(e.train, len(shard.rows)) for shard in members) / len(members)
