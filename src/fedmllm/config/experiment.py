@@ -392,12 +392,12 @@ class Experiment(Spec):
         return self.aggregator if self.federates else FedAvg()
 
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that are computed: those of the data set, its headline first, and `evaluate.metrics`.
+        """Names of the metrics that are computed: those of the data set, its headline first, `evaluate.metrics`, and grades.
 
         Returns:
             Names without repetition.
         """
-        return tuple(dict.fromkeys([*self.data.metrics(), *self.evaluate.metrics]))
+        return tuple(dict.fromkeys([*self.data.metrics(), *self.evaluate.metrics, *self.evaluate.graded_metrics()]))
 
     def plugins(self) -> tuple[PluginSource, ...]:
         """Return the origins of all that is not shipped with the package: `imports`, members and metrics.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BeforeValidator,
@@ -20,6 +22,11 @@ from fedmllm.algorithms.schedules import Schedule
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
 from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Spec, nearest
 
+GRADED = ("graded", "ungraded")
+_PROMPT = (
+    "Question: {question}\nRight answer: {answer}\nGiven answer: {given}\n\nHow well does the given answer agree with the "
+    "right one? Reply with one number from 0 (wrong) to 10 (the same meaning), and nothing else."
+)
 USUAL = "usual"  # of `train.lr`: the backbone's `usual_lr`, put in its place when an experiment is read
 _LR = {"anyOf": [{"const": USUAL}, {"type": "number", "exclusiveMinimum": 0}]}
 
@@ -57,6 +64,53 @@ def one_or_several(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+class Grader(Spec):
+    """An LLM judge of open answers, at any endpoint with OpenAI's chat completions. It receives question, right answer and
+    given answer of the test rows, and nothing else of them."""
+
+    url: str
+    """Base address of the endpoint, such as "http://localhost:8000/v1" or "https://api.openai.com/v1"."""
+    model: str
+    """Name of the model, as the endpoint knows it."""
+    key_variable: str = ""
+    """Environment variable that holds the key; "" = the endpoint needs none. A key is never read from a file."""
+    prompt: str = _PROMPT
+    """Question about an answer; `{question}`, `{answer}` (the right one) and `{given}` are replaced; replies are 0 to 10."""
+    max_tokens: PositiveInt = 16
+    """Longest reply in tokens."""
+    timeout_s: Annotated[PositiveFloat, EXECUTION_ONLY] = 60.0
+    """Seconds to wait for a reply."""
+    cache: Annotated[str, EXECUTION_ONLY] = ""
+    """Folder of `grades.jsonl`, with every prompt and raw reply; several runs may share it; "" = the run's own folder."""
+
+    @property
+    def is_local(self) -> bool:
+        """True if the endpoint is on this machine."""
+        return urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+            raise ValueError("give an address without key or query, as in https://api.openai.com/v1")
+        return url
+
+    @field_validator("prompt")
+    @classmethod
+    def _asks_about_the_answer(cls, prompt: str) -> str:
+        names, allowed = set(re.findall(r"\{(\w+)\}", prompt)), {"question", "answer", "given"}
+        if not names <= allowed or "given" not in names:
+            raise ValueError("it must have {given}, and may have {question} and {answer}, and no other {name}")
+        return prompt
+
+    @model_validator(mode="after")
+    def _key_travels_encrypted(self) -> Grader:
+        if self.key_variable and urlsplit(self.url).scheme == "http" and not self.is_local:
+            raise ValueError(f"url: got {self.url!r} with key_variable; the key would travel in the clear; use https")
+        return self
+
+
 class Evaluate(Spec):
     """When, on which rows and how the global adapter is evaluated."""
 
@@ -67,6 +121,8 @@ class Evaluate(Spec):
     Several values give a result each."""
     metrics: Annotated[tuple[str, ...], ADDED_LATER, BeforeValidator(one_or_several)] = ()
     """Metrics in addition to those of the data set, by name."""
+    grader: Annotated[Grader | None, ADDED_LATER] = None
+    """LLM judge of open answers, which adds the metrics "graded" and "ungraded" to those of the test rows; a table, or none."""
     batch_size: Annotated[PositiveInt, EXECUTION_ONLY] = 16
     """Test rows that are evaluated at once."""
     max_new_tokens: PositiveInt = 16
@@ -77,6 +133,16 @@ class Evaluate(Spec):
     """Rows that the results are about. "validation" is for tuning: the test rows are not read."""
     select: Literal["last", "validation"] = "last"
     """Adapter that is the result: that of the last round, or the best on the validation rows."""
+
+    def graded_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that the LLM judge adds; () without one."""
+        return GRADED if self.grader else ()
+
+    @model_validator(mode="after")
+    def _grades_need_a_judge(self) -> Evaluate:
+        if not self.grader and (named := [name for name in self.metrics if name in GRADED]):
+            raise ValueError(f'metrics: got "{named[0]}", which needs the table evaluate.grader')
+        return self
 
     @model_validator(mode="after")
     def _does_not_select_on_its_own_rows(self) -> Evaluate:

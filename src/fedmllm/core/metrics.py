@@ -107,6 +107,19 @@ def unparsed(predictions: Sequence[Prediction]) -> float | None:
     return float(sum(1 for p in predictions if not p.scores and not open_text(p)))
 
 
+@metric
+def graded(predictions: Sequence[Prediction]) -> float | None:
+    """Mean grade of the open answers by the LLM judge of `evaluate.grader`, 0..1; None if no answer has a grade."""
+    grades = [p.grade for p in predictions if p.grade is not None]
+    return sum(grades) / len(grades) if grades else None
+
+
+@metric
+def ungraded(predictions: Sequence[Prediction]) -> float | None:
+    """Number of open answers for which the LLM judge's reply was not a grade."""
+    return float(sum(1 for p in predictions if not p.scores and p.grade is None))
+
+
 def _two_way(predictions: Sequence[Prediction]) -> tuple[list[bool], list[Prediction]] | None:
     """(is the second choice right, rows) of a two-way set that shows both classes; None otherwise."""
     rows = [p for p in predictions if len(p.scores) == 2]

@@ -194,6 +194,7 @@ class Prediction:
     scores: tuple[float, ...]  # log p(choice | prompt) per choice; () for an open question
     text: str | None  # the generated answer of an open question, already parsed; None = it could not be parsed
     raw: str = ""  # the generation as it came
+    grade: float | None = None  # of an open answer by an LLM judge, 0..1; None = not graded
 
 
 def visible_of(text: str, modalities: tuple[Modality, ...]) -> Visible:

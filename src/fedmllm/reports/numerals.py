@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fedmllm.reports.names import METRIC_LABELS
 
 NO_BREAK, MINUS, DASH = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}", "\N{EN DASH}"
-COUNTS = frozenset({"unparsed"})  # metrics that count rows; fewer are better
+COUNTS = frozenset({"unparsed", "ungraded"})  # metrics that count rows; fewer are better
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from fedmllm.backbones.frozen import installed
 from fedmllm.core.types import Example, Params, Prediction, visible_of
 from fedmllm.federation.evaluation import metrics_of, predict
 from fedmllm.runs.events import Evaluated, Sink
+from fedmllm.runs.grading import judge_of
 from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.predictions import PredictionFile
 from fedmllm.runs.record import finite
@@ -21,6 +22,7 @@ class Evaluator:
 
     def __init__(self, inputs: Inputs, emit: Sink, kept: PredictionFile) -> None:
         self.inputs, self._emit, self._kept = inputs, emit, kept
+        self._judge = judge_of(inputs.experiment.evaluate.grader, kept.path.parent)
 
     def test(
         self,
@@ -43,7 +45,8 @@ class Evaluator:
         found: Scores = {}
         for visible in self.inputs.experiment.evaluate.visible:
             began = time.perf_counter()
-            predictions = self.predict(params(visible) if callable(params) else params, self.inputs.test, visible)
+            adapter = params(visible) if callable(params) else params
+            predictions = self._judge(self.predict(adapter, self.inputs.test, visible))
             found[visible] = metrics = self.metrics(predictions)
             wall_s = time.perf_counter() - began
             if not node:
@@ -67,6 +70,7 @@ class Evaluator:
 
     def baseline(self, predictions: Sequence[Prediction]) -> Scores:
         """Evaluate predictions made without a model, and without any modality."""
+        predictions = self._judge(predictions)
         metrics = self.metrics(predictions)
         self._kept.write(predictions, "none", one_hot=True)
         self._emit(Evaluated("none", metrics, len(predictions), wall_s=0.0))

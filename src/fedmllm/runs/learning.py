@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fedmllm.runs.evaluator import Evaluator
 
-LOWER_IS_BETTER = ("unparsed",)
+LOWER_IS_BETTER = ("unparsed", "ungraded")
 FEW_STEPS = 100  # optimizer steps of all clients over all rounds
 
 

@@ -8,8 +8,8 @@ further line one evaluation of them in the same order:
 
 `has` lists the modalities that the row truly has; those visible in an evaluation are in `visible` as well. `p` has the
 probability of each choice, with six significant digits, and [] for an open question. `text` has the parsed answers of the
-open questions by position; `raw` has the generations that could not be parsed. An evaluation costs about 4 bytes per
-probability; the rows are stored once.
+open questions by position, `raw` the generations that could not be parsed, and `grade` the grades by an LLM judge. An
+evaluation costs about 4 bytes per probability; the rows are stored once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class PredictionFile(AppendFile):
         opened = [(str(i), p) for i, p in enumerate(predictions) if not p.scores]
         texts = {"text": {i: p.text for i, p in opened if p.text is not None}}
         raws = {"raw": {i: p.raw for i, p in opened if p.text is None}}
-        self.append(head + compressed({**line, **{k: v for k, v in (texts | raws).items() if v}}))
+        grades = {"grade": {i: p.grade for i, p in opened if p.grade is not None}}
+        self.append(head + compressed({**line, **{k: v for k, v in (texts | raws | grades).items() if v}}))
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,14 @@ def read_predictions(path: Path) -> Iterator[Evaluation]:
         ]
         has = tuple(frozenset(r["has"]) for r in head["rows"])
         for line in lines:
-            texts, raws = line.get("text", {}), line.get("raw", {})
+            texts, raws, grades = line.get("text", {}), line.get("raw", {}), line.get("grade", {})
             predictions = tuple(
                 Prediction(
                     example,
                     tuple(math.log(max(value, SMALLEST)) for value in p),
                     texts.get(str(i)),
                     raws.get(str(i), texts.get(str(i), "")),
+                    grades.get(str(i)),
                 )
                 for i, (example, p) in enumerate(zip(examples, line["p"], strict=True))
             )
