@@ -43,7 +43,7 @@ How = Literal["run", "write", "check", "exempt"]
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done with the commands that match a pattern as a whole.
+    """Treatment of the commands that match a pattern as a whole.
 
     "run": as it stands, with samples for words in capitals. "write": a file whose text follows. "check": the command line
     is parsed, and its experiment or suite is read and validated; scripts exist and know their options. "exempt": nothing.

@@ -39,7 +39,7 @@ def test_the_schema_accepts_every_cell_of_every_suite_and_refuses_a_slip():
 
 
 def test_explain_gives_defaults_ranges_and_descriptions():
-    assert "  lr = 2e-05\n      number, > 0. Learning rate of AdamW." in explained("train")
+    assert "  lr = 2e-05\n      one of usual or number, > 0. Learning rate of AdamW." in explained("train")
     assert "Delta^2" in explained("aggregator.fedadam")
     for family, kind in FAMILIES.items():
         assert all(name in explained(family) for name in kind.members)

@@ -50,7 +50,7 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured on one device."""
+    """Measurements of one device."""
 
     device: str  # its name, and the number of threads on a CPU
     products_per_s: Mapping[str, float]  # type of the base's weights -> floating-point operations a second
@@ -192,7 +192,7 @@ def round_time(experiment: Experiment, num_weights: int, device: torch.device) -
 
 
 def _measured_on(device: torch.device) -> Calibration | None:
-    """What was measured on the device; on a CPU with another number of threads if there is nothing else."""
+    """Return the measurements of the device; on a CPU with another number of threads if there is nothing else."""
     known, key = read_calibrations(), device_key(device)
     alike = [one for name, one in known.items() if name.partition(THREADS)[0] == key.partition(THREADS)[0]]
     return known.get(key) or next(iter(alike), None)
