@@ -42,6 +42,15 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_an_adapter_next_to_a_model(folder: Path) -> None:
+    """transformers loaded the model that the adapter names, merged with it; the digest was that of this folder."""
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    with pytest.raises(
+        FedmllmError, match=r"adapter_config\.json: a LoRA adapter next to a model; .*backbone\.adapter"
+    ):
+        load(folder)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"hidden_size": 3}', "\xff\xfe"])
 def test_a_config_without_a_family(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text, encoding="latin-1")

@@ -31,6 +31,13 @@ READ = {
     "config.json": lambda text: text + " ",
     "model.safetensors": None,
     "merges.txt": lambda _: "a b",
+    "tokenizer.model": lambda _: "a b",
+    "qwen.tiktoken": lambda _: "a b",
+    "vocab.bpe": lambda _: "a b",
+    "tekken.json": lambda _: "{}",
+    "chat_template.json": lambda _: "{}",
+    "special_tokens_map.json": lambda _: "{}",
+    "model-00002-of-00002.safetensors": lambda _: "x",
     "added_tokens.json": lambda _: "{}",
     "additional_chat_templates/tool_use.jinja": lambda _: "x",
 }

@@ -68,7 +68,9 @@ def test_images_under_another_key_can_be_mapped(case: Any) -> None:
 def test_conversations_without_marks_and_without_an_image_column_are_an_error(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "cat"}]
     rawsets.write_json(tmp_path / "a.json", [{"id": 1, "images": ["0.png"], "conversations": turns}])
-    with pytest.raises(DataError, match=r"a.json: no row has a column 'image' \(data.columns.image\)"):
+    with pytest.raises(
+        DataError, match=r"row 1: 'images' is not read; pictures are those of image \(data.columns.image\)"
+    ):
         rawsets.dataset("table", tmp_path, train="a.json").load("train")
 
 
@@ -133,6 +135,39 @@ def test_marks_of_questions_in_other_forms(tmp_path: Path, cell: Any, text: str,
             data.load("train")
     else:
         assert [p.name for p in data.load("train").examples[0].fields["image"]] == names
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<img>", '<img src="0.png">', "![scan](0.png)", "< image >", "<image/>", "<image_soft_token>", "<|vision_start|>",
+     "<|image_pad|>", "<IMG_CONTEXT>", "<|image|>"],
+)  # fmt: skip
+def test_pictures_in_the_spelling_of_others_are_bad_rows(tmp_path: Path, text: str) -> None:
+    """They were read as text: a picture in the middle went to the front, and without an image column it was lost."""
+    turns = [{"from": "human", "value": f"Is {text} normal?"}, {"from": "gpt", "value": "no"}]
+    rawsets.write_json(tmp_path / "a.json", [{"image": "0.png", "conversations": turns}])
+    with pytest.raises(DataError, match=r"a.json:1\[0\]: the text holds '.*', which is not read; write <image>"):
+        rawsets.dataset("table", tmp_path, train="a.json").load("train")
+
+
+@pytest.mark.parametrize(
+    ("row", "turn", "message"),
+    [
+        ({"image": "0.png", "images": ["1.png"]}, {}, "'images' is not read; pictures are those of image"),
+        ({"images": ["1.png"]}, {}, "'images' is not read; pictures are those of image"),
+        ({"image": "0.png"}, {"image": "1.png"}, "a turn has 'image', which is not read"),
+        ({"image": "0.png"}, {"video": "1.mp4"}, "a turn has 'video', which is not read"),
+    ],
+)
+def test_pictures_in_two_places_of_a_conversation_are_bad_rows(
+    tmp_path: Path, row: Any, turn: Any, message: str
+) -> None:
+    turns = [{"from": "human", "value": "What?", **turn}, {"from": "gpt", "value": "a"}]
+    good = {"image": "2.png", "conversations": [{"from": "human", "value": "What?"}, turns[1]]}
+    rawsets.write_json(tmp_path / "a.json", [good, {**row, "conversations": turns}])
+    rows = rawsets.dataset("table", tmp_path, train="a.json", on_bad_row="skip").load("train")
+    assert len(rows.examples) == 1
+    assert message in rows.skipped[0]
 
 
 def test_a_question_for_all_rows_holds_no_mark(tmp_path: Path) -> None:
@@ -202,6 +237,12 @@ def test_folder_names_are_no_answers_if_an_answer_column_or_two_metadata_files_a
     rows = data.load("train")
     assert ([e.answer for e in rows.examples], len(rows.notes)) == (["A"], 1)
     assert "1 images are in no metadata file: dog/1.png" in rows.notes[0]
+    rawsets.write_lines(tmp_path / "train" / "dog" / "metadata.tsv", ["file_name\tlabel", "1.png\tB"])
+    with pytest.raises(
+        DataError, match=r"dog/metadata.tsv: metadata is not read in this form; allowed: metadata.jsonl"
+    ):
+        data.load("train")
+    (tmp_path / "train" / "dog" / "metadata.tsv").unlink()
     rawsets.write_lines(tmp_path / "train" / "metadata.jsonl", ["{}"])
     with pytest.raises(DataError, match=r"metadata.csv: stands next to metadata.jsonl; keep one"):
         data.load("train")

@@ -49,7 +49,7 @@ READ_FILES = (  # everything that changes what a model reads, computes or where 
         "additional_chat_templates/*",
     ),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("*.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt"),
+    *("*.model", "*.tiktoken", "*.bpe", "tekken.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # raised by transformers, its configurations and tokenizers for files that do not fit
@@ -154,7 +154,11 @@ def find_folder(path: str, config_only: bool = False) -> Path:
     if path.startswith("hub:"):
         from huggingface_hub import snapshot_download
 
-        patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        patterns = (
+            ["config.json"]
+            if config_only
+            else ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe"]
+        )
         try:
             return Path(snapshot_download(path.removeprefix("hub:"), allow_patterns=patterns))
         except (OSError, ValueError) as error:
@@ -199,6 +203,11 @@ def load_model(folder: Path, family: str, spec: FromFolder, device: torch.device
     Raises:
         FedmllmError: There are no safetensors, or names or shapes differ from those of config.json; it names some.
     """
+    if (folder / "adapter_config.json").is_file():  # transformers would load the model that it names, with the adapter
+        raise FedmllmError(
+            f"{folder / 'adapter_config.json'}: a LoRA adapter next to a model; give each a folder of its own, the model's as "
+            "backbone.path and the adapter's as backbone.adapter"
+        )
     if not list(folder.glob("*.safetensors")):
         raise FedmllmError(f"{folder}: no *.safetensors; weights in other formats are not read (they may run code)")
     nf4.check(folder, spec.precision.base)

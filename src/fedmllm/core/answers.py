@@ -16,6 +16,7 @@ PLAIN = str.maketrans({**dict.fromkeys("‘’‛ʼ`´", "'"), **dict.fromkeys("
 WITHOUT_BLANKS = re.compile(
     "[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3041-\u30ff\u31f0-\u31ff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
 )
+POWERS = re.compile(r"(?<=\d)(?=[²³¹⁰-⁹₀-₉¼-¾⅐-⅞])")  # 10² is not 102, and 5½ is not 51/2
 THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3})((?:,\d{3})+)(?![\d,])")
 
 
@@ -57,7 +58,8 @@ def word_f1(said: str, meant: str) -> float:
 
 def _words(answer: str) -> list[tuple[str, bool]]:
     """(word in lower case, whether it is an article that may be left out) in order."""
-    text = unicodedata.normalize("NFKC", answer.translate(PLAIN)).translate(PLAIN)
+    seen = "".join(char for char in answer if unicodedata.category(char) != "Cf")  # no soft hyphens, no joiners
+    text = unicodedata.normalize("NFKC", POWERS.sub(" ", seen.translate(PLAIN))).translate(PLAIN)
     text = THOUSANDS.sub(lambda m: m[1] + m[2].replace(",", ""), text)
     spaced = "".join(_kept(text, i) for i in range(len(text)))
     words = WITHOUT_BLANKS.sub(r" \g<0> ", spaced).split()
@@ -90,6 +92,6 @@ def _kept(text: str, i: int) -> str:
         return "." if char == "," else char
     if char in "-." and after.isdigit() and not before.isalnum():
         return char  # -5, .5
-    if char == "-" and before.isalnum() and not after.isalnum():
-        return " - "  # O-, Rh-
+    if char == "-" and not after.isalnum() and (before.isalnum() or not text[i + 1 :].strip()):
+        return " - "  # O-, Rh-, HER2 -
     return " "

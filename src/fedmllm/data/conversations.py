@@ -16,6 +16,7 @@ from fedmllm.data.reading import Placed, RawRow, listed, quoted
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 PARTS = ("question", "choices", "answer")
 NOT_READ = ("video", "videos", "audio", "audios")
+PICTURES = ("image", "images")
 
 
 def conversation_rows(rows: Placed, image_columns: Sequence[str]) -> Placed:
@@ -54,6 +55,11 @@ def _rows_of(line: str, row: RawRow, image_columns: Sequence[str]) -> Iterator[t
         cells = [{column: paths} if column in row else {} for paths in pictures]
     else:  # several cameras: each turn sees them all
         texts, cells = [_without_leading_marks(text, where) for text in texts], [{} for _ in texts]
+    other = next((key for key in PICTURES if row.get(key) and key not in image_columns), "")
+    if other and set(PICTURES) & set(image_columns):
+        raise DataError(
+            f"{where}: {other!r} is not read; pictures are those of {listed(image_columns)} (data.columns.image)"
+        )
     for count, (text, cell, (_, answer)) in enumerate(zip(texts, cells, questions, strict=True), start=1):
         name = {"id": f"{row['id']}#{count}"} if count > 1 and row.get("id") is not None else {}
         place = f"{line}#{count}" if count > 1 else line
@@ -88,6 +94,10 @@ def _turn(where: str, turn: Any) -> tuple[str, str]:
     if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
         allowed = ", ".join(ROLES)
         raise DataError(f"{where}: a turn is {{role, content}} with a role of {allowed}; got {quoted(turn)}")
+    if media := next((key for key in (*PICTURES, *NOT_READ) if turn.get(key)), ""):
+        raise DataError(
+            f"{where}: a turn has {media!r}, which is not read; pictures are those of the row's image column"
+        )
     return ROLES[role], text
 
 

@@ -12,6 +12,7 @@ from fedmllm.data.cells import same_form
 from fedmllm.data.reading import Placed, listed, readable
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+OTHER_METADATA = tuple(f"metadata.{ending}" for ending in ("json", "tsv", "txt", "xls", "xlsx"))
 _ENDINGS = """
     apng avif avifs bmp dib gif ico j2c j2k jfif jp2 jpe jpeg jpf jpg jpx mpo pbm pcx pgm png pnm ppm qoi sgi tga tif tiff webp
 """
@@ -46,7 +47,7 @@ def contents_of(folder: Path) -> Contents:
     """List a folder. Files and folders that begin with "." and `__MACOSX` are hidden, as for other readers of the form.
 
     Raises:
-        DataError: A folder has two metadata files, or the name of an image is not UTF-8.
+        DataError: A folder has two metadata files or one in another form, or the name of an image is not UTF-8.
     """
     found = Contents(folder)
     for path in sorted(_files_below(folder, folder)):
@@ -54,6 +55,8 @@ def contents_of(folder: Path) -> Contents:
             found.hidden.append(path)
         elif path.name.lower() in METADATA:
             found.metadata.append(path)
+        elif path.name.lower() in OTHER_METADATA:  # the answers would be the names of the folders
+            raise DataError(f"{folder / path}: metadata is not read in this form; allowed: {', '.join(METADATA)}")
         elif path.suffix.lower() in IMAGES:
             readable(path.as_posix(), str(folder))
             found.images.append(path)

@@ -12,7 +12,10 @@ MARK = "<image>"
 _MARK = re.compile(r"<image(?:[ _-]?\d+)?>", re.IGNORECASE)
 _NAME = re.compile(r"<?image(?:[ _-]?\d+)?>?", re.IGNORECASE)  # of a picture, as a key of an object
 _OTHER = re.compile(
-    r"<img>.*?</img>|<(?:video|audio|ImageHere|image_placeholder)>|<\|image_\d+\|>", re.IGNORECASE | re.DOTALL
+    r"<img>.*?</img>|<img\b[^<>]*>|!\[[^\[\]]*\]\([^()]*\)|<(?:\s+image\s*/?|image\s*/|image\s+)>"
+    r"|<(?:video|audio|ImageHere|image_placeholder|image_soft_token|start_of_image|IMG_CONTEXT)>"
+    r"|<\|(?:image|image_\d+|image_pad|vision_start|video_pad)\|>",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
