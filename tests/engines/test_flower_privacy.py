@@ -20,7 +20,7 @@ from fedmllm.cli.main import app
 from fedmllm.core.errors import FedmllmError, Reason
 from fedmllm.flower.request import Request
 from fedmllm.flower.site.config import Refused, Site, state_folder
-from fedmllm.flower.site.ledger import MARK, Entry, Ledger, spent
+from fedmllm.flower.site.ledger import LEDGER_MARK, Entry, Ledger, spent
 from fedmllm.flower.site.plausibility import moving_steps, suppressed_updates
 from fedmllm.flower.site.process import _refusal
 from fedmllm.flower.site.trainer import Trainer
@@ -165,12 +165,12 @@ def test_a_marked_ledger_that_is_gone_and_rows_that_cannot_be_marked_stop_the_si
     (tmp_path / "first-state" / "privacy.jsonl").unlink()
     with pytest.raises(FedmllmError, match=r"privacy\.jsonl: missing, but .*\.fedmllm-ledger names it"):
         charged(ledger_of(tmp_path, "first"))
-    (tmp_path / "rows" / MARK).unlink()
-    (tmp_path / "rows" / MARK).mkdir()
+    (tmp_path / "rows" / LEDGER_MARK).unlink()
+    (tmp_path / "rows" / LEDGER_MARK).mkdir()
     with pytest.raises(FedmllmError, match=r"fedmllm-ledger: cannot be written"):
         charged(ledger_of(tmp_path, "first"))
-    (tmp_path / "rows" / MARK).rmdir()
-    (tmp_path / "rows" / MARK).write_text('[{"ledger": 1}]')
+    (tmp_path / "rows" / LEDGER_MARK).rmdir()
+    (tmp_path / "rows" / LEDGER_MARK).write_text('[{"ledger": 1}]')
     with pytest.raises(FedmllmError, match=r"fedmllm-ledger: cannot be read"):
         charged(ledger_of(tmp_path, "first"))
 
@@ -178,7 +178,7 @@ def test_a_marked_ledger_that_is_gone_and_rows_that_cannot_be_marked_stop_the_si
 def test_requests_without_noise_are_counted_and_no_budget_holds_after_them(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path, "first")
     assert charged(ledger, None, 0.0, when=1e9) == ""  # before the site had a budget
-    assert not (tmp_path / "rows" / MARK).exists()  # nothing is written next to rows that have no budget
+    assert not (tmp_path / "rows" / LEDGER_MARK).exists()  # nothing is written next to rows that have no budget
     assert "answered requests without noise" in charged(ledger)
     since = date(2020, 1, 1)
     entry = Entry("b" * 12, 1, 2.0, 1, time.time())

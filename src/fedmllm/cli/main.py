@@ -16,7 +16,7 @@ from fedmllm.cli import federation as site_cli
 from fedmllm.cli.audit import attack
 from fedmllm.cli.build_vlm import build_vlm
 from fedmllm.cli.models import calibrate, doctor, estimate, export
-from fedmllm.cli.options import ExperimentFile, Set, Track, Verbs, show_arguments_once
+from fedmllm.cli.options import ExperimentFile, Set, Threads, Track, Verbs, show_arguments_once
 from fedmllm.cli.predict import predict
 from fedmllm.cli.settings import explain, schema
 from fedmllm.cli.suites import compare, report, suite
@@ -40,9 +40,9 @@ OutOption = Annotated[Path | None, typer.Option(help="Folder for record, summary
 @app.command(short_help="Embedded model and data, one table in a few minutes.")
 def quickstart(out: OutOption = None) -> None:
     """Embedded model and data, four scenarios, five methods: one table in two or three minutes. No network, no GPU."""
-    from fedmllm.cli.quickstart import quickstart as start
+    from fedmllm.cli.quickstart import run_quickstart
 
-    start(out)
+    run_quickstart(out)
 
 
 @app.command(short_help="Run one experiment.")
@@ -64,7 +64,7 @@ def run(
     baselines: Annotated[
         bool, typer.Option(help="Evaluate the frozen model too, to say whether the result is better.")
     ] = True,
-    threads: Annotated[int, typer.Option(help="Threads; 0 = the usable cores, or 1 on a busy machine.", min=0)] = 0,
+    threads: Threads = 0,
     track: Track = None,
 ) -> None:
     """Run one experiment: data x scenario x prompt x backbone x objective x aggregator x rounds."""

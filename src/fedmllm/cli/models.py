@@ -10,11 +10,10 @@ from typing import Annotated
 
 import typer
 
-from fedmllm.cli.options import ExperimentFile, Set
+from fedmllm.cli.options import ExperimentFile, Set, Threads
 from fedmllm.core.errors import FedmllmError
 
 ModelFolder = Annotated[str, typer.Argument(help="Model folder; hub:owner/name asks the network.", metavar="MODEL_DIR")]
-Threads = Annotated[int, typer.Option(help="Threads; 0 = the usable cores, or 1 on a busy machine.", min=0)]
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")]
 
 

@@ -13,7 +13,7 @@ ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file.", metavar
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: --set scenario.rate=0.5", metavar="A.B=V")
 ]
-
+Threads = Annotated[int, typer.Option(help="Threads; 0 = the usable cores, or 1 on a busy machine.", min=0)]
 Track = Annotated[
     list[str] | None, typer.Option(help="Also log to: tensorboard, wandb, mlflow, trackio.", metavar="NAME")
 ]

@@ -17,7 +17,7 @@ from fedmllm.runs.suites.suite import Suite
 QUICKSTART_SUITE = Path(__file__).with_name("quickstart.toml")
 
 
-def quickstart(out: Path | None) -> list[dict[str, Any]]:
+def run_quickstart(out: Path | None) -> list[dict[str, Any]]:
     """Run every method in every scenario and print one table; records go to `out` (default runs/quickstart-TIME).
 
     A model of a million weights gains more from a second process than from a second thread, so each core gets a run.

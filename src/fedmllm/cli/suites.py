@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SuiteFile = Annotated[Path, typer.Argument(help="Suite file.", metavar="SUITE.toml")]
 Jobs = Annotated[int, typer.Option(help="Processes at a time.", min=1)]
-Threads = Annotated[
+ThreadsEach = Annotated[
     int, typer.Option(help="Threads a process; 0 = usable cores / jobs, or 1 on a busy machine.", min=0)
 ]
 Memory = Annotated[
@@ -40,7 +40,7 @@ def suite(
     out: Annotated[Path | None, typer.Option(help="Folder of the cells. Default: runs/SUITE.")] = None,
     only: Only = None,
     jobs: Jobs = 1,
-    threads: Threads = 0,
+    threads: ThreadsEach = 0,
     memory_gb: Memory = 0.0,
     track: Track = None,
     dry_run: DryRun = False,

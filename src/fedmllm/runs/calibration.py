@@ -31,7 +31,7 @@ from fedmllm.federation.client import planned_steps
 from fedmllm.federation.engines.stacked.memory import CPU_TOKENS
 from fedmllm.scenarios.assign import assign
 
-FORMAT = 1
+_FORMAT = 1
 THREADS = ", threads: "  # between the name of a CPU and their number
 SAMPLE = 32  # rows that are encoded and timed
 REPEATS = 5  # of each pass; the fastest counts, because other programs only add time
@@ -49,7 +49,7 @@ class ModelSpeed:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class DeviceSpeed:
     """Measurements of one device."""
 
     device: str  # its name, and the number of threads on a CPU
@@ -95,7 +95,7 @@ def rows_key(experiment: Experiment) -> str:
     return _digest([experiment.data.identity(), experiment.prompt.identity(), model_key(experiment)])
 
 
-def read_calibrations() -> dict[str, Calibration]:
+def read_calibrations() -> dict[str, DeviceSpeed]:
     """Return device -> what was measured there; {} before the first calibration.
 
     Raises:
@@ -106,10 +106,10 @@ def read_calibrations() -> dict[str, Calibration]:
         return {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        if table["format"] != FORMAT:
-            raise ValueError(f"format: got {table['format']!r}; this version reads {FORMAT}")
+        if table["format"] != _FORMAT:
+            raise ValueError(f"format: got {table['format']!r}; this version reads {_FORMAT}")
         return {
-            name: Calibration(
+            name: DeviceSpeed(
                 name,
                 {kind: float(rate) for kind, rate in one["products_per_s"].items()},
                 {key: ModelSpeed(**speed) for key, speed in one["models"].items()},
@@ -121,7 +121,7 @@ def read_calibrations() -> dict[str, Calibration]:
         raise FedmllmError(f"{path}: not a calibration: {error}; delete it and calibrate again") from None
 
 
-def calibrate(experiment: Experiment) -> Calibration:
+def calibrate(experiment: Experiment) -> DeviceSpeed:
     """Measure the device of an experiment's model, and that model on its rows; keep both.
 
     Args:
@@ -146,7 +146,7 @@ def calibrate(experiment: Experiment) -> Calibration:
     known = read_calibrations()
     rates = {name: _rate(device, dtype) for name, dtype in TYPES.items() if name != "nf4"}
     tokens = statistics.fmean(row.num_tokens for row in rows)
-    before = known.get(device_key(device)) or Calibration(device_key(device), {}, {}, {})
+    before = known.get(device_key(device)) or DeviceSpeed(device_key(device), {}, {}, {})
     found = replace(
         before,
         products_per_s={**rates, "nf4": rates["bfloat16"]},
@@ -191,7 +191,7 @@ def round_time(experiment: Experiment, num_weights: int, device: torch.device) -
     return RoundTime(operations / rate, None, about)
 
 
-def _measured_on(device: torch.device) -> Calibration | None:
+def _measured_on(device: torch.device) -> DeviceSpeed | None:
     """Return the measurements of the device; on a CPU with another number of threads if there is nothing else."""
     known, key = read_calibrations(), device_key(device)
     alike = [one for name, one in known.items() if name.partition(THREADS)[0] == key.partition(THREADS)[0]]
@@ -259,12 +259,12 @@ def _fastest(work: Callable[[], object], repeats: int, device: torch.device) -> 
     return min(times)
 
 
-def _write(devices: Mapping[str, Calibration]) -> None:
+def _write(devices: Mapping[str, DeviceSpeed]) -> None:
     path = calibration_file()
     with writing(path):
         make_folder(path.parent)
     table = {name: {k: v for k, v in asdict(one).items() if k != "device"} for name, one in devices.items()}
-    write_atomically(path, json.dumps({"format": FORMAT, "devices": table}, indent=1))
+    write_atomically(path, json.dumps({"format": _FORMAT, "devices": table}, indent=1))
 
 
 def _processor() -> str:

@@ -73,7 +73,7 @@ class LlmJudge:
         if not given.strip():
             return 0.0  # nothing was answered, so nothing has to be asked
         parts = {"question": prediction.example.question, "answer": prediction.example.answer, "given": given}
-        return grade_of(self._reply(filled(self._settings.prompt, parts)))
+        return grade_of(self._reply(filled_prompt(self._settings.prompt, parts)))
 
     def _reply(self, prompt: str) -> str:
         key = self._digest(prompt)
@@ -158,7 +158,7 @@ def judge_of(grader: Grader | None, folder: Path) -> Callable[[Sequence[Predicti
     return LlmJudge(grader, (Path(grader.cache).expanduser() if grader.cache else folder) / "grades.jsonl")
 
 
-def filled(prompt: str, parts: Mapping[str, str]) -> str:
+def filled_prompt(prompt: str, parts: Mapping[str, str]) -> str:
     """Return the prompt with its `{placeholders}` replaced once: braces in a row's text stay."""
     return re.sub(r"\{(\w+)\}", lambda found: parts[found[1]], prompt)
 

@@ -28,7 +28,7 @@ from fedmllm.core.metrics import probabilities
 from fedmllm.core.types import Example, Prediction
 from fedmllm.runs.append import AppendFile
 
-FORMAT = 1
+_FORMAT = 1
 SMALLEST = 5e-324  # a probability of 0 stands for anything below
 
 
@@ -107,7 +107,7 @@ def rows_line(examples: Sequence[Example]) -> dict[str, Any]:
         }
         for example in examples
     ]
-    return {"format": FORMAT, "choices": [list(choices) for choices in sets], "rows": rows}
+    return {"format": _FORMAT, "choices": [list(choices) for choices in sets], "rows": rows}
 
 
 def compressed(line: Mapping[str, Any]) -> bytes:
@@ -127,8 +127,8 @@ def read_predictions(path: Path) -> Iterator[Evaluation]:
         head = next(lines, None)
         if head is None:
             return
-        if head["format"] != FORMAT:
-            raise FedmllmError(f"{path}: format: got {head['format']!r}; this version of fedmllm reads {FORMAT}")
+        if head["format"] != _FORMAT:
+            raise FedmllmError(f"{path}: format: got {head['format']!r}; this version of fedmllm reads {_FORMAT}")
         choices = [tuple(map(str, one)) for one in head["choices"]]
         examples = [
             Example(r["id"], {}, "", choices[r["choices"]], r["answer"], f"{path}:{number}", r["columns"])

@@ -22,7 +22,7 @@ from fedmllm.core.storage import make_folder, sync
 from fedmllm.flower.site.config import Site
 
 LEDGER = "privacy.jsonl"  # in the site's state folder
-MARK = ".fedmllm-ledger"  # in the folder of the rows: which ledger is theirs
+LEDGER_MARK = ".fedmllm-ledger"  # in the folder of the rows: which ledger is theirs
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Ledger:
         """
         if self._claimed or self._rows is None:
             return
-        mark = self._rows / MARK
+        mark = self._rows / LEDGER_MARK
         try:
             with self._locked(mark):
                 marks = _read_marks(mark)
