@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from fedmllm.cli.settings import allowed_values
+from fedmllm.cli.settings import allowed_values, default_value, dotted_keys, source_file
 from fedmllm.config.experiment import FAMILIES, Experiment
 from fedmllm.core.spec import Spec
 
@@ -30,39 +28,27 @@ them, members from plug-ins included; `fedmllm schema` prints a JSON Schema for 
 """
 
 
-def keys(kind: type[Spec], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """(dotted key, its JSON Schema) of a table and the tables in it, without `name`."""
-    properties = kind.model_json_schema()["properties"]
-    for key, field in kind.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Spec) and inner not in FAMILIES.values():
-            yield from keys(inner, f"{prefix}{key}.")
-        elif key != "name":
-            yield prefix + key, properties[key]
-            for kind_ in get_args(inner):  # a table that may be left out
-                if isinstance(kind_, type) and issubclass(kind_, Spec) and kind_ not in FAMILIES.values():
-                    yield from keys(kind_, f"{prefix}{key}.")
-
-
 def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def row(key: str, part: dict[str, Any]) -> str:
+    default = default_value(part)
+    default = default if part.get("default") is None else f"`{default}`"
+    meaning = part.get("description", "")
+    return f"| `{key}` | {cell(allowed_values(part))} | {cell(default)} | {cell(meaning)} |"
 
 
 def table(kind: type[Spec]) -> str:
     """The keys as a Markdown table."""
     rows = ["| key | values | default | meaning |", "|---|---|---|---|"]
-    for key, part in keys(kind):
-        default = f"`{json.dumps(part['default'])}`" if "default" in part else "required"
-        rows.append(
-            f"| `{key}` | {cell(allowed_values(part))} | {cell(default)} | {cell(part.get('description', ''))} |"
-        )
+    rows += [row(key, part) for key, part in dotted_keys(kind)]
     return "\n".join(rows) if len(rows) > 2 else "It has no keys."
 
 
 def section(level: int, title: str, kind: type[Spec], with_keys: bool = True) -> str:
-    source = Path(inspect.getfile(kind)).relative_to(ROOT)
     about = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    parts = [f"{'#' * level} {title}", f"{about} Source: `{source}`."]
+    parts = [f"{'#' * level} {title}", f"{about} Source: `src/{source_file(kind)}`."]
     return "\n\n".join([*parts, table(kind)] if with_keys else parts)
 
 
@@ -72,10 +58,7 @@ def page() -> str:
     nested = {key: kind for key, kind in tables.items() if isinstance(kind, type) and issubclass(kind, Spec)}
     properties = Experiment.model_json_schema()["properties"]
     top = ["| key | values | default | meaning |", "|---|---|---|---|"]
-    for key in tables.keys() - nested.keys():
-        part = properties[key]
-        default = cell(json.dumps(part.get("default")))
-        top.append(f"| `{key}` | {cell(allowed_values(part))} | `{default}` | {cell(part.get('description', ''))} |")
+    top += [row(key, properties[key]) for key in tables.keys() - nested.keys()]
     parts = [HEAD, "## Top level", "\n".join([*top[:2], *sorted(top[2:])])]
     parts += [section(2, f"`[{key}]`", kind) for key, kind in nested.items()]
     for key, family in FAMILIES.items():

@@ -14,7 +14,9 @@ from fedmllm.core.types import ClientUpdate, LocalRule, Outcome, Params, Round, 
 
 
 class FedDyn(Aggregator):
-    """Client: minimise L_k(w) - <h_k, w> + alpha/2 |w - w_t|^2, then h_k -= alpha (w_k - w_t).
+    """Dynamic regularization of each client's loss (Acar et al., arXiv:2111.04263, Alg. 1).
+
+    Client: minimize L_k(w) - <h_k, w> + alpha/2 |w - w_t|^2, then h_k -= alpha (w_k - w_t).
 
     Server: h -= alpha / N sum_k (w_k - w_t), N the number of all clients; w = mean_k w_k - h / alpha over the cohort.
     """

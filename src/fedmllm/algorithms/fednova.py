@@ -15,10 +15,11 @@ from fedmllm.core.types import ClientUpdate, Outcome, Params, Round, Sent, State
 
 
 class FedNova(Aggregator):
-    """w += lr * (sum_k p_k tau_k) * sum_k p_k delta_k / tau_k, tau_k the client's steps, p_k its share of the rows.
+    """Deltas are normalized by their clients' local steps (Wang et al., arXiv:2007.07481, Eq. 6).
 
-    The paper's tau_eff with a_k = (1, .., 1). The number of steps travels with the update: rows do not give it where a
-    client straggles or `train.max_steps` ends its round.
+    w += lr * (sum_k p_k tau_k) * sum_k p_k delta_k / tau_k, tau_k the client's steps, p_k its share of the rows. The
+    paper's tau_eff with a_k = (1, .., 1). The number of steps travels with the update: rows do not give it where a client
+    straggles or `train.max_steps` ends its round.
     """
 
     name: Literal["fednova"] = "fednova"

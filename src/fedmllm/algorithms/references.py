@@ -12,7 +12,8 @@ from fedmllm.core.types import ClientUpdate, Params, Round, State
 
 
 class FedAvgReference(Aggregator):
-    """The published code's FedAvg, fault included: the first tensor is averaged, to all others the mean is ADDED.
+    """The published code's FedAvg, fault included: the first tensor is averaged, to all others the mean is ADDED (FedMLLM,
+    arXiv:2411.14717).
 
     w = mean(local) for the first tensor in the adapter's own order, w = w + mean(local) = 2 w + Delta for the rest; it
     diverges. It is here to demonstrate that.
@@ -28,7 +29,7 @@ class FedAvgReference(Aggregator):
 
 
 class FedAvgMReference(Aggregator):
-    """The published code's FedAvgM: v = Delta in the first round, then beta1 v + (1-beta1) Delta; w += v."""
+    """The published code's FedAvgM: v = Delta in the first round, then beta1 v + (1-beta1) Delta; w += v (arXiv:2411.14717)."""
 
     name: Literal["fedavgm-reference"] = "fedavgm-reference"
     weighted_by: ClassVar[Literal["", "rows", "clients"]] = "rows"
@@ -42,7 +43,7 @@ class FedAvgMReference(Aggregator):
 
 
 class FedAdagradReference(FedAdagrad):
-    """The published code's FedAdagrad: Delta is the unweighted mean."""
+    """The published code's FedAdagrad: Delta is the unweighted mean (arXiv:2411.14717)."""
 
     name: Literal["fedadagrad-reference"] = "fedadagrad-reference"  # type: ignore[assignment]
     weighted_by: ClassVar[Literal["", "rows", "clients"]] = "clients"
@@ -71,7 +72,7 @@ class MomentReference(Adaptive):
 
 
 class FedAdamReference(MomentReference):
-    """The published code's FedAdam: v = b2 v + (1-b2) m^2."""
+    """The published code's FedAdam: v = b2 v + (1-b2) m^2 (arXiv:2411.14717)."""
 
     name: Literal["fedadam-reference"] = "fedadam-reference"
 
@@ -82,7 +83,7 @@ class FedAdamReference(MomentReference):
 
 
 class FedYogiReference(MomentReference):
-    """The published code's FedYogi: v -= (1-b2) m^2 sign(v - m^2)."""
+    """The published code's FedYogi: v -= (1-b2) m^2 sign(v - m^2) (arXiv:2411.14717)."""
 
     name: Literal["fedyogi-reference"] = "fedyogi-reference"
 

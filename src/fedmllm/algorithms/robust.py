@@ -94,7 +94,7 @@ class Krum(Robust):
 
 
 class MultiKrum(Robust):
-    """The mean of the `num_kept` deltas with the lowest Krum scores (the same paper, section 4)."""
+    """The mean of the `num_kept` deltas with the lowest Krum scores (Blanchard et al., arXiv:1703.02757, section 4)."""
 
     name: Literal["multi-krum"] = "multi-krum"
     num_bad: PositiveInt = 1

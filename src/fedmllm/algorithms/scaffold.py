@@ -19,7 +19,11 @@ from fedmllm.core.types import ClientUpdate, LocalRule, Outcome, Params, Round, 
 
 
 class Scaffold(Aggregator):
-    """w += lr * mean of the deltas; c += sum over the cohort of (new c_k - old c_k) / N, N the number of all clients."""
+    """Control variates against client drift (Karimireddy et al., arXiv:1910.06378, Alg. 1).
+
+    Client k trains with c - c_k added to its gradients; its new c_k is the mean of its uncorrected gradients. Server:
+    w += lr * mean of the deltas; c += sum over the cohort of (new c_k - old c_k) / N, N the number of all clients.
+    """
 
     name: Literal["scaffold"] = "scaffold"
     needs: ClassVar[frozenset[str]] = frozenset({"client-state", "extra"})

@@ -29,7 +29,7 @@ class ServerOptimizer(Aggregator):
 
 
 class FedAvg(ServerOptimizer):
-    """w += lr * Delta (McMahan et al., arXiv:1602.05629; lr = 1 there)."""
+    """Weighted mean of the clients' deltas: w += lr * Delta (McMahan et al., arXiv:1602.05629; lr = 1 there)."""
 
     name: Literal["fedavg"] = "fedavg"
     lr: PositiveFloat = 1.0
@@ -41,7 +41,7 @@ class FedAvg(ServerOptimizer):
 
 
 class FedAvgM(ServerOptimizer):
-    """v = beta v + Delta; w += lr v (Hsu et al., arXiv:1909.06335)."""
+    """Momentum on the server: v = beta v + Delta; w += lr v (Hsu et al., arXiv:1909.06335)."""
 
     name: Literal["fedavgm"] = "fedavgm"
     lr: PositiveFloat = 1.0
@@ -62,9 +62,9 @@ class Adaptive(ServerOptimizer):
     """The part that the adaptive server optimizers share: v starts at tau^2, w += lr m / (sqrt v + tau)."""
 
     lr: PositiveFloat = 1e-3
-    """Largest step of a weight, about."""
+    """Learning rate of the server: about the largest step of a weight."""
     tau: PositiveFloat = 1e-3
-    """Added to the denominator; v starts at its square."""
+    """Added to the denominator, which bounds the step; v starts at tau^2."""
 
     def init(self, params: Params) -> State:
         return {"m": zeros(params), "v": tree_map(lambda w: w.new_full(w.shape, self.tau**2), params)}
@@ -74,7 +74,7 @@ class Adaptive(ServerOptimizer):
 
 
 class FedAdagrad(Adaptive):
-    """v += Delta^2; w += lr Delta / (sqrt v + tau)."""
+    """v += Delta^2; w += lr Delta / (sqrt v + tau); v starts at tau^2 (Reddi et al., arXiv:2003.00295, Alg. 2)."""
 
     name: Literal["fedadagrad"] = "fedadagrad"
 
@@ -110,7 +110,10 @@ class Moments(Adaptive):
 
 
 class FedAdam(Moments):
-    """v = b2 v + (1-b2) Delta^2."""
+    """m = b1 m + (1-b1) Delta; v = b2 v + (1-b2) Delta^2; w += lr m / (sqrt v + tau) (Reddi et al., arXiv:2003.00295, Alg. 2).
+
+    v starts at tau^2, and there is no bias correction.
+    """
 
     name: Literal["fedadam"] = "fedadam"
 
@@ -119,7 +122,10 @@ class FedAdam(Moments):
 
 
 class FedYogi(Moments):
-    """v -= (1-b2) Delta^2 sign(v - Delta^2)."""
+    """m = b1 m + (1-b1) Delta; v -= (1-b2) Delta^2 sign(v - Delta^2); w += lr m / (sqrt v + tau) (Reddi et al., 2020).
+
+    arXiv:2003.00295, Alg. 2. v starts at tau^2, and there is no bias correction.
+    """
 
     name: Literal["fedyogi"] = "fedyogi"
 

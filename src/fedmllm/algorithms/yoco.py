@@ -62,7 +62,9 @@ class OneShot(WithServer):
 
 
 class Yoco(OneShot):
-    """A has the penalty lambda |A|_1 and is aggregated by principal components; B is averaged. B0 A0 is taken out of W, so
+    """One round, supervised by the frozen weights (YOCO, NeurIPS 2025, OpenReview FoVF3iL6o3).
+
+    A has the penalty lambda |A|_1 and is aggregated by principal components; B is averaged. B0 A0 is taken out of W, so
     that training starts at the base model; the result therefore has rank 2 r.
 
     Components of the rows vec(A_k): scores Z_k on the leading ones, their mean weighted by rows, and back. The number of
@@ -78,7 +80,7 @@ class Yoco(OneShot):
     components: NonNegativeInt = 1
     """Principal components of A; 0 = all."""
     centred: bool = True
-    """Whether the components are those of the deviations from the clients' plain mean."""
+    """Take the components of the deviations from the clients' plain mean, not of A itself."""
 
     def init(self, params: Params) -> State:
         start = {name: (-b, a) for name, (b, a) in pairs(params).items()}
@@ -118,8 +120,10 @@ class Yoco(OneShot):
 
 
 class YocoReference(OneShot):
-    """The published code's form: A is random and has the penalty |A'A - I|^2, whose weight falls from 0.1 to 0.01; both
-    factors are averaged; B0 A stays in the model, which therefore starts perturbed.
+    """The published code's form of YOCO (NeurIPS 2025, OpenReview FoVF3iL6o3).
+
+    A is random and has the penalty |A'A - I|^2, whose weight falls from 0.1 to 0.01; both factors are averaged; B0 A stays
+    in the model, which therefore starts perturbed.
     """
 
     name: Literal["yoco-reference"] = "yoco-reference"

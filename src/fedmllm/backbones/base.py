@@ -76,8 +76,8 @@ class Lora(Spec):
     """Names of modules that are trained and sent whole in addition to LoRA, such as "embed_tokens" or "resampler"."""
 
     ranks: Annotated[tuple[PositiveInt, ...], ADDED_LATER] = ()
-    """Ranks of the clients, in turn: client k has ranks[k mod len]; () = `r` for all. The scaling is alpha / r for every rank,
-    and `r` is the largest of them."""
+    """Ranks of the clients, in turn: client k has ranks[k mod len]; empty = every client has rank `r`. Otherwise `r` must
+    be the largest of them; the scaling is alpha / r for every rank."""
 
     modality_gate: Annotated[bool, ADDED_LATER] = False
     """Train a vector for each layer and modality (text, picture) that is added to the attention's keys. It is sent and

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from typing import Annotated, Any
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from fedmllm.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from fedmllm.core.spec import Spec
+
 Topic = Annotated[
-    str, typer.Argument(help="TABLE, as in train, or FAMILY.MEMBER, as in aggregator.fedadam.", metavar="TOPIC")
+    str,
+    typer.Argument(
+        help="TABLE, as in train; FAMILY.MEMBER, as in aggregator.fedadam; or KEY, as in num_rounds or train.lr. Lists "
+        "all tables if left out.",
+        metavar="[TOPIC]",
+        show_default=False,
+    ),
 ]
+_WIDTH = 100  # of a page at most
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
-def explain(topic: Topic) -> None:
-    """Describe a table or a member: source, keys, types, ranges and defaults."""
-    typer.echo(explained(topic))
+def explain(topic: Topic = "") -> None:
+    """Describe a table, a member or a key: source, types, ranges and defaults."""
+    typer.echo(explained(topic, min(shutil.get_terminal_size().columns, _WIDTH)))
 
 
 def schema() -> None:
@@ -24,52 +41,176 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=1))
 
 
-def explained(topic: str) -> str:
-    """Return the description of a table or a member. Raises ConfigError naming what exists.
+def explained(topic: str = "", width: int = _WIDTH) -> str:
+    """Return the description of a table, a member or a key; of all tables if no topic is given.
 
     Args:
-        topic: `train`, `aggregator` or `aggregator.fedadam`.
+        topic: `train`, `aggregator`, `aggregator.fedadam`, `fedadam`, `num_rounds`, `train.lr` or `aggregator.fedadam.lr`.
+        width: Longest line.
+
+    Returns:
+        Lines for a terminal.
+
+    Raises:
+        ConfigError: The topic does not exist; the message names what does.
     """
     from fedmllm.config.experiment import FAMILIES, Experiment
-    from fedmllm.core.spec import Spec, nearest
+    from fedmllm.core.spec import nearest
 
-    table, _, member = topic.partition(".")
-    tables = {key: field.annotation for key, field in Experiment.model_fields.items()}
-    specs = {key: kind for key, kind in tables.items() if isinstance(kind, type) and issubclass(kind, Spec)}
-    if table not in {**specs, **FAMILIES}:
-        allowed = sorted({**specs, **FAMILIES})
-        raise ConfigError(f"{table!r}: no such table; allowed: {', '.join(allowed)}{nearest(table, allowed)}")
-    if table not in FAMILIES:
-        return "\n".join([f"[{table}]", specs[table].__doc__ or "", *_lines(specs[table])])
-    members = FAMILIES[table].members
-    if not member:
-        words = [f"  {name:20} {(members[name].__doc__ or '').splitlines()[0]}" for name in sorted(members)]
-        return "\n".join([f"{table}: {FAMILIES[table].__doc__}", "", *words])
-    if member not in members:
-        raise ConfigError(f"{topic}: got {member!r}; allowed: {', '.join(sorted(members))}{nearest(member, members)}")
-    return "\n".join(
-        [f'{table} = {{ name = "{member}", ... }}', members[member].__doc__ or "", *_lines(members[member])]
-    )
+    if not topic:
+        return _overview(width)
+    head, _, rest = topic.partition(".")
+    if head in FAMILIES and rest:
+        member, _, key = rest.partition(".")
+        members = FAMILIES[head].members
+        if member not in members:
+            allowed = f"{', '.join(sorted(members))}{nearest(member, members)}"
+            raise ConfigError(f"{topic}: got {member!r}; allowed: {allowed}")
+        title = f'{head} = {{ name = "{member}", ... }}'
+        return _explained_key(members[member], key, f"{head}.{member}", title, width)
+    if head in FAMILIES:
+        return _listed(head, width)
+    if head in Experiment.model_fields:
+        if (table := _table_of(Experiment, head)) is not None:
+            return _explained_key(table, rest, head, f"[{head}]", width)
+        return _explained_key(Experiment, topic, "", "", width)
+    homes = [f"{family}.{topic}" for family, kind in FAMILIES.items() if topic in kind.members]
+    if len(homes) == 1:
+        return explained(homes[0], width)
+    if homes:
+        raise ConfigError(f"{topic!r}: a member of several families; allowed: {', '.join(homes)}")
+    names = [*Experiment.model_fields, *(name for kind in FAMILIES.values() for name in kind.members)]
+    allowed = ", ".join(sorted(Experiment.model_fields))
+    raise ConfigError(f"{topic!r}: no such table, key or member; allowed: {allowed}{nearest(head, names)}")
 
 
-def _lines(spec: Any) -> list[str]:
-    found = [""]
-    for key, part in spec.model_json_schema()["properties"].items():
-        if key != "name":
-            default = f" = {json.dumps(part['default'])}" if "default" in part else " (required)"
-            found += [f"  {key}{default}", f"      {allowed_values(part)}. {part.get('description', '')}".rstrip()]
-    return found if len(found) > 1 else ["", "  It has no keys."]
+def dotted_keys(kind: type[Spec], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (dotted key, its JSON Schema) of a table and the tables in it, without `name`.
+
+    Args:
+        kind: A table or a member. The members of a family within it are not described again.
+        prefix: Beginning of each key.
+    """
+    from fedmllm.config.experiment import FAMILIES
+    from fedmllm.core.spec import Spec
+
+    properties = kind.model_json_schema()["properties"]
+    for key, field in kind.model_fields.items():
+        parts = [p for p in (field.annotation, *get_args(field.annotation)) if isinstance(p, type)]
+        inner = next((p for p in parts if issubclass(p, Spec) and p not in FAMILIES.values()), None)
+        if key != "name" and inner is not field.annotation:
+            made = {"default": field.default_factory()} if field.default_factory else {}  # type: ignore[call-arg]
+            yield prefix + key, properties[key] | made
+        if inner is not None:
+            yield from dotted_keys(inner, f"{prefix}{key}.")
 
 
 def allowed_values(part: dict[str, Any]) -> str:
-    """ "integer, > 0" from a property of a JSON Schema."""
-    if "enum" in part or "const" in part:
-        return "one of " + ", ".join(map(str, part.get("enum", [part.get("const")])))
+    """ "integer, > 0" from a property of a JSON Schema. Whether it may be left out follows from its default."""
+    from fedmllm.config.experiment import FAMILIES
+
+    if "const" in part:
+        return json.dumps(part["const"])
+    if "enum" in part:
+        return "one of " + ", ".join(map(json.dumps, part["enum"]))
     if "anyOf" in part:
-        return " or ".join(allowed_values(kind) for kind in part["anyOf"])
-    bounds = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    ranges = [f"{sign} {part[key]:g}" for key, sign in bounds.items() if key in part]
-    return ", ".join([part.get("type", "table"), *ranges])
+        return " or ".join(allowed_values(kind) for kind in part["anyOf"] if kind.get("type") != "null")
+    families = {family.__name__: key for key, family in FAMILIES.items()}
+    if (family := families.get(part.get("$ref", "").rpartition("/")[2])) is not None:
+        return f"a member of [{family}], as a name or a table"
+    ranges = [f"{sign} {part[key]:g}" for key, sign in _BOUNDS.items() if key in part]
+    kind = {"object": "table"}.get(part.get("type", "object"), part.get("type", ""))
+    if kind == "array" and "type" in part.get("items", {}):
+        first, *more = allowed_values(part["items"]).split(", ")
+        kind, ranges = f"array of {first}s", [*more, *ranges]
+    return ", ".join([kind, *ranges])
+
+
+def default_value(part: dict[str, Any]) -> str:
+    """The default as TOML would have it; "required" or "left out" where there is none."""
+    if "default" not in part:
+        return "required"
+    return "left out" if part["default"] is None else json.dumps(part["default"])
+
+
+def source_file(kind: type[Spec]) -> str:
+    """Place of the class that a member or table is: within the package, or the file of a plug-in with its digest."""
+    plugin = getattr(kind, "plugin", None)
+    if plugin is not None:
+        return f"{plugin.file or plugin.module} (plug-in, digest {plugin.digest})"
+    return Path(inspect.getfile(kind)).relative_to(Path(sys.modules["fedmllm"].__path__[0]).parent).as_posix()
+
+
+def _table_of(kind: type[Spec], key: str) -> type[Spec] | None:
+    from fedmllm.core.spec import Spec
+
+    inner = kind.model_fields[key].annotation
+    return inner if isinstance(inner, type) and issubclass(inner, Spec) else None
+
+
+def _explained_key(kind: type[Spec], key: str, place: str, title: str, width: int) -> str:
+    """A whole table if `key` is empty; otherwise the keys of it that are `key` or in the table `key`."""
+    from fedmllm.core.spec import nearest
+
+    keys = dict(dotted_keys(kind))
+    if key:
+        found = {k: part for k, part in keys.items() if k == key or k.startswith(f"{key}.")}
+        if not found:
+            allowed = f"{', '.join(keys) or 'nothing'}{nearest(key, list(keys))}"
+            raise ConfigError(f"{place}: no key {key!r}; allowed: {allowed}")
+        prefix = f"{place}." if place else ""
+        return "\n".join(line for k, part in found.items() for line in _key_lines(prefix + k, part, "", width))
+    lines = [title, "", _wrapped(kind.__doc__, width), "", f"Source: {source_file(kind)}", ""]
+    lines += [line for k, part in keys.items() for line in _key_lines(k, part, "  ", width)] or ["  It has no keys."]
+    return "\n".join(lines)
+
+
+def _key_lines(key: str, part: dict[str, Any], indent: str, width: int) -> list[str]:
+    default = default_value(part)
+    text = f"{allowed_values(part)}. {part.get('description', '')}".rstrip()
+    head = (
+        f"{indent}{key} = {default}"
+        if "default" in part and part["default"] is not None
+        else f"{indent}{key} ({default})"
+    )
+    return [
+        head,
+        textwrap.fill(" ".join(text.split()), width, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    "),
+    ]
+
+
+def _wrapped(text: str | None, width: int) -> str:
+    """A docstring with its paragraphs filled; indented formulas stay as they are."""
+    paragraphs = inspect.cleandoc(text or "").split("\n\n")
+    return "\n\n".join(p if p.startswith(" ") else textwrap.fill(" ".join(p.split()), width) for p in paragraphs)
+
+
+def _listed(family: str, width: int) -> str:
+    """The members of a family, with the first paragraph of each."""
+    from fedmllm.config.experiment import FAMILIES
+
+    members = FAMILIES[family].members
+    indent = " " * (4 + max(map(len, members)))
+    lines = [f"[{family}]", "", _wrapped(FAMILIES[family].__doc__, width), ""]
+    for name in sorted(members):
+        first = inspect.cleandoc(members[name].__doc__ or "").split("\n\n")[0]
+        head = f"  {name}".ljust(len(indent))
+        lines.append(textwrap.fill(" ".join(first.split()), width, initial_indent=head, subsequent_indent=indent))
+    return "\n".join(lines)
+
+
+def _overview(width: int) -> str:
+    """All keys of the top level: families, tables and values."""
+    from fedmllm.config.experiment import Experiment
+
+    indent = " " * (4 + max(map(len, Experiment.model_fields)))
+    about = "Keys of an experiment file. `fedmllm explain KEY` describes one, `fedmllm explain KEY.MEMBER` a member."
+    lines = [textwrap.fill(about, width), ""]
+    for key, field in Experiment.model_fields.items():
+        text = " ".join((field.description or "").split())
+        head = f"  {key}".ljust(len(indent))
+        lines.append(textwrap.fill(text, width, initial_indent=head, subsequent_indent=indent))
+    return "\n".join(lines)
 
 
 def json_schema() -> dict[str, Any]:
@@ -98,7 +239,8 @@ def json_schema() -> dict[str, Any]:
     for place in (top["properties"]["imports"], *_evaluate(definitions)):
         place["anyOf"] = [one_or_several, {"type": place.pop("type"), "items": place.pop("items")}]
     for new, old in Experiment.old_keys.items():
-        top["properties"][old] = top["properties"][new]
+        renamed = f"Renamed to `{new}`; the old name goes in the next release."
+        top["properties"][old] = top["properties"][new] | {"deprecated": True, "description": renamed}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top, "$defs": definitions}
 
 

@@ -115,7 +115,7 @@ class Table(Dataset):
     question: str = ""
     """The question of all rows that have no own one."""
     choices: tuple[str, ...] = Field((), max_length=MAX_CHOICES)
-    """The choices of all rows that have no own ones; () = open questions, or the labels of the image folders."""
+    """The choices of all rows that have no own ones; empty = open questions, or the labels of the image folders."""
     answers: Annotated[Literal["auto", "words", "numbers"], ADDED_LATER] = "auto"
     """How answers name a choice: by its words or by its number from 0; "auto" = whichever fits the whole column."""
     separator: str = Field("|", min_length=1)

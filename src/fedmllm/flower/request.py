@@ -80,7 +80,7 @@ class Request(Spec):
     num_clients: PositiveInt = 1
     """Clients that can be sampled."""
     ranks: tuple[PositiveInt, ...] = Field((), max_length=1000)
-    """LoRA ranks, assigned to the clients in turn; () = all have `lora.r`."""
+    """LoRA ranks, assigned to the clients in turn; empty = all have `lora.r`."""
     header: Header | None = None
     """Description of the tensors that travel with the request; None = the adapter, and all of it trains."""
     kept: dict[int, Annotated[str, Field(pattern=f"^{DIGEST}$")]] = Field({}, max_length=100_000)

@@ -39,7 +39,8 @@ _OUTSIDE = (
 class ClientDp(Privacy):
     """The server clips every client's update, adds noise to their sum, and hands that one mean to the aggregator.
 
-    A client that fails counts as an update of zeros; the denominator is `cohort_size`, whoever responds.
+    DP-FedAvg (McMahan et al., arXiv:1710.06963); adaptive clip: Andrew et al., arXiv:1905.03871. A client
+    that fails counts as an update of zeros; the denominator is `cohort_size`, whoever responds.
     """
 
     name: Literal["client-dp"] = "client-dp"

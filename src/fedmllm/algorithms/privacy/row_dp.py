@@ -30,8 +30,9 @@ _OUTSIDE = (
 class RowDp(Privacy):
     """Each client clips the gradient of every row and adds noise to their sum, before an optimizer step.
 
-    Nothing that a client computes from the noisy gradients needs more noise: AdamW, weight decay, the proximal term, the
-    aggregation. It holds against the server, too, if each client is a site with its own key.
+    DP-SGD (Abadi et al., arXiv:1607.00133) on a client's own rows. Nothing that a client computes from the noisy gradients
+    needs more noise: AdamW, weight decay, the proximal term, the aggregation. It holds against the server, too, if each
+    client is a site with its own key.
     """
 
     name: Literal["row-dp"] = "row-dp"

@@ -128,7 +128,7 @@ class Site(Spec):
     value: str = ""
     """See `column`."""
     modalities: tuple[Modality, ...] = ()
-    """Modalities that this site has; () = all that its rows have."""
+    """Modalities that this site has; empty = all that its rows have."""
     backbone: SerializeAsAny[BackboneSpec] = Tiny()
     """The base model on this machine."""
     allow: Allow = Allow()

@@ -159,7 +159,7 @@ def start_workers(
 
 
 def assign_cell(job: Job, cell: Cell, folder: Path) -> bool:
-    """Hand a cell to a process; False where it died between two cells, which `listen` will see."""
+    """Hand a cell to a process; False where it died between two cells, which `poll` will see."""
     try:
         job.pipe.send((cell.experiment.dump(), str(folder / cell.run_id)))
     except OSError:
@@ -169,7 +169,7 @@ def assign_cell(job: Job, cell: Cell, folder: Path) -> bool:
 
 
 def poll(state: CellState, display: Display, timeout_s: float = 0.5) -> None:
-    """Take what the processes tell."""
+    """Collect the messages of the workers."""
     by_pipe = {job.pipe: job for job in state.jobs}
     for pipe in wait(list(by_pipe), timeout_s):
         job = by_pipe[pipe]  # type: ignore[index]
@@ -199,7 +199,7 @@ def close_cell(state: CellState, job: Job, cell: Cell, error: str, display: Disp
 
 
 def shutdown(jobs: Sequence[Job]) -> None:
-    """Let idle processes go and end those that are at work."""
+    """Shut down all workers; a cell that one is at can be resumed."""
     for job in jobs:
         try:
             job.pipe.send(None)
