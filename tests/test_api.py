@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fedmllm
+import fedmllm.testing
 from fedmllm import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +67,24 @@ def test_keywords_mean_what_the_keys_of_a_file_mean(tmp_path: Path):
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("scenario.name: got 'mising'; allowed: ")
     assert {line.split(":")[0] for line in lines} == {"scenario.name", "num_rounds", "train.lr"}
+
+
+def test_the_api_page_has_every_exported_name():
+    page = (ROOT / "docs/api.md").read_text()
+    described = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
+    assert len(described) == len({*described})
+    modules = [place for place in described if (ROOT / "src" / f"{place.replace('.', '/')}.py").is_file()]
+    for package in (fedmllm, fedmllm.testing):
+        for name in package.__all__:
+            thing = getattr(package, name)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                place = f"{thing.__module__}.{thing.__qualname__}"
+                assert place in described or thing.__module__ in modules, place
+            else:
+                assert re.search(rf"\b{name}\b", page), name
+    for place in described:
+        module, _, name = place.rpartition(".")
+        assert place in modules or hasattr(importlib.import_module(module), name), place
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -1,4 +1,4 @@
-"""Modules that settings, help texts and records need are imported without torch; no test module imports another."""
+"""Contracts about imports: torch, and test modules that import each other."""
 
 from __future__ import annotations
 
@@ -7,28 +7,38 @@ import json
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import fedmllm.algorithms
+import fedmllm.cli
+import fedmllm.config
 import fedmllm.core
 import fedmllm.data
 import fedmllm.scenarios
 
+ROOT = Path(__file__).parents[1]
+# Modules that settings, help texts and records need.
 LIGHT = [
     "fedmllm",
-    "fedmllm.cli.main",
-    "fedmllm.cli.display",
-    "fedmllm.config.experiment",
     "fedmllm.runs.record",
     "fedmllm.runs.suites.suite",
     "fedmllm.reports.reading",
     *(
         module.name
-        for package in (fedmllm.core, fedmllm.data, fedmllm.scenarios, fedmllm.algorithms)
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+        for package in (
+            fedmllm.algorithms,
+            fedmllm.cli,
+            fedmllm.config,
+            fedmllm.core,
+            fedmllm.data,
+            fedmllm.scenarios,
+        )
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if not module.name.endswith("__main__")
     ),
 ]
 CODE = """
@@ -56,6 +66,29 @@ def test_light_modules_load_no_model_library() -> None:
 @pytest.mark.parametrize("name", ["fedmllm.federation.client"])
 def test_the_check_finds_a_module_that_does(name: str) -> None:
     assert modules_that_load_torch([name]) == [name]
+
+
+def imports_torch(code: str) -> bool:
+    """True if a module imports torch anywhere, within functions too."""
+    for node in ast.walk(ast.parse(code)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        if any(name.split(".")[0] == "torch" for name in names):
+            return True
+    return False
+
+
+def test_the_contract_names_the_packages_that_import_torch() -> None:
+    """`lint-imports` holds the package to the contract; here the contract is held to what the package needs."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    allowed = next(c["allowed_importers"] for c in contracts if c.get("protected_modules") == ["torch"])
+    paths = sorted((ROOT / "src").rglob("*.py"))
+    names = {".".join(p.relative_to(ROOT / "src").with_suffix("").parts) for p in paths if imports_torch(p.read_text())}
+    outside = [name for name in names if not any(f"{name}.".startswith(f"{place}.") for place in allowed)]
+    assert outside == []
+    assert [place for place in allowed if not any(f"{name}.".startswith(f"{place}.") for name in names)] == []
+    assert imports_torch("def f():\n    from torch.nn import Module")
+    assert not imports_torch("import torchvision\nfrom .torch import x")
 
 
 def imported_test_modules(code: str) -> Iterator[str]:

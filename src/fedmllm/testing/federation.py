@@ -22,10 +22,13 @@ from fedmllm.core.types import ClientUpdate, Content, Example, Modality, Params,
 from fedmllm.data.prompts import Plain
 from fedmllm.federation.client import Clients, RowStore
 
-SIZES = (3, 9, 1, 0, 12)  # rows of each client
+SIZES = (3, 9, 1, 0, 12)
+"""Rows of each client of the small federation; one has none."""
 TEXTS = ("so it is", "a dog on a bicycle, seen from behind", "no", "the other way round, they say", "rain again")
 MODALITIES = ("image", "text")
+"""Modalities of its rows."""
 COHORT = range(len(SIZES))
+"""All of its clients."""
 
 
 def examples(folder: Path) -> list[Example]:
