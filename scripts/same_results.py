@@ -1,7 +1,8 @@
 """Compare the folders of two sets of runs, byte for byte: `python scripts/same_results.py BEFORE AFTER`.
 
 Each folder holds one folder per run. Adapters must be equal in every byte, and records and summaries in every value, apart
-from times, versions, memory and the device. Keys of the record that were renamed count as equal.
+from times, versions, memory and the device. Keys of the record that were renamed count as equal, and keys that AFTER alone
+has are not compared.
 """
 
 from __future__ import annotations
@@ -34,6 +35,15 @@ def plain(value: Any) -> Any:
     return [plain(inner) for inner in value] if isinstance(value, list) else value
 
 
+def lasts(old: Any, new: Any) -> bool:
+    """True if `new` has every value of `old`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return all(key in new and lasts(value, new[key]) for key, value in old.items())
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(lasts, old, new))
+    return bool(old == new)
+
+
 def contents(run: Path) -> Iterator[tuple[str, Any]]:
     """(place, comparable content) of each result of a run."""
     for number, line in enumerate((run / "record.jsonl").read_text().splitlines(), start=1):
@@ -49,7 +59,7 @@ def main() -> None:
     differing = 0
     for name in runs:
         old, new = dict(contents(before / name)), dict(contents(after / name))
-        odd = [place for place in {**old, **new} if old.get(place) != new.get(place)]
+        odd = [place for place in {**old, **new} if not lasts(old.get(place), new.get(place))]
         differing += bool(odd)
         print(f"{name}: {len(old)} results, " + (f"DIFFERENT: {', '.join(odd[:5])}" if odd else "equal"))
     print(f"{len(runs) - differing} of {len(runs)} runs are equal")

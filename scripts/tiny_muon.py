@@ -15,7 +15,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the published quintic iteration
 
 
 class Muon(torch.optim.Optimizer):
-    """w -= lr * sqrt(max(1, rows / columns)) * orthogonalised Nesterov momentum, after decoupled weight decay."""
+    """w -= lr * sqrt(max(1, rows / columns)) * orthogonalized Nesterov momentum, after decoupled weight decay."""
 
     def __init__(
         self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
             for (rows, columns), members in by_shape.items():
-                directions = orthogonalised(torch.stack([self._momentum(p, group["momentum"]) for p in members]))
+                directions = orthogonalized(torch.stack([self._momentum(p, group["momentum"]) for p in members]))
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for p, direction in zip(members, directions, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=scale)
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(buffer, beta)
 
 
-def orthogonalised(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
+def orthogonalized(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
     """Each matrix with its singular values moved near 1, by Newton-Schulz iteration in bfloat16."""
     a, b, c = COEFFICIENTS
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis.strategies import text
 
-from fedmllm.core.answers import normalised, parse_open, same_answer, word_f1
+from fedmllm.core.answers import normalized, parse_open, same_answer, word_f1
 from fedmllm.core.metrics import METRICS, chosen, probabilities
 from fedmllm.core.types import Example, Prediction
 
@@ -81,7 +81,7 @@ def test_exact_match_and_token_f1() -> None:
     assert METRICS["accuracy"](rows) == pytest.approx(1 / 3)
     assert METRICS["token_f1"](rows) == pytest.approx((1 + 0.5 + 0) / 3)
     assert METRICS["unparsed"](rows) == 1
-    assert normalised("The  Left-lung.") == "left lung"
+    assert normalized("The  Left-lung.") == "left lung"
 
 
 def test_open_and_closed_follow_the_column_where_there_is_one() -> None:
@@ -187,4 +187,4 @@ def test_an_answer_equals_itself_and_its_composed_and_decomposed_forms(answer: s
     assert word_f1(answer, answer) == 1.0
     for form in ("NFC", "NFD"):
         other = unicodedata.normalize(form, answer)
-        assert same_answer(answer, other) or not normalised(answer)
+        assert same_answer(answer, other) or not normalized(answer)

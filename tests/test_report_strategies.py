@@ -1,4 +1,4 @@
-"""A report of methods with and without strategies, and of runs that only settings tell apart."""
+"""A report of methods with and without strategies, and of runs that differ in settings alone."""
 
 from __future__ import annotations
 

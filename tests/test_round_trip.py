@@ -44,7 +44,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "client-dp": {"noise_multiplier": 1.0, "clip": 0.5, "simulate_noise": True},
     "row-dp": {"noise_multiplier": 1.0, "clip": 0.5, "simulate_noise": True},
 }
-# Another value where its type does not tell which are allowed, with what it needs; None = the key is its own proof.
+# Another value if its type does not imply which are allowed, with what it needs; None = the key is its own proof.
 OTHER: dict[str, dict[str, Any]] = {
     "at-sites.sites": {"sites": ["b", "a", "c"]},
     "at-sites.own": {"own": {"name": "table", "root": "/d", "train": "b.csv", "columns": {"image": "scan"}}},

@@ -80,12 +80,12 @@ def test_four_bits_train_after_an_evaluation(folder_of: FolderOf, prompts: list[
     from bitsandbytes.nn import Linear4bit
 
     backbone = load(folder_of(family), "nf4")
-    quantised = [name for name, m in backbone.base.named_modules() if isinstance(m, Linear4bit)]
-    assert any(".layers.0.mlp." in name for name in quantised)
-    assert any("vis" in name or "vpm" in name for name in quantised)  # the tower too, as in the hub's -int4
-    assert not any(name.endswith("lm_head") for name in quantised)
+    quantized = [name for name, m in backbone.base.named_modules() if isinstance(m, Linear4bit)]
+    assert any(".layers.0.mlp." in name for name in quantized)
+    assert any("vis" in name or "vpm" in name for name in quantized)  # the tower too, as in the hub's -int4
+    assert not any(name.endswith("lm_head") for name in quantized)
     if family in PORTS:
-        assert not any(name.endswith(("out_proj", "kv_proj")) for name in quantised)
+        assert not any(name.endswith(("out_proj", "kv_proj")) for name in quantized)
     backbone.score(prompts, [("A", "B")] * 3)
     _, grads = gradients(backbone, prompts)
     assert all(float(g.abs().sum()) > 0 for g in grads.values())
@@ -97,7 +97,7 @@ def test_four_bits_train_after_an_evaluation(folder_of: FolderOf, prompts: list[
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("family", ["minicpmv2.6", "qwen3_vl"])
-def test_a_folder_that_was_quantised_before(
+def test_a_folder_that_was_quantized_before(
     folder_of: FolderOf, tmp_path: Path, prompts: list[Conversation], family: str
 ) -> None:
     full = folder_of(family)

@@ -70,7 +70,7 @@ def write(family: str, folder: Path, tied: bool = False, sizes: Mapping[str, int
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config)
-        _randomise(model)
+        _randomize(model)
     model.save_pretrained(folder)
     return folder
 
@@ -85,7 +85,7 @@ def _resize(config: dict[str, Any], sizes: Mapping[str, int]) -> None:
     config["vision_config"]["hidden_size"] = sizes["hidden_size"]
 
 
-def _randomise(model: torch.nn.Module) -> None:
+def _randomize(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=1.0 / math.sqrt(parameter.shape[-1]))

@@ -129,7 +129,7 @@ def _parts(model: PreTrainedModel, family: str, spec: BackboneSpec) -> tuple[Mem
     decoder = decoder_name(model)
     shared = decoder.rsplit(".", 1)[0] + "."  # "model." or "llm."
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    small = {id(p) for p in _quantised(model, family, spec)}
+    small = {id(p) for p in _quantized(model, family, spec)}
     sizes: dict[str, list[float]] = {}
     for name, parameter in model.named_parameters():  # tied ones come once
         if any(parameter is p for p in embeddings.parameters()):
@@ -153,7 +153,7 @@ def _plain_bytes(spec: BackboneSpec) -> int:
     return DTYPES[spec.precision.base].itemsize
 
 
-def _quantised(model: PreTrainedModel, family: str, spec: BackboneSpec) -> Iterator[Tensor]:
+def _quantized(model: PreTrainedModel, family: str, spec: BackboneSpec) -> Iterator[Tensor]:
     """Weights that are held in four bits: those of linear layers except the head and those that the family leaves alone."""
     if spec.precision.base != "nf4":
         return

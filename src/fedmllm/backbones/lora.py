@@ -135,11 +135,11 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int, base: str) -> tuple[
         peft = get_peft_model(model, config)
     peft.peft_config["default"].base_model_name_or_path = base
     widen(peft, model.dtype)
-    _initialise(peft, seed, lora)
+    _initialize(peft, seed, lora)
     return peft, _own_dropout(peft, lora.dropout)
 
 
-def _initialise(peft: PeftModel, seed: int, lora: Lora) -> None:
+def _initialize(peft: PeftModel, seed: int, lora: Lora) -> None:
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), which is kaiming-uniform with a = sqrt(5), each from its own stream; or `lora.init`."""
     for name, parameter in parameters_by_saved_name(peft).items():
         if parameter.is_meta:

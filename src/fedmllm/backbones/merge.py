@@ -60,7 +60,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
             "weight of the base can hold them. `fedmllm predict` uses the adapter as it is"
         )
     family = family_of(base)
-    if nf4.is_quantised(base):
+    if nf4.is_quantized(base):
         raise FedmllmError(
             f"{base} holds 4-bit weights; merge into the full checkpoint that they were made from (--base)"
         )

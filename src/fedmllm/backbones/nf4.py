@@ -1,6 +1,6 @@
 """Four-bit weights (NF4, arXiv:2305.14314) by bitsandbytes.
 
-They come from a full checkpoint, or from a folder that is quantised already.
+They come from a full checkpoint, or from a folder that is quantized already.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fedmllm.core.errors import ConfigError
 SKIPPED = {"minicpmv": ["out_proj", "kv_proj", "lm_head"]}
 
 
-def is_quantised(folder: Path) -> bool:
+def is_quantized(folder: Path) -> bool:
     """True if the folder's weights are in bitsandbytes' four bits already.
 
     Raises:
-        ConfigError: They are quantised in another way.
+        ConfigError: They are quantized in another way.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if not config:
@@ -31,7 +31,7 @@ def is_quantised(folder: Path) -> bool:
     if not config.get("load_in_4bit"):
         raise ConfigError(
             f"{folder / 'config.json'}: quantization_config is {config.get('quant_method', '?')}; "
-            "of quantised folders only bitsandbytes' 4-bit ones can be trained here"
+            "of quantized folders only bitsandbytes' 4-bit ones can be trained here"
         )
     return True
 
@@ -42,8 +42,8 @@ def check(folder: Path, base: str) -> None:
     Raises:
         ConfigError: It does not.
     """
-    quantised = is_quantised(folder)
-    if quantised and base != "nf4":
+    quantized = is_quantized(folder)
+    if quantized and base != "nf4":
         raise ConfigError(f"precision.base: got {base!r}, but {folder} holds 4-bit weights; set 'nf4'")
     if base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("precision.base: 'nf4' needs the package bitsandbytes: pip install 'fedmllm[nf4]'")
@@ -57,7 +57,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def options(folder: Path, family: str, device: torch.device, whole: tuple[str, ...]) -> dict[str, Any]:
     """Arguments of `from_pretrained` in addition to dtype. Modules that are trained whole stay as they are."""
     placed: dict[str, Any] = {"device_map": {"": str(device)}}
-    if is_quantised(folder):
+    if is_quantized(folder):
         return placed
     from transformers import BitsAndBytesConfig
 
@@ -76,7 +76,7 @@ def keep_trainable(model: nn.Module, dtype: torch.dtype) -> None:
     """Switch off two features that would stop training silently.
 
     On CPUs with AVX512-BF16 one evaluation pass repacks the weights for good, and training after it gets no gradient. A
-    folder that was quantised on another machine has a compute type of its own.
+    folder that was quantized on another machine has a compute type of its own.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -20,7 +20,7 @@ POWERS = re.compile(r"(?<=\d)(?=[²³¹⁰-⁹₀-₉¼-¾⅐-⅞])")  # 10² is
 THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3})((?:,\d{3})+)(?![\d,])")
 
 
-def normalised(answer: str) -> str:
+def normalized(answer: str) -> str:
     """Return the form in which open answers are compared: words and signs, one blank apart.
 
     Compatibility forms of Unicode are unified (NFKC), as are case, quotes and dashes. Punctuation becomes a blank, except
@@ -34,7 +34,7 @@ def normalised(answer: str) -> str:
 
 def same_answer(one: str, two: str) -> bool:
     """Return whether two open answers count as equal: identical, or with one form, articles left out or not."""
-    if one.strip() == two.strip() or normalised(one) == normalised(two) != "":
+    if one.strip() == two.strip() or normalized(one) == normalized(two) != "":
         return True
     whole = [[word for word, _ in _words(answer)] for answer in (one, two)]
     return whole[0] == whole[1] != []
@@ -44,14 +44,14 @@ def parse_open(raw: str) -> str | None:
     """Return the answer in a generation: its only non-empty line. Anything else, or nothing, is a failure, never a guess."""
     lines = [line.strip() for line in raw.splitlines() if line.strip()]
     answer = re.sub(r"\s+", " ", lines[0]) if len(lines) == 1 else ""
-    return answer if normalised(answer) else None
+    return answer if normalized(answer) else None
 
 
 def word_f1(said: str, meant: str) -> float:
-    """Return the F1 of the words of two answers in their normalised form, 0..1 (SQuAD, arXiv:1606.05250, section 6)."""
+    """Return the F1 of the words of two answers in their normalized form, 0..1 (SQuAD, arXiv:1606.05250, section 6)."""
     if same_answer(said, meant):
         return 1.0
-    of_said, of_meant = normalised(said).split(), normalised(meant).split()
+    of_said, of_meant = normalized(said).split(), normalized(meant).split()
     common = sum((Counter(of_said) & Counter(of_meant)).values())
     return 2 * common / (len(of_said) + len(of_meant)) if common else 0.0
 
@@ -81,7 +81,7 @@ def _is_article(word: str, is_first: bool, after: list[str]) -> bool:
 
 
 def _kept(text: str, i: int) -> str:
-    """The character at `i` as it stands in the normalised form: itself, apart from its neighbours, or a blank."""
+    """The character at `i` as it stands in the normalized form: itself, apart from its neighbours, or a blank."""
     char, category = text[i], unicodedata.category(text[i])
     before, after = text[i - 1] if i else " ", text[i + 1] if i + 1 < len(text) else " "
     if category.startswith("S") or char == "%":

@@ -96,7 +96,7 @@ def accuracy_closed(predictions: Sequence[Prediction]) -> float | None:
 
 @metric
 def token_f1(predictions: Sequence[Prediction]) -> float | None:
-    """Mean over the open questions of the F1 of normalised words (SQuAD, arXiv:1606.05250); unparsed counts 0."""
+    """Mean over the open questions of the F1 of normalized words (SQuAD, arXiv:1606.05250); unparsed counts 0."""
     opened = [p for p in predictions if not p.example.choices]
     return sum(word_f1(open_text(p), p.example.answer) for p in opened) / len(opened) if opened else None
 

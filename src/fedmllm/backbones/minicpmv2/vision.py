@@ -86,7 +86,7 @@ def axis_positions(count: int, width: int, device: torch.device) -> Tensor:
 class CrossAttention(nn.Module):
     """Multi-head attention with the parameter names of `nn.MultiheadAttention`, for separate keys and values.
 
-    Ours because `out_proj` is called as a module here, so that a quantised or LoRA layer may take its place.
+    Ours because `out_proj` is called as a module here, so that a quantized or LoRA layer may take its place.
     """
 
     def __init__(self, width: int) -> None:

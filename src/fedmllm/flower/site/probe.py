@@ -34,21 +34,21 @@ def unreachable(server: str, ca: Path) -> str:
     return ""
 
 
-def report_reachability(server: str, ca: Path, tell: Callable[[str], None], stop: threading.Event) -> None:
+def report_reachability(server: str, ca: Path, log: Callable[[str], None], stop: threading.Event) -> None:
     """Report when the server stops responding, at once if it never did, and when it responds again.
 
     Args:
         server: "host:port".
         ca: Certificate of the server's authority.
-        tell: Called with each line.
+        log: Called with each line.
         stop: Ends the loop.
     """
     before = ""
     while not stop.is_set():
         reason = unreachable(server, ca)
         if reason and reason != before:
-            tell(f"the server {server} cannot be reached: {reason}; still trying")
+            log(f"the server {server} cannot be reached: {reason}; still trying")
         elif before and not reason:
-            tell(f"the server {server} responds again")
+            log(f"the server {server} responds again")
         before = reason
         stop.wait(DOWN_S if reason else UP_S)

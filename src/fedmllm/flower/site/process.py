@@ -94,23 +94,23 @@ def run_site(path: Path, imports: Sequence[str] = ()) -> None:
         Ledger.of(site, state, state / NOISE_KEY).claim()
     signal.signal(signal.SIGTERM, _interrupt)
 
-    def tell(line: str) -> None:
+    def log(line: str) -> None:
         say(f"site {site.name}: {line}")
 
     member = SecureMember(site, state)
     with contextlib.closing(exclusive_lock(state)), contextlib.closing(ResidentTrainer(site, path, imports)) as trainer:
-        node = SuperNode(site, state, tell)
-        tell(f"serving {site.server}; log of the SuperNode: {state / 'supernode.log'}")
+        node = SuperNode(site, state, log)
+        log(f"serving {site.server}; log of the SuperNode: {state / 'supernode.log'}")
         ended = threading.Event()
-        about_server = (site.server, site.ca, tell, ended)
+        about_server = (site.server, site.ca, log, ended)
         threading.Thread(target=report_reachability, args=about_server, daemon=True).start()
         try:
             for token in tasks(node):
                 # The content of a message is lost if its run died with SuperLink, and is waited for until PULL_S. Each message
                 # has a thread of its own, so that the next one does not wait. The trainer serves one at a time.
-                threading.Thread(target=serve_task, args=(node, token, trainer, member, tell), daemon=True).start()
+                threading.Thread(target=serve_task, args=(node, token, trainer, member, log), daemon=True).start()
         except KeyboardInterrupt:
-            tell("stopped")
+            log("stopped")
         finally:
             ended.set()
             stop(node.process)
@@ -133,7 +133,7 @@ def tasks(node: SuperNode) -> Iterator[str]:
 
 
 def serve_task(
-    node: SuperNode, token: str, trainer: ResidentTrainer, member: SecureMember, tell: Callable[[str], None]
+    node: SuperNode, token: str, trainer: ResidentTrainer, member: SecureMember, log: Callable[[str], None]
 ) -> None:
     """Serve one message; the SuperNode gets a reply in any case.
 
@@ -142,7 +142,7 @@ def serve_task(
         token: Of the task.
         trainer: Of this site.
         member: Of this site.
-        tell: Called with each line for the operator.
+        log: Called with each line for the operator.
     """
     process, client = node.process, node.client(token)
     heartbeat = HeartbeatSender(beat(client))
@@ -153,9 +153,9 @@ def serve_task(
         content, said = answer(message, trainer, member)
         push_message(client, Message(content, reply_to=message), context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
-        tell(legible(said))
+        log(legible(said))
     except Exception as error:  # this process must survive for the next message
-        tell(legible(f"a message was lost: {type(error).__name__}: {error}"))
+        log(legible(f"a message was lost: {type(error).__name__}: {error}"))
         if message and context:
             try:
                 reason = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"the site lost it: {type(error).__name__}")
