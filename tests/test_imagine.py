@@ -189,8 +189,8 @@ def imagined(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["gan", "flow"])
-def test_other_kinds_travel_the_same_way(kind: str, tmp_path: Path, site):
+@pytest.mark.parametrize(("kind", "stop"), [("gan", ("completion_round", 4)), ("flow", ("round", 1))])
+def test_other_kinds_travel_the_same_way(kind: str, stop: tuple[str, int], tmp_path: Path, site):
     """Counted rounds before training, the same bytes of an adapter after a stop, and the same result by both engines."""
     completion = {"name": "imagine", "kind": kind, "rounds": 1, "steps": 2}
     table = {**TABLE, "num_rounds": 1, "completion": completion}
@@ -201,7 +201,10 @@ def test_other_kinds_travel_the_same_way(kind: str, tmp_path: Path, site):
         (i, 3 * size, 3 * size) for i in range(1, 7)
     ]
     run(experiment(**table, engine="in-process"), tmp_path / "in-process")
-    run(experiment(**table), tmp_path / "again")
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment(**table), tmp_path / "again", [Stop(*stop)])
+    run(experiment(**table), tmp_path / "again", resume=True)
+    assert len(events(tmp_path / "again", "completion_round")) == 6  # none is counted twice
     stacked, other, again = (load_run(tmp_path / name).adapter.tensors for name in ("stacked", "in-process", "again"))
     assert all(torch.allclose(t, other[n], rtol=0, atol=1e-4) for n, t in stacked.items())
     assert all(torch.equal(t, again[n]) for n, t in stacked.items())

@@ -13,7 +13,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from fedmllm.backbones.base import FromFolder, Precision
+from fedmllm.backbones.base import FromFolder, Lora, Precision
 from fedmllm.backbones.footprint import footprint
 from fedmllm.backbones.hf import load_folder
 from fedmllm.backbones.model_checks import NAMES
@@ -43,6 +43,15 @@ def real_2_6(shared: Path, tmp_path: Path) -> Path:
     config["vision_config"] = vision | {"image_size": 980, "patch_size": 14, "model_type": "siglip"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
+def test_a_modality_gate_is_counted(folders: dict[str, Path], family: str) -> None:
+    spec = FromFolder(path=str(folders[family]), lora=Lora(modality_gate=True))
+    sizes, live = footprint(folders[family], spec), load_folder(spec, seed=0).trainable()
+    gate = sum(p.numel() for name, p in live.items() if name.endswith(".modality_gate"))
+    assert sizes.trained["modality gate"] == gate > 0
+    assert sizes.num_trained == sum(p.numel() for p in live.values())
 
 
 def experiment(folder: Path, **settings: Any) -> Experiment:

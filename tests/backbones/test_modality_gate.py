@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fedmllm.backbones.base import FromFolder, Lora, Precision, Tiny
 from fedmllm.backbones.export import export
@@ -17,6 +19,8 @@ from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.tensors import num_bytes
 from fedmllm.core.types import Params
 from fedmllm.data.prompts import Plain
+from fedmllm.runs.predict import predict
+from fedmllm.runs.predictions import choice_probabilities, read_predictions
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
 from fedmllm.testing import examples, federation
@@ -113,6 +117,40 @@ def test_scores_with_a_cache_are_those_of_a_whole_pass(gated, rows):
     frozen = gated.generate_frozen(prompts[:1], 4)
     gated.set_lora(start)
     assert frozen == gated.generate(prompts[:1], 4)  # a frozen answer is one without the gate
+
+
+def test_checkpointing_changes_no_bit_of_the_gradient(gated, rows):
+    recomputed = Tiny(lora=GATE, precision=Precision(gradient_checkpointing=True)).load(seed=0)
+    start, found = gated.lora(), []
+    for backbone in (gated, recomputed):
+        backbone.set_lora(filled(gated, -1.0, 2.0))
+        loss = losses(backbone, rows, IMAGE | TEXT).sum()
+        found.append(torch.autograd.grad(loss, list(backbone.trainable().values())))
+        gated.set_lora(start)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_a_saved_run_predicts_with_its_gate(tmp_path: Path):
+    """New rows get the predictions of the run's own evaluation, which differ from those with the gate at zero."""
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "image", "text", "answer"])
+        for row in examples(tmp_path)[:8]:
+            (path,) = row.fields["image"]
+            writer.writerow([row.id, Path(path).name, row.fields["text"], row.answer])
+    file_ = str(tmp_path / "rows.csv")
+    data = {
+        "name": "table", "root": str(tmp_path), "train": file_, "test": file_, "question": "Is it?", "judged_by": ["accuracy"],
+        "choices": ["no", "yes"], "columns": {"id": "id", "image": "image", "text": "text", "answer": "answer"},
+    }  # fmt: skip
+    table = {"data": data, "backbone": {"name": "tiny", "lora": {"modality_gate": True}}, "num_rounds": 1}
+    run(experiment(**table, partition={"name": "iid", "num_clients": 2}), tmp_path / "run")
+    (kept, *_) = read_predictions(tmp_path / "run" / "predictions.jsonl.gz")
+    found = [row["p"]["yes"] for row in predict(tmp_path / "run", file_)]
+    assert found == pytest.approx([choice_probabilities(p)[1] for p in kept.predictions], abs=1e-6)
+    file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    save_file({n: t * (not is_gate(n)) for n, t in load_file(file).items()}, file)
+    assert found != [row["p"]["yes"] for row in predict(tmp_path / "run", file_)]
 
 
 def test_engines_agree(tmp_path: Path):

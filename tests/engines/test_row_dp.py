@@ -15,14 +15,14 @@ from fedmllm.algorithms.privacy.accounting import gaussian_epsilon
 from fedmllm.algorithms.privacy.noise import simulation_key
 from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise, clip_factors
 from fedmllm.algorithms.sharing import FfaLora
-from fedmllm.backbones.base import Precision, Tiny
+from fedmllm.backbones.base import Lora, Precision, Tiny
 from fedmllm.config import engine as engines
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Example, Params, Round
 from fedmllm.federation.client import Clients, Step
 from fedmllm.federation.engines.stacked.engine import StackedEngine
 from fedmllm.federation.engines.stacked.packing import items
-from fedmllm.federation.engines.stacked.stack import Stack
+from fedmllm.federation.engines.stacked.stack import Stack, gate_of
 from fedmllm.runs.run import run
 from fedmllm.testing import examples as made_up
 from support import runs
@@ -54,7 +54,8 @@ def clipped_sums(
     members = [k for k in COHORT if SIZES[k]]
     steps = [next(private.steps(k, 1)) for k in members]
     engine = StackedEngine(engines.Stacked(token_budget=token_budget), private)
-    stack = Stack(engine._targets, clients.backbone.trainable(), [start] * len(members))
+    gate = gate_of(clients.backbone)
+    stack = Stack(engine._targets, clients.backbone.trainable(), [start] * len(members), gate=gate)
     engine._gradients(stack, steps, torch.zeros(len(members), dtype=torch.float64))
     return steps, stack.grads_KT.double()
 
@@ -78,10 +79,12 @@ def of_single_rows(clients: Clients, start: Params, step: Step) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "family", ["tiny", "llava", "qwen2_vl", "gemma3"]
+    "family", ["tiny", "tiny with a gate", "llava", "qwen2_vl", "gemma3"]
 )  # causal ones, and one with a mask of its own
 def test_sums_of_clipped_gradients_are_those_of_single_rows(load: Any, examples: list[Example], family: str) -> None:
-    clients = federation(load(family), examples, clip_norm=0.0)
+    gated = family == "tiny with a gate"
+    backbone = Tiny(lora=Lora(modality_gate=True)).load(seed=0) if gated else load(family)
+    clients = federation(backbone, examples, clip_norm=0.0)
     start = stirred(clients.backbone)
     steps, sums_KT = clipped_sums(clients, start, clip=0.05)
     for step, sum_T in zip(steps, sums_KT, strict=True):

@@ -23,6 +23,7 @@ from fedmllm.backbones.base import BackboneSpec
 from fedmllm.backbones.dropout import Seeds
 from fedmllm.backbones.folder import DTYPES, LOADING_ERRORS, OURS, device_named, family_of, quiet
 from fedmllm.backbones.lora import add_lora, decoder_name, parameters_by_saved_name
+from fedmllm.backbones.modality_gate import ModalityGate
 from fedmllm.core.errors import FedmllmError
 
 PROBE_TOKENS = 256
@@ -96,6 +97,8 @@ def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
     for extra in spec.lora.train_extra:
         trained[extra] = sum(p.numel() for n, p in live.items() if f".{extra}." in n and ".lora_" not in n)
     saved = _saved_bytes(model.get_submodule(name), config.hidden_size, dtype, seeds) / PROBE_TOKENS
+    if spec.lora.modality_gate:  # after the probe, whose tokens have no modality
+        trained["modality gate"] = sum(p.numel() for p in ModalityGate(model, name).parameters().values())
     return Footprint(
         family=family,
         parts=parts,
