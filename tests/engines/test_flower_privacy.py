@@ -121,12 +121,12 @@ def test_a_damaged_ledger_stops_the_site_and_the_verb_prints_it(tmp_path: Path) 
 # ---- one ledger for the same rows
 
 
-def ledger_of(folder: Path, name: str, more: str = "", part: str = "") -> Ledger:
-    """The ledger of a site file of its own over the rows in `folder`/rows."""
+def ledger_of(folder: Path, name: str, more: str = "", part: str = "", root: str = "rows") -> Ledger:
+    """The ledger of a site file of its own over the rows in `folder`/rows, as it names them from `root`."""
     (folder / "rows").mkdir(exist_ok=True)
     head = f'name = "{name}"\nserver = "localhost:1"\nca = "ca.crt"\nkey = "site.key"\n{more}\n{part}\n'
     columns = 'question = "question", answer = "answer", text = "note"'
-    data = f'[data]\nname = "table"\nroot = "{folder / "rows"}"\ntrain = "train.csv"\ncolumns = {{ {columns} }}\n'
+    data = f'[data]\nname = "table"\nroot = "{folder / root}"\ntrain = "train.csv"\ncolumns = {{ {columns} }}\n'
     path = folder / f"{name}.toml"
     path.write_text(f"{head}{data}[allow]\nmax_epsilon = 3.0\n")
     state = state_folder(path)
@@ -158,6 +158,35 @@ def test_sites_with_different_rows_of_one_file_have_a_ledger_each(tmp_path: Path
     assert [len(ledger.entries()) for ledger in wards] == [1, 1]
     with pytest.raises(FedmllmError, match="these rows have the ledger"):
         charged(ledger_of(tmp_path, "all"))
+
+
+@pytest.mark.parametrize("roots", [("rows", "."), (".", "rows"), ("rows", "link")])
+def test_rows_that_are_named_from_another_folder_have_the_same_ledger(tmp_path: Path, roots: tuple[str, str]) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "rows")
+    first, second = roots
+    assert charged(ledger_of(tmp_path, "first", root=first)) == ""
+    with pytest.raises(FedmllmError, match=r"these rows have the ledger .*first-state/privacy\.jsonl"):
+        charged(ledger_of(tmp_path, "second", root=second))
+    assert {path.parent.resolve() for path in tmp_path.rglob(LEDGER_MARK)} == {(tmp_path / first).resolve()}
+    assert charged(ledger_of(tmp_path, "second", 'ledger = "first-state/privacy.jsonl"', root=second)) == ""
+
+
+def test_rows_of_folders_side_by_side_have_a_ledger_each(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    assert charged(ledger_of(tmp_path, "first")) == ""
+    assert charged(ledger_of(tmp_path, "second", root="other")) == ""
+
+
+@pytest.mark.parametrize("root", ["rows", "."])
+def test_no_site_file_without_a_limit_answers_in_the_clear_about_rows_with_a_budget(tmp_path: Path, root: str) -> None:
+    assert charged(ledger_of(tmp_path, "first")) == ""
+    second = ledger_of(tmp_path, "second", root=root)
+    with pytest.raises(FedmllmError, match="these rows have the ledger"):
+        charged(second, None, 0.0)
+    assert second.entries() == []
+    common = ledger_of(tmp_path, "second", 'ledger = "first-state/privacy.jsonl"', root=root)
+    assert charged(common, None, 0.0) == ""  # counted where the budget is, which ends it
+    assert "answered requests without noise" in charged(ledger_of(tmp_path, "first"))
 
 
 def test_a_marked_ledger_that_is_gone_and_rows_that_cannot_be_marked_stop_the_site(tmp_path: Path) -> None:

@@ -128,18 +128,12 @@ class Ledger:
         """
         if self._claimed or self._rows is None:
             return
+        self._refuse_other()  # before anything is written there; once more under the lock
         mark = self._rows / LEDGER_MARK
         try:
             with self._locked(mark):
+                self._refuse_other()
                 marks = _read_marks(mark)
-                for known in marks:
-                    part, ledger = (known["column"], known["value"]), Path(known["ledger"])
-                    if _overlap(part, self._part) and ledger != self._path.resolve():
-                        raise FedmllmError(
-                            f"{mark}: these rows have the ledger {ledger}, and this site file {self._path}: two would each "
-                            f'allow the whole epsilon. Write ledger = "{ledger}" in the site file, or, if the file was moved, '
-                            f"its new place in {mark}"
-                        )
                 own = {"column": self._part[0], "value": self._part[1], "ledger": str(self._path.resolve())}
                 if own in marks:
                     if not self._path.exists():
@@ -156,6 +150,18 @@ class Ledger:
                 "the site write there once: the file names the ledger of the rows"
             ) from None
         self._claimed = True
+
+    def _refuse_other(self) -> None:
+        """Raise FedmllmError if the folder of the rows, or one above or below it, has another ledger for some of them."""
+        for mark in _marks_near(self._rows) if self._rows else ():
+            for known in _read_marks(mark):
+                part, ledger = (known["column"], known["value"]), Path(known["ledger"])
+                if _overlap(part, self._part) and ledger != self._path.resolve():
+                    raise FedmllmError(
+                        f"{mark}: these rows have the ledger {ledger}, and this site file {self._path}: two would each "
+                        f'allow the whole epsilon. Write ledger = "{ledger}" in the site file, or, if the file was moved, '
+                        f"its new place in {mark}"
+                    )
 
     def charge(self, entry: Entry, most: float | None, delta: float, since: date | None = None) -> Reason:
         """Add an entry, unless epsilon would then pass the limit.
@@ -174,6 +180,8 @@ class Ledger:
         """
         if entry.noise_multiplier or most is not None:
             self.claim()
+        else:  # leaves no mark, but must not answer in the clear about rows whose epsilon another ledger counts
+            self._refuse_other()
         make_folder(self._path.parent)
         with self._locked(self._path.with_suffix(".lock")):
             entries = self.entries(since)
@@ -218,11 +226,27 @@ def _overlap(one: tuple[str, str], other: tuple[str, str]) -> bool:
     return one[0] != other[0] or not one[0] or one[1] == other[1]
 
 
+def _marks_near(rows: Path) -> list[Path]:
+    """The marks of a folder, of those above it and of those below: the same rows can be named from each of them."""
+    here = rows.resolve()
+    above = [folder / LEDGER_MARK for folder in (here, *here.parents)]
+    below = [Path(folder) / LEDGER_MARK for folder, _, files in os.walk(here) if LEDGER_MARK in files]
+    return [mark for mark in dict.fromkeys((*above, *below)) if _is_file(mark)]
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether it is a file; False in a folder that may not be read, for which `Path.is_file` raises."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _read_marks(path: Path) -> list[dict[str, Any]]:
     try:
         marks = json.loads(path.read_text(encoding="utf-8") or "[]")
         if not all(isinstance(mark[key], str) for mark in marks for key in ("column", "value", "ledger")):
             raise ValueError("a value is not a text")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise FedmllmError(f"{path}: cannot be read ({type(error).__name__}: {error}): it names the ledger") from None
     return list(marks)
