@@ -17,7 +17,7 @@ from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.metrics import METRICS
 from fedmllm.core.types import Example, Prediction
 from fedmllm.runs import grading
-from fedmllm.runs.grading import LlmJudge, filled, grade_of
+from fedmllm.runs.grading import LlmJudge, filled_prompt, grade_of
 from fedmllm.runs.predictions import read_predictions
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
@@ -165,7 +165,7 @@ def test_settings_that_cannot_be_kept_are_refused() -> None:
     assert with_judge.metrics()[-2:] == ("graded", "ungraded")
     assert "grader" not in Experiment.parse(base).identity()["evaluate"]  # run ids stay
     assert with_judge.run_id() != Experiment.parse(base).run_id()
-    assert filled("{given} of {answer}", {"given": "{answer}", "answer": "b"}) == "{answer} of b"
+    assert filled_prompt("{given} of {answer}", {"given": "{answer}", "answer": "b"}) == "{answer} of b"
 
 
 def test_a_run_records_grades_and_its_report_needs_no_endpoint(endpoint: Endpoint, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "evaluate.select": {"select": "validation", "every": 2},
     "evaluate.visible": {"visible": ["all", "image"]},
     "evaluate.metrics": {"metrics": ["accuracy"]},
-    "evaluate.grader": {"grader": {"url": "http://localhost:8000/v1", "model": "judge"}},
+    "evaluate.grader": {"grader": {"url": "http://localhost:8000/v1", "model": "m"}},
     "public.rows": {"rows": 3, "client": True},
     "public.client": {"rows": 2, "client": True},
     "public.data": {"rows": 2, "client": True, "data": {"name": "synthetic-irony", "seed": 5}},

@@ -47,7 +47,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize(("base", "tolerance", "of_gradient"), [("float64", 1e-5, 1e-5), ("bfloat16", 0.1, 0.3)])
+@pytest.mark.parametrize(("base", "tolerance", "of_gradient"), [("float64", 1e-5, 3e-5), ("bfloat16", 0.1, 0.3)])
 def test_a_base_of_another_precision_says_nearly_the_same(
     folder_of: FolderOf, prompts: list[Conversation], family: str, base: str, tolerance: float, of_gradient: float
 ) -> None:
