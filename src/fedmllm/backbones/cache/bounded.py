@@ -20,6 +20,7 @@ class RowCache:
     def __init__(self, limit: int) -> None:
         self._limit, self._num_bytes = limit, 0
         self._cache: OrderedDict[Any, Row] = OrderedDict()
+        self._with_images: dict[Any, None] = {}  # in order of insertion: a full cache does not look through all its rows
 
     def get(self, key: Any) -> Row | None:
         """The row of `key`, which counts as used; None = absent."""
@@ -37,17 +38,24 @@ class RowCache:
         """
         self._insert(key, row)
         while self._num_bytes > self._limit and len(self._cache) > 1:
-            lean = next((k for k, r in self._cache.items() if r.images and evictable(k, r)), None)
+            lean = next((k for k in self._with_images if evictable(k, self._cache[k])), None)
             if lean is not None:
                 self._insert(lean, replace(self._cache[lean], images={}))
             else:
-                self._num_bytes -= self._cache.popitem(last=False)[1].num_bytes
+                oldest, gone = self._cache.popitem(last=False)
+                self._num_bytes -= gone.num_bytes
+                self._with_images.pop(oldest, None)
 
     def _insert(self, key: Any, row: Row) -> None:
         self._num_bytes += row.num_bytes - (self._cache[key].num_bytes if key in self._cache else 0)
         self._cache[key] = row
+        if row.images:
+            self._with_images[key] = None
+        else:
+            self._with_images.pop(key, None)
 
     def clear(self) -> None:
         """Remove all rows."""
         self._cache.clear()
+        self._with_images.clear()
         self._num_bytes = 0
