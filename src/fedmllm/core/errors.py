@@ -16,10 +16,9 @@ class DataError(FedmllmError):
 
 
 class Reason(str):
-    """Why something is refused: the text for another machine, and what only this machine's own log adds.
+    """Reason of a refusal: the text for another machine, and what only this machine's own log adds.
 
-    Args:
-        said: For whoever asked; without numbers that depend on rows.
+    Attributes:
         here: For the log of this machine.
     """
 
@@ -27,6 +26,12 @@ class Reason(str):
     here: str
 
     def __new__(cls, said: str, here: str = "") -> Reason:
+        """Make a reason.
+
+        Args:
+            said: For the machine that asked; without numbers that depend on rows.
+            here: For the log of this machine.
+        """
         reason = super().__new__(cls, said)
         reason.here = here or getattr(said, "here", "")
         return reason
