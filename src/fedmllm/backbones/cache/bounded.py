@@ -20,7 +20,9 @@ class RowCache:
     def __init__(self, limit: int) -> None:
         self._limit, self._num_bytes = limit, 0
         self._cache: OrderedDict[Any, Row] = OrderedDict()
-        self._with_images: dict[Any, None] = {}  # in order of insertion: a full cache does not look through all its rows
+        self._with_images: dict[
+            Any, None
+        ] = {}  # in order of insertion: a full cache does not look through all its rows
 
     def get(self, key: Any) -> Row | None:
         """The row of `key`, which counts as used; None = absent."""
