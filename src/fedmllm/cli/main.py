@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import signal
 import sys
@@ -117,6 +118,9 @@ app.command(short_help="Predict the answers of new rows.")(predict)
 app.command(short_help="Merge a run's adapter into its model.")(export)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # raised by a write, without the file's name
+
+
 def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt(f"signal {signum}")
 
@@ -133,9 +137,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except OSError as error:  # the file system or a network refuses something that no verb expects
-        if error.filename is None:
+        if error.filename is None and error.errno not in _FULL:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'a file cannot be written'}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
 
 

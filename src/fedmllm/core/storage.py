@@ -99,6 +99,20 @@ def writing(place: Path) -> Iterator[None]:
         raise FedmllmError(f"{place}: cannot be written: {error}") from error
 
 
+def check_writable(path: Path) -> None:
+    """Raise before long work what writing the file `path` would raise after it; an existing file is left as it is.
+
+    Raises:
+        FedmllmError: It is a folder, or a file cannot be made there.
+    """
+    if path.is_dir():
+        raise FedmllmError(f"{path}: cannot be written: Is a directory")
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        probe.touch()
+        probe.unlink()
+
+
 _DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 
 

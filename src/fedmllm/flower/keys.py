@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedmllm.core.errors import FedmllmError
+from fedmllm.core.storage import writing
 
 YEARS = 2
 CA, CA_KEY, SERVER, SERVER_KEY = "ca.crt", "ca.key", "server.crt", "server.key"
@@ -144,8 +145,10 @@ def _write(path: Path, content: bytes, mode: int) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
     except FileExistsError:
+        if not path.parent.is_dir():
+            raise FedmllmError(f"{path}: cannot be written: {path.parent} is not a folder") from None
         raise FedmllmError(f"{path} exists; a key in use would be lost; delete it first to replace it") from None
     except OSError as error:
         raise FedmllmError(f"{path}: cannot be written: {error.strerror}") from None
-    with open(descriptor, "wb") as file:  # noqa: PTH123
+    with writing(path), open(descriptor, "wb") as file:  # noqa: PTH123
         file.write(content)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
-from fedmllm.core.storage import make_folder, writing
+from fedmllm.core.storage import make_folder, write_atomically, writing
 from fedmllm.core.types import Content, Example, Modality, Picture, Shard, Visible, answer_label
 from fedmllm.data.base import Dataset
 from fedmllm.data.marks import MARK
@@ -191,7 +191,8 @@ def plot(federation: Federation, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise FedmllmError(f"{path}: cannot be drawn: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise FedmllmError(f"{path}: cannot be drawn: {reason or error}") from None
 
 
 def export(federation: Federation, folder: Path) -> list[Path]:
@@ -212,10 +213,10 @@ def export(federation: Federation, folder: Path) -> list[Path]:
             for row, visible in zip(shard.rows, shard.visible, strict=True)
         ]
         path = folder / f"client_{shard.client}.json"
-        path.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
         files.append(path)
     toml = folder / "data.toml"
-    toml.write_text(reading_back, encoding="utf-8")
+    write_atomically(toml, reading_back)
     return [*files, toml]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, DataError, FedmllmError
-from fedmllm.core.storage import write_atomically, writing
+from fedmllm.core.storage import check_writable, write_atomically, writing
 from fedmllm.core.types import Example, Prediction, Visible, visible_of
 from fedmllm.data.table import Table
 from fedmllm.federation.evaluation import predict as predict_rows
@@ -59,6 +59,8 @@ def predict(
     target = None if out is None else Path(out)
     if target and target.suffix.lower() not in FORMATS:
         raise ConfigError(f"--out: got {target.name!r}; allowed endings: {', '.join(FORMATS)}")
+    if target:
+        check_writable(target)
     place, settings = adapter_of(Path(source), experiment, client)
     if not Path(rows).exists():
         raise DataError(f"{rows}: no such file or folder")

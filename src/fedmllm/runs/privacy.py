@@ -23,7 +23,7 @@ from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.config.engine import FlowerSites
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
-from fedmllm.core.storage import sync
+from fedmllm.core.storage import sync, writing
 from fedmllm.core.types import Shard
 from fedmllm.runs.events import Privatized
 
@@ -198,9 +198,10 @@ class Releases:
         if (round_, tag) in self._tags:
             return
         self._tags.add((round_, tag))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"round": round_, "tag": tag}) + "\n")
-        sync(self._path)
+        with writing(self._path):
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"round": round_, "tag": tag}) + "\n")
+            sync(self._path)
 
 
 def secret_key(path: Path, must_exist: bool = False) -> bytes:

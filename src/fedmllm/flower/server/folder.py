@@ -102,12 +102,11 @@ class Server:
         validate(Listen, {"port": port, "gate": gate}, "")
         with writing(folder):
             make_authority(folder, hosts)
-        settings = f'host = "127.0.0.1"\nport = {port}\ngate = "{gate}"\n'
-        (folder / SETTINGS).write_text(settings, encoding="utf-8")
-        (folder / "app").mkdir()
-        (folder / "app" / "pyproject.toml").write_text(APP, encoding="utf-8")
-        (folder / "flwr").mkdir(mode=0o700)
-        write_atomically(folder / SITES, "{}")
+            write_atomically(folder / SETTINGS, f'host = "127.0.0.1"\nport = {port}\ngate = "{gate}"\n')
+            (folder / "app").mkdir()
+            write_atomically(folder / "app" / "pyproject.toml", APP)
+            (folder / "flwr").mkdir(mode=0o700)
+            write_atomically(folder / SITES, "{}")
         return cls(folder)
 
     def flwr(self, *words: str, timeout_s: float = 180.0) -> dict[str, Any]:

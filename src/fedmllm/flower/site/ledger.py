@@ -18,7 +18,7 @@ from typing import Any
 
 from fedmllm.algorithms.privacy.accounting import gaussian_epsilon
 from fedmllm.core.errors import FedmllmError, Reason
-from fedmllm.core.storage import make_folder, sync
+from fedmllm.core.storage import make_folder, sync, writing
 from fedmllm.flower.site.config import Site
 
 LEDGER = "privacy.jsonl"  # in the site's state folder
@@ -194,9 +194,10 @@ class Ledger:
                     )
                 numbers = f"{after:.4g} at delta {delta:g}, spent so far {before:.4g}, limit {most:g}"
                 return Reason("epsilon would pass allow.max_epsilon", numbers)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(entry)) + "\n")
-            sync(self._path)
+            with writing(self._path):
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(entry)) + "\n")
+                sync(self._path)
         return Reason("")
 
     def _lost(self, why: str) -> FedmllmError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmllm.config.experiment import Experiment
-from fedmllm.core.storage import write_atomically, writing
+from fedmllm.core.storage import check_writable, write_atomically, writing
 from fedmllm.runs.audits.federation import check_auditable
 from fedmllm.runs.audits.membership import extraction, lira
 from fedmllm.runs.audits.one_run import one_run
@@ -35,8 +35,11 @@ def audit(
 
     Raises:
         ConfigError: The experiment cannot be audited in this way.
+        FedmllmError: `out` cannot be written; this is found before the attack.
     """
     check_auditable(experiment)
+    if out is not None:
+        check_writable(Path(out))
     inputs = Inputs.load(experiment)
     match kind:
         case "tokens":
