@@ -93,3 +93,10 @@ def test_a_suite_trains_with_an_aggregator_of_a_file(tmp_path: Path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*/summary.json"))) == 1
+
+
+def test_the_tests_that_the_note_on_faults_names_are_there():
+    named = re.findall(r"`(tests/\S+\.py)::(test_\w+)`", (ROOT / "results/faults.md").read_text())
+    assert len(named) > 30
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,18 @@ def test_doctor_of_a_good_model(folders: dict[str, Path]) -> None:
     assert out.stdout.count(" ok ") == len(NAMES)
     for said in ("qwen3_vl", "LoRA on model.language_model.layers.N.self_attn.k_proj (x2)", "one way, one client"):
         assert said in " ".join(out.stdout.split())
+
+
+def test_doctor_shows_which_image_settings_of_a_folder_replace_the_family_s(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """InternVL's processor turns tiles on against the folder's own settings."""
+    folder = Path(shutil.copytree(folders["internvl"], tmp_path / "model"))
+    settings = json.loads((folder / "preprocessor_config.json").read_text()) | {"crop_to_patches": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    out = CliRunner().invoke(_app(), ["doctor", str(folder)], catch_exceptions=False)
+    said = " ".join(out.stdout.split())
+    assert "image setting crop_to_patches = False of the folder replaces the family's default True" in said
 
 
 def test_doctor_names_what_is_wrong(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
