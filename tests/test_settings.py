@@ -42,6 +42,14 @@ def test_the_schema_accepts_every_cell_of_every_suite_and_refuses_a_slip():
         assert not validator.is_valid({**good, **slip}), slip
 
 
+def test_explain_lists_members_that_have_no_description(monkeypatch):
+    class Mute(Spec):
+        pass
+
+    monkeypatch.setitem(FAMILIES["objective"].members, "mute-objective", Mute)
+    assert "  mute-objective  (no description)" in explained("objective")
+
+
 def test_explain_gives_defaults_ranges_and_descriptions():
     assert '  lr = 2e-05\n      "usual" or number, > 0. Learning rate of AdamW.' in explained("train")
     lines = explained("fedadam").splitlines()

@@ -47,7 +47,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize(("base", "tolerance", "of_gradient"), [("float64", 1e-5, 3e-5), ("bfloat16", 0.1, 0.3)])
+@pytest.mark.parametrize(("base", "tolerance", "of_gradient"), [("float64", 1e-5, 1e-5), ("bfloat16", 0.1, 0.3)])
 def test_a_base_of_another_precision_says_nearly_the_same(
     folder_of: FolderOf, prompts: list[Conversation], family: str, base: str, tolerance: float, of_gradient: float
 ) -> None:
@@ -58,7 +58,8 @@ def test_a_base_of_another_precision_says_nearly_the_same(
     wide = torch.float64 if base == "float64" else torch.float32
     assert {p.dtype for p in changed.trainable().values()} == {t.dtype for t in changed.lora().values()} == {wide}
     torch.testing.assert_close(other_B.float(), nll_B, rtol=tolerance, atol=tolerance)
-    assert distance(others, grads) < of_gradient
+    # float32 of the reference ends at 1.1e-5 to 2.2e-5 there, by the processor's vector instructions
+    assert distance(others, grads) < (3e-5 if (family, base) == ("minicpmv2.6", "float64") else of_gradient)
 
 
 @pytest.mark.parametrize("family", SOME)

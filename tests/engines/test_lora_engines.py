@@ -59,8 +59,8 @@ def test_engines_agree_in_two_rounds(load: Load, examples: list[Example], name: 
     clients = replace(plain, aggregator=aggregator, state=ClientStateStore(tmp_path / "a", finished=1))
     at = Round(2, 0, 4, tuple(COHORT), len(SIZES), ranks)
     updates = together(clients, {client: aggregator.sends(params, state, at, client) for client in COHORT})
-    # yoco's steps start at a gradient near 0, where AdamW divides by its size: 9e-10 on one of two processors tried
-    assert_same(expected, updates, largest=1e-8 if name in ONE_ROUND else 1e-10)
+    # yoco starts at gradients near 0, where AdamW makes lr / eps = 1e5 times 1e-14 of rounding: 9e-10 on one processor
+    assert_same(expected, updates, largest=3e-9 if name == "yoco" else 1e-10)
     assert bool(flat(updates[4].delta).any())
 
 

@@ -195,7 +195,8 @@ def _listed(family: str, width: int) -> str:
     for name in sorted(members):
         first = inspect.cleandoc(members[name].__doc__ or "").split("\n\n")[0]
         head = f"  {name}".ljust(len(indent))
-        lines.append(textwrap.fill(" ".join(first.split()), width, initial_indent=head, subsequent_indent=indent))
+        text = " ".join(first.split()) or "(no description)"  # nothing is filled to nothing, and the name would be lost
+        lines.append(textwrap.fill(text, width, initial_indent=head, subsequent_indent=indent))
     return "\n".join(lines)
 
 
