@@ -47,7 +47,7 @@ def test_explain_lists_members_that_have_no_description(monkeypatch):
         pass
 
     monkeypatch.setitem(FAMILIES["objective"].members, "mute-objective", Mute)
-    assert "  mute-objective  (no description)" in explained("objective")
+    assert "  mute-objective    (no description)" in explained("objective")
 
 
 def test_explain_gives_defaults_ranges_and_descriptions():
