@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from fedmllm.federation.client import Clients
 from fedmllm.runs.audits import membership
 from fedmllm.runs.audits.audit import audit
 from fedmllm.runs.audits.bounds import exposure, lira_scores, one_run_epsilon, true_positive_rate
-from fedmllm.runs.audits.one_run import Canaries, CanaryMean, CanaryNoise, verdict
+from fedmllm.runs.audits.one_run import Canaries, CanaryMean, CanaryNoise, one_run, verdict
 from fedmllm.runs.inputs import Inputs
 from support import runs
+from support.planted import FAULTS, WeightedByRows, planted
 
 LIKE: Params = {"a": torch.zeros(1000)}
 ROUNDS, SIZE, Z = 5, 10, 8.0
@@ -75,19 +75,10 @@ def test_lira_recognizes_members_whose_logits_are_higher() -> None:
 # ---- planted faults, 20 repeats each
 
 
-class Weighted(NoisyMean):
-    """A fault: each update counts as often as it has rows."""
-
-    def __call__(self, updates: Any, round_: int, like: Params, state: Any) -> Any:
-        made, own, entry = super().__call__([], round_, like, state)
-        added = sum(u.num_examples / 10 * u.delta["a"] for u in updates) / SIZE
-        return replace(made, delta={"a": made.delta["a"] + added}), own, entry
-
-
 def client_audit(fault: str, repeat: int) -> dict[str, Any]:
     s = ClientDp(name="client-dp", noise_multiplier=Z / 10 if fault == "noise / 10" else Z, clip=0.5)
     key = simulation_key(0) if fault == "public seed" else bytes([repeat + 1] * 32)
-    inner = (Weighted if fault == "weights" else NoisyMean)(s, SIZE, key)
+    inner = (WeightedByRows if fault == "weights" else NoisyMean)(s, SIZE, key)
     canaries = Canaries(100, np.random.default_rng(repeat))
     mean = CanaryMean(inner, canaries, 1000, NoisyMean(s, SIZE, simulation_key(0)))
     real = [ClientUpdate(k, {"a": torch.full((1000,), 0.01 * k)}, 5, {}) for k in range(SIZE)]
@@ -105,7 +96,7 @@ def row_audit(fault: str, repeat: int) -> dict[str, Any]:
     )
     key = simulation_key(0) if fault == "public seed" else bytes([repeat + 1] * 32)
     canaries = Canaries(100, np.random.default_rng(repeat))
-    noise = CanaryNoise(RowNoise(s, key, "0" * 12), canaries, 1, RowNoise(s, simulation_key(0), "0" * 12))
+    noise = CanaryNoise(RowNoise(s, key, "0" * 12), canaries, 1, [RowNoise(s, simulation_key(0), "0" * 12)])
     for t in range(1, ROUNDS + 1):
         noise.noisy(torch.full((1000,), 0.03), 0, t, 0)
         noise.noisy(torch.full((1000,), 0.03), 1, t, 0)
@@ -155,6 +146,14 @@ def test_the_verb_audits_an_experiment(tmp_path: Path, privacy: dict[str, Any]) 
     simulated = runs.experiment(**{**table, "privacy": {**privacy, "simulate_noise": True}})
     (row,) = audit(simulated, "one-run", num_canaries=50)
     assert row["reason"].startswith("the noise can be computed from the public seed")
+
+
+@pytest.mark.parametrize(("name", "fault"), [(name, fault) for name, faults in FAULTS.items() for fault in faults])
+def test_a_run_with_a_planted_fault_is_caught_and_an_honest_one_is_not(name: str, fault: str) -> None:
+    privacy = {"name": name, "noise_multiplier": 8.0, "clip": 0.5}
+    experiment = runs.experiment(**QUIET | {"num_rounds": 5, "cohort_size": 3}, train=NO_CLIP, privacy=privacy)
+    row = one_run(Inputs.load(experiment), 100, np.random.default_rng(1), planted(experiment, fault))
+    assert row["caught"] == bool(fault), row
 
 
 def test_words_are_found_without_row_dp_and_not_with_it() -> None:

@@ -6,7 +6,7 @@ Shapes: m canaries, P numbers of a release.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +122,10 @@ class CanaryNoise(RowNoise):
         inner: The mechanism under audit.
         canaries: The canary rows.
         client: Who holds them.
-        known: The same mechanism with noise that anyone can compute.
+        known: The same mechanism with noise that anyone can compute, in each way in which it could be drawn.
     """
 
-    def __init__(self, inner: RowNoise, canaries: Canaries, client: int, known: RowNoise | None = None) -> None:
+    def __init__(self, inner: RowNoise, canaries: Canaries, client: int, known: Sequence[RowNoise] = ()) -> None:
         self.settings = inner.settings
         self._inner, self._canaries, self._client, self._known = inner, canaries, client, known
         self.noise_is_known = False
@@ -141,8 +141,9 @@ class CanaryNoise(RowNoise):
                 row = torch.from_numpy(self._canaries.direction(i, len(total)) * self.settings.clip)
                 total += row.to(total)
         out = self._inner.noisy(total, client, round_, step)
-        if self._known and self.settings.noise_multiplier:
-            self.noise_is_known |= bool(torch.equal(out, self._known.noisy(total, client, round_, step)))
+        if self.settings.noise_multiplier:
+            guesses = (known.noisy(total, client, round_, step) for known in self._known)
+            self.noise_is_known |= any(torch.equal(out, guess) for guess in guesses)
         self._canaries.see(out.double().cpu().numpy())
         return out
 
@@ -185,7 +186,8 @@ def one_run(
     else:
         assert isinstance(e.privacy, RowDp)
         noise = mechanism or RowNoise(e.privacy, noise_key(e), e.run_id())
-        known_rows = RowNoise(e.privacy, simulation_key(e.seed), e.run_id())
+        ways = [e.privacy.model_copy(update={"simulate_noise": simulated}) for simulated in (False, True)]
+        known_rows = [RowNoise(way, simulation_key(e.seed), e.run_id()) for way in ways]
         wrapped = CanaryNoise(noise, canaries, most, known_rows)
         trained_adapter(inputs, clients, noise=wrapped)
     return verdict(canaries, claim.epsilon, claim.delta, wrapped.noise_is_known) | {"claim": claim.claim()}
