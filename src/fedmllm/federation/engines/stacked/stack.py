@@ -170,7 +170,8 @@ class Stack:
     def matrix(self, trees: Sequence[Params]) -> Tensor:
         """One row a tree, in the layout, device and type of the weights; of those names alone that the first tree has."""
         names = [name for name in self.sizes if name in trees[0]]
-        rows = [torch.cat([padded(tree, self._shapes)[name].reshape(-1) for name in names]) for tree in trees]
+        whole = (padded(tree, self._shapes) for tree in trees)
+        rows = [torch.cat([tree[name].reshape(-1) for name in names]) for tree in whole]
         return torch.stack(rows).to(self._like.device, self._like.dtype)
 
     def params(self, row_P: Tensor, like: Params) -> Params:
