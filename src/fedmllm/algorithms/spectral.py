@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
@@ -63,15 +63,23 @@ class Spectral(Aggregator):
         return truncated(target, rank)
 
     def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
-        listed = list(updates)
-        mean = mean_delta(replace(u, delta={n: u.delta[n] for n in others(params)}) for u in listed)
-        used = [update for update in listed if update.num_examples]
-        sents = [self.sends(params, state, at, update.client) for update in used]
-        starts = [pairs(sent.start) for sent in sents]
-        locals_ = [pairs(rebuilt(sent, update)) for sent, update in zip(sents, used, strict=True)]
-        counts, after = [update.num_examples for update in used], {}
+        starts: list[dict[str, Pair]] = []
+        locals_: list[dict[str, Pair]] = []
+        counts: list[int] = []
+
+        def rest() -> Iterator[ClientUpdate]:
+            """Each update without its factors, which are kept once: as the client's adapter."""
+            for update in updates:
+                if update.num_examples:
+                    sent = self.sends(params, state, at, update.client)
+                    starts.append(pairs(sent.start))
+                    locals_.append(pairs(rebuilt(sent, update)))
+                    counts.append(update.num_examples)
+                yield replace(update, delta={n: update.delta[n] for n in others(params)})
+
+        mean, after = mean_delta(rest()), {}
         for name, old in pairs(params).items():
-            terms = self.terms(old, [s[name] for s in starts], [local[name] for local in locals_], counts, at)
+            terms = self.terms(old, [s[name] for s in starts], [local.pop(name) for local in locals_], counts, at)
             after[name] = self.cut(concatenated(terms), old[1].shape[0])
         whole = {n: t + mean[n] if n in mean else t for n, t in params.items()} | unpaired(after, params)
         return revived({n: whole[n] for n in params}, at.seed, at.number), state

@@ -99,7 +99,7 @@ def federate(
         try:
             asked = Sends(aggregator, params, state, at, [k for k in cohort if k not in dropped_out])
             # The quality of an aggregation is a number about the clients' own updates, so privacy leaves it out.
-            products = Products(sends) if aggregator.global_model and not privacy else None
+            products = Products(sends, seed) if aggregator.global_model and not privacy else None
             known = replace(at, cohort=()) if secret_cohorts else at
             checked: Iterable[ClientUpdate] = validator.checked(validator.timed(engine, known, asked))
             own: State = {}

@@ -189,6 +189,7 @@ class RoundEnd(Event):
     lr: float
     num_rounds: int  # of the federation
     aggregation_error: float | None = None  # relative distance of the result from the mean of the clients' products
+    aggregation_error_sketch: int | None = None  # columns of the random projection that estimates it; None = exact
     result_rank: int | None = None  # of the global model as one adapter
     dropped_out: list[int] | None = None  # clients that received the adapter and did not answer
     note: str = ""
