@@ -85,6 +85,7 @@ def test_an_aggregator_receives_the_noisy_mean_and_nothing_else(aggregator) -> N
     assert params_digest(after.params) == params_digest(params)
     assert {k: params_digest(t) for k, t in after.state.items()} == {k: params_digest(t) for k, t in state.items()}
     assert "aggregation_error" not in after.log  # a number about the clients' updates, without noise
+    assert "single clients" in after.log["aggregation_note"]
 
 
 # ---- T2, T9: sensitivity

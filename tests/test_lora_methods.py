@@ -5,9 +5,10 @@ D != C everywhere, so that a transposed product or a confusion of A and B cannot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.lowrank import pairs, product_norm, svd, truncated
 from fedmllm.algorithms.objectives import ClientView
 from fedmllm.config.experiment import FAMILIES, Experiment
+from fedmllm.config.train import UpdateFilter
 from fedmllm.core.errors import ConfigError, FedmllmError, NothingToAverage
-from fedmllm.core.types import ClientUpdate, Params, Round, State
+from fedmllm.core.types import ClientUpdate, Params, Round, Sent, State
+from fedmllm.federation.rounds import Progress, federate
 from fedmllm.runs.suites.suite import Suite
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +138,58 @@ def test_norm_of_a_sum_of_products_without_forming_it() -> None:
     for n in one:
         expected = float((one[n][0] @ one[n][1] + two[n][0] @ two[n][1]).norm())
         assert product_norm([one[n], two[n]]) == pytest.approx(expected, rel=1e-12)
+
+
+# --- what a round's record says about the aggregation
+
+
+def observed(
+    aggregator: Aggregator, params: Params, state: State, round_: Round
+) -> tuple[Params, State, dict[str, Any]]:
+    """One round by the loop itself -> (params, state, log)."""
+
+    def engine(at: Round, sends: Mapping[int, Sent]) -> list[ClientUpdate]:
+        return trained(aggregator, params, state, at)
+
+    begin = Progress(round_.number - 1, params, state)
+    ranks, cohort = round_.ranks, list(round_.cohort)
+    rounds = federate(begin, engine, aggregator, lambda _: cohort, round_.number, UpdateFilter(), None, 0, 5, ranks)
+    (end,) = rounds
+    return end.params, end.state, end.log
+
+
+@pytest.mark.parametrize("ranks", [(), RANKS])
+@pytest.mark.parametrize("settings", [{"name": "flexlora"}, {"name": "raflora"}, {"name": "florist", "tau": 0.7}])
+def test_truncation_error_is_the_share_of_the_dropped_energy(settings: dict, ranks: Sequence[int]) -> None:
+    aggregator, params = Aggregator.pick(settings, "aggregator"), adapter(1)
+    _, _, log = observed(aggregator, params, {}, at(2, ranks))
+    updates = trained(aggregator, params, {}, at(2, ranks))
+    whole = aggregator.model_copy()
+    object.__setattr__(whole, "cut", lambda target, rank: target)
+    uncut, _ = whole.apply(params, {}, at(2, ranks), updates)
+    result = aggregator.result(*aggregator.apply(params, {}, at(2, ranks), updates))
+    lost = sum(float((dense(uncut)[n] - f).norm()) ** 2 for n, f in dense(result).items())
+    before = sum(float(f.norm()) ** 2 for f in dense(uncut).values())
+    assert log["truncation_error"] == pytest.approx((lost / before) ** 0.5, rel=1e-9)
+    assert log["result_rank"] == max(a.shape[0] for _, a in pairs(result).values())
+
+
+def test_truncation_error_of_a_capped_frozen_adapter_is_its_aggregation_error() -> None:
+    params = adapter(1, zero_b=True)  # without it, the head start of the live adapter counts as well
+    for name in ("flora", "fedex-lora"):
+        free, capped = pick(name), pick(name, cap=5)
+        assert "truncation_error" not in observed(free, params, free.init(params), at(1))[2]
+        _, _, log = observed(capped, params, capped.init(params), at(1))
+        assert log["truncation_error"] > 0.01
+        if name == "flora":
+            assert log["truncation_error"] == pytest.approx(log["aggregation_error"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "ffa-lora", "hetlora", "fedilora", "fed-plora", "lora-fair", "fedrot-lora"])
+def test_members_that_cut_nothing_have_no_truncation_error(name: str) -> None:
+    _, _, log = observed(pick(name), adapter(1), {}, at(2))
+    assert "truncation_error" not in log
+    assert log["aggregation_error"] >= 0
 
 
 # --- exact members: the global model is the mean of the clients' functions

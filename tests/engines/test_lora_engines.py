@@ -98,10 +98,14 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_peft_loads_it(name: str, tmp
     rounds = [event for event in read(tmp_path / "whole" / "record.jsonl") if event["event"] == "round"]
     if name in ("fedsa-lora", "fedalt"):
         assert "aggregation_error" not in rounds[-1]
+        assert "no global model" in rounds[-1]["aggregation_note"]
     elif name in ("ffa-lora", "rolora", "fedsvd", "flora", "fedex-lora"):
         assert max(event["aggregation_error"] for event in rounds) < 1e-5  # float32; exact otherwise
     else:
         assert all(0 <= event["aggregation_error"] < 1.5 for event in rounds)
+    cuts = name in ("flexlora", "raflora", "florist")
+    assert all(("truncation_error" in event) == cuts and event.get("truncation_error", 0) < 1 for event in rounds)
+    assert all(event["result_rank"] >= 1 for event in rounds if "aggregation_note" not in event)
     trained = rounds[0]["cohort"][0]
     same_logits_by_peft(next(f.parent for f in files if f.parent.name in ("adapter", f"client-{trained}")), settings)
 

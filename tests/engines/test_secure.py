@@ -869,6 +869,7 @@ def test_a_run_with_masks_gives_the_adapter_of_one_without(rows, tmp_path, monke
     assert entry["num_examples"] == 36
     assert event["dropped"] == []
     assert "aggregation_error" not in event  # it would need each update
+    assert "only the sum" in event["aggregation_note"]
     size = sum(t.numel() for t in clear.values())
     assert event["up_bytes"] == 3 * 8 * (size + 9) == event["up_lora_bytes"]
     assert load_run(tmp_path / "masked" / "out").history.rounds[0]["num_averaged"] == 3

@@ -19,6 +19,7 @@ from fedmllm.algorithms.lowrank import (
     A,
     B,
     Pair,
+    compacted,
     concatenated,
     names_of,
     of_rank,
@@ -41,7 +42,7 @@ class Growing(Aggregator):
     needs: ClassVar[frozenset[str]] = frozenset({"frozen-adapter"})
     grows: ClassVar[bool] = True
     cap: PositiveInt = 256
-    """Largest rank of F. Above it the best approximation of this rank is kept; the record's `aggregation_error` has the
+    """Largest rank of F. Above it the best approximation of this rank is kept; the record's `truncation_error` has the
     loss."""
 
     def init(self, params: Params) -> State:
@@ -87,7 +88,7 @@ class FedExLora(Growing):
             return after, state
         # The K differences of a factor sum to 0, so the rank of the error is (K - 1) r at most.
         rank = {name: (len(used) - 1) * pair[1].shape[0] for name, pair in pairs(params).items()}
-        errors = {name: [truncated(concatenated(part), rank[name])] for name, part in parts.items()}
+        errors = {name: [compacted(concatenated(part), rank[name])] for name, part in parts.items()}
         return after, self.grown(state, errors)
 
     def result(self, params: Params, state: State) -> Params:

@@ -7,7 +7,9 @@ by their names, never by shape. The scaling s = alpha / r is the same for every 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeAlias
 
 from fedmllm.core.errors import FedmllmError
@@ -110,11 +112,52 @@ def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
     return left * sign, s, right * sign.mT
 
 
+_CUTS: ContextVar[list[tuple[float, float]] | None] = ContextVar("cuts", default=None)
+
+
+@contextmanager
+def watched_cuts() -> Iterator[list[tuple[float, float]]]:
+    """Collect what every `cut_at` within the block loses: (energy lost, energy before), energy = sum of s_i^2."""
+    cuts: list[tuple[float, float]] = []
+    token = _CUTS.set(cuts)
+    try:
+        yield cuts
+    finally:
+        _CUTS.reset(token)
+
+
+def truncation_error(cuts: Sequence[tuple[float, float]]) -> float | None:
+    """Relative Frobenius error of all truncations together, sqrt(lost / before); None if nothing was truncated."""
+    before = sum(energy for _, energy in cuts)
+    return math.sqrt(sum(lost for lost, _ in cuts) / before) if before else None
+
+
+def cut_at(s: Tensor, rank: int) -> Tensor:
+    """The leading singular values. What the others lose goes to `watched_cuts`, and so into the round's record.
+
+    Every aggregator that drops directions of its result does so through this function.
+    """
+    energy = s.pow(2)
+    if (cuts := _CUTS.get()) is not None:
+        cuts.append((float(energy[rank:].sum()), float(energy.sum())))
+    return s[:rank]
+
+
 def truncated(pair: Pair, rank: int) -> Pair:
     """The best approximation of B A of a rank, split as (U sqrt S, sqrt S V'); zeros where the product has less rank."""
     u, s, vt = svd(pair)
-    root = s[:rank].sqrt()
-    return of_width((u[:, :rank] * root, root[:, None] * vt[:rank]), rank, like=pair)
+    return _balanced(u, cut_at(s, rank), vt, rank, pair)
+
+
+def compacted(pair: Pair, rank: int) -> Pair:
+    """As `truncated`, for a product that has no higher rank: nothing is lost."""
+    u, s, vt = svd(pair)
+    return _balanced(u, s[:rank], vt, rank, pair)
+
+
+def _balanced(u: Tensor, s: Tensor, vt: Tensor, rank: int, like: Pair) -> Pair:
+    root = s.sqrt()
+    return of_width((u[:, :rank] * root, root[:, None] * vt[:rank]), rank, like)
 
 
 def of_width(pair: Pair, rank: int, like: Pair) -> Pair:

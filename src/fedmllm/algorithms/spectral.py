@@ -20,6 +20,7 @@ from fedmllm.algorithms.lowrank import (
     A,
     Pair,
     concatenated,
+    cut_at,
     names_of,
     of_rank,
     of_width,
@@ -148,7 +149,7 @@ class Florist(FlexLora):
         energy = s.pow(2).cumsum(0)
         needed = int((energy < self.tau * energy[-1]).sum()) + 1
         kept = min(rank, needed, len(s))
-        return of_width((u[:, :kept] * s[:kept], vt[:kept]), rank, like=target)
+        return of_width((u[:, :kept] * cut_at(s, kept), vt[:kept]), rank, like=target)
 
     def result(self, params: Params, state: State) -> Params:
         """Without the directions that carry no weight: modules differ in rank."""

@@ -33,7 +33,7 @@ class Products:
 
     def __init__(self, sends: Mapping[int, Sent], seed: int = 0) -> None:
         self._sends, self._seed = sends, seed
-        self._known = True  # False: the products of the clients are not known
+        self._why = ""  # the products of the clients are not known
         self._parts: list[tuple[int, dict[str, Pair]]] = []  # (rows, pairs) of each client, while the error is exact
         self._sums: dict[str, Tensor] = {}  # sketch of each module's sum of n_k B_k A_k, after that
         self._omegas: dict[str, Tensor] = {}
@@ -44,8 +44,8 @@ class Products:
         """The same updates, with the products of those that have rows added."""
         for update in updates:
             if update.clients:  # a sum over clients
-                self._known, self._parts = False, []
-            elif update.num_examples and self._known:
+                self._why, self._parts = "the server has only the sum of the clients' updates", []
+            elif update.num_examples and not self._why:
                 self._add(update)
             yield update
 
@@ -80,19 +80,19 @@ class Products:
 
     def quality(self, result: Params) -> dict[str, Any]:
         """`aggregation_error`, |result - M| / |M| over all modules with M the weighted mean of the clients' products, frozen
-        adapters included; `result_rank`; and `aggregation_error_sketch`, the columns of the projection, if the error is
-        estimated. {} without LoRA tensors.
+        adapters included, or `aggregation_note`, why it is left out; `result_rank`; and `aggregation_error_sketch`, the
+        columns of the projection, if the error is estimated. {} without LoRA tensors.
 
         A server optimizer's step counts as error, too. D x C is never formed, and values below 1e-7 are rounding.
         """
         if not rank_of(result):
             return {}
         quality: dict[str, Any] = {"result_rank": rank_of(result)}
-        if not self._known or not self._total:
-            return quality
+        if self._why or not self._total:
+            return quality | left_out(self._why or "no client has rows")
         square, whole = self._sketched(result) if self._sums else self._exact(result)
         if not whole:
-            return quality
+            return quality | left_out("the mean of the products is zero")
         estimated = {"aggregation_error_sketch": SKETCH} if self._sums else {}
         return quality | {"aggregation_error": (square / whole) ** 0.5} | estimated
 
@@ -119,3 +119,8 @@ class Products:
             square += float((self._sketch(name, pair) - target).norm().double() ** 2)
             whole += float(target.norm().double() ** 2)
         return square, whole
+
+
+def left_out(why: str) -> dict[str, Any]:
+    """The record's `aggregation_note`, in place of `aggregation_error`."""
+    return {"aggregation_note": f"aggregation_error is left out: {why}"}

@@ -11,6 +11,7 @@ from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 from fedmllm.algorithms.base import Aggregator
+from fedmllm.algorithms.lowrank import truncation_error, watched_cuts
 from fedmllm.algorithms.privacy.client_dp import NoisyMean
 from fedmllm.algorithms.privacy.noise import keyed_uniforms
 from fedmllm.config.train import UpdateFilter
@@ -18,7 +19,7 @@ from fedmllm.core.errors import ConfigError, FedmllmError, NothingToAverage
 from fedmllm.core.rng import stream
 from fedmllm.core.tensors import is_finite, lora_bytes, norm, num_bytes, same_names
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent, State
-from fedmllm.federation.products import Products
+from fedmllm.federation.products import Products, left_out
 
 RoundEngine: TypeAlias = Callable[[Round, Mapping[int, Sent]], Iterable[ClientUpdate | ClientFailure]]
 
@@ -107,9 +108,15 @@ def federate(
                 like = aggregator.sends(params, state, at, cohort[0] if cohort else 0).returned()
                 update, own, released = privacy(checked, round_, like, state)
                 checked = [update]
-            params, state = aggregator.apply(params, state, at, products.watched(checked) if products else checked)
+            with watched_cuts() as cuts:
+                params, state = aggregator.apply(params, state, at, products.watched(checked) if products else checked)
             state = {**state, **own}
-            quality = products.quality(aggregator.result(params, state)) if products else {}
+            if products:
+                quality = products.quality(aggregator.result(params, state))
+            else:
+                quality = left_out("it is a number about single clients" if privacy else "there is no global model")
+            if (lost := truncation_error(cuts)) is not None:
+                quality["truncation_error"] = lost
         except NothingToAverage as error:
             quality = {}
             validator.note = f"the global adapter stays as it was: {error}"

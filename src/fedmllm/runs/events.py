@@ -190,6 +190,8 @@ class RoundEnd(Event):
     num_rounds: int  # of the federation
     aggregation_error: float | None = None  # relative distance of the result from the mean of the clients' products
     aggregation_error_sketch: int | None = None  # columns of the random projection that estimates it; None = exact
+    aggregation_note: str = ""  # why `aggregation_error` was left out
+    truncation_error: float | None = None  # relative, of the cut to the rank of the adapter, if the aggregator cuts
     result_rank: int | None = None  # of the global model as one adapter
     dropped_out: list[int] | None = None  # clients that received the adapter and did not answer
     note: str = ""
