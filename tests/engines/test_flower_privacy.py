@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fedmllm.algorithms.privacy.client_dp import ClientDp
 from fedmllm.algorithms.privacy.row_dp import RowDp
 from fedmllm.cli.main import app
 from fedmllm.core.errors import FedmllmError, Reason
+from fedmllm.core.tensors import flatten, manifest_digest
 from fedmllm.flower.request import Request
 from fedmllm.flower.site.config import Refused, Site, state_folder
 from fedmllm.flower.site.ledger import LEDGER_MARK, Entry, Ledger, spent
@@ -98,6 +100,7 @@ def test_what_a_site_with_a_limit_refuses(limited: Trainer) -> None:
         "noise_multiplier = 0": {"privacy": PRIVATE.model_copy(update={"noise_multiplier": 0.0})},
         "client-dp is not for a site": {"privacy": ClientDp(name="client-dp", noise_multiplier=1.0, clip=1.0)},
         "fedprox-adaptive depends on the rows": {"objective": AdaptiveFedProx()},
+        "names no column of groups (data.group)": {"privacy": PRIVATE.model_copy(update={"unit": "group"})},
     }
     for reason, changes in reasons.items():
         assert reason in limited.site.refuse(request.model_copy(update=changes), 2, 100)
@@ -116,6 +119,39 @@ def test_a_damaged_ledger_stops_the_site_and_the_verb_prints_it(tmp_path: Path) 
     with pytest.raises(FedmllmError, match=r"privacy\.jsonl: cannot be read"):
         Ledger(path).charge(Entry("a" * 12, 2, 2.0, 1, 0.0), 3.0, 1e-5)
     assert there.site.allow.max_epsilon == 3.0
+
+
+def test_a_ledger_counts_one_unit(tmp_path: Path) -> None:
+    """Rows that are clipped one by one say nothing about the epsilon of a patient with several."""
+    trainer(tmp_path, "max_epsilon = 3.0")
+    ledger = Ledger(tmp_path / "site-state" / "privacy.jsonl")
+    patient = Entry("a" * 12, 1, 2.0, 1, 0.0, "group 'patient'")
+    assert ledger.charge(patient, 3.0, 1e-5) == ""
+    refused = ledger.charge(replace(patient, unit="row"), 3.0, 1e-5)
+    assert refused == "privacy.unit: this site's ledger counts epsilon for another unit than row"
+    assert len(ledger.entries()) == 1
+    said = CliRunner().invoke(app, ["site", "ledger", str(tmp_path / "site.toml")]).output
+    assert "at delta 1e-05 per group 'patient'; limit 3" in said
+
+
+def test_a_site_clips_and_counts_its_own_patients(tmp_path: Path) -> None:
+    lines = [f"p{i % 6},note {i},Is it so?,{('yes', 'no')[i % 2]}" for i in range(24)]
+    (tmp_path / "rows.csv").write_text("\n".join(["patient,note,question,answer", *lines]) + "\n")
+    columns = 'question = "question", answer = "answer", text = "note"'
+    (tmp_path / "site.toml").write_text(
+        'name = "north"\nserver = "localhost:1"\nca = "ca.crt"\nkey = "site.key"\n'
+        f'[data]\nname = "table"\nroot = "{tmp_path}"\ntrain = "rows.csv"\ngroup = "patient"\nchoices = ["no", "yes"]\ncolumns = {{ {columns} }}\n'
+        f"[allow]\nmax_epsilon = 9.0\nmin_rows_per_step = 2\n"
+    )
+    there = Trainer(Site.load(tmp_path / "site.toml"), tmp_path)
+    request = request_of(there, STEPS, privacy=PRIVATE.model_copy(update={"unit": "group"}))
+    start = there.backbone(request).lora()
+    reply, about = there.train(request, flatten(start).numpy(), manifest_digest(start))
+    assert about["metrics"]["num_steps"] == 2  # of six patients, four a step
+    assert all(bool(tensor.any()) for name, tensor in reply.items() if "lora_B" in name)
+    assert [entry.unit for entry in there.ledger.entries()] == ["group 'patient'"]
+    with pytest.raises(Refused, match="counts epsilon for another unit than row"):
+        ask(there, request.model_copy(update={"privacy": PRIVATE}), start)
 
 
 # ---- one ledger for the same rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise, clip_factors
 from fedmllm.algorithms.sharing import FfaLora
 from fedmllm.backbones.base import Lora, Precision, Tiny
 from fedmllm.config import engine as engines
-from fedmllm.core.errors import ConfigError
+from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.types import Example, Params, Round
-from fedmllm.federation.client import Clients, Step
+from fedmllm.data.prompts import Plain
+from fedmllm.federation.client import Clients, RowStore, Step
 from fedmllm.federation.engines.stacked.engine import StackedEngine
 from fedmllm.federation.engines.stacked.packing import items
 from fedmllm.federation.engines.stacked.stack import Stack, gate_of
@@ -126,6 +129,110 @@ def test_one_row_changes_the_sum_by_the_clip_at_most(clients: Clients) -> None:
     assert len(items([whole])) == 4
 
 
+# ---- groups: all rows of a patient are clipped together
+
+WARDS = ("a", "b", "a", "a", "c")  # of each client's rows in turn: a patient with three rows of five
+
+
+def by_patient(clients: Clients, name: Callable[[int], str], made: RowNoise) -> Clients:
+    """The clients whose row i is of patient `name(i)`, clipped by patient."""
+    rows = clients.store._examples
+    named = [replace(row, columns={"patient": name(i)}) for i, row in enumerate(rows)]
+    store = RowStore(clients.backbone, Plain(), named)
+    settings = made.settings.model_copy(update={"unit": "group"})
+    return replace(clients, store=store, row_noise=RowNoise(settings, made._key, made._run_id, "patient"))
+
+
+def patients(i: int) -> str:
+    return f"{i // 5}{WARDS[i % 5]}"
+
+
+def sums_by_patient(clients: Clients, start: Params, step: Step, clip: float) -> torch.Tensor:
+    """The sum of a step's clipped gradients, as `loop` of patients and rows would compute it."""
+    rows_ST, total = of_single_rows(clients, start, step), 0.0
+    for unit in dict.fromkeys(step.units):
+        whole = rows_ST[[i for i, one in enumerate(step.units) if one == unit]].sum(dim=0)
+        total = total + whole * min(1.0, clip / float(whole.norm()))
+    return total
+
+
+@pytest.mark.parametrize("computed", ["at once", "one row a pass", "one patient at a time", "one after another"])
+def test_the_gradients_of_a_patient_s_rows_are_clipped_together(
+    clients: Clients, computed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, clip = stirred(clients.backbone), 0.05
+    private = by_patient(clients, patients, noise(0.0, clip))
+    step = next(private.steps(4, 1))
+    assert len(set(step.units)) == private.rows_per_step == 4 < len(step.rows)
+    expected = sums_by_patient(clients, start, step, clip)
+    if computed == "one after another":
+        clients.backbone.set_lora(start)
+        weights = clients.backbone.trainable()
+        private._private_backward(4, Round(1, 0, 4, (4,), 5), step, 0, weights)
+        sum_T = torch.cat([weights[n].grad.reshape(-1) for n in start]).double() * private.rows_per_step
+        for weight in weights.values():
+            weight.grad = None
+    else:
+        if computed == "one patient at a time":
+            monkeypatch.setattr("fedmllm.federation.engines.stacked.engine.ROW_GRADIENT_BYTES", 1)
+        engine = StackedEngine(engines.Stacked(token_budget=1 if computed == "one row a pass" else 1024), private)
+        stack = Stack(engine._targets, clients.backbone.trainable(), [start])
+        engine._gradients(stack, [step], torch.zeros(1, dtype=torch.float64))
+        sum_T = stack.grads_KT[0].double()
+    assert float((sum_T - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("clipped", ["patient", "row"])
+def test_one_patient_changes_the_sum_by_the_clip_at_most(clients: Clients, clipped: str) -> None:
+    """With all of the patient's rows; rows that are clipped one by one change it by more."""
+    start, clip = stirred(clients.backbone), 0.05
+    private = by_patient(clients, lambda i: "a" if i % 3 else "b", noise(0.0, clip))
+    whole = next(private.steps(4, 1))
+    most = max(set(whole.units), key=whole.units.count)
+    assert whole.units.count(most) == 8
+    units = whole.units if clipped == "patient" else ()
+    kept = [i for i, unit in enumerate(whole.units) if unit != most]
+    without = Step(*([of[i] for i in kept] for of in (whole.rows, whole.dropout_seeds)), whole.lr)
+    sums = []
+    engine = StackedEngine(engines.Stacked(), private)
+    for step in (replace(whole, units=units), replace(without, units=tuple(units[i] for i in kept) if units else ())):
+        stack = Stack(engine._targets, clients.backbone.trainable(), [start])
+        engine._gradients(stack, [step], torch.zeros(1, dtype=torch.float64))
+        sums.append(stack.grads_KT[0].double())
+    moved = float((sums[0] - sums[1]).norm())
+    assert (moved <= clip * (1 + 1e-5)) == (clipped == "patient")
+    assert moved > 0
+
+
+@pytest.mark.parametrize("engine", [one_after_another, together])
+def test_with_one_row_a_patient_it_is_row_clipping_bit_for_bit(clients: Clients, engine) -> None:
+    start, made = stirred(clients.backbone), noise(1.0, 0.05, simulation_key(0), simulate=True)
+    alone = by_patient(clients, lambda i: f"p{i}", made)
+    for a, b in zip(engine(replace(clients, row_noise=made), start), engine(alone, start), strict=True):
+        assert a.metrics.keys() == b.metrics.keys()
+        assert all(torch.equal(a.delta[name], b.delta[name]) for name in start)
+
+
+def test_engines_agree_on_patients_and_take_whole_ones(clients: Clients) -> None:
+    start = stirred(clients.backbone)
+    private = by_patient(clients, patients, noise(1.0, 0.05, simulation_key(0), simulate=True))
+    private = replace(private, aggregator=FfaLora())
+    sent = {k: FfaLora().sends(start, {}, Round(1, 0, 4, tuple(COHORT), len(SIZES)), k) for k in sents(start, COHORT)}
+    for a, b in zip(one_after_another(private, sent), together(private, sent), strict=True):
+        assert float((flat(a.delta) - flat(b.delta)).abs().quantile(0.999)) < 1e-5
+        assert a.metrics["num_steps"] == b.metrics["num_steps"] == private.planned_steps(a.client)
+    taken = [row for step in private.steps(4, 1) for row in step.rows]
+    assert len(taken) == SIZES[4]  # each row once an epoch
+    assert private.planned_steps(4) == 2  # 12 rows of 8 patients, four patients a step
+
+
+def test_a_row_without_a_patient_is_refused(clients: Clients) -> None:
+    private = by_patient(clients, lambda i: "" if i == 14 else patients(i), noise(1.0))
+    assert private.planned_steps(1) > 0
+    with pytest.raises(DataError, match=r"made up:14, id 14: no value in column 'patient' \(data\.group\)"):
+        private.planned_steps(4)
+
+
 def test_a_row_whose_gradient_is_not_finite_counts_as_zeros() -> None:
     grads = torch.tensor([[3.0, 4.0], [0.0, 0.0], [float("nan"), 1.0], [1e30, 1e30], [0.3, 0.4]])
     assert clip_factors(grads, 1.0).tolist() == pytest.approx([0.2, 1.0, 0.0, 0.0, 1.0])
@@ -201,7 +308,49 @@ def test_a_run_states_its_guarantee_and_records_no_loss(tmp_path: Path) -> None:
     assert (tmp_path / "noise.key").stat().st_size == 32
 
 
+HOSPITALS = {"p1": "north", "p2": "north", "p3": "south", "p4": "south", "p5": "west"}
+
+
+def hospitals(folder: Path, moved: str = "south", **more: Any) -> Experiment:
+    """Rows of five patients at three hospitals, several of each; one row of p1 is at `moved`."""
+    lines = ["patient,site,note,question,answer"]
+    for i in range(30):
+        patient = f"p{i % 5 + 1}"
+        site = moved if i == 0 else HOSPITALS[patient]
+        lines.append(f"{patient},{site},note {i},Is it so?,{('yes', 'no')[i % 2]}")
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+    columns = {"question": "question", "answer": "answer", "text": "note", "client": "site"}
+    data = {"name": "table", "root": str(folder), "train": "rows.csv", "test": "rows.csv", "columns": columns}
+    data |= {"choices": ["no", "yes"], "group": "patient"} | more
+    privacy = {**DP["privacy"], "unit": "group"}
+    table = {**runs.TABLE, **DP, "data": data, "partition": "by-column", "privacy": privacy, "cohort_size": 0}
+    return Experiment.parse(table)
+
+
+@pytest.mark.parametrize(("moved", "times"), [("north", 1), ("south", 2)])
+def test_a_guarantee_for_patients_counts_the_rounds_of_all_clients_that_hold_one(
+    tmp_path: Path, moved: str, times: int
+) -> None:
+    (row, *_) = run(hospitals(tmp_path, moved), tmp_path / "run")
+    record = [json.loads(line) for line in (tmp_path / "run" / "record.jsonl").read_text().splitlines()]
+    said = next(e for e in record if e["event"] == "guarantee")["guarantee"]
+    assert (said["unit"], said["relation"]) == ("group 'patient'", "a group's gradients replaced by zeros")
+    assert said["num_releases"] == 2 * times  # two rounds, at one client or at two
+    assert said["epsilon"] == pytest.approx(gaussian_epsilon(1.0, 2 * times, 1e-3))
+    assert row["privacy"].endswith("at delta 0.001 per group 'patient'")
+    assert row["method"].endswith("row-dp z=1 per group")
+
+
+def test_the_unit_row_leaves_run_ids_as_they_are() -> None:
+    named = runs.experiment(**{**DP, "privacy": {**DP["privacy"], "unit": "row"}})
+    assert named.run_id() == runs.experiment(**DP).run_id()
+
+
 REFUSED = {
+    "groups": (
+        {"privacy": {**DP["privacy"], "unit": "group"}},
+        r"names no column of groups \(data\.group\); allowed: row",
+    ),
     "baseline": ({"method": "centralised"}, 'got "row-dp" with method "centralised"'),
     "gradients": ({"aggregator": "scaffold"}, "scaffold, whose clients return more than their delta"),
     "clip_norm": ({"train": {}}, "train.clip_norm: got 1; .*allowed: 0"),

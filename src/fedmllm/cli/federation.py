@@ -131,8 +131,11 @@ def site_ledger(path: SiteFile) -> None:
     if allow.epsilon_since:
         typer.echo(f"requests before {allow.epsilon_since} (allow.epsilon_since) are not counted")
     limit = "no limit" if allow.max_epsilon is None else f"limit {allow.max_epsilon:g}"
-    total = spent(entries, allow.epsilon_delta)
-    typer.echo(f"all runs: epsilon {total:.4g} at delta {allow.epsilon_delta:g} per row; {limit}")
+    for unit in sorted({entry.unit for entry in entries if entry.noise_multiplier}) or ["row"]:
+        total = spent(
+            [entry for entry in entries if entry.unit == unit or not entry.noise_multiplier], allow.epsilon_delta
+        )
+        typer.echo(f"all runs: epsilon {total:.4g} at delta {allow.epsilon_delta:g} per {unit}; {limit}")
 
 
 @site_app.command("start", short_help="Serve the site until Ctrl-C.")

@@ -652,6 +652,10 @@ def check_row_dp(experiment: Experiment, privacy: RowDp) -> None:
         raise ConfigError(
             f'privacy: got "row-dp" with objective {e.objective.name}, which depends on the rows; allowed: task, fedprox'
         )
+    if privacy.unit == "group" and not (e.data.group_column() or isinstance(e.engine, FlowerSites)):
+        raise ConfigError(
+            f'privacy.unit: got "group"; data {e.data.name!r} names no column of groups (data.group); allowed: row'
+        )
     if e.train.clip_norm:
         raise ConfigError(
             f'train.clip_norm: got {e.train.clip_norm:g}; with privacy "row-dp" each row is clipped to privacy.clip instead; '

@@ -21,7 +21,7 @@ from fedmllm.backbones.cache.bounded import RowCache
 from fedmllm.backbones.frozen import frozen_adapter, scaled
 from fedmllm.config.experiment import Experiment
 from fedmllm.config.train import Train
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.errors import DataError, FedmllmError
 from fedmllm.core.rng import stream, stream_seed
 from fedmllm.core.tensors import cut, padded, subtract
 from fedmllm.core.types import (
@@ -64,6 +64,19 @@ class RowStore:
     ) -> None:
         self._backbone, self._prompt, self._examples, self._completer = backbone, prompt, examples, completer
         self._cache = RowCache(ROWS_KEPT_BYTES)
+        self._groups: dict[tuple[int, str], tuple[Shard, list[list[int]]]] = {}
+
+    def groups(self, shard: Shard, column: str) -> list[list[int]]:
+        """Places in the shard of the rows of each group, in the order in which the groups appear.
+
+        Raises:
+            DataError: A row has no value in the column, so its group is not known.
+        """
+        known = self._groups.get((shard.client, column))
+        if known is None or known[0] is not shard:
+            known = (shard, grouped(self._examples, shard, column))
+            self._groups[shard.client, column] = known
+        return known[1]
 
     def row(self, index: int, visible: Visible) -> Row:
         """The encoded row of one example with these modalities visible. An error names the example's place."""
@@ -101,10 +114,25 @@ class Step:
     rows: tuple[Row, ...]
     dropout_seeds: tuple[int, ...]
     lr: float
+    units: tuple[int, ...] = ()  # the group of each row, ascending; () = each row is clipped alone
+
+
+def grouped(examples: Sequence[Example], shard: Shard, column: str) -> list[list[int]]:
+    """As `RowStore.groups`."""
+    groups: dict[str, list[int]] = {}
+    for place, row in enumerate(shard.rows):
+        value = examples[row].columns.get(column, "")
+        if not value:
+            raise DataError(
+                f"{examples[row].where}, id {examples[row].id}: no value in column {column!r} (data.group); with "
+                'privacy.unit = "group" every row needs one'
+            )
+        groups.setdefault(value, []).append(place)
+    return list(groups.values())
 
 
 def planned_steps(train: Train, num_rows: int) -> int:
-    """Optimizer steps that a client with `num_rows` rows has in a round that it finishes."""
+    """Optimizer steps that a client with `num_rows` rows (groups, if these are clipped) has in a round that it finishes."""
     steps = train.epochs * -(-num_rows // (train.batch_size * train.accumulation))
     return min(steps, train.max_steps) if train.max_steps else steps
 
@@ -135,7 +163,7 @@ class Clients:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimizer step, but for the last one of an epoch."""
+        """Rows (groups, if these are clipped) of an optimizer step, but for the last one of an epoch."""
         return self.train.batch_size * self.train.accumulation
 
     @property
@@ -149,7 +177,14 @@ class Clients:
 
     def planned_steps(self, client: int) -> int:
         """Optimizer steps of the client in a round that it finishes."""
-        return planned_steps(self.train, len(self.shards[client].rows))
+        return planned_steps(self.train, len(self.units(client)))
+
+    def units(self, client: int) -> Sequence[Sequence[int]]:
+        """Places in the shard of what is clipped together: each row alone, or all rows of a group."""
+        shard = self.shards[client]
+        if self.row_noise and self.row_noise.group:
+            return self.store.groups(shard, self.row_noise.group)
+        return [(place,) for place in range(len(shard.rows))]
 
     def num_steps(self, client: int, round_: int) -> int:
         """Optimizer steps of the client in the round: all planned ones, unless it straggles or the budget ends."""
@@ -163,18 +198,22 @@ class Clients:
         planned, num_steps = self.planned_steps(client), self.num_steps(client, round_)
         base, done = self.round_lr(round_), 0
         odds = self.dropout.odds(self.modalities, self.importances.get(client, {}))
+        units = self.units(client)
         for epoch in range(self.train.epochs):
             seen = self._masks(client, round_, epoch, odds)
-            order = stream(self.seed, "order", round_, client, epoch).permutation(len(shard.rows))
+            order = stream(self.seed, "order", round_, client, epoch).permutation(len(units))
             for start in range(0, len(order), size):
                 if done == num_steps:
                     return
-                group = [int(i) for i in order[start : start + size]]
-                found = [(i, row) for i in group if (row := self._row(shard.rows[i], seen(i))) is not None]
+                places = [(n, i) for n, unit in enumerate(order[start : start + size]) for i in units[unit]]
+                found = [(n, i, row) for n, i in places if (row := self._row(shard.rows[i], seen(i))) is not None]
                 yield Step(
-                    rows=tuple(row for _, row in found),
-                    dropout_seeds=tuple(stream_seed(self.seed, "dropout", round_, client, epoch, i) for i, _ in found),
+                    rows=tuple(row for _, _, row in found),
+                    dropout_seeds=tuple(
+                        stream_seed(self.seed, "dropout", round_, client, epoch, i) for _, i, _ in found
+                    ),
                     lr=base * step_factor(self.train.step_schedule, done, planned),
+                    units=tuple(n for n, _, _ in found),
                 )
                 done += 1
 
@@ -334,20 +373,24 @@ class Clients:
     def _private_backward(
         self, client: int, at: Round, step: Step, number: int, weights: Mapping[str, nn.Parameter]
     ) -> float:
-        """As `backward`; with `row_noise`, gradients of (sum of each row's clipped gradient + noise) / rows of a step."""
+        """As `backward`; with `row_noise`, gradients of (sum of each unit's clipped gradient + noise) / units of a step."""
         if not self.row_noise:
             return self.backward(step)
         total, names = 0.0, list(weights)
         sum_T = torch.zeros(sum(weights[n].numel() for n in names), dtype=weights[names[0]].dtype)
-        for row, seed in zip(step.rows, step.dropout_seeds, strict=True):
+        units = step.units or range(len(step.rows))
+        rows = list(zip(step.rows, step.dropout_seeds, units, strict=True))
+        for place, (row, seed, unit) in enumerate(rows):
             nll_B, tokens_B = self.backbone.loss(self.backbone.collate([row]), [seed])
             loss = (nll_B / tokens_B).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-            row_T = torch.cat([_grad(weights[n]).reshape(-1) for n in names]).cpu()
-            factor = float(clip_factors(row_T[None], self.row_noise.settings.clip))
+            if place + 1 < len(rows) and rows[place + 1][2] == unit:
+                continue  # the gradients of a unit's rows add up
+            unit_T = torch.cat([_grad(weights[n]).reshape(-1) for n in names]).cpu()
+            factor = float(clip_factors(unit_T[None], self.row_noise.settings.clip))
             if factor:  # otherwise it is not finite
-                sum_T += factor * row_T
+                sum_T += factor * unit_T
             for weight in weights.values():
                 weight.grad = None
         mean_T = self.row_noise.noisy(sum_T, client, at.number, number) / self.rows_per_step

@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from fedmllm.config.engine import FlowerSites
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.storage import sync, writing
-from fedmllm.core.types import Shard
+from fedmllm.core.types import Example, Shard
+from fedmllm.federation.client import grouped
 from fedmllm.runs.events import Privatized
 
 NOISE_KEY, COHORT_KEY, RELEASES = "noise.key", "cohort.key", "releases.jsonl"
@@ -114,11 +115,13 @@ class RowPrivacy:
         settings: Its privacy.
         folder: Of the run.
         shards: Of all clients.
+        examples: All training rows.
         draw: Round -> clients asked.
         resumed: Whether the run continues from a checkpoint.
 
     Raises:
-        ConfigError: delta is too large for the number of rows.
+        ConfigError: delta is too large for the number of rows or groups.
+        DataError: With unit "group", a row has no group.
     """
 
     def __init__(
@@ -127,28 +130,66 @@ class RowPrivacy:
         settings: RowDp,
         folder: Path,
         shards: Sequence[Shard],
+        examples: Sequence[Example],
         draw: Callable[[int], list[int]],
         resumed: bool,
     ) -> None:
-        most = max((len(shard.rows) for shard in shards), default=0)
-        if settings.delta * most >= 1:
-            raise ConfigError(
-                f"privacy.delta: got {settings.delta:g}; a client has {most} rows; allowed: below 1 / number of rows"
-            )
         self._experiment, self._settings, self._draw = experiment, settings, draw
         self._at_sites = isinstance(experiment.engine, FlowerSites)
+        self._column = "" if self._at_sites else experiment.data.group_column()
+        self._holders = holders(settings, shards, examples, self._column)
+        counts = Counter(client for clients in self._holders for client in clients)
+        most = max(counts.values() if self._holders else (len(shard.rows) for shard in shards), default=0)
+        if settings.delta * most >= 1:
+            raise ConfigError(
+                f"privacy.delta: got {settings.delta:g}; a client has {most} {settings.unit}s; allowed: below 1 / number of "
+                f"{settings.unit}s"
+            )
         self.noise: RowNoise | None = None
         if not self._at_sites:
             public = simulation_key(experiment.seed)
             key = public if settings.simulate_noise else secret_key(folder / NOISE_KEY, resumed)
-            self.noise = RowNoise(settings, key, experiment.run_id())
+            self.noise = RowNoise(settings, key, experiment.run_id(), self._column)
 
     def guarantee(self, round_: int) -> Guarantee:
-        """Return the guarantee after a round for a row of the client that was asked most often."""
-        asked = Counter(client for done in range(1, round_ + 1) for client in self._draw(done))
-        visits = self._experiment.train.epochs * max(asked.values(), default=0)
-        outside = ("rounds that a site trained twice: its own ledger counts them",) if self._at_sites else ()
-        return self._settings.guarantee(visits, self._at_sites, outside)
+        """Return the guarantee after a round for a row, or group, of the clients that were asked most often."""
+        visits = self._experiment.train.epochs * most_rounds(
+            [self._draw(t) for t in range(1, round_ + 1)], self._holders
+        )
+        outside: tuple[str, ...] = ()
+        if self._at_sites:
+            outside += ("rounds that a site trained twice: its own ledger counts them",)
+            if self._settings.unit == "group":
+                outside += ("groups with rows at several sites: what the sites' ledgers count adds up",)
+        return self._settings.guarantee(visits, self._at_sites, outside, self._column)
+
+
+def holders(
+    settings: RowDp, shards: Sequence[Shard], examples: Sequence[Example], column: str
+) -> tuple[frozenset[int], ...]:
+    """The clients that hold rows of each group, one entry a group; () if single rows are clipped or no column is known.
+
+    Raises:
+        DataError: A row has no group.
+    """
+    if settings.unit == "row" or not column:
+        return ()
+    found: dict[str, set[int]] = {}
+    for shard in shards:
+        for places in grouped(examples, shard, column):
+            found.setdefault(examples[shard.rows[places[0]]].columns[column], set()).add(shard.client)
+    return tuple(map(frozenset, found.values()))
+
+
+def most_rounds(cohorts: Iterable[Iterable[int]], holders: Sequence[frozenset[int]]) -> int:
+    """Noisy sums with one row, or one group, in an epoch of each round: those of all clients that hold a part of it add up.
+
+    Args:
+        cohorts: The clients asked in each round.
+        holders: As the function of that name returns them.
+    """
+    asked = Counter(client for cohort in cohorts for client in cohort)
+    return max((sum(asked[c] for c in clients) for clients in holders) if holders else asked.values(), default=0)
 
 
 def privacy_event(round_: int, entry: Mapping[str, Any], guarantee: Guarantee) -> Privatized:

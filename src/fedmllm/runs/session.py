@@ -134,7 +134,9 @@ class Session:
             clients.store.warm(clients.shards)
         rows = None
         if isinstance(e.privacy, RowDp):
-            rows = RowPrivacy(e, e.privacy, self.folder.path, inputs.shards, draw, self._start is not None)
+            rows = RowPrivacy(
+                e, e.privacy, self.folder.path, inputs.shards, inputs.train, draw, self._start is not None
+            )
             clients = replace(clients, row_noise=rows.noise)
         engine = start_engine(e.engine, clients)
         if note := getattr(engine, "note", ""):

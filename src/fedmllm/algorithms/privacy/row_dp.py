@@ -15,6 +15,7 @@ from fedmllm.algorithms.privacy.accounting import CLOSED_FORM, gaussian_epsilon
 from fedmllm.algorithms.privacy.base import Privacy, noise_label
 from fedmllm.algorithms.privacy.guarantee import SIMULATED, Guarantee
 from fedmllm.algorithms.privacy.noise import keyed_normals
+from fedmllm.core.spec import ADDED_LATER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ _OUTSIDE = (
 
 
 class RowDp(Privacy):
-    """Each client clips the gradient of every row and adds noise to their sum, before an optimizer step.
+    """Each client clips the gradient of every row, or group of rows, and adds noise to their sum, before an optimizer step.
 
     DP-SGD (Abadi et al., arXiv:1607.00133) on a client's own rows. Nothing that a client computes from the noisy gradients
     needs more noise: AdamW, weight decay, the proximal term, the aggregation. It holds against the server, too, if each
@@ -39,25 +40,38 @@ class RowDp(Privacy):
     noise_multiplier: NonNegativeFloat
     """Standard deviation of the noise over the clip; 0 = clipping alone, which is not private."""
     clip: Annotated[float, Field(gt=0, strict=True)]
-    """Largest norm of one row's gradient, over all tensors that train; a longer one is scaled down."""
+    """Largest norm of one unit's gradient, over all tensors that train; a longer one is scaled down."""
     delta: float = Field(1e-5, gt=0, lt=1)
-    """Delta of the guarantee; below 1 / number of rows."""
+    """Delta of the guarantee; below 1 / number of units."""
+    unit: Annotated[Literal["row", "group"], ADDED_LATER] = "row"
+    """What is clipped and protected: each row, or all rows with one value in the column `data.group`, such as a patient's. A
+    step then takes batch_size x accumulation groups, with all their rows."""
     simulate_noise: bool = False
     """Draw the noise from the public seed: runs are reproducible and not private."""
 
     def label(self) -> str:
-        return noise_label(self.name, self.noise_multiplier, self.simulate_noise)
+        label = noise_label(self.name, self.noise_multiplier, self.simulate_noise)
+        return label if self.unit == "row" else f"{label} per group"
 
-    def guarantee(self, num_visits: int, at_sites: bool = False, outside: tuple[str, ...] = ()) -> Guarantee:
-        """Return the guarantee after a number of visits to each row.
+    def unit_of(self, column: str) -> str:
+        """What is protected, for claims and ledgers: "row", or "group 'patient'"; "group" where each site has its own."""
+        if self.unit == "row":
+            return "row"
+        return f"group {column!r}" if column else "group"
 
-        A row is in one step of each epoch, so its visits are epochs x rounds of its client, whatever the order of the rows.
+    def guarantee(
+        self, num_visits: int, at_sites: bool = False, outside: tuple[str, ...] = (), column: str = ""
+    ) -> Guarantee:
+        """Return the guarantee after a number of visits to each row, or group.
+
+        It is in one step of each epoch, so its visits are epochs x rounds of its client, whatever the order.
         The order is public: sampling does not help.
 
         Args:
-            num_visits: Noisy steps that contain a row of the most frequent client.
+            num_visits: Noisy steps that contain a row (a group) of the most frequent client.
             at_sites: Whether the clients are real sites that add noise from keys of their own.
             outside: What leaves without noise, in addition to `_OUTSIDE`.
+            column: Of the groups; "" = each site has its own.
 
         Returns:
             The statement.
@@ -65,8 +79,8 @@ class RowDp(Privacy):
         who = "the server and whoever sees updates or adapters"
         return Guarantee(
             mechanism=self.name,
-            unit="row",
-            relation="a row's gradients replaced by zeros",
+            unit=self.unit_of(column),
+            relation=f"a {self.unit}'s gradients replaced by zeros",
             adversary=who if at_sites else f"{who}, but not the machine that runs all clients",
             epsilon=gaussian_epsilon(self.noise_multiplier, num_visits, self.delta),
             delta=self.delta,
@@ -75,7 +89,7 @@ class RowDp(Privacy):
             clip=self.clip,
             denominator=0.0,
             num_releases=num_visits,
-            sampling="every row once an epoch, in a public order",
+            sampling=f"every {self.unit} once an epoch, in a public order",
             sampling_is_secret=False,
             noise=SIMULATED if self.simulate_noise else "keyed",
             outside=(*_OUTSIDE, *outside),
@@ -93,10 +107,12 @@ class RowNoise:
         settings: Clip and noise.
         key: 32 secret bytes; `simulation_key` for simulated noise.
         run_id: Of the experiment.
+        column: Of the groups, with unit "group".
     """
 
-    def __init__(self, settings: RowDp, key: bytes, run_id: str) -> None:
+    def __init__(self, settings: RowDp, key: bytes, run_id: str, column: str = "") -> None:
         self.settings, self._key, self._run_id = settings, key, run_id
+        self.group = column if settings.unit == "group" else ""
 
     def noisy(self, sum_T: Tensor, client: int, round_: int, step: int) -> Tensor:
         """The sum with noise, rounded to a grid much finer than the noise.
@@ -126,10 +142,10 @@ class RowNoise:
 
 
 def clip_factors(grads_ST: Tensor, clip: float) -> Tensor:
-    """min(1, C / norm) of each row; 0 for a row whose gradient is not finite.
+    """min(1, C / norm) of each row or group; 0 for one whose gradient is not finite.
 
     Args:
-        grads_ST: A gradient per row.
+        grads_ST: A gradient per row or group.
         clip: C.
 
     Returns:

@@ -233,7 +233,7 @@ class Site(Spec):
         Args:
             request: As it came.
             num_steps: Optimiser steps of the request on this site's rows.
-            num_rows: Rows of this site.
+            num_rows: Rows of this site; with privacy.unit "group" its groups.
             num_moving: Those of the steps that move the adapter; None = all.
 
         Returns:
@@ -277,6 +277,8 @@ class Site(Spec):
             return reasons
         if privacy.simulate_noise:
             reasons.append("privacy.simulate_noise = True; a site adds noise from its own key alone")
+        if privacy.unit == "group" and not self.data.group_column():
+            reasons.append('privacy.unit = "group"; this site names no column of groups (data.group)')
         if not privacy.noise_multiplier and allow.max_epsilon is not None:
             reasons.append("privacy.noise_multiplier = 0; this site has a limit of epsilon")
         if allow.epsilon_delta * num_rows >= 1:

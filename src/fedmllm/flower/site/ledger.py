@@ -35,6 +35,7 @@ class Entry:
         noise_multiplier: z of each step; 0 = a request without noise, for which no epsilon holds.
         num_visits: Steps that contain one row.
         time: Seconds since 1970.
+        unit: What was clipped: "row", or "group 'patient'".
     """
 
     run_id: str
@@ -42,6 +43,7 @@ class Entry:
     noise_multiplier: float
     num_visits: int
     time: float
+    unit: str = "row"
 
     @property
     def squared_mu(self) -> float:
@@ -185,6 +187,12 @@ class Ledger:
         make_folder(self._path.parent)
         with self._locked(self._path.with_suffix(".lock")):
             entries = self.entries(since)
+            units = {e.unit for e in [*entries, entry] if e.noise_multiplier}
+            if most is not None and len(units) > 1:
+                return Reason(
+                    f"privacy.unit: this site's ledger counts epsilon for another unit than {entry.unit}",
+                    f"units: {', '.join(sorted(units))}; allow.settings sets the one that is allowed",
+                )
             before, after = spent(entries, delta), spent([*entries, entry], delta)
             if most is not None and after > most:
                 if math.isinf(before):

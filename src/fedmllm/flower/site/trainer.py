@@ -26,7 +26,7 @@ from fedmllm.core.errors import ConfigError, FedmllmError, Reason
 from fedmllm.core.plugins import load_plugins
 from fedmllm.core.tensors import flatten, manifest_digest, unflatten
 from fedmllm.core.types import Example, Params, Sent, Shard
-from fedmllm.federation.client import Clients, RowStore, planned_steps
+from fedmllm.federation.client import Clients, RowStore, grouped, planned_steps
 from fedmllm.federation.exchange import Header, uplink
 from fedmllm.flower.request import KEPT, Request
 from fedmllm.flower.site.config import Refused, Site, state_folder
@@ -76,9 +76,10 @@ class Trainer:
             Refused: The site does not allow the request, the adapter, or the delta that came of it.
         """
         shard = self._rows(request.client)
-        num_steps = planned_steps(request.train, len(shard.rows))
+        num_units = self._num_units(request, shard)
+        num_steps = planned_steps(request.train, num_units)
         num_moving = moving_steps(request.train, request.round_lr(), num_steps)
-        if reason := self.site.refuse(request, num_steps, len(shard.rows), num_moving):
+        if reason := self.site.refuse(request, num_steps, num_units, num_moving):
             raise Refused(reason)
         if reason := self._charge(request):
             raise Refused(self.site.refusal([reason]))
@@ -101,13 +102,21 @@ class Trainer:
             about[KEPT] = sha
         return reply, about
 
+    def _num_units(self, request: Request, shard: Shard) -> int:
+        """Rows, or groups if the request clips these and this site has them."""
+        privacy, column = request.privacy, self.site.data.group_column()
+        if isinstance(privacy, RowDp) and privacy.unit == "group" and column:
+            return len(grouped(self._examples, shard, column))
+        return len(shard.rows)
+
     def _charge(self, request: Request) -> Reason:
         """Enter a request in the ledger, before a model is built; the reason why it would spend too much."""
         if not self._charges:
             return Reason("")
         privacy, allow = request.privacy, self.site.allow
         z = privacy.noise_multiplier if isinstance(privacy, RowDp) else 0.0
-        entry = Entry(request.run_id, request.round, z, request.train.epochs, round(time.time(), 3))
+        unit = privacy.unit_of(self.site.data.group_column()) if isinstance(privacy, RowDp) else "row"
+        entry = Entry(request.run_id, request.round, z, request.train.epochs, round(time.time(), 3), unit)
         return self.ledger.charge(entry, allow.max_epsilon, allow.epsilon_delta, allow.epsilon_since)
 
     def _sent(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> Sent:
@@ -177,7 +186,7 @@ class Trainer:
             return None
         # Clipping alone makes no key: a key says that the ledger has an entry.
         key = secret_key(self._key) if privacy.noise_multiplier else bytes(NOISE_KEY_BYTES)
-        return RowNoise(privacy, key, request.run_id)
+        return RowNoise(privacy, key, request.run_id, self.site.data.group_column())
 
 
 def serve_trainer(site: Site, link: Connection, folder: Path = Path("site-state")) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedmllm.algorithms.privacy.client_dp import ClientDp, NoisyMean
@@ -12,10 +13,11 @@ from fedmllm.algorithms.privacy.row_dp import RowDp, RowNoise
 from fedmllm.config.engine import InProcess, Stacked
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
-from fedmllm.core.types import Params
+from fedmllm.core.types import Example, Params
 from fedmllm.federation.client import Clients
 from fedmllm.federation.rounds import Progress, cohorts, federate
 from fedmllm.runs.inputs import Inputs, start_engine
+from fedmllm.runs.privacy import holders, most_rounds
 
 
 def check_auditable(experiment: Experiment) -> None:
@@ -52,7 +54,7 @@ def cohort_of(experiment: Experiment, clients: Clients, key: bytes = b"") -> tup
     return members, [draw(round_) for round_ in range(1, e.num_rounds + 1)]
 
 
-def claimed(experiment: Experiment, clients: Clients) -> Guarantee | None:
+def claimed(experiment: Experiment, clients: Clients, examples: Sequence[Example]) -> Guarantee | None:
     """Return the experiment's guarantee after its last round; None without privacy."""
     e = experiment
     members, asked = cohort_of(e, clients)
@@ -60,7 +62,11 @@ def claimed(experiment: Experiment, clients: Clients) -> Guarantee | None:
     if isinstance(e.privacy, ClientDp):
         poisson = e.cohort == "poisson"
         return e.privacy.guarantee(e.cohort_size, len(members), [1] * (e.num_rounds if poisson else most), poisson)
-    return e.privacy.guarantee(most * e.train.epochs) if isinstance(e.privacy, RowDp) else None
+    if not isinstance(e.privacy, RowDp):
+        return None
+    column = e.data.group_column()
+    rounds = most_rounds(asked, holders(e.privacy, clients.shards, examples, column))
+    return e.privacy.guarantee(rounds * e.train.epochs, column=column)
 
 
 def trained_adapter(
@@ -82,7 +88,7 @@ def trained_adapter(
     if isinstance(e.privacy, ClientDp):
         mean = mean or NoisyMean(e.privacy, e.cohort_size, key)
     if isinstance(e.privacy, RowDp):
-        clients = replace(clients, row_noise=noise or RowNoise(e.privacy, key, e.run_id()))
+        clients = replace(clients, row_noise=noise or RowNoise(e.privacy, key, e.run_id(), e.data.group_column()))
     members, asked = cohort_of(e, clients, key)
     aggregator = inputs.aggregator()
     progress = Progress(0, inputs.start, inputs.initial_state())

@@ -75,7 +75,7 @@ def lira(inputs: Inputs, num_shadows: int = 8, num_targets: int = 40, seed: int 
         phi_SN[s] = _margins(inputs, adapter, [(inputs.train[t.rows[i]], t.visible[i]) for t, i in targets])
     scores = lira_scores(phi_SN, in_SN)
     auc = float(roc_auc_score(in_SN.ravel(), scores.ravel()))
-    claim = claimed(e, clients)
+    claim = claimed(e, clients, inputs.train)
     rates = {f"tpr_at_{rate:g}": true_positive_rate(scores, in_SN, rate) for rate in (0.01, 0.001)}
     return [
         {
@@ -125,7 +125,7 @@ def extraction(inputs: Inputs, seed: int = 0) -> list[dict[str, Any]]:
     rng = stream(seed, "audit", "canary")
     whose = max(clients.shards, key=lambda shard: len(shard.rows))
     codes = [" ".join(_WORDS[int(i)] for i in rng.integers(0, len(_WORDS), 4)) for _ in range(CANDIDATES)]
-    secrets = [_row(f"What is code {chr(65 + i)}?", codes[i]) for i in range(len(_TIMES))]
+    secrets = [_row(f"What is code {chr(65 + i)}?", codes[i], e.data.group_column()) for i in range(len(_TIMES))]
     examples = (*inputs.train, *(row for row, times in zip(secrets, _TIMES, strict=True) for _ in range(times)))
     more = range(len(inputs.train), len(examples))
     shards = list(clients.shards)
@@ -133,7 +133,7 @@ def extraction(inputs: Inputs, seed: int = 0) -> list[dict[str, Any]]:
         whose, rows=(*whose.rows, *more), visible=(*whose.visible, *(frozenset[str]() for _ in more))
     )
     changed = replace(clients, shards=shards, store=RowStore(inputs.backbone, e.prompt, examples))
-    claim = claimed(e, changed)
+    claim = claimed(e, changed, examples)
     adapter = trained_adapter(inputs, changed)
     table = []
     for i, (row, times) in enumerate(zip(secrets, _TIMES, strict=True)):
@@ -153,8 +153,10 @@ def extraction(inputs: Inputs, seed: int = 0) -> list[dict[str, Any]]:
     return table
 
 
-def _row(question: str, answer: str) -> Example:
-    return Example("canary", {}, question, (), answer, "inserted by the audit")
+def _row(question: str, answer: str, group: str) -> Example:
+    """A secret; all of its copies are one group."""
+    columns = {group: f"inserted: {question}"} if group else {}
+    return Example("canary", {}, question, (), answer, "inserted by the audit", columns)
 
 
 def _exposure(inputs: Inputs, adapter: Params, row: Example, codes: list[str], true: int) -> float:

@@ -126,7 +126,7 @@ class CanaryNoise(RowNoise):
     """
 
     def __init__(self, inner: RowNoise, canaries: Canaries, client: int, known: Sequence[RowNoise] = ()) -> None:
-        self.settings = inner.settings
+        self.settings, self.group = inner.settings, inner.group
         self._inner, self._canaries, self._client, self._known = inner, canaries, client, known
         self.noise_is_known = False
 
@@ -167,7 +167,7 @@ def one_run(
     """
     e, clients = inputs.experiment, inputs.clients(inputs.experiment.num_rounds)
     rng = rng or np.random.default_rng()
-    claim = claimed(e, clients)
+    claim = claimed(e, clients, inputs.train)
     if claim is None:
         raise ConfigError(f'privacy: got "{e.privacy.name}"; --kind one-run needs a claim; allowed: client-dp, row-dp')
     canaries = Canaries(num_canaries, rng)
@@ -185,7 +185,7 @@ def one_run(
         trained_adapter(inputs, clients, mean=wrapped)  # type: ignore[arg-type]
     else:
         assert isinstance(e.privacy, RowDp)
-        noise = mechanism or RowNoise(e.privacy, noise_key(e), e.run_id())
+        noise = mechanism or RowNoise(e.privacy, noise_key(e), e.run_id(), e.data.group_column())
         ways = [e.privacy.model_copy(update={"simulate_noise": simulated}) for simulated in (False, True)]
         known_rows = [RowNoise(way, simulation_key(e.seed), e.run_id()) for way in ways]
         wrapped = CanaryNoise(noise, canaries, most, known_rows)

@@ -42,7 +42,7 @@ def tokens(inputs: Inputs) -> list[dict[str, Any]]:
     e = inputs.experiment
     clients = inputs.clients(e.num_rounds)
     if isinstance(e.privacy, RowDp):
-        clients = replace(clients, row_noise=RowNoise(e.privacy, noise_key(e), e.run_id()))
+        clients = replace(clients, row_noise=RowNoise(e.privacy, noise_key(e), e.run_id(), e.data.group_column()))
     whose = max(clients.shards, key=lambda shard: len(shard.rows)).client
     one_row = e.train.model_copy(update={"batch_size": 1, "accumulation": 1, "max_steps": 1, "epochs": 1})
     table = []

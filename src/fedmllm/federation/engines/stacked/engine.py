@@ -23,7 +23,7 @@ from fedmllm.core.types import ClientUpdate, LocalRule, Outcome, Round, Sent
 from fedmllm.federation.client import Clients, Step, own_start
 from fedmllm.federation.engines.in_process import InProcessEngine
 from fedmllm.federation.engines.stacked.memory import is_out_of_memory, release, token_budget
-from fedmllm.federation.engines.stacked.packing import PASS_TOKENS, in_step, items, passes
+from fedmllm.federation.engines.stacked.packing import PASS_TOKENS, Item, clipped_passes, in_step, items, passes
 from fedmllm.federation.engines.stacked.row_adamw import RowAdamW, clip, prox_matrix
 from fedmllm.federation.engines.stacked.stack import Stack, find_targets, gate_of
 
@@ -159,35 +159,41 @@ class StackedEngine:
     def _passes(self, stack: Stack, steps: Sequence[Step], like_K: Tensor) -> Tensor:
         """Gradients of each client's mean over its rows of the row's mean loss -> these losses [K].
 
-        With `Clients.row_noise`: the sum over its rows of each row's clipped gradient.
+        With `Clients.row_noise`: the sum over its rows, or groups of rows, of each one's clipped gradient.
         """
-        losses_K, device = torch.zeros_like(like_K), self._backbone.device
-        noise = self._clients.row_noise
+        losses_K, budget = torch.zeros_like(like_K), (self._budget, PASS_TOKENS[self._backbone.device.type])
+        noise, device = self._clients.row_noise, self._backbone.device
         stack.grads_KT.zero_()
-        parts = passes(items(steps), self._budget, PASS_TOKENS[device.type])
-        if noise:
-            most = max(1, ROW_GRADIENT_BYTES // (stack.num_trained * stack.grads_KT.element_size()))
-            parts = [part[i : i + most] for part in parts for i in range(0, len(part), most)]
         with stack.installed() as use:
-            for part in parts:
-                clients_B = torch.tensor([item.slot for item in part], device=device)
-                use(clients_B)
-                rows_BT = stack.row_gradients(len(part)) if noise else None
-                batch = self._backbone.collate([item.row for item in part])
-                nll_B, tokens_B = self._backbone.loss(batch, [item.dropout_seed for item in part])
-                weights_B = torch.tensor([item.weight for item in part], dtype=nll_B.dtype, device=device)
-                loss_B = nll_B / tokens_B
-                if noise and rows_BT is not None:
-                    loss_B.sum().backward()  # type: ignore[no-untyped-call]
-                    factors_B = clip_factors(rows_BT, noise.settings.clip)
-                    rows_BT[factors_B == 0] = 0  # NaN times 0 is NaN
-                    stack.grads_KT.index_add_(0, clients_B, rows_BT.mul_(factors_B[:, None]))
-                    loss_B = loss_B * weights_B
-                else:
-                    loss_B = loss_B * weights_B
-                    loss_B.sum().backward()  # type: ignore[no-untyped-call]
-                losses_K.index_add_(0, clients_B, loss_B.detach().to(losses_K.dtype))
+            if not noise:
+                for part in passes(items(steps), *budget):
+                    use(torch.tensor([item.slot for item in part], device=device))
+                    self._backward(part, losses_K, weighted=True)
+                return losses_K
+            most = max(1, ROW_GRADIENT_BYTES // (stack.num_trained * stack.grads_KT.element_size()))
+            for clipped in clipped_passes(items(steps), *budget, most):
+                place = {unit: i for i, unit in enumerate(clipped.units)}
+                units_ST = stack.grads_KT[:0]
+                for number, part in enumerate(clipped.passes):
+                    use(torch.tensor([item.slot for item in part], device=device))
+                    slots_B = torch.tensor([place[item.slot, item.unit] for item in part], device=device)
+                    units_ST = stack.unit_gradients(len(place), slots_B, adds=number > 0)
+                    self._backward(part, losses_K, weighted=False)
+                factors_S = clip_factors(units_ST, noise.settings.clip)
+                units_ST[factors_S == 0] = 0  # NaN times 0 is NaN
+                clients_S = torch.tensor([slot for slot, _ in clipped.units], device=device)
+                stack.grads_KT.index_add_(0, clients_S, units_ST.mul_(factors_S[:, None]))
         return losses_K
+
+    def _backward(self, part: Sequence[Item], losses_K: Tensor, weighted: bool) -> None:
+        """One pass; adds the losses by client. `weighted`: each row counts by its weight, otherwise once."""
+        batch = self._backbone.collate([item.row for item in part])
+        nll_B, tokens_B = self._backbone.loss(batch, [item.dropout_seed for item in part])
+        weights_B = torch.tensor([item.weight for item in part], dtype=nll_B.dtype, device=nll_B.device)
+        loss_B = nll_B / tokens_B
+        (loss_B * weights_B if weighted else loss_B).sum().backward()  # type: ignore[no-untyped-call]
+        clients_B = torch.tensor([item.slot for item in part], device=losses_K.device)
+        losses_K.index_add_(0, clients_B, (loss_B * weights_B).detach().to(losses_K.dtype))
 
 
 class Member:

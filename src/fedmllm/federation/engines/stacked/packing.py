@@ -21,6 +21,7 @@ class Item:
     slot: int  # the client's place in the stack
     weight: float  # of its mean loss: 1 / rows of its client in this step, never a share of the batch's tokens
     dropout_seed: int
+    unit: int = 0  # of its client in this step: what is clipped together
 
 
 def in_step(clients: Clients, members: Sequence[int], round_: int) -> Iterator[list[Step]]:
@@ -36,10 +37,37 @@ def in_step(clients: Clients, members: Sequence[int], round_: int) -> Iterator[l
 def items(steps: Sequence[Step]) -> list[Item]:
     """All rows of one optimizer step; slot = place in `steps`."""
     return [
-        Item(row, slot, 1 / len(step.rows), seed)
+        Item(row, slot, 1 / len(step.rows), seed, unit)
         for slot, step in enumerate(steps)
-        for row, seed in zip(step.rows, step.dropout_seeds, strict=True)
+        for row, seed, unit in zip(step.rows, step.dropout_seeds, step.units or range(len(step.rows)), strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """Passes after which the gradients of `units` are whole, and are clipped."""
+
+    units: list[tuple[int, int]]  # (slot, unit); the place in this list is the line of the gradients
+    passes: list[list[Item]]
+
+
+def clipped_passes(rows: Sequence[Item], token_budget: int, pass_tokens: int, most: int) -> Iterator[Clipped]:
+    """The rows in passes, as `passes`, where at most `most` units at a time have a gradient of their own.
+
+    Units of one row are clipped after their pass. The rows of others need not fit into one pass.
+    """
+    by_unit: dict[tuple[int, int], list[Item]] = {}
+    for item in rows:
+        by_unit.setdefault((item.slot, item.unit), []).append(item)
+    alone = [items[0] for items in by_unit.values() if len(items) == 1]
+    for part in passes(alone, token_budget, pass_tokens):
+        for i in range(0, len(part), most):
+            few = part[i : i + most]
+            yield Clipped([(item.slot, item.unit) for item in few], [few])
+    several = [key for key, items in by_unit.items() if len(items) > 1]
+    for i in range(0, len(several), most):
+        units = several[i : i + most]
+        yield Clipped(units, passes([item for key in units for item in by_unit[key]], token_budget, pass_tokens))
 
 
 def passes(rows: Sequence[Item], token_budget: int, pass_tokens: int) -> list[list[Item]]:

@@ -147,16 +147,23 @@ class Stack:
         for part in self._parts:
             part.clients_B = part.slots_B = clients_B
 
-    def row_gradients(self, num_rows: int) -> Tensor:
-        """Zeros [S, T] to which the next backward pass adds the gradient of each of its rows, instead of to `grads_KT`.
+    def unit_gradients(self, num_units: int, slots_B: Tensor, adds: bool = False) -> Tensor:
+        """Gradients [S, T] to which the next backward pass adds those of its rows, instead of to `grads_KT`.
 
         Rows are already multiplied one by one in the backward pass, so this costs memory and no second pass. Call it
         between the setter of `installed` and the forward pass; the tensor is used again for the next pass.
+
+        Args:
+            num_units: S, rows or groups of rows.
+            slots_B: The unit of each row of the pass.
+            adds: Whether to keep what the passes before have added; otherwise all are zeros first.
         """
-        if len(self._rows_ST) < num_rows:
-            self._rows_ST = self.grads_KT.new_zeros(num_rows, self.num_trained)
-        rows_ST = self._rows_ST[:num_rows].zero_()
-        grads, slots_B = self.views(rows_ST), torch.arange(num_rows, device=rows_ST.device)
+        if len(self._rows_ST) < num_units:
+            self._rows_ST = self.grads_KT.new_zeros(num_units, self.num_trained)
+        rows_ST = self._rows_ST[:num_units]
+        if not adds:
+            rows_ST.zero_()
+        grads = self.views(rows_ST)
         for target, layer in zip(self._targets, self._layers, strict=True):
             layer.da_KrC, layer.db_KDr, layer.slots_B = grads.get(target.a), grads.get(target.b), slots_B
         for gate in self._gates:
