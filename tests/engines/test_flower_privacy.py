@@ -137,12 +137,13 @@ def test_a_ledger_counts_one_unit(tmp_path: Path) -> None:
 def test_a_site_clips_and_counts_its_own_patients(tmp_path: Path) -> None:
     lines = [f"p{i % 6},note {i},Is it so?,{('yes', 'no')[i % 2]}" for i in range(24)]
     (tmp_path / "rows.csv").write_text("\n".join(["patient,note,question,answer", *lines]) + "\n")
-    columns = 'question = "question", answer = "answer", text = "note"'
-    (tmp_path / "site.toml").write_text(
-        'name = "north"\nserver = "localhost:1"\nca = "ca.crt"\nkey = "site.key"\n'
-        f'[data]\nname = "table"\nroot = "{tmp_path}"\ntrain = "rows.csv"\ngroup = "patient"\nchoices = ["no", "yes"]\ncolumns = {{ {columns} }}\n'
-        f"[allow]\nmax_epsilon = 9.0\nmin_rows_per_step = 2\n"
+    head = 'name = "north"\nserver = "localhost:1"\nca = "ca.crt"\nkey = "site.key"\n'
+    data = (
+        f'[data]\nname = "table"\nroot = "{tmp_path}"\ntrain = "rows.csv"\ngroup = "patient"\nchoices = ["no", "yes"]\n'
     )
+    columns = 'columns = { question = "question", answer = "answer", text = "note" }\n'
+    allow = "[allow]\nmax_epsilon = 9.0\nmin_rows_per_step = 2\n"
+    (tmp_path / "site.toml").write_text(head + data + columns + allow)
     there = Trainer(Site.load(tmp_path / "site.toml"), tmp_path)
     request = request_of(there, STEPS, privacy=PRIVATE.model_copy(update={"unit": "group"}))
     start = there.backbone(request).lora()
