@@ -54,7 +54,7 @@ class Clipped:
 def clipped_passes(rows: Sequence[Item], token_budget: int, pass_tokens: int, most: int) -> Iterator[Clipped]:
     """The rows in passes, as `passes`, where at most `most` units at a time have a gradient of their own.
 
-    Units of one row are clipped after their pass. The rows of others need not fit into one pass.
+    Units of one row are clipped after their pass. The rows of others may be spread over passes.
     """
     by_unit: dict[tuple[int, int], list[Item]] = {}
     for item in rows:
