@@ -54,7 +54,7 @@ class RowDp(Privacy):
         return label if self.unit == "row" else f"{label} per group"
 
     def unit_of(self, column: str) -> str:
-        """Name of what is protected, for claims and ledgers: "row", or "group 'patient'"; "group" where sites have their own."""
+        """Name of what is protected: "row", or "group 'patient'"; "group" where each site has its own column."""
         if self.unit == "row":
             return "row"
         return f"group {column!r}" if column else "group"
