@@ -31,7 +31,7 @@ from fedmllm.flower.keys import make_site_key
 from fedmllm.flower.request import Request
 from fedmllm.flower.secure.attempt import Asked, common_digest, mask_key
 from fedmllm.flower.secure.fixed_point import from_bytes, from_words, to_bytes, to_words
-from fedmllm.flower.secure.layout import pack_words, unpack_sum
+from fedmllm.flower.secure.layout import SUMMED_METRICS, pack_words, unpack_sum
 from fedmllm.flower.secure.masks import add_masks, keystream, pair_key
 from fedmllm.flower.secure.member import SecureMember
 from fedmllm.flower.secure.shares import join, split
@@ -61,9 +61,11 @@ def terms(**changes) -> Terms:
     return Terms(**{**known, **changes})
 
 
-def known(words: np.ndarray) -> np.ndarray:
-    """The words of the delta, the weight and the loss: metrics that a site does not have are random."""
-    return words[: NUM + 3]
+def told(site: int) -> dict[str, float]:
+    """All metrics that are summed: of one that is missing, the words are random, and no sum is known bit for bit."""
+    made = {"loss": 1.0 + site, "num_steps": 2.0 + site, "num_tokens": 100.0 * site, "time_s": 0.25 * site}
+    assert set(made) == set(SUMMED_METRICS)
+    return made
 
 
 # ---- fixed point (S1, S5)
@@ -183,7 +185,7 @@ class FakeTrainer:
 
     def ask(self, head, adapter):
         self.asked += 1
-        about = {"num_examples": 10 * (self.number + 1), "metrics": {"loss": 1.0 + self.number}, "busy_s": 0.0}
+        about = {"num_examples": 10 * (self.number + 1), "metrics": told(self.number), "busy_s": 0.0}
         about |= {"num_loads": 1, "manifest": manifest_digest(LIKE)}
         return about, made_up(self.number).tobytes()
 
@@ -259,13 +261,12 @@ def test_the_server_gets_the_mean_and_neither_updates_nor_row_counts(tmp_path, k
     exact = sum(n * made_up(i).astype(np.float64) for i, n in enumerate((10, 20, 30))) / 60
     assert np.abs(flatten(update.delta).numpy() - exact).max() <= 3 * 2.0**-33 + 2.0**-30
     assert (update.clients, update.num_clients, update.num_examples) == ((0, 1, 2), 3, 60)
-    assert update.metrics == {"loss": pytest.approx((10 * 1 + 20 * 2 + 30 * 3) / 60, abs=1e-4)}
+    loss = pytest.approx((10 * 1 + 20 * 2 + 30 * 3) / 60, abs=1e-4)
+    assert update.metrics == {"loss": loss, "num_steps": 9.0, "num_tokens": 300.0, "time_s": 0.75}
     masked = [(client, content) for client, content in sites.sent if words_of(content) is not None]
     assert [set(content["about"]) for _, content in masked] == [{"manifest"}] * 3
-    plain = [pack_words(made_up(i), 10 * (i + 1), {"loss": 1.0 + i}, terms()) for i in range(3)]
-    assert np.array_equal(
-        known(np.add.reduce([words_of(c) for _, c in masked])), known(np.add.reduce(plain))
-    )  # bit for bit
+    plain = [pack_words(made_up(i), 10 * (i + 1), told(i), terms()) for i in range(3)]
+    assert np.array_equal(np.add.reduce([words_of(c) for _, c in masked]), np.add.reduce(plain))  # bit for bit
 
 
 def test_each_reply_alone_is_uniform_and_two_attempts_differ(tmp_path, keys):
@@ -352,7 +353,7 @@ def recovering(folder: Path, keys, names=FIVE, **more) -> FakeSites:
 
 
 def plain_sum(numbers) -> np.ndarray:
-    return np.add.reduce([pack_words(made_up(i), 10 * (i + 1), {"loss": 1.0 + i}, terms()) for i in numbers])
+    return np.add.reduce([pack_words(made_up(i), 10 * (i + 1), told(i), terms()) for i in numbers])
 
 
 def lose(client: int, words: bool = True):
@@ -371,7 +372,7 @@ def test_the_sum_over_the_sites_that_are_there_is_recovered_exactly(tmp_path, ke
         sites.tamper_reply = lose(missing)
     update, *failures = sites.round()
     there = [k for k in range(5) if k != missing]
-    assert np.array_equal(known(totals[0]), known(plain_sum(there)))  # bit for bit
+    assert np.array_equal(totals[0], plain_sum(there))  # bit for bit
     assert (update.clients, update.num_examples) == (tuple(there), sum(10 * (k + 1) for k in there))
     assert [(f.client, f.reason) for f in failures] == ([] if missing is None else [(missing, "no reply within 1 s")])
 
@@ -409,11 +410,9 @@ def test_a_late_update_of_a_site_that_was_left_out_stays_masked(tmp_path, keys):
     common = common_digest(asked["about"]["request"], array_data(asked))
     pairs = {n: mask_key(attempt.facts, common, attempt.private, public, "south", n) for n, public in publics.items()}
     without_pairs = late + (np.zeros_like(late) - add_masks(np.zeros_like(late), "south", pairs))
-    own = pack_words(made_up(3), 40, {"loss": 4.0}, terms())
+    own = pack_words(made_up(3), 40, told(3), terms())
     assert chisquare(np.bincount(without_pairs >> np.uint64(60), minlength=16)).pvalue > 1e-6  # what the server has
-    assert np.array_equal(
-        known(without_pairs - keystream(attempt.seed, len(own))), known(own)
-    )  # with the seed that it never gets
+    assert np.array_equal(without_pairs - keystream(attempt.seed, len(own)), own)  # with the seed that it never gets
 
 
 def test_no_site_gives_shares_for_two_sets_of_sites(tmp_path, keys):
