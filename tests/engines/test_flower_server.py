@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -186,6 +188,24 @@ def test_a_server_with_another_authority_is_named_by_its_certificate(tmp_path: P
 def test_programs_of_flower_write_utf_8_whatever_the_terminal_is(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     assert environment(tmp_path)["PYTHONIOENCODING"] == "utf-8"
+
+
+def test_a_supernode_looks_for_the_next_message_soon_after_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supernode import start_client_internal as node
+
+    slept, now = list[float](), [100.0]
+    monkeypatch.setattr(node, "_push_messages", lambda **given: None)
+    monkeypatch.setattr(node, "time", node.time)
+    monkeypatch.setattr(patches, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: now[0]))
+    patches.look_for_messages_often()
+    node.time.sleep(3)
+    node._push_messages(state=None)
+    node.time.sleep(3)
+    now[0] += patches.ROUND_S
+    node.time.sleep(3)
+    assert slept == [3, patches.NEXT_S, 3]
+    source = Path(node.__file__).read_text()
+    assert set(re.findall(r"\btime\.(\w+)", source)) == {"sleep"}
 
 
 def test_another_version_of_flower_is_refused(monkeypatch):

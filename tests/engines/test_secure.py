@@ -61,7 +61,7 @@ def terms(**changes) -> Terms:
     return Terms(**{**known, **changes})
 
 
-def told(site: int) -> dict[str, float]:
+def metrics_of(site: int) -> dict[str, float]:
     """All metrics that are summed: of one that is missing, the words are random, and no sum is known bit for bit."""
     made = {"loss": 1.0 + site, "num_steps": 2.0 + site, "num_tokens": 100.0 * site, "time_s": 0.25 * site}
     assert set(made) == set(SUMMED_METRICS)
@@ -185,7 +185,7 @@ class FakeTrainer:
 
     def ask(self, head, adapter):
         self.asked += 1
-        about = {"num_examples": 10 * (self.number + 1), "metrics": told(self.number), "busy_s": 0.0}
+        about = {"num_examples": 10 * (self.number + 1), "metrics": metrics_of(self.number), "busy_s": 0.0}
         about |= {"num_loads": 1, "manifest": manifest_digest(LIKE)}
         return about, made_up(self.number).tobytes()
 
@@ -265,7 +265,7 @@ def test_the_server_gets_the_mean_and_neither_updates_nor_row_counts(tmp_path, k
     assert update.metrics == {"loss": loss, "num_steps": 9.0, "num_tokens": 300.0, "time_s": 0.75}
     masked = [(client, content) for client, content in sites.sent if words_of(content) is not None]
     assert [set(content["about"]) for _, content in masked] == [{"manifest"}] * 3
-    plain = [pack_words(made_up(i), 10 * (i + 1), told(i), terms()) for i in range(3)]
+    plain = [pack_words(made_up(i), 10 * (i + 1), metrics_of(i), terms()) for i in range(3)]
     assert np.array_equal(np.add.reduce([words_of(c) for _, c in masked]), np.add.reduce(plain))  # bit for bit
 
 
@@ -353,7 +353,7 @@ def recovering(folder: Path, keys, names=FIVE, **more) -> FakeSites:
 
 
 def plain_sum(numbers) -> np.ndarray:
-    return np.add.reduce([pack_words(made_up(i), 10 * (i + 1), told(i), terms()) for i in numbers])
+    return np.add.reduce([pack_words(made_up(i), 10 * (i + 1), metrics_of(i), terms()) for i in numbers])
 
 
 def lose(client: int, words: bool = True):
@@ -410,7 +410,7 @@ def test_a_late_update_of_a_site_that_was_left_out_stays_masked(tmp_path, keys):
     common = common_digest(asked["about"]["request"], array_data(asked))
     pairs = {n: mask_key(attempt.facts, common, attempt.private, public, "south", n) for n, public in publics.items()}
     without_pairs = late + (np.zeros_like(late) - add_masks(np.zeros_like(late), "south", pairs))
-    own = pack_words(made_up(3), 40, told(3), terms())
+    own = pack_words(made_up(3), 40, metrics_of(3), terms())
     assert chisquare(np.bincount(without_pairs >> np.uint64(60), minlength=16)).pvalue > 1e-6  # what the server has
     assert np.array_equal(without_pairs - keystream(attempt.seed, len(own)), own)  # with the seed that it never gets
 
