@@ -94,7 +94,7 @@ def pull_replies_often() -> None:
 
 
 def look_for_messages_often() -> None:
-    """Let a SuperNode look for the next message every `NEXT_S` s while a round goes on: for `ROUND_S` s after each reply.
+    """Let a SuperNode look for the next message every `NEXT_S` s during a round: for `ROUND_S` s after each reply.
 
     Flower looks every 3 s. A secure sum with shares is four messages to each site, so that was most of its time.
     """
