@@ -12,6 +12,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+import fedmllm
 from fedmllm.cli.main import app
 
 
@@ -59,3 +60,8 @@ main.main()
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
     assert getattr(done, stream) == b"K\\xf6ln \\u2014 left out\n"
+
+
+def test_the_version_is_that_of_the_package():
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"fedmllm {fedmllm.__version__}\n")

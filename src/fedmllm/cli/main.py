@@ -6,6 +6,7 @@ import errno
 import io
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,6 @@ typer.core.HAS_RICH = False  # help is plain text; with rich installed typer 0.2
 app = typer.Typer(
     name="fedmllm",
     cls=Verbs,
-    help="Federated fine-tuning of multimodal LLMs when clients hold different modalities.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -36,6 +36,21 @@ app = typer.Typer(
 )
 
 OutOption = Annotated[Path | None, typer.Option(help="Folder for record, summary and adapter. Default: runs/RUN_ID.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fedmllm {version('fedmllm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version_: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Federated fine-tuning of multimodal LLMs when clients hold different modalities."""
 
 
 @app.command(short_help="Embedded model and data, one table in a few minutes.")
