@@ -154,6 +154,31 @@ def test_one_round_ends_with_an_adapter_that_peft_loads(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("stop", [None, 2, 4])
+def test_own_rows_of_a_resumed_run_are_those_of_the_unbroken_one(stop: int | None, tmp_path: Path) -> None:
+    """The summary's columns about each client's own test rows, after a stop in the federation or in a client's training."""
+    table = {**TABLE, "method": "personal", "data": {**TABLE["data"], "num_test": 24}}
+    whole = run(Experiment.parse(table), tmp_path / "whole")
+    if stop:
+        with pytest.raises(KeyboardInterrupt):
+            run(Experiment.parse(table), tmp_path / "run", [Stop(stop)])
+        again = run(Experiment.parse(table), tmp_path / "run", resume=True)
+        assert [one["own_value"] for one in again if "own_value" in one] == [
+            one["own_value"] for one in whole if "own_value" in one
+        ]
+        return
+    evals = [event for event in read(tmp_path / "whole" / "record.jsonl") if event["event"] == "eval"]
+    globally, *personal = evals
+    assert [one["client"] for one in globally["own"]] == [0, 1, 2, 3]  # the global adapter on every client's rows
+    assert [[one["client"] for one in event["own"]] for event in personal] == [[0], [1], [2], [3]]
+    assert sum(one["num_rows"] for one in globally["own"]) == 24
+    (row,) = [one for one in whole if one["metric"] == "accuracy"]
+    values = [event["own"][0]["metrics"]["accuracy"] for event in personal]
+    assert row["own_value"] == pytest.approx(sum(values) / 4)
+    assert row["own_n"] == 4
+    assert {one["metric"] for one in whole}.isdisjoint({"own"})
+
+
+@pytest.mark.parametrize("stop", [None, 2, 4])
 def test_personal_fine_tunes_each_client_from_the_global_adapter(stop: int | None, tmp_path: Path) -> None:
     """Stopped in the federation and in a client's own training: the same bytes."""
     table = {**TABLE, "aggregator": "scaffold", "method": "personal", "personal": {"rounds": 2, "mu": 0.1}}

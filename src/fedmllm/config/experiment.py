@@ -383,6 +383,13 @@ class Experiment(Spec):
         """True if the method has a federation with cohorts, rather than a baseline."""
         return self.method in ("federated", "personal")
 
+    @property
+    def has_personal_models(self) -> bool:
+        """True if the result is a model for each client."""
+        return self.method in ("local", "personal") or (
+            self.method == "federated" and (self.relation.personal or not self.aggregator.global_model)
+        )
+
     def server(self) -> Aggregator:
         """The aggregator; FedAvg for a baseline, which has one client at a time.
 

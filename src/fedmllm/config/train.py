@@ -131,6 +131,9 @@ class Evaluate(Spec):
     """Number of test rows, the first ones; 0 = all."""
     rows: Annotated[Literal["test", "validation"], ADDED_LATER] = "test"
     """Rows that the results are about. "validation" is for tuning: the test rows are not read."""
+    own_rows: Annotated[Literal["auto", "on", "off"], ADDED_LATER] = "auto"
+    """Metrics on each client's own share of the test rows, split by the partition's law and the seed, next to those on all of
+    them. "auto" = if clients have models of their own; "on" = for the global adapter, too."""
     select: Literal["last", "validation"] = "last"
     """Adapter that is the result: that of the last round, or the best on the validation rows."""
 

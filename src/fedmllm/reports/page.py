@@ -29,6 +29,7 @@ from fedmllm.reports.guarantees import PrivacyTable, privacy_tables
 from fedmllm.reports.importance import Importance, about_importance, importances
 from fedmllm.reports.names import SCENARIOS, TWO, VISIBLE, metric_label, setting_meaning, visible_label
 from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
+from fedmllm.reports.own_rows import OWN_TEXT, OwnRow, own_table
 from fedmllm.reports.reading import DatasetResults, ReportData
 from fedmllm.reports.rows import RowResults, kind_label, results_by_row
 from fedmllm.reports.shares import ShareTable, about_shares, share_table, share_text
@@ -86,6 +87,7 @@ class Section:
     tests: dict[str, list[Comparison]]  # title -> tests that are corrected together
     published: PublishedTable | None
     costs: list[CostRow]
+    own: list[OwnRow]
     privacy: list[PrivacyTable]
 
 
@@ -137,6 +139,7 @@ def section(report: ReportData, dataset: DatasetResults, key: str, rows: Sequenc
         tests={title: several for title, several in claims.items() if several},
         published=published_table(dataset, table),
         costs=costs(dataset),
+        own=own_table(dataset),
         privacy=privacy_tables(dataset),
     )
 
@@ -157,6 +160,7 @@ def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None =
     )
     environment.globals.update(
         metric_label=metric_label,
+        OWN_TEXT=OWN_TEXT,
         variable=variable,
         bytes_text=bytes_text,
         p_text=p_text,

@@ -13,6 +13,7 @@ from fedmllm.reports.comparisons import additions, all_pairs, declared
 from fedmllm.reports.guarantees import privacy_markdown, privacy_tables
 from fedmllm.reports.importance import importances
 from fedmllm.reports.names import setting_meaning
+from fedmllm.reports.own_rows import own_markdown, own_table
 from fedmllm.reports.page import page
 from fedmllm.reports.reading import DatasetResults, ReportData, paths_of, read_results
 from fedmllm.reports.rows import RowResults, results_by_row
@@ -156,6 +157,8 @@ def _section(report: ReportData, dataset: DatasetResults, rows: Sequence[RowResu
         parts += [f"### Importance of each modality: {important.method}\n", importance_markdown(important, table.scale)]
     if published := published_table(dataset, table):
         parts += ["### Published numbers, settings that agree\n", published_markdown(published)]
+    if own := own_table(dataset):
+        parts += ["### Each client's own test rows\n", own_markdown(own, table.metric, table.scale)]
     if private := privacy_tables(dataset):
         parts += ["### Privacy\n", privacy_markdown(private)]
     return [*parts, "### Costs of a run\n", costs_markdown(costs(dataset))]

@@ -11,6 +11,7 @@ from fedmllm.federation.evaluation import metrics_of, predict
 from fedmllm.runs.events import Evaluated, Sink
 from fedmllm.runs.grading import judge_of
 from fedmllm.runs.inputs import Inputs
+from fedmllm.runs.own_rows import as_scores, own_metrics
 from fedmllm.runs.predictions import PredictionFile
 from fedmllm.runs.record import finite
 
@@ -40,18 +41,22 @@ class Evaluator:
             node: Which of a graph's adapters it is, if it is not the result; its predictions are not kept.
 
         Returns:
-            Visible modalities -> metric -> value.
+            Visible modalities -> metric -> value, and the values on clients' own test rows (`as_scores`).
         """
         found: Scores = {}
         for visible in self.inputs.experiment.evaluate.visible:
             began = time.perf_counter()
             adapter = params(visible) if callable(params) else params
             predictions = self._judge(self.predict(adapter, self.inputs.test, visible))
-            found[visible] = metrics = self.metrics(predictions)
+            metrics = self.metrics(predictions)
+            own = own_metrics(self.inputs.own_rows, predictions, self.metrics, client)
+            found[visible] = metrics | as_scores(own)
             wall_s = time.perf_counter() - began
             if not node:
                 self._kept.write(predictions, visible, round_, client)
-            self._emit(Evaluated(visible, metrics, len(self.inputs.test), wall_s, round_, client, node))
+            self._emit(
+                Evaluated(visible, metrics, len(self.inputs.test), wall_s, round_, client, node, own=own or None)
+            )
         return found
 
     def predict(self, params: Params, rows: Sequence[Example], visible: str) -> list[Prediction]:

@@ -82,6 +82,8 @@ def with_site_names(emit: Sink, names: Mapping[int, str]) -> Sink:
             changes["dropped"] = [named(entry) for entry in event.dropped]
         if isinstance(event, RoundEnd | Evaluated | Validated) and event.client is not None:
             changes["name"] = name_of([event.client])
+        if isinstance(event, Evaluated) and event.own:
+            changes["own"] = [named(entry) for entry in event.own]
         if isinstance(event, EmptyClients):
             changes["names"] = [name_of([client]) for client in event.clients]
         emit(replace(event, **changes))
@@ -236,6 +238,7 @@ class Evaluated(Event):
     client: int | None = None
     node: str = ""  # of a graph's adapters the one that is not the result: "mean"
     name: str = ""  # of the client's site, if the rows name their sites
+    own: list[dict[str, Any]] | None = None  # client, num_rows and metrics on each client's own test rows
 
 
 @dataclass(frozen=True)

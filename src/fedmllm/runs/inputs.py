@@ -7,7 +7,7 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from fedmllm.federation.rounds import RoundEngine
 from fedmllm.runs.checkpoint import read_peft_adapter
 from fedmllm.runs.events import Started
 from fedmllm.runs.fingerprint import rows_digest
+from fedmllm.runs.own_rows import OwnRows, split_test_rows
 from fedmllm.scenarios.assign import assign, shards_digest
 from fedmllm.scenarios.availability import Always
 from fedmllm.scenarios.modalities.completion import Completer, CompletionSite, Nothing, hidden_slots
@@ -51,6 +52,7 @@ class Inputs:
     start: Params  # the adapter before any training: a new one, or that of `backbone.adapter`
     public: tuple[Example, ...] = ()  # complete rows that all clients may read
     completer: Completer | None = None  # None: rows stay as they are
+    own_rows: OwnRows = field(default_factory=list)  # of each client among the test rows; [] = not evaluated
 
     @classmethod
     def load(cls, experiment: Experiment) -> Inputs:
@@ -86,6 +88,7 @@ class Inputs:
             mask = frozenset(modalities)
             shards = (*shards, Shard(len(shards), tuple(held), (mask,) * len(public), "public"))
             rows = (*rows, *public)
+        own_rows, no_own = split_test_rows(experiment, shards, train.examples, test_rows)
         if not test_rows and experiment.metrics():  # a server of real sites may have no test rows
             raise DataError(f"{data.name}: no usable test row")
         backbone = experiment.backbone.load(experiment.seed)
@@ -97,12 +100,17 @@ class Inputs:
             validation=validation,
             test=test_rows,
             skipped=(*train.skipped, *test.skipped, *bad_train, *bad_test, *bad_validation),
-            notes=tuple(dict.fromkeys((*train.notes, *test.notes, *of_train, *of_test, *shared, *of_public))),
+            notes=tuple(
+                dict.fromkeys(
+                    (*train.notes, *test.notes, *of_train, *of_test, *shared, *of_public, *filter(None, [no_own]))
+                )
+            ),
             shards=shards,
             backbone=backbone,
             start=backbone.lora(),
             public=public,
             completer=completer_of(experiment, backbone, public),
+            own_rows=own_rows,
         )
 
     def clients(self, num_rounds: float) -> Clients:

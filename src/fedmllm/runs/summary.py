@@ -10,12 +10,14 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.types import visible_of
 from fedmllm.runs.costs import Totals, peaks
 from fedmllm.runs.evaluator import Scores
+from fedmllm.runs.own_rows import own_columns, without_own
 
 
 def summary_rows(
     experiment: Experiment, results: Sequence[Scores], totals: Totals, wall_s: float
 ) -> list[dict[str, Any]]:
-    """Return one row per metric and set of visible modalities, with the metric's ceiling if the data set knows it.
+    """Return one row per metric and set of visible modalities, with the metric's ceiling if the data set knows it, and the
+    mean and spread over each client's own test rows if these were evaluated.
 
     Args:
         experiment: What was run.
@@ -41,11 +43,12 @@ def summary_rows(
     rows = []
     for visible, metrics in results[0].items():
         ceilings = e.data.ceilings(visible_of(visible, e.data.modalities()))
-        for name in metrics:
+        for name in without_own(metrics):
             values = [v for result in results if (v := result[visible][name]) is not None]
             spread = {"std": statistics.stdev(values) if len(values) > 1 else None, "n": len(values)}
             value = statistics.fmean(values) if values else None
             about: dict[str, Any] = {"metric": name, "value": value, **spread, "visible": visible}
+            about |= own_columns([result[visible] for result in results], name)
             if name in ceilings:
                 about["ceiling"] = ceilings[name]
             rows.append({**head, "seed": e.seed, **about, **cost, "run_id": e.run_id()})

@@ -39,6 +39,23 @@ class Partition(Named):
             DataError: A row lacks the column that the partition reads.
         """
 
+    def split_test(self, train: Sequence[Example], test: Sequence[Example], seed: int) -> ClientSplit:
+        """Assign test rows to the same clients by the same law: that of the training rows, with the same seed.
+
+        Args:
+            train: The training rows, in file order.
+            test: The test rows, in file order.
+            seed: Seed of the experiment.
+
+        Returns:
+            Per client of `split`, in client order, the indices of its rows in `test`.
+
+        Raises:
+            DataError: A row lacks the column that the partition reads.
+            ConfigError: The law does not determine a split of the test rows.
+        """
+        return self.split(test, seed)
+
     def client_names(self, examples: Sequence[Example]) -> tuple[str, ...]:
         """Names of the clients in client order, if the rows name them.
 
@@ -103,6 +120,10 @@ class ByColumn(Partition):
     name: Literal["by-column"] = "by-column"
     column: str = "client"
     """Column whose values name the clients."""
+
+    def split_test(self, train: Sequence[Example], test: Sequence[Example], seed: int) -> ClientSplit:
+        values = [value_of(example, self.column) for example in test]
+        return [[row for row, value in enumerate(values) if value == name] for name in self.client_names(train)]
 
     def client_names(self, examples: Sequence[Example]) -> tuple[str, ...]:
         numbered = map(str, range(self.num_clients))

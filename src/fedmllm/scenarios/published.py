@@ -64,6 +64,9 @@ class Published(Partition):
             shuffler.shuffle(own)
         return clients
 
+    def split_test(self, train: Sequence[Example], test: Sequence[Example], seed: int) -> ClientSplit:
+        raise ConfigError("partition: 'published' states no split of the test rows; allowed: dirichlet, iid, by-column")
+
     def assign(
         self, examples: Sequence[Example], modalities: tuple[Modality, ...], scenario: Scenario
     ) -> tuple[ClientSplit, Masks]:
