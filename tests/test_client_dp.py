@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fedmllm.algorithms.privacy.accounting import gaussian_delta, gaussian_epsilon, poisson_epsilon
+from fedmllm.algorithms.privacy.accounting import CLOSED_FORM, gaussian_delta, gaussian_epsilon, poisson_epsilon
 from fedmllm.algorithms.privacy.client_dp import CLIP_STATE, ClientDp, NoisyMean, clipped_sum
 from fedmllm.algorithms.privacy.noise import keyed_normals, simulation_key
 from fedmllm.algorithms.server_optimizers import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
@@ -235,6 +235,43 @@ def test_epsilon_is_monotone() -> None:
     assert by_rounds == sorted(by_rounds)
     assert by_noise == sorted(by_noise, reverse=True)
     assert (by_rounds[0], gaussian_epsilon(0.0, 1, 1e-5), gaussian_epsilon(1e9, 1, 1e-5)) == (0.0, math.inf, 0.0)
+
+
+@pytest.mark.parametrize("z", [1.0, 2.0, 4.0])
+def test_epsilon_of_the_closed_form_is_that_of_dp_accounting_to_four_digits(z: float) -> None:
+    dp = pytest.importorskip("dp_accounting", reason="the extra `dp` is not installed")
+    from dp_accounting.pld import PLDAccountant
+
+    event = dp.SelfComposedDpEvent(dp.GaussianDpEvent(z), 25)
+    found = PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event).get_epsilon(1e-5)
+    assert gaussian_epsilon(z, 25, 1e-5) == pytest.approx(found, rel=1e-4)
+
+
+def test_epsilon_of_a_poisson_draw_is_monotone_and_below_that_without_one() -> None:
+    pytest.importorskip("dp_accounting", reason="the extra `dp` is not installed")
+
+    def epsilon(z: float, rounds: int, rate: float) -> float:
+        return poisson_epsilon(z, [1] * rounds, 1e-5, rate)[0]
+
+    by_rate = [epsilon(1.0, 10, rate) for rate in (0.01, 0.1, 0.5, 0.9, 1.0)]
+    by_rounds = [epsilon(1.0, rounds, 0.2) for rounds in (1, 2, 5, 20)]
+    by_noise = [epsilon(z, 10, 0.2) for z in (0.5, 1.0, 2.0, 5.0)]
+    assert by_rate == sorted(by_rate)
+    assert by_rounds == sorted(by_rounds)
+    assert by_noise == sorted(by_noise, reverse=True)
+    assert by_rate[-1] == gaussian_epsilon(1.0, 10, 1e-5)  # everyone in every round
+
+
+def test_a_fixed_cohort_is_never_counted_as_a_secret_draw() -> None:
+    """T10: cohorts of a fixed size follow the public seed, whatever share of the clients they are."""
+    settings = ClientDp(name="client-dp", noise_multiplier=1.0, clip=0.5)
+    said = settings.guarantee(2, 10, [1] * 25, poisson=False)
+    assert said.epsilon == gaussian_epsilon(1.0, 25, 1e-5)
+    assert (said.accountant, said.sampling_is_secret) == (CLOSED_FORM, False)
+    assert said.sampling == "2 of 10 clients by the public seed"
+    for key in ("accountant", "sampling", "poisson"):
+        with pytest.raises(ConfigError, match=rf"privacy\.{key}: unknown key"):
+            runs.experiment(**{**DP, "privacy": {**DP["privacy"], key: "poisson"}})
 
 
 def test_without_the_extra_a_poisson_draw_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from fedmllm.runs.run import run
 from fedmllm.testing import examples as made_up
 from support import runs
 from support.small_federation import COHORT, SIZES, federation, flat, one_after_another, sents, stirred, together
+from support.tiny_families import FAMILIES, PORTS
 
 KEY = b"k" * 32
 DP: dict[str, Any] = {
@@ -81,9 +82,7 @@ def of_single_rows(clients: Clients, start: Params, step: Step) -> torch.Tensor:
 # ---- R1, R3, R6, R7: clipped sums
 
 
-@pytest.mark.parametrize(
-    "family", ["tiny", "tiny with a gate", "llava", "qwen2_vl", "gemma3"]
-)  # causal ones, and one with a mask of its own
+@pytest.mark.parametrize("family", ["tiny", "tiny with a gate", *FAMILIES, *PORTS])
 def test_sums_of_clipped_gradients_are_those_of_single_rows(load: Any, examples: list[Example], family: str) -> None:
     gated = family == "tiny with a gate"
     backbone = Tiny(lora=Lora(modality_gate=True)).load(seed=0) if gated else load(family)
