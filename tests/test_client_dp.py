@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fedmllm.federation.rounds import Progress, cohorts, federate
 from fedmllm.runs.privacy import CentralPrivacy, secret_key
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
+from fedmllm.runs.suites.suite import Suite
 from support import runs
 
 KEY = b"k" * 32
@@ -480,6 +482,21 @@ def test_noise_is_part_of_the_name_in_tables() -> None:
     assert runs.experiment(**DP).method_name() == "fedavg+client-dp z=1"
     simulated = runs.experiment(**{**DP, "privacy": {**DP["privacy"], "simulate_noise": True}})
     assert simulated.method_name() == "fedavg+client-dp z=1 simulated"
+
+
+@pytest.mark.parametrize(("name", "cells"), [("client_dp", 4 * 12 * 5), ("row_dp", 2 * 10 * 5)])
+def test_the_curves_of_utility_name_the_epsilon_of_their_noise(name: str, cells: int) -> None:
+    path = Path(__file__).parents[1] / f"experiments/privacy/{name}.toml"
+    found = Suite.load(path).cells
+    assert len(found) == cells
+    noisy = [c.experiment for c in found if c.experiment.privacy.name != "none"]
+    assert all(e.privacy.simulate_noise and e.cohort_size == e.partition.num_clients for e in noisy)
+    stated = re.findall(r"(\d[\d.]*) for z = (\d[\d.]*\d|\d)", path.read_text().replace("\n# ", " "))
+    assert len(stated) >= 3
+    for epsilon, z in stated:
+        assert float(epsilon) == pytest.approx(
+            gaussian_epsilon(float(z), found[0].experiment.num_rounds, 1e-5), rel=3e-3
+        )
 
 
 def test_an_experiment_without_privacy_keeps_its_run_id() -> None:
