@@ -18,9 +18,10 @@ from fedmllm.algorithms.lowrank import pairs, product_norm, svd, truncated
 from fedmllm.algorithms.objectives import ClientView
 from fedmllm.config.experiment import FAMILIES, Experiment
 from fedmllm.config.train import UpdateFilter
-from fedmllm.core.errors import ConfigError, FedmllmError, NothingToAverage
-from fedmllm.core.types import ClientUpdate, Params, Round, Sent, State
+from fedmllm.core.errors import ConfigError, DataError, FedmllmError, NothingToAverage
+from fedmllm.core.types import ClientUpdate, Example, Params, Round, Sent, State
 from fedmllm.federation.rounds import Progress, federate
+from fedmllm.runs.inputs import stated_rank
 from fedmllm.runs.suites.suite import Suite
 
 ROOT = Path(__file__).parent.parent
@@ -676,13 +677,52 @@ DATA = {"data": "synthetic-irony", "partition": {"name": "iid", "num_clients": 4
     [
         (
             {"backbone": {"name": "tiny", "lora": {"ranks": [2, 8]}}},
-            r"backbone\.lora\.ranks: got \[2, 8\]; fedavg averages .* one of these aggregators: fed-plora, fedilora, flexlora",
+            r"backbone\.lora\.ranks: got \[2, 8\]; fedavg combines .* one of these aggregators: fed-plora, fedilora, flexlora",
         ),
         (
             {"backbone": {"name": "tiny", "lora": {"ranks": [2, 4]}}, "aggregator": "flexlora"},
             r"r: got 8; it must be the largest of ranks, 4",
         ),
-        ({"aggregator": {"name": "flora", "server": "fedadam"}}, r"aggregator\.server: unknown key"),
+        (
+            {"aggregator": {"name": "flora", "server": "fedadam"}},
+            r"aggregator\.server: .*flora aggregates the clients' products.*moments.*Aggregators with a server: .*ffa-lora",
+        ),
+        (
+            {"aggregator": {"name": "flexlora", "server": "krum"}},
+            r"aggregator\.server: .*flexlora aggregates the clients' products.*distances.*leave server out.*krum",
+        ),
+        (
+            {"aggregator": {"name": "krum", "server": "flexlora"}, "cohort_size": 0},
+            r"aggregator\.server\.name: got 'flexlora', which needs more than one combined delta; allowed: .*fedadam",
+        ),
+        (
+            {"aggregator": "krum", "cohort_size": 0, "backbone": {"name": "tiny", "lora": {"ranks": [2, 8]}}},
+            r"lora\.ranks: got \[2, 8\]; krum combines factors of one rank; allowed: .*flexlora",
+        ),
+        (
+            {"aggregator": {"name": "scaffold", "server": "fedsa-lora"}},
+            r"aggregator\.server: .*scaffold corrects .*a factor that stays with its client.*leave server out",
+        ),
+        (
+            {"aggregator": {"name": "fedsa-lora", "server": "scaffold"}},
+            r"aggregator\.server\.name: got 'scaffold', which needs more than one combined delta; allowed: .*fedadam",
+        ),
+        (
+            {"aggregator": {"name": "fedadam", "server": "fedavg"}},
+            r"fedadam is a server optimizer itself; leave server out",
+        ),
+        (
+            {"aggregator": "fedsa-lora", "method": "personal"},
+            r'method: got "personal", which fine-tunes a global adapter of rank lora\.r; fedsa-lora has none',
+        ),
+        (
+            {"backbone": {"name": "tiny", "lora": {"rank_column": "limit"}}},
+            r'lora\.rank_column: got "limit"; fedavg combines factors of one rank; allowed: .*hetlora',
+        ),
+        (
+            {"backbone": {"name": "tiny", "lora": {"rank_column": "limit", "ranks": [8]}}, "aggregator": "flexlora"},
+            r"rank_column: got 'limit' with ranks = \[8\]; give one of them",
+        ),
         ({"aggregator": "fedsa-lora", "evaluate": {"every": 1}}, r"fedsa-lora has no global model"),
         (
             {"aggregator": "yoco", "backbone": {"name": "tiny", "lora": {"init": "principal"}}},
@@ -700,9 +740,27 @@ def test_combinations_without_meaning_are_refused(table: dict, reason: str) -> N
         Experiment.parse({**DATA, **table})
 
 
+def row_of(number: int, **columns: str) -> Example:
+    return Example(number, {}, "", ("a", "b"), "a", f"rows:{number}", columns)
+
+
+def test_a_client_has_the_rank_that_its_rows_state_up_to_the_largest() -> None:
+    assert stated_rank([row_of(k, limit="4") for k in range(3)], "limit", 8, 0) == 4
+    assert stated_rank([row_of(0, limit="64")], "limit", 8, 0) == 8
+    assert stated_rank([], "limit", 8, 0) == 8
+    for values, listed in ((["4", "2"], "'2', '4'"), (["four"], "'four'"), (["0"], "'0'"), (["-1"], "'-1'")):
+        rows = [row_of(k, limit=value) for k, value in enumerate(values)]
+        with pytest.raises(
+            DataError, match=rf"lora\.rank_column: client 3 has 'limit' = {listed}; allowed: one whole number"
+        ):
+            stated_rank(rows, "limit", 8, 3)
+    with pytest.raises(DataError, match="has no column 'limit'; columns: site"):
+        stated_rank([row_of(0, site="north")], "limit", 8, 0)
+
+
 def test_ranks_leave_older_run_ids_alone() -> None:
     plain = Experiment.parse(DATA)
-    assert "ranks" not in plain.identity()["backbone"]["lora"]
+    assert {"ranks", "rank_column"}.isdisjoint(plain.identity()["backbone"]["lora"])
     ranks = {"backbone": {"name": "tiny", "lora": {"ranks": [2, 8]}}, "aggregator": "flexlora"}
     assert Experiment.parse({**DATA, **ranks}).run_id() != Experiment.parse({**DATA, "aggregator": "flexlora"}).run_id()
 

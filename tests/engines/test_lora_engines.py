@@ -202,3 +202,28 @@ def test_personal_fine_tunes_each_client_from_the_global_adapter(stop: int | Non
     assert [event.get("client") for event in events if event["event"] == "eval"] == [None, 0, 1, 2, 3]
     alone = [event for event in events if event["event"] == "round" and event.get("client") == 0]
     assert [event["cohort"] for event in alone] == [[0], [0]]
+
+
+@pytest.mark.parametrize("engine", ["stacked", "in-process"])
+def test_ranks_by_a_column_are_those_that_the_clients_train(engine: str, tmp_path: Path) -> None:
+    """Three sites whose rows state 2, 4 and 64, the last one above `lora.r`: bytes and result are those of ranks in turn."""
+    limits = {"east": 2, "north": 4, "west": 64}
+    note, answer = ("well", "fever"), ("no", "yes")
+    lines = [f"{s}-{i},{note[i % 2]},{answer[i % 2]},{s},{limits[s]}" for s in limits for i in range(4)]
+    (tmp_path / "rows.csv").write_text("\n".join(["case,note,ill,site,limit", *lines]) + "\n")
+    columns = {"id": "case", "text": "note", "answer": "ill", "client": "site", "keep": ["limit"]}
+    data = {"name": "table", "root": str(tmp_path), "train": "rows.csv", "test": "rows.csv", "columns": columns}
+    table = {
+        "data": data | {"question": "Is it ill?", "choices": ["no", "yes"]},
+        "train": TABLE["train"], "num_rounds": 2, "aggregator": "fedilora", "engine": engine,
+    }  # fmt: skip
+    found = {}
+    for name, lora in (("column", {"rank_column": "limit"}), ("ranks", {"ranks": [2, 4, 8]})):
+        run(Experiment.parse({**table, "backbone": {"name": "tiny", "lora": {**lora, "r": 8}}}), tmp_path / name)
+        rounds = [event for event in read(tmp_path / name / "record.jsonl") if event["event"] == "round"]
+        found[name] = [[(c["up_bytes"], c["down_bytes"], c["norm"]) for c in event["clients"]] for event in rounds]
+    east, north, west = (up for up, _, _ in found["column"][0])
+    assert 4 * east == 2 * north == west
+    assert found["column"] == found["ranks"]
+    one, two = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in found)
+    assert one.read_bytes() == two.read_bytes()

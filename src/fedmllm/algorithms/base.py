@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal, cast
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, SerializeAsAny, field_validator
 
@@ -39,6 +39,9 @@ class Aggregator(Named):
 
     mixed_ranks: ClassVar[bool] = False
     """True if clients may have unequal ranks (`lora.ranks`)."""
+    no_server: ClassVar[str] = "has no combined delta that a server optimizer could apply"
+    """Why the algorithm takes no `server`, after its name; for the error message if one is given."""
+
     trusted: ClassVar[tuple[str, ...]] = ("of_the_mean", "weighted_by")
     """Flags that privacy and secure aggregation rely on. A plug-in states them itself: they are not inherited, since a class
     that changes a method of a shipped one may break what its base promises."""
@@ -61,6 +64,31 @@ class Aggregator(Named):
             for flag in cls.trusted:
                 if flag not in vars(cls):
                     setattr(cls, flag, getattr(Aggregator, flag))
+
+    @classmethod
+    def pick(cls, table: object, place: str) -> Self:
+        """Return the member that a table describes.
+
+        Args:
+            table: A table with `name`, or the bare name.
+            place: Beginning of each line of an error message.
+
+        Returns:
+            The member.
+
+        Raises:
+            ConfigError: A key or value is not allowed; of a `server` that has no meaning it says why.
+        """
+        if isinstance(table, Mapping) and "server" in table:
+            member = cast("type[Aggregator] | None", cls.members.get(str(table.get("name"))))
+            if member and "server" not in member.model_fields:
+                able = ", ".join(sorted(name for name, one in cls.members.items() if "server" in one.model_fields))
+                why = "is a server optimizer itself" if member.optimizes else member.no_server
+                raise ConfigError(
+                    f"{place}.server: unknown key: {member.model_fields['name'].default} {why}; leave server out. "
+                    f"Aggregators with a server: {able}"
+                )
+        return super().pick(table, place)
 
     @classmethod
     def unstated(cls, flag: str) -> str:

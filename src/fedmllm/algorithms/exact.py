@@ -16,6 +16,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.lowrank import (
+    OF_PRODUCTS,
     A,
     B,
     Pair,
@@ -41,6 +42,7 @@ class Growing(Aggregator):
 
     needs: ClassVar[frozenset[str]] = frozenset({"frozen-adapter"})
     grows: ClassVar[bool] = True
+    no_server: ClassVar[str] = OF_PRODUCTS
     cap: PositiveInt = 256
     """Largest rank of F. Above it the best approximation of this rank is kept; the record's `truncation_error` has the
     loss."""

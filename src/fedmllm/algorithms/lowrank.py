@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 A, B = ".lora_A.", ".lora_B."
 Pair: TypeAlias = "tuple[Tensor, Tensor]"  # (B [D, r], A [r, C])
+OF_PRODUCTS = (
+    "aggregates the clients' products B A, whose factors have other coordinates in every round: an optimizer's moments of them "
+    "have no meaning, nor have distances between them"
+)  # why a method has no `server`
 DEAD = 1e-7  # relative singular value at and below which a direction carries no weight
 
 

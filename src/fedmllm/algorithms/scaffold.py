@@ -27,6 +27,10 @@ class Scaffold(Aggregator):
 
     name: Literal["scaffold"] = "scaffold"
     needs: ClassVar[frozenset[str]] = frozenset({"client-state", "extra"})
+    no_server: ClassVar[str] = (
+        "corrects the gradients of the one adapter that all clients share: a factor that stays with its client has no control "
+        "variate of the server, and another step than the mean is outside of its formula"
+    )
     lr: PositiveFloat = 1.0
     """Factor of the mean delta."""
 

@@ -17,6 +17,7 @@ from pydantic import Field, PositiveInt
 
 from fedmllm.algorithms.base import Aggregator, added
 from fedmllm.algorithms.lowrank import (
+    OF_PRODUCTS,
     A,
     Pair,
     concatenated,
@@ -41,6 +42,7 @@ class Spectral(Aggregator):
     """Clients receive the leading r_k directions; the new global adapter is the best of its rank for a sum of products."""
 
     mixed_ranks: ClassVar[bool] = True
+    no_server: ClassVar[str] = OF_PRODUCTS
 
     def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
         return Sent(of_rank(params, at.rank(client)))
@@ -167,6 +169,7 @@ class FedSvd(Aggregator):
     """
 
     name: Literal["fedsvd"] = "fedsvd"
+    no_server: ClassVar[str] = OF_PRODUCTS
     needs: ClassVar[frozenset[str]] = frozenset({"partial"})
     weighted_by: ClassVar[Literal["", "rows", "clients"]] = "rows"
     period: PositiveInt = 1

@@ -79,6 +79,10 @@ class Lora(Spec):
     """Ranks of the clients, in turn: client k has ranks[k mod len]; empty = every client has rank `r`. Otherwise `r` must
     be the largest of them; the scaling is alpha / r for every rank."""
 
+    rank_column: Annotated[str, ADDED_LATER] = ""
+    """Column of the training rows that states the largest rank of each client, such as a limit of its site; a client has that
+    rank, or `r` if that is less. Instead of `ranks`."""
+
     modality_gate: Annotated[bool, ADDED_LATER] = False
     """Train a vector for each layer and modality (text, picture) that is added to the attention's keys. It is sent and
     averaged with the adapter, and starts at zero, which changes nothing."""
@@ -87,8 +91,20 @@ class Lora(Spec):
     """Values before training. "kaiming": A uniform, B zero. "principal": B = U sqrt(S), A = sqrt(S) V' from the leading
     directions of the layer's weight W = U S V'. "principal-b": that B, A uniform. Other than "kaiming" is for yoco."""
 
+    def unequal(self) -> str:
+        """Say which setting makes the ranks of clients unequal.
+
+        Returns:
+            Key and value, for an error message; "" = all clients have rank `r`.
+        """
+        if self.rank_column:
+            return f'backbone.lora.rank_column: got "{self.rank_column}"'
+        return f"backbone.lora.ranks: got {list(self.ranks)}" if self.ranks else ""
+
     @model_validator(mode="after")
     def _largest_rank(self) -> Lora:
+        if self.ranks and self.rank_column:
+            raise ValueError(f"rank_column: got {self.rank_column!r} with ranks = {list(self.ranks)}; give one of them")
         if self.ranks and max(self.ranks) != self.r:
             raise ValueError(f"r: got {self.r}; it must be the largest of ranks, {max(self.ranks)}")
         return self

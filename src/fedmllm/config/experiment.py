@@ -204,7 +204,7 @@ class Experiment(Spec):
     @model_validator(mode="after")
     def _engine_and_settings_suit_the_aggregator(self) -> Experiment:
         aggregator = self.server()
-        check_engine_carries(aggregator, self.engine, self.backbone.lora.ranks if self.federates else ())
+        check_engine_carries(aggregator, self.engine, self.backbone.lora.unequal() if self.federates else "")
         if isinstance(self.engine, FlowerSites) and self.engine.secure:
             check_secure(self, self.engine.secure, self.cohort_size)
         if aggregator.one_round and self.num_rounds > 1:
@@ -298,9 +298,9 @@ class Experiment(Spec):
         if not aggregator.optimizes:
             able = aggregators_that(lambda member: member.optimizes)
             raise ValueError(f"relation: got {relation.name!r} with aggregator {aggregator.name!r}; allowed: {able}")
-        if self.backbone.lora.ranks:
+        if self.backbone.lora.unequal():
             raise ValueError(
-                f"relation: got {relation.name!r} with lora.ranks; adapters of unequal ranks are not mixed"
+                f"relation: got {relation.name!r} with lora.ranks or lora.rank_column; adapters of unequal ranks are not mixed"
             )
         if self.privacy.name != "none":
             raise ValueError(
@@ -560,15 +560,15 @@ def engines_that(support: Iterable[str]) -> str:
     return ", ".join(sorted(name for name, member in members.items() if member.supports.issuperset(support)))
 
 
-def check_engine_carries(aggregator: Aggregator, engine: Engine, ranks: Sequence[int] = ()) -> None:
+def check_engine_carries(aggregator: Aggregator, engine: Engine, unequal: str = "") -> None:
     """Raise ConfigError if the engine lacks something that the aggregator or unequal ranks need, naming what works."""
-    if ranks and not aggregator.mixed_ranks:
+    if unequal and not aggregator.mixed_ranks:
         able = aggregators_that(lambda member: member.mixed_ranks)
         raise ConfigError(
-            f"backbone.lora.ranks: got {list(ranks)}; {aggregator.name} averages factors of one rank; allowed: (), "
-            f"or one of these aggregators: {able}"
+            f"{unequal}; {aggregator.name} combines factors of one rank; allowed: leave it out, or choose "
+            f"one of these aggregators: {able}"
         )
-    needs = aggregator.needs | ({"mixed-ranks"} if ranks else set())
+    needs = aggregator.needs | ({"mixed-ranks"} if unequal else set())
     if missing := sorted(needs - engine.supports):
         able = engines_that(needs)
         raise ConfigError(
@@ -621,7 +621,7 @@ def check_secure(experiment: Experiment, secure: SecureAggregation, num_sites: i
     Raises:
         ConfigError: More than a sum is needed, or the numbers of sites or bits do not allow one.
     """
-    aggregator, ranks = experiment.server(), experiment.backbone.lora.ranks
+    aggregator, unequal = experiment.server(), experiment.backbone.lora.unequal()
     if experiment.privacy.name != "none":
         raise ConfigError(
             f"privacy.name: got {experiment.privacy.name!r}; engine.secure gives the server the sum of the updates only, which "
@@ -634,8 +634,8 @@ def check_secure(experiment: Experiment, secure: SecureAggregation, num_sites: i
             f"aggregator.name: got {aggregator.name!r}, {more}; with engine.secure the server has only the sum of the deltas; "
             f"allowed: {able}{aggregator.unstated('weighted_by')}"
         )
-    if ranks:
-        raise ConfigError(f"backbone.lora.ranks: got {list(ranks)}; engine.secure sums deltas of one rank; allowed: ()")
+    if unequal:
+        raise ConfigError(f"{unequal}; engine.secure sums deltas of one rank; leave it out")
     if num_sites and not LEAST_SITES <= num_sites <= MOST_SITES:
         raise ConfigError(
             f"cohort_size: got {num_sites}; engine.secure needs {LEAST_SITES} to {MOST_SITES} sites a round: of a sum of "
@@ -668,8 +668,8 @@ def check_row_dp(experiment: Experiment, privacy: RowDp) -> None:
             f'train.clip_norm: got {e.train.clip_norm:g}; with privacy "row-dp" each row is clipped to privacy.clip instead; '
             "allowed: 0"
         )
-    if e.backbone.lora.ranks:
-        raise ConfigError(f'backbone.lora.ranks: got {list(e.backbone.lora.ranks)} with privacy "row-dp"; allowed: ()')
+    if unequal := e.backbone.lora.unequal():
+        raise ConfigError(f'{unequal} with privacy "row-dp"; leave it out')
     if "row-privacy" not in e.engine.supports:
         able = engines_that(["row-privacy"])
         raise ConfigError(f"engine.name: got {e.engine.name!r}, which does not clip rows (row-dp); allowed: {able}")

@@ -35,6 +35,7 @@ from fedmllm.runs.own_rows import OwnRows, split_test_rows
 from fedmllm.scenarios.assign import assign, shards_digest
 from fedmllm.scenarios.availability import Always
 from fedmllm.scenarios.modalities.completion import Completer, CompletionSite, Nothing, hidden_slots
+from fedmllm.scenarios.partitions import value_of
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,21 @@ class Inputs:
             own_rows=own_rows,
         )
 
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """LoRA ranks of the clients, in turn; () = all have the adapter's.
+
+        Raises:
+            DataError: The rows of a client do not state one rank.
+        """
+        lora = self.experiment.backbone.lora
+        if not lora.rank_column or not self.experiment.federates:
+            return lora.ranks if self.experiment.federates else ()
+        return tuple(
+            stated_rank([self.train[row] for row in shard.rows], lora.rank_column, lora.r, shard.client)
+            for shard in self.shards
+        )
+
     def clients(self, num_rounds: float) -> Clients:
         """Return the clients as local training uses them; for method "centralised" one client that holds all rows.
 
@@ -161,6 +177,30 @@ class Inputs:
         adapter = {"adapter": tensors_digest(self.start)} if self.experiment.backbone.adapter else {}
         base = {"base": self.backbone.digest, **adapter}
         return {"rows": rows, "partition": shards_digest(self.shards, self.train), **base, **public, **validation}
+
+
+def stated_rank(rows: Sequence[Example], column: str, most: int, client: int) -> int:
+    """Return the LoRA rank that a client's rows state.
+
+    Args:
+        rows: Of the client; without any, it has the largest rank.
+        column: With a whole number above 0, the same in all rows.
+        most: Largest rank.
+        client: For the message.
+
+    Raises:
+        DataError: A row lacks the column, or the values are not one such number.
+    """
+    values = {value_of(row, column) for row in rows}
+    if not values:
+        return most
+    (first, *others) = sorted(values)
+    if others or not first.isdecimal() or not int(first):
+        raise DataError(
+            f"backbone.lora.rank_column: client {client} has {column!r} = {', '.join(map(repr, sorted(values)[:3]))}; allowed: "
+            "one whole number above 0 for all rows of a client"
+        )
+    return min(most, int(first))
 
 
 def _complete_rows(shards: Sequence[Shard], modalities: Sequence[str]) -> bool:

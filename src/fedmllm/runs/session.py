@@ -156,7 +156,7 @@ class Session:
             drops_out,
             e.seed,
             len(members),
-            e.backbone.lora.ranks if federated else (),
+            inputs.ranks if federated else (),
             central.mean if central else None,
             central is not None and central.secret_cohorts,
         ):

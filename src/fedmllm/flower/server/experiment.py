@@ -71,7 +71,10 @@ def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Expe
         )
     data = AtSites(sites=tuple(sites), own=experiment.data, test=test)
     engine = experiment.engine if isinstance(experiment.engine, FlowerSites) else FlowerSites()
-    check_engine_carries(experiment.aggregator, engine, experiment.backbone.lora.ranks)
+    lora = experiment.backbone.lora
+    check_engine_carries(experiment.aggregator, engine, lora.unequal())
+    if lora.rank_column:
+        raise ConfigError(f"{lora.unequal()}; the server does not read the sites' rows; allowed: backbone.lora.ranks")
     if engine.secure:
         check_secure(experiment, engine.secure, experiment.cohort_size or len(sites))
     if not experiment.aggregator.global_model:

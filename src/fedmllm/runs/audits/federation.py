@@ -102,7 +102,7 @@ def trained_adapter(
         None,
         e.seed,
         len(members),
-        e.backbone.lora.ranks,
+        inputs.ranks,
         mean,
         e.cohort == "poisson",
     )
