@@ -18,6 +18,7 @@ from fedmllm.runs.suites.suite import Suite
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs/extend").glob("*.md"))
 KINDS = {"aggregator", "objective", "scenario", "prompt", "dataset", "metric", "backbone", "engine", "completion"}
+KINDS |= {"modality_dropout", "relation"}
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -19,6 +19,7 @@ from fedmllm.data.prompts import Plain
 from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
+from fedmllm.scenarios.assign import assign
 from fedmllm.scenarios.modalities.completion import Completer, Completion, CompletionSite
 from fedmllm.scenarios.modalities.generators import Component, _orthonormal, _whitening
 from fedmllm.scenarios.modalities.imagine import Imagine, _vectors
@@ -122,6 +123,19 @@ def test_a_flow_without_velocity_draws_normal_noise(site, drawn):
     whole = flow.drawing(still)(condition, torch_stream(0, "row", 7))
     assert torch.allclose(_whitening(still)(whole[None])[0], draws[7], rtol=0, atol=1e-3)
     assert abs(float(draws.std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["mean", "cvae", "flow", "gan"])
+def test_pictures_that_do_not_differ_are_what_is_drawn(kind, site, drawn):
+    """No spread of the features, no spread of the draws: the scale of the noise is that of the features."""
+    rows = [replace(row, fields={**row.fields, "image": drawn[0].fields["image"]}) for row in drawn[:4]]
+    completion = Imagine(kind=kind, **({} if kind == "mean" else {"rounds": 1, "steps": 3}))
+    draw = completion._generator(site).drawing(learned(completion, site, tuple(rows)).learned)
+    real = _vectors(site, drawn[0], "image").flatten()
+    made = [draw(completion._condition(site, rows[0], True), torch_stream(0, "row", i)) for i in range(5)]
+    spread = torch.stack(made).std(0).max()
+    assert spread <= 1e-2 * real.std()
+    assert all(torch.allclose(f, real, rtol=0, atol=1e-2 * float(real.std())) for f in made if kind != "mean")
 
 
 @pytest.mark.parametrize("kind", ["flow", "gan"])
@@ -256,6 +270,20 @@ def test_what_cannot_go_together_is_refused_when_it_is_read(changed: dict[str, A
     with pytest.raises(ConfigError) as error:
         experiment(**{**TABLE, **changed})
     assert message in str(error.value)
+
+
+def test_one_complete_row_is_not_sent_to_all(monkeypatch):
+    """A generator that is learned from one row is a copy of it."""
+    table = {**TABLE, "scenario": {"name": "missing", "rate": 0.97}}
+    (seed,) = [n for n in range(40) if _complete(experiment(**table, seed=n)) == 1][:1]
+    monkeypatch.setattr(Tiny, "load", lambda self, seed: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match="one complete row together, and what is learned from it is a copy of it"):
+        Inputs.load(experiment(**table, seed=seed))
+
+
+def _complete(e: Experiment) -> int:
+    shards = assign(e.data.load("train").examples, e.data.modalities(), e.partition, e.scenario, e.seed)
+    return sum(len(visible) == 2 for shard in shards for visible in shard.visible)
 
 
 def test_without_a_complete_row_nothing_is_loaded():

@@ -328,7 +328,7 @@ class Experiment(Spec):
                 f"modality_dropout: got {dropout.name!r} with completion {self.completion.name!r}, which would fill what is "
                 "dropped"
             )
-        if dropout.measures and self.privacy.name != "none":
+        if dropout.measured_rows() and self.privacy.name != "none":
             raise ValueError(
                 f"modality_dropout: got {dropout.name!r} with privacy {self.privacy.name!r}, which does not cover the "
                 "importance that clients report; allowed: uniform, none"

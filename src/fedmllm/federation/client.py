@@ -41,7 +41,7 @@ from fedmllm.federation.client_state import ClientStateStore
 from fedmllm.federation.importance import importance
 from fedmllm.scenarios.availability import Always, Availability
 from fedmllm.scenarios.modalities.completion import Completer
-from fedmllm.scenarios.modalities.dropout import ImportanceDropout, ModalityDropout, NoDropout
+from fedmllm.scenarios.modalities.dropout import ModalityDropout, NoDropout
 
 ALWAYS = Always()
 FEDAVG = FedAvg()
@@ -245,12 +245,12 @@ class Clients:
 
     def measure(self, client: int, at: Round, start: Params) -> None:
         """Measure what the client's round needs to know about its modalities, with the adapter that it starts from."""
-        if not isinstance(self.dropout, ImportanceDropout):
+        if not (count := self.dropout.measured_rows()):
             return
         shard = self.shards[client]
         whole = [row for row, v in zip(shard.rows, shard.visible, strict=True) if v >= frozenset(self.modalities)]
         draw = stream(self.seed, "importance", at.number, client).permutation(len(whole))
-        chosen = [whole[i] for i in sorted(draw[: self.dropout.rows].tolist())]
+        chosen = [whole[i] for i in sorted(draw[:count].tolist())]
         self.importances[client] = self.store.importance(chosen, self.modalities, start)
 
     def progress(self, client: int, done: int) -> float:

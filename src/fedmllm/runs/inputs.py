@@ -73,11 +73,8 @@ class Inputs:
         read = [unmasked(shard, modalities) for shard in shards] if experiment.completion.sees_hidden else shards
         checked, bad_train, of_train = check_shards(train.examples, read, data.on_bad_row)
         shards = checked if read is shards else masked_as(shards, checked)
-        if experiment.completion.learns and not (experiment.public.client or _complete_rows(shards, modalities)):
-            raise ConfigError(
-                f"completion: got {experiment.completion.name!r}, but no client has a complete row to learn it from; set "
-                "public.rows and public.client = true, or choose another scenario"
-            )
+        if experiment.completion.learns:
+            _check_complete_rows(experiment, shards, modalities)
         public = experiment.public.load(data) if experiment.public.rows else ()
         of_public = public_notes(experiment, shards, train.examples, public, test.examples[:limit])
         test_rows, bad_test, of_test = check_rows(test.examples[:limit], evaluated, data.on_bad_row)
@@ -203,8 +200,18 @@ def stated_rank(rows: Sequence[Example], column: str, most: int, client: int) ->
     return min(most, int(first))
 
 
-def _complete_rows(shards: Sequence[Shard], modalities: Sequence[str]) -> bool:
-    return any(frozenset(modalities) <= visible for shard in shards for visible in shard.visible)
+def _check_complete_rows(e: Experiment, shards: Sequence[Shard], modalities: Sequence[str]) -> None:
+    """Refuse to learn a completion from no row, or from one row, of which it would send a copy to all clients."""
+    own = sum(frozenset(modalities) <= visible for shard in shards for visible in shard.visible)
+    if own + (e.public.rows if e.public.client else 0) >= 2:
+        return
+    fault = "no client has a complete row to learn it from"
+    if own:
+        fault = "the clients have one complete row together, and what is learned from it is a copy of it"
+    raise ConfigError(
+        f"completion: got {e.completion.name!r}, but {fault}; set public.rows and public.client = true, or choose another "
+        "scenario"
+    )
 
 
 def completer_of(experiment: Experiment, backbone: Backbone, public: tuple[Example, ...]) -> Completer | None:

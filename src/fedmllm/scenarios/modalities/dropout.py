@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -23,8 +23,13 @@ MAX_MODALITIES = 4  # of exact Shapley values: 2^M passes a row
 class ModalityDropout(Named):
     """Complete training rows that lose a modality for an epoch, so that a client learns from each of them."""
 
-    measures: ClassVar[bool] = False
-    """True if `odds` depends on the importance of the modalities, which is measured and reported in each round."""
+    def measured_rows(self) -> int:
+        """Complete rows for which a client finds the importance of the modalities in each of its rounds; each costs 2^M passes.
+
+        Returns:
+            0 if `odds` does not depend on it. Otherwise clients report it.
+        """
+        return 0
 
     def check(self, modalities: tuple[Modality, ...]) -> None:
         """Check the settings against the experiment, before anything is loaded.
@@ -35,6 +40,11 @@ class ModalityDropout(Named):
         Raises:
             ConfigError: A setting does not fit.
         """
+        if self.measured_rows() and len(modalities) > MAX_MODALITIES:
+            raise ConfigError(
+                f"modality_dropout: got {self.name!r} for {len(modalities)} modalities, which takes {2 ** len(modalities)} "
+                f"passes a row; allowed: at most {MAX_MODALITIES} modalities, or 'uniform'"
+            )
 
     def label(self) -> str:
         """The name in tables.
@@ -51,7 +61,8 @@ class ModalityDropout(Named):
 
         Args:
             modalities: Of the data set.
-            importance: Mean Shapley value of each at this client, in nats; {} unless `measures`, or without a complete row.
+            importance: Mean Shapley value of each at this client, in nats; {} without `measured_rows`, or without
+                a complete row.
 
         Returns:
             One number per modality; their sum is at most 1.
@@ -111,8 +122,6 @@ class ImportanceDropout(ModalityDropout):
     removes what there is to learn.
     """
 
-    measures: ClassVar[bool] = True
-
     name: Literal["importance"] = "importance"
     rate: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Probability that a complete row loses a modality in an epoch."""
@@ -121,12 +130,8 @@ class ImportanceDropout(ModalityDropout):
     rows: PositiveInt = 16
     """Complete rows that are measured in a client's round, drawn in each round; each costs 2^M passes."""
 
-    def check(self, modalities: tuple[Modality, ...]) -> None:
-        if len(modalities) > MAX_MODALITIES:
-            raise ConfigError(
-                f"modality_dropout: got 'importance' for {len(modalities)} modalities, which takes {2 ** len(modalities)} "
-                f"passes a row; allowed: at most {MAX_MODALITIES} modalities, or 'uniform'"
-            )
+    def measured_rows(self) -> int:
+        return self.rows
 
     def odds(self, modalities: Sequence[Modality], importance: Mapping[Modality, float]) -> list[float]:
         if not importance:

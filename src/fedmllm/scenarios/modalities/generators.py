@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Draw: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
+    Loss: TypeAlias = Callable[[Params, Tensor, Tensor], Tensor]
 
 ROWS_PER_STEP = 64
 SPAN_ROUNDS = 3  # of subspace iteration, from a random start
@@ -55,14 +56,14 @@ class GeneratorSizes:
 
 
 class Generator(ABC):
-    """A generator: measured in some rounds, then trained by FedAvg over its weights.
+    """A generator that clients measure in some rounds: the server takes the weighted mean of what they send.
 
     Args:
         sizes: Its settings.
     """
 
     measured_rounds: ClassVar[int] = 1
-    """Rounds in which clients send means over their rows. All others train."""
+    """Rounds in which clients send means over their rows."""
 
     def __init__(self, sizes: GeneratorSizes) -> None:
         self._sizes = sizes
@@ -77,7 +78,7 @@ class Generator(ABC):
 
     @abstractmethod
     def measure(self, number: int, params: Params, c_BC: Tensor, f_BF: Tensor) -> Params:
-        """Return new values of some weights: means over a client's rows, of which the server takes the weighted mean.
+        """Return new values of some weights: means over a client's rows.
 
         Args:
             number: The round, at most `measured_rounds`.
@@ -85,41 +86,6 @@ class Generator(ABC):
             c_BC: Conditions.
             f_BF: Features.
         """
-
-    def loss(self, params: Params, noise: torch.Generator) -> Callable[[Params, Tensor, Tensor], Tensor]:
-        """Return (trained weights, c_BC, f_BF) -> the loss of a step.
-
-        Args:
-            params: The weights at the start of the round.
-            noise: Of the client's round.
-        """
-        raise NotImplementedError(f"{type(self).__name__} is not trained by steps")
-
-    def train(self, params: Params, c_BC: Tensor, f_BF: Tensor, noise: torch.Generator) -> tuple[Params, float]:
-        """Take a client's local steps of a round.
-
-        Args:
-            params: The weights.
-            c_BC: Conditions of its rows.
-            f_BF: Their features.
-            noise: Of the client's round.
-
-        Returns:
-            The change of the trained weights, and the mean loss.
-        """
-        import torch
-
-        start = _networks(params)
-        live = {name: t.clone().requires_grad_(True) for name, t in start.items()}
-        loss_of = self.loss(params, noise)
-        optimizer = torch.optim.Adam(live.values(), lr=self._sizes.lr)
-        total = 0.0
-        with torch.enable_grad():
-            for _ in range(self._sizes.steps):
-                loss = loss_of(live, *_some(noise, c_BC, f_BF))
-                _step(optimizer, loss)
-                total += float(loss.detach())
-        return {name: t.detach() - start[name] for name, t in live.items()}, total / self._sizes.steps
 
     @abstractmethod
     def drawing(self, params: Params) -> Draw:
@@ -156,7 +122,42 @@ class Ridge(Generator):
         return lambda c_C, _: torch.cat([c_C, torch.ones(1)]) @ weights
 
 
-class Cvae(Generator):
+class Trained(Generator):
+    """A generator whose networks are trained after the measured rounds, by FedAvg over their weights."""
+
+    @abstractmethod
+    def train(self, params: Params, c_BC: Tensor, f_BF: Tensor, noise: torch.Generator) -> tuple[Params, float]:
+        """Take a client's local steps of a round.
+
+        Args:
+            params: The weights.
+            c_BC: Conditions of its rows.
+            f_BF: Their features.
+            noise: Of the client's round.
+
+        Returns:
+            The change of the trained weights, and the mean loss.
+        """
+
+    def _descend(
+        self, loss_of: Loss, params: Params, c_BC: Tensor, f_BF: Tensor, noise: torch.Generator
+    ) -> tuple[Params, float]:
+        """Take the steps by Adam on one loss of (trained weights, c_BC, f_BF)."""
+        import torch
+
+        start = _networks(params)
+        live = {name: t.clone().requires_grad_(True) for name, t in start.items()}
+        optimizer = torch.optim.Adam(live.values(), lr=self._sizes.lr)
+        total = 0.0
+        with torch.enable_grad():
+            for _ in range(self._sizes.steps):
+                loss = loss_of(live, *_some(noise, c_BC, f_BF))
+                _step(optimizer, loss)
+                total += float(loss.detach())
+        return {name: t.detach() - start[name] for name, t in live.items()}, total / self._sizes.steps
+
+
+class Cvae(Trained):
     """Conditional variational autoencoder of standardized features (Sohn et al., NeurIPS 2015)."""
 
     def start(self, seed: int) -> Params:
@@ -171,7 +172,7 @@ class Cvae(Generator):
     def measure(self, number: int, params: Params, c_BC: Tensor, f_BF: Tensor) -> Params:
         return {"moment.mean": f_BF.mean(0), "moment.square": f_BF.square().mean(0)}
 
-    def loss(self, params: Params, noise: torch.Generator) -> Callable[[Params, Tensor, Tensor], Tensor]:
+    def train(self, params: Params, c_BC: Tensor, f_BF: Tensor, noise: torch.Generator) -> tuple[Params, float]:
         import torch
 
         mean_F, std_F = _moments(params)
@@ -185,7 +186,7 @@ class Cvae(Generator):
             divergence = (mu_BZ.square() + log_var_BZ.exp() - 1 - log_var_BZ).sum(1).mean() / 2
             return (made - f).square().mean() + self._sizes.beta * divergence / mu_BZ.shape[1]
 
-        return loss
+        return self._descend(loss, params, c_BC, f_BF, noise)
 
     def drawing(self, params: Params) -> Draw:
         import torch
@@ -199,7 +200,7 @@ class Cvae(Generator):
         return draw
 
 
-class Component(Generator):
+class Component(Trained):
     """Generators in the space of the pooled features' P principal components, where all variances are 1.
 
     The clients find the components together: round 1 is the mean, `SPAN_ROUNDS` rounds are subspace iteration (each client
@@ -259,7 +260,7 @@ class Flow(Component):
         s, p = self._sizes, self.num_components
         return {"velocity": (p + 1 + s.condition, s.hidden, s.hidden, p)}
 
-    def loss(self, params: Params, noise: torch.Generator) -> Callable[[Params, Tensor, Tensor], Tensor]:
+    def train(self, params: Params, c_BC: Tensor, f_BF: Tensor, noise: torch.Generator) -> tuple[Params, float]:
         import torch
 
         whiten = _whitening(params)
@@ -271,7 +272,7 @@ class Flow(Component):
             velocity_BP = _layers(live, "velocity", torch.cat([at_BP, t_B1, c_BC], 1))
             return (velocity_BP - (s_BP - e_BP)).square().mean()
 
-        return loss
+        return self._descend(loss, params, c_BC, f_BF, noise)
 
     def component(self, params: Params, c_C: Tensor, noise: torch.Generator) -> Tensor:
         import torch
@@ -400,13 +401,16 @@ def _orthonormal(span_FP: Tensor) -> Tensor:
 
 
 def _components(params: Params) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [F], basis [F, P] and standard deviations [P]; one without variance counts as a small one."""
+    """Mean [F], basis [F, P] and standard deviations [P]; one without variance counts as a small one.
+
+    All are 0 if the pictures do not differ: their one value is then what is drawn.
+    """
     std_P = params["component.variance"].sqrt()
-    floor = 1e-3 * float(std_P.max()) or 1.0
-    return params["moment.mean"], _orthonormal(params["component.span"]), std_P.clamp_min(floor)
+    return params["moment.mean"], _orthonormal(params["component.span"]), std_P.clamp_min(1e-3 * float(std_P.max()))
 
 
 def _whitening(params: Params) -> Callable[[Tensor], Tensor]:
-    """Features [B, F] -> components of variance 1 [B, P]."""
+    """Features [B, F] -> components of variance 1 [B, P]; 0 if the pictures do not differ."""
     mean_F, basis_FP, std_P = _components(params)
-    return lambda f_BF: (f_BF - mean_F) @ basis_FP / std_P
+    scale_P = std_P.where(std_P > 0, 1.0)
+    return lambda f_BF: (f_BF - mean_F) @ basis_FP / scale_P

@@ -20,7 +20,7 @@ from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.storage import write_tensors
 from fedmllm.core.types import Example, Modality, Params, Round
 from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling
-from fedmllm.scenarios.modalities.generators import GENERATORS, Generator, GeneratorSizes
+from fedmllm.scenarios.modalities.generators import GENERATORS, Generator, GeneratorSizes, Trained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,8 @@ class Imagine(Completion):
         return self
 
     def num_rounds(self) -> int:
-        return GENERATORS[self.kind].measured_rounds + (0 if self.kind == "mean" else self.rounds)
+        generator = GENERATORS[self.kind]
+        return generator.measured_rounds + (self.rounds if issubclass(generator, Trained) else 0)
 
     def start(self, site: CompletionSite) -> Params:
         return self._generator(site).start(site.seed)
@@ -118,7 +119,7 @@ class Imagine(Completion):
             return zero, 0, 0.0
         c_BC, f_BF = torch.stack([c for c, _ in usable]), torch.stack([v for _, v in usable])
         generator = self._generator(site)
-        if at.number <= generator.measured_rounds:
+        if at.number <= generator.measured_rounds or not isinstance(generator, Trained):
             found = generator.measure(at.number, params, c_BC, f_BF)
             return {**zero, **{name: t - params[name] for name, t in found.items()}}, len(usable), 0.0
         delta, loss = generator.train(params, c_BC, f_BF, torch_stream(site.seed, "imagine", at.number, client))
