@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fedmllm.backbones.hf import TransformersBackbone
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.types import ClientUpdate, Example, Params, Round, State
 from fedmllm.federation.client_state import ClientStateStore
-from fedmllm.runs.events import Event, RoundEnd
+from fedmllm.runs.events import Evaluated, Event, RoundEnd
 from fedmllm.runs.record import read
 from fedmllm.runs.run import run
 from support.small_federation import COHORT, SIZES, assert_same, federation, flat, one_after_another, stirred, together
@@ -74,27 +74,32 @@ TABLE: dict[str, Any] = {
 
 
 class Stop:
-    def __init__(self, number: int) -> None:
-        self.left = number
+    def __init__(self, number: int, kind: type[Event] = RoundEnd) -> None:
+        self.left, self.kind = number, kind
 
     def __call__(self, event: Event) -> None:
-        self.left -= isinstance(event, RoundEnd)
+        self.left -= isinstance(event, self.kind)
         if self.left == 0:
             self.left = -1
             raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("name", [*PARTIAL, *RANKED])
-def test_a_resumed_run_ends_with_the_same_bytes_and_peft_loads_it(name: str, tmp_path: Path) -> None:
+def test_resumed_after_every_round_a_run_ends_with_the_same_bytes_and_peft_loads_it(name: str, tmp_path: Path) -> None:
     settings = Experiment.parse({**TABLE, "aggregator": name, "backbone": {"name": "tiny", **lora(name)}})
     run(settings, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, tmp_path / "run", [Stop(2)])
-    run(settings, tmp_path / "run", resume=True)
     files = sorted((tmp_path / "whole").glob("adapter*/**/*.safetensors"))
     assert len(files) == (4 if name in ("fedsa-lora", "fedalt") else 1)
-    for path in files:
-        assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "whole")).read_bytes()
+    stops = {1: Stop(2), 2: Stop(3), 3: Stop(1, Evaluated)}  # the last checkpoint is of this round
+    for finished, stop in stops.items():
+        folder = tmp_path / f"after-{finished}"
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, folder, [stop])
+        run(settings, folder, resume=True)
+        (again,) = [event for event in read(folder / "record.jsonl") if event["event"] == "resumed"]
+        assert again["round"] == finished
+        for path in files:
+            assert path.read_bytes() == (folder / path.relative_to(tmp_path / "whole")).read_bytes()
     rounds = [event for event in read(tmp_path / "whole" / "record.jsonl") if event["event"] == "round"]
     if name in ("fedsa-lora", "fedalt"):
         assert "aggregation_error" not in rounds[-1]
@@ -111,7 +116,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_peft_loads_it(name: str, tmp
 
 
 def same_logits_by_peft(folder: Path, settings: Experiment) -> None:
-    """PEFT's own reading of the folder gives the losses of the adapter that was evaluated."""
+    """PEFT's own reading of the folder gives the losses and scores of the adapter that was evaluated, to 1e-4 in float32."""
     from safetensors.torch import load_file
 
     backbone, other = (Tiny(lora=settings.backbone.lora).load(0) for _ in range(2))
@@ -121,16 +126,25 @@ def same_logits_by_peft(folder: Path, settings: Experiment) -> None:
     encoded = [backbone.encode(settings.prompt.render(r, frozenset(r.fields)), settings.prompt.target(r)) for r in rows]
     with installed(backbone, load_file(folder / "adapter_model.safetensors")), torch.no_grad():
         ours, _ = backbone.loss(backbone.collate(encoded))
+        our_scores = scores_of(backbone, settings, rows)
     assert isinstance(other.model, PeftModel)
     base = other.model.unload()
     theirs_model = PeftModel.from_pretrained(base, str(folder)).eval()
     with torch.no_grad():
         theirs, _ = other.loss(other.collate(encoded))
+        their_scores = scores_of(other, settings, rows)
     assert len([m for m in theirs_model.modules() if hasattr(m, "lora_A")]) > 0
     assert torch.allclose(ours, theirs, atol=1e-4)
+    assert torch.allclose(our_scores, their_scores, atol=1e-4)
     with torch.no_grad(), installed(backbone, Tiny(lora=settings.backbone.lora).load(0).lora()):
         untrained, _ = backbone.loss(backbone.collate(encoded))
     assert not torch.allclose(ours, untrained, atol=1e-4)
+
+
+def scores_of(backbone: TransformersBackbone, settings: Experiment, rows: Sequence[Example]) -> torch.Tensor:
+    """Log-likelihoods of the options of each row, as an evaluation takes them from the logits."""
+    asked = [settings.prompt.render(row, frozenset(row.fields)) for row in rows]
+    return torch.tensor(backbone.score(asked, [settings.prompt.options(row) for row in rows]), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ONE_ROUND)
