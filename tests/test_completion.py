@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -366,3 +367,34 @@ def test_text_alone_needs_no_pixels(tmp_path: Path):
     assert all(not row.image_key for row in made)
     run(e, tmp_path / "run")
     assert {row["visible"] for row in load_run(tmp_path / "run").rows} == {"all", "image"}
+
+
+@pytest.mark.parametrize("name", ["none", "oracle", "retrieve", "imagine"])
+def test_a_complete_row_is_encoded_once_and_costs_no_other_pass(name: str, tiny, tmp_path: Path, monkeypatch):
+    """Three rounds over rows of which some are complete: each is encoded once, and none reaches a filling."""
+    train = {"lr": 1e-3, "batch_size": 4, "accumulation": 1}
+    table: dict[str, Any] = {"scenario": MISSING, "num_rounds": 3, "train": train, "cohort_size": 3}
+    table |= {"completion": {"name": "imagine", "rounds": 1, "steps": 2} if name == "imagine" else name}
+    table |= {"public": {"rows": 4}} if name == "retrieve" else {}
+    encoded, filled = Counter[str](), list[Example]()
+    before_encode, before_given = type(tiny).encode, Completer._given
+
+    def encode(self, prompt, answer):
+        encoded[str(prompt)] += 1
+        return before_encode(self, prompt, answer)
+
+    def given(self, example, visible, training):
+        found = before_given(self, example, visible, training)
+        if found is not None:
+            filled.append(replace(example, fields=example.visible_fields(visible)))
+        return found
+
+    inputs = Inputs.load(experiment(**table))
+    complete = {r for s in inputs.shards for r, v in zip(s.rows, s.visible, strict=True) if v == BOTH}
+    prompts = {str(inputs.experiment.prompt.render(inputs.train[row], BOTH)) for row in complete}
+    monkeypatch.setattr(type(tiny), "encode", encode)
+    monkeypatch.setattr(Completer, "_given", given)
+    run(experiment(**table), tmp_path / "run")
+    assert len(prompts) == len(complete) > 3
+    assert {encoded[prompt] for prompt in prompts} == {1}
+    assert all(len(row.fields) < 2 for row in filled)
