@@ -300,8 +300,39 @@ def test_lora_fair_is_nearer_to_the_mean_and_at_no_penalty_a_least_squares_fit()
         assert float(((target[n] - b @ a) @ a.mT).norm()) < 1e-11
 
 
-def test_lora_fair_changes_nothing_if_all_a_are_equal() -> None:
-    aggregator, params = pick("lora-fair"), adapter(1)
+def test_lora_fair_reference_descends_the_published_objective() -> None:
+    """Value and minimum against autograd and dense matrices; a large price keeps the mean."""
+    params = adapter(1)
+    plain, _, functions = step(pick("fedavg"), params, {}, at(), size=2.0)
+    target = mean(functions)
+
+    def objective(after: Params, penalty: float) -> float:
+        total = 0.0
+        for n, product in dense(after).items():
+            moved = after[n.replace("lora_A", "lora_B")] - plain[n.replace("lora_A", "lora_B")]
+            cosine = (product * target[n]).sum() / (product.norm() * target[n].norm())
+            total += float(1 - cosine + penalty * moved.norm())
+        return total
+
+    for penalty in (0.0, 1e-3):
+        after, _, _ = step(pick("lora-fair-reference", penalty=penalty), params, {}, at(), size=2.0)
+        assert objective(after, penalty) < 0.9 * objective(plain, penalty)
+        assert all(torch.equal(after[n], plain[n]) for n in params if "lora_B" not in n)
+        for n in pairs(after):
+            best = after[n.replace("lora_A", "lora_B")].clone().requires_grad_()
+            b_mean = plain[n.replace("lora_A", "lora_B")]
+            product = best @ plain[n]
+            loss = 1 - (product * target[n]).sum() / (product.norm() * target[n].norm())
+            (loss + penalty * (best - b_mean).norm()).backward()
+            assert best.grad is not None
+            assert float(best.grad.norm() * b_mean.norm()) < 0.01  # at the start: 0.27 and more
+    far, _, _ = step(pick("lora-fair-reference", penalty=10.0), params, {}, at(), size=2.0)
+    assert all(torch.equal(far[n], plain[n]) for n in params)  # any move costs more than it gains
+
+
+@pytest.mark.parametrize("name", ["lora-fair", "lora-fair-reference"])
+def test_lora_fair_changes_nothing_if_all_a_are_equal(name: str) -> None:
+    aggregator, params = pick(name), adapter(1)
     updates = trained(aggregator, params, {}, at())
     equal = [replace(u, delta={n: 0 * t if "lora_A" in n else t for n, t in u.delta.items()}) for u in updates]
     fair, _ = aggregator.apply(params, {}, at(), equal)
@@ -601,7 +632,7 @@ def test_yoco_penalty_is_the_gradient_of_the_stated_loss(name: str) -> None:
 # --- every member
 
 
-@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("name", [*LORA, "lora-fair-reference"])
 class TestEveryMember:
     @pytest.mark.parametrize("ranks", [(), RANKS], ids=["equal", "unequal"])
     def test_no_training_changes_nothing(self, name: str, ranks: tuple[int, ...]) -> None:
