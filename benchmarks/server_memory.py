@@ -27,7 +27,7 @@ from fedmllm.runs.costs import host_peak_bytes, reset_peaks
 
 LAYERS, CHANNELS = 28, 3584
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-METHODS = ("fedavg", "fedavgm", "median", "fedsvd", "flexlora", "raflora", "florist", "flora", "fedex-lora", "hetlora")
+METHODS = ("fedavg", "fedavgm", "median", "flexlora", "raflora", "florist", "flora", "fedex-lora")
 
 
 def adapter(rank: int, seed: int) -> Params:
@@ -44,7 +44,8 @@ def adapter(rank: int, seed: int) -> Params:
 def child(method: str, num_clients: int, rank: int) -> None:
     """Print peak bytes above the start and seconds of the server."""
     torch.set_num_threads(1)
-    aggregator = Experiment.parse({"data": "synthetic-irony", "aggregator": method}).aggregator
+    cohort = {"cohort_size": num_clients, "partition": {"name": "iid", "num_clients": num_clients}}
+    aggregator = Experiment.parse({"data": "synthetic-irony", "aggregator": method, **cohort}).aggregator
     start = adapter(rank, 0)
 
     def engine(at: Round, sends: Mapping[int, Sent]) -> Iterator[ClientUpdate]:

@@ -13,6 +13,7 @@ from fedmllm.cli.data import app
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.data.base import Dataset
+from fedmllm.reports import data as reports_data
 from fedmllm.reports.data import Federation, export, where_to_get
 from support import rawsets
 
@@ -60,6 +61,26 @@ def test_show_counts_rows_labels_and_modalities(tmp_path: Path) -> None:
     assert [row[1] for row in cells] == ["10", "10", "10"]
     assert sorted(row[4:8] for row in cells) == [["0", "0", "10", "0"], ["0", "0", "10", "0"], ["0", "10", "0", "0"]]
     assert sum(int(row[3]) for row in cells) == 10  # a third of the rows is hateful
+
+
+def test_show_names_the_first_clients_and_sums_up_the_others(tmp_path: Path, monkeypatch) -> None:
+    rawsets.hateful_memes(tmp_path, 30)
+    toml = experiment(
+        tmp_path, tail='[partition]\nname = "iid"\nnum_clients = 5\n[scenario]\nname = "cross"\nnum_image_clients = 1\n'
+    )
+
+    def table() -> list[list[str]]:
+        text = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(toml)], catch_exceptions=False).stdout
+        return [[c.strip() for c in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+
+    whole = table()
+    monkeypatch.setattr(reports_data, "LISTED", 2)
+    short = table()
+    assert short[:2] == whole[:2]
+    assert short[2][0] == "3 others, 6 to 6 rows each"
+    assert [int(cell) for cell in short[2][1:]] == [
+        sum(int(row[k]) for row in whole[2:]) for k in range(1, len(whole[0]))
+    ]
 
 
 def test_show_counts_what_is_left_out(tmp_path: Path) -> None:
@@ -245,6 +266,7 @@ def test_nothing_of_this_loads_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from fedmllm.config.experiment import Experiment
+from fedmllm.reports import data as reports_data
 from fedmllm.reports.data import Federation
 Federation.of(Experiment.load({str(experiment(tmp_path))!r})).to_json()
 assert not {{"torch", "PIL", "matplotlib", "transformers"}} & set(sys.modules), sorted(sys.modules)

@@ -59,7 +59,10 @@ def show(
         typer.Option("--plot", help="Draw label skew and who sees what (.png, .svg, .pdf).", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Print the rows of each client and their available modalities. Needs no image file."""
+    """Print the rows of each client and their available modalities. Needs no image file.
+
+    The table names the first 200 clients and sums up the others; --json lists all.
+    """
     from fedmllm.config.experiment import Experiment
     from fedmllm.reports.data import Federation, plot
 

@@ -44,9 +44,17 @@ def is_ambiguous(rows: Iterable[Example]) -> bool:
         (word := as_word(e.answer, e.choices)) is not None
         and (number := as_number(e.answer, e.choices)) is not None
         and word != number
-        for e in rows
-        if e.choices
+        for e in _different(rows)
     )
+
+
+def _different(rows: Iterable[Example]) -> Iterable[Example]:
+    """The first row of each pair of an answer and choices: the others read alike."""
+    first: dict[tuple[str, tuple[str, ...]], Example] = {}
+    for row in rows:
+        if row.choices:
+            first.setdefault((row.answer, row.choices), row)
+    return first.values()
 
 
 def reading_of(rows: Iterable[Example]) -> Reading:
@@ -58,9 +66,7 @@ def reading_of(rows: Iterable[Example]) -> Reading:
         DataError: Some answers are choices only by their words, others only by their number.
     """
     only_word = only_number = None
-    for e in rows:
-        if not e.choices:
-            continue
+    for e in _different(rows):
         word, number = as_word(e.answer, e.choices), as_number(e.answer, e.choices)
         if number is None and word is not None:
             only_word = only_word or e

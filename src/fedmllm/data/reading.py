@@ -13,6 +13,7 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -291,9 +292,16 @@ def picture(folder: Path, name: object, where: str) -> Path:
         )
     if re.match(r"https?://", name):
         raise DataError(f"{where}: {quoted(name)} is an address; pictures are read from disk: download them first")
-    path = folder / name
-    inside(path, folder, f"{where}: image {quoted(name)}")
+    path = _joined(folder, name)
+    if ".." in name or ":" in name or name[0] in "/\\":  # no other name can leave the folder
+        inside(path, folder, f"{where}: image {quoted(name)}")
     return path
+
+
+@lru_cache(maxsize=4096)
+def _joined(folder: Path, name: str) -> Path:
+    """`folder / name`; one object for the rows of a picture, which often follow each other."""
+    return folder / name
 
 
 def inside(path: Path, folder: Path, place: str) -> None:

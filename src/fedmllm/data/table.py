@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -359,9 +360,9 @@ class Table(Dataset):
             choices=choices,
             answer=self._answer(row, place, file, choices) if c.answer else "",
             where=where,
-            columns={"set": self.name, **self._groups(row, place, file, own_test)},
+            columns=_one_mapping((("set", self.name), *self._groups(row, place, file, own_test).items())),
             pieces=pieces,
-            announced=frozenset((*self.columns.announced, *self.columns.series, *self.columns.variants)),
+            announced=_one_set((*self.columns.announced, *self.columns.series, *self.columns.variants)),
         )
 
     def _na(self, file: File) -> tuple[str, ...]:
@@ -425,6 +426,18 @@ class Table(Dataset):
                 f"{place}: {self.test_column!r} is {quoted(found[self.test_column])}; allowed: {', '.join(SPLIT_WORDS)}"
             )
         return found
+
+
+@lru_cache(maxsize=4096)
+def _one_mapping(items: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
+    """One mapping for all rows of a client, instead of one a row."""
+    return dict(items)
+
+
+@lru_cache(maxsize=64)
+def _one_set(names: tuple[Modality, ...]) -> frozenset[Modality]:
+    """One set for all rows."""
+    return frozenset(names)
 
 
 def by_modality(column: str | dict[str, str], modality: Modality) -> dict[Modality, str]:

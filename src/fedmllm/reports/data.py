@@ -9,6 +9,7 @@ import json
 import os
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORM = ("id", "image", "conversations", "client", "question", "choices", "answer")  # columns of an exported row
+LISTED = 200  # clients that a table names
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ class Federation:
         return {"clients": clients, "digest": self.digest}
 
     def to_table(self) -> Table:
-        """Per client: rows, rows per label (the most frequent ones), rows per pattern of visible modalities."""
+        """Per client: rows, rows per label (the most frequent ones), rows per pattern of visible modalities.
+
+        The clients after the first LISTED share a line.
+        """
         from rich.table import Table
 
         modalities, counts = self.experiment.data.modalities(), self.labels()
@@ -106,12 +111,24 @@ class Federation:
         table = Table(title=f"{e.data.name}: {e.partition.name} partition, {e.scenario.name}", caption=self._caption())
         for name in ("client", "rows", *columns, *(["other"] if len(total) > 8 else []), *patterns):
             table.add_column(name, justify="right", overflow="fold")
-        for shard, count in zip(self.shards, counts, strict=True):
-            visible = Counter(shard.visible)
-            cells: list[object] = [shard.name or shard.client, len(shard.rows), *(count[label] for label in columns)]
+
+        def add(name: object, shards: Sequence[Shard], count: Counter[str]) -> None:
+            visible = Counter(mask for shard in shards for mask in shard.visible)
+            rows = sum(len(shard.rows) for shard in shards)
+            cells: list[object] = [name, rows, *(count[label] for label in columns)]
             cells += [sum(count.values()) - sum(count[label] for label in columns)] if len(total) > 8 else []
             cells += [sum(visible[mask] for mask in masks) for masks in patterns.values()]
             table.add_row(*map(str, cells))
+
+        for shard, count in list(zip(self.shards, counts, strict=True))[:LISTED]:
+            add(shard.name or shard.client, [shard], count)
+        if others := self.shards[LISTED:]:
+            sizes = [len(shard.rows) for shard in others]
+            add(
+                f"{len(others):,} others, {min(sizes):,} to {max(sizes):,} rows each",
+                others,
+                sum(counts[LISTED:], Counter()),
+            )
         return table
 
     def _patterns(self, modalities: tuple[Modality, ...]) -> dict[str, list[Visible]]:
