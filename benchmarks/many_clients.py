@@ -3,7 +3,7 @@
     python benchmarks/many_clients.py [--clients 10 10000] [--rounds 3] > results/many_clients.md
 
 Each case is a process `fedmllm run` over a CSV file of its rows, which share 600 pictures, so that the size of the data on
-disk does not matter; `data show` is another. Seconds are CPU seconds of the process, so that other processes distort them little.
+disk does not matter; `data show` is another. Seconds are CPU seconds of the process: other processes distort them little.
 """
 
 from __future__ import annotations
