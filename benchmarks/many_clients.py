@@ -93,7 +93,7 @@ def row_of(num_clients: int, num_rounds: int, pictures: Path) -> tuple[str, int]
     folder.mkdir()
     write_rows(folder, num_clients)
     short, long = (write_experiment(folder, num_clients, number) for number in (1, num_rounds))
-    shown = spent("data", "show", str(long))
+    listed = spent("data", "show", str(long))
     write_experiment(folder, num_clients, 1)
     first = spent("run", str(short), "--out", str(folder / "first"))
     write_experiment(folder, num_clients, num_rounds)
@@ -104,7 +104,7 @@ def row_of(num_clients: int, num_rounds: int, pictures: Path) -> tuple[str, int]
     cohort = min(COHORT, num_clients)
     a_round = (whole.cpu_s - first.cpu_s) / (num_rounds - 1)
     cells = (
-        f"{num_clients:,}", f"{num_clients * ROWS:,}", str(cohort), f"{shown.cpu_s:.1f}", f"{first.cpu_s - a_round:.1f}",
+        f"{num_clients:,}", f"{num_clients * ROWS:,}", str(cohort), f"{listed.cpu_s:.1f}", f"{first.cpu_s - a_round:.1f}",
         f"{a_round:.2f}", f"{1000 * a_round / cohort:.0f}", f"{whole.peak_bytes / 2**20:.0f}",
         f"{sum(sizes) / len(sizes) / cohort:.0f}", f"{len(lines[0]) / 1000:.1f}",
     )  # fmt: skip
