@@ -130,7 +130,7 @@ def test_nested_tables_name_their_own_keys() -> None:
         ({"train": {"lrr": 1}}, r"train.lrr: unknown key; allowed: accumulation, .*did you mean 'lr'"),
         (
             {"backbone": {"name": "tiny", "lora": {"rr": 1}}},
-            r"backbone.lora.rr: unknown key; allowed: alpha, dropout, init, modality_gate, r, ranks",
+            r"backbone.lora.rr: unknown key; allowed: alpha, dropout, init, modality_gate, r, rank_column, ranks",
         ),
         ({"evaluate": {"visible": []}}, r"evaluate.visible: got \[\]"),
     ):
