@@ -32,8 +32,15 @@ def sites() -> Iterator[Federation]:
         yield made
 
 
-def test_three_sites_give_the_bytes_of_one_process_and_load_the_base_once(sites):
+@pytest.fixture(scope="module")
+def finished(sites: Federation) -> Federation:
+    """Run `out` to its end, once for all tests that need a finished run."""
     assert sites.run("out")[-1]["event"] == "end", (sites.folder / "run-out.out").read_text()
+    return sites
+
+
+def test_three_sites_give_the_bytes_of_one_process_and_load_the_base_once(finished):
+    sites = finished
     assert sites.digest("out") == sites.in_process()
     for name in NAMES:
         said = (sites.folder / f"{name}.out").read_text()
@@ -48,7 +55,8 @@ def test_scaffold_over_sites_gives_the_bytes_of_one_process(sites):
         assert list((sites.folder / name / "site-state" / "clients").rglob("round-0002.safetensors"))
 
 
-def test_with_masks_the_server_sees_the_mean_only_and_gives_the_same_adapter(sites):
+def test_with_masks_the_server_sees_the_mean_only_and_gives_the_same_adapter(finished):
+    sites = finished
     events = sites.run("masked", "--set", 'engine.secure={drop_outs="recover"}')
     assert events[-1]["event"] == "end", (sites.folder / "run-masked.out").read_text()
     rounds = [event for event in events if event["event"] == "round"]
@@ -67,9 +75,9 @@ def test_with_masks_the_server_sees_the_mean_only_and_gives_the_same_adapter(sit
     )  # AdamW amplifies the last bits
 
 
-def test_a_finished_run_is_not_resumed_with_other_settings(sites):
-    sites.run("out", "--resume", "--set", "seed=7")
-    assert "cannot be resumed with other settings: seed was 0, is 7" in (sites.folder / "run-out.out").read_text()
+def test_a_finished_run_is_not_resumed_with_other_settings(finished):
+    finished.run("out", "--resume", "--set", "seed=7")
+    assert "cannot be resumed with other settings: seed was 0, is 7" in (finished.folder / "run-out.out").read_text()
 
 
 def test_nothing_listens_on_or_reaches_another_address_than_loopback(sites):
