@@ -105,6 +105,23 @@ def test_the_citation_file_has_the_required_keys_and_the_package_s_version() -> 
     assert (found["version"], found["license"]) == (project["version"], project["license"])
 
 
+def test_the_badges_say_what_the_package_says() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    torch = re.search(r"torch>=([\d.]+),<2\.(\d+)", " ".join(project["dependencies"]))
+    assert torch
+    facts = (
+        project["requires-python"].replace(">=", "python ≥ "),
+        f"torch {torch[1]} to 2.{int(torch[2]) - 1}",
+        project["license"],
+    )
+    title = re.search("<title.*</title>", (ROOT / "docs/badges.svg").read_text(encoding="utf-8"))
+    assert title
+    for fact in (*facts, "typed mypy strict"):
+        assert fact in title[0]
+    assert "Typing :: Typed" in project["classifiers"]
+    assert "strict = true" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}

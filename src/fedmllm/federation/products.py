@@ -23,8 +23,8 @@ class Products:
 
     Pairs are kept, for an exact error, up to EXACT_RANK and EXACT_BYTES. Beyond, each module keeps one sketch M Omega of the
     sum of its products alone, D x SKETCH with Omega Gaussian, so that memory does not grow with the cohort:
-    E |M Omega|^2 = SKETCH |M|^2, and the relative standard deviation of the error over all modules is at most
-    1 / sqrt(2 SKETCH) = 9 %, that of a single module of rank 1.
+    E |M Omega|^2 = SKETCH |M|^2. The relative standard deviation of either norm in the error is at most
+    1 / sqrt(2 SKETCH) = 9 %, that of a single module of rank 1; many modules make it smaller.
 
     Args:
         sends: What each client received.
