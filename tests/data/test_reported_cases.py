@@ -330,6 +330,49 @@ def test_empty_answers_are_bad_rows_in_every_set(case: Any, tmp_path: Path) -> N
             rawsets.dataset(name, tmp_path, **settings).load("train")
 
 
+@pytest.mark.parametrize("nothing", ["\u200b", " \ufeff", "\u00a0", "\u3000\u200d\u2060"])
+def test_what_cannot_be_seen_is_empty_in_every_set(nothing: str, tmp_path: Path) -> None:
+    rows = [
+        {"id": 1, "image": "1.png", "note": nothing, "answer": "yes"},
+        {"id": 2, "image": "2.png", "answer": nothing},
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"image": "image", "text": "note"}
+    table = rawsets.dataset("table", tmp_path, train="t.jsonl", question="?", columns=columns, on_bad_row="skip")
+    loaded = table.load("train")
+    assert [list(row.fields) for row in loaded.examples] == [["image"]]  # the text is missing
+    assert len(loaded.skipped) == 1
+    assert "'answer' is empty" in loaded.skipped[0]
+    rawsets.write_json(tmp_path / "trainset.json", [rawsets.radiology_row(1, answer=nothing)])
+    frame = {"QA": {"planning": [{"Q": "What?", "A": nothing}]}, "image_paths": {}}
+    rawsets.write_json(tmp_path / "v1_1_train_nus.json", {"s": {"key_frames": {"f": frame}}})
+    for name, settings in (("vqa-rad", {}), ("drivelm", {"test_rate": 1e-6})):
+        with pytest.raises(DataError, match=r"'(answer|A)' is empty"):
+            rawsets.dataset(name, tmp_path, **settings).load("train")
+
+
+def test_a_client_or_patient_is_one_however_its_number_is_written(tmp_path: Path) -> None:
+    """A column of whole numbers with a gap is one of floats, and pandas writes it so."""
+    head = "id,note,answer,site,patient\n"
+    (tmp_path / "a.csv").write_text(head + "1,x,yes,1,7\n2,y,no,2,8\n")
+    (tmp_path / "b.csv").write_text(head + "3,x,yes,1.0,7.0\n4,y,no,,\n5,z,no,2.00,1.5\n")
+    settings = {
+        "question": "?",
+        "columns": {"text": "note", "client": "site"},
+        "group": "patient",
+        "on_bad_row": "skip",
+    }
+    rows = rawsets.dataset("table", tmp_path, train="*.csv", **settings).load("train")
+    assert [row.columns["client"] for row in rows.examples] == ["1", "2", "1", "2"]
+    assert [row.columns["patient"] for row in rows.examples] == ["7", "8", "7", "1.5"]
+
+
+def test_names_that_differ_in_case_alone_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("note,answer,site\nx,yes,North\ny,no,north\nz,no, North \n")
+    rows = rawsets.dataset("table", tmp_path, train="a.csv", question="?", columns={"text": "note", "client": "site"})
+    assert "column 'site': 'North' and 'north' differ in case alone and count as two" in rows.load("train").notes
+
+
 # --- cells in messages
 
 

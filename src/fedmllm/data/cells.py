@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Collection, Sequence
 
 from fedmllm.core.errors import DataError
-from fedmllm.data.reading import RawRow, as_text, listed, quoted, take_text
+from fedmllm.data.reading import RawRow, as_text, is_blank, listed, quoted, take_text
 
+_WHOLE = re.compile(r"([0-9]+)\.0+")  # a whole number that was written as a float
 MAX_CHOICES = 26  # they are lettered
 NA_VALUES = ("NA", "N/A", "NaN", "nan", "null", "NULL", "None", "-", "")
 
@@ -16,7 +18,8 @@ NA_VALUES = ("NA", "N/A", "NaN", "nan", "null", "NULL", "None", "-", "")
 def is_missing(cell: object, na_values: Collection[str]) -> bool:
     """True for null, NaN, a blank text, and a text that is one of `na_values`."""
     if isinstance(cell, str):
-        return not (text := cell.strip()) or text in na_values
+        text = cell.strip()
+        return is_blank(text) or text in na_values
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
@@ -44,15 +47,21 @@ def same_form(text: str) -> str:
 
 
 def group(row: RawRow, name: str, na_values: Collection[str], place: str) -> str:
-    """A cell that rows are grouped by. An empty one would be a client without a name."""
+    """A cell that rows are grouped by. An empty one would be a client without a name.
+
+    "12.0" is "12", as a number 12.0 is: tables write a column of whole numbers with a gap so, and a patient must not be another
+    one in the next file.
+    """
     if name in row and is_missing(row[name], na_values):
         raise DataError(f"{place}: {name!r} is empty{hint_at(row[name])}")
-    return same_form(take_text(row, name, place))
+    text = same_form(take_text(row, name, place))
+    number = _WHOLE.fullmatch(text)
+    return number[1] if number else text
 
 
 def hint_at(cell: object) -> str:
     """An addition to a message about a missing value, if the cell holds a word that stands for one."""
-    if isinstance(cell, str) and cell.strip():
+    if isinstance(cell, str) and not is_blank(cell):
         return f" ({quoted(cell.strip())} is one of data.na_values)"
     return ""
 

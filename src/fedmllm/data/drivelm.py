@@ -22,6 +22,7 @@ from fedmllm.data.reading import (
     find,
     half_character,
     held_out,
+    is_blank,
     json_text,
     picture,
     quoted,
@@ -238,7 +239,7 @@ class _Questions:
         for index, (question, answer) in enumerate(pairs):
             answer = answer.strip()
             plain = answer.lower().rstrip(".")
-            if len(plain) <= 1:  # an option's letter, or nothing
+            if len(plain) <= 1 or is_blank(plain):  # an option's letter, or nothing
                 return []
             is_closed = plain in YES_NO
             row = object.__new__(Example)

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import reprlib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -244,9 +245,15 @@ def take_text(row: RawRow, name: str, where: str) -> str:
 def take_answer(row: RawRow, name: str, where: str) -> str:
     """An answer, which may not be blank: nothing could be learned from it, and no response would be right."""
     answer = take_text(row, name, where).strip()
-    if not answer:
+    if is_blank(answer):
         raise DataError(f"{where}: {name!r} is empty")
     return answer
+
+
+def is_blank(text: str) -> bool:
+    """True if nothing of a text is visible: blanks, and characters without width such as U+200B."""
+    rest = text.strip()
+    return not rest or (not rest.isascii() and not any(unicodedata.category(c)[0] in "LMNPS" for c in rest))
 
 
 def as_text(value: object, name: str, where: str) -> str:

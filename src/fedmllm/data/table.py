@@ -212,7 +212,8 @@ class Table(Dataset):
         examples = rows.examples
         if named == self.train and (split != "test" or not own):
             examples = tuple(e for e in examples if self._split_of(e) == split)
-        rows = replace(rows, examples=examples, notes=(*rows.notes, *self._short_texts(examples)))
+        notes = (*rows.notes, *self._short_texts(examples), *self._alike_names(examples))
+        rows = replace(rows, examples=examples, notes=notes)
         return filled(rows, self.root / named, split)
 
     def _split_of(self, row: Example) -> Split:
@@ -339,6 +340,18 @@ class Table(Dataset):
                     notes.append(
                         f"column {column!r}: {quoted(text)} fills {count} of {len(texts)} cells; "
                         "if it stands for a missing text, add it to data.na_values"
+                    )
+        return notes
+
+    def _alike_names(self, examples: Sequence[Example]) -> list[str]:
+        """Notes on clients and groups whose names differ in case alone: they count as different."""
+        notes = []
+        for column, key in ((self.columns.client, "client"), (self.group, self.group)):
+            spellings: dict[str, str] = {}
+            for name in dict.fromkeys(e.columns[key] for e in examples if column and key in e.columns):
+                if (first := spellings.setdefault(name.casefold(), name)) != name:
+                    notes.append(
+                        f"column {column!r}: {quoted(first)} and {quoted(name)} differ in case alone and count as two"
                     )
         return notes
 
