@@ -16,6 +16,8 @@ from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.images import open_image
 from fedmllm.core.types import Example, Picture
 from fedmllm.data.base import Rows
+from fedmllm.data.cells import alike
+from fedmllm.data.overlap import overlap
 from fedmllm.data.pictures import check_rows
 from fedmllm.data.prompts import Agnostic, FromFile, Plain
 from fedmllm.runs.run import run
@@ -328,6 +330,65 @@ def test_empty_answers_are_bad_rows_in_every_set(case: Any, tmp_path: Path) -> N
     for name, settings in (("vqa-rad", {}), ("slake", {}), ("flashcards", {}), ("drivelm", {"test_rate": 1e-6})):
         with pytest.raises(DataError, match=r"'(answer|output|A)' is empty"):
             rawsets.dataset(name, tmp_path, **settings).load("train")
+
+
+def test_choices_that_look_equal_are_refused() -> None:
+    assert not alike(("New York", "York", "yes", "Yes"))
+    for other in ("New\u00a0York", "New\u200b York", "\ufeffNew York"):
+        assert alike(("New York", other))
+
+
+def test_ids_that_look_equal_are_one(tmp_path: Path) -> None:
+    settings = {"question": "?", "columns": {"text": "note"}}
+    for first, second in ((1, "1"), ("a", "a "), ("\u00e9", "e\u0301")):
+        rows = [{"id": number, "note": "x", "answer": "yes"} for number in (first, second)]
+        (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(DataError, match=r"t.jsonl:2: id .* is already that of .*t.jsonl:1"):
+            rawsets.dataset("table", tmp_path, train="t.jsonl", **settings).load("train")
+        for name, row in zip(("s1", "s2"), rows, strict=True):
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        loaded = rawsets.dataset("table", tmp_path, train="s*.jsonl", **settings).load("train")
+        assert [str(row.id)[:3] for row in loaded.examples] == ["s1-", "s2-"]
+
+
+def test_blank_questions_are_bad_rows(tmp_path: Path) -> None:
+    rawsets.write_json(tmp_path / "trainset.json", [rawsets.radiology_row(1, question=" ")])
+    rawsets.write_json(tmp_path / "train.json", [rawsets.slake_row(1, question="\u200b")])
+    cards = [{"instruction": "", "input": "\n", "output": "x"}]
+    rawsets.write_json(tmp_path / "medical_meadow_wikidoc_medical_flashcards.json", cards)
+    for name in ("vqa-rad", "slake", "flashcards"):
+        with pytest.raises(DataError, match=r"'(question|input)' is empty"):
+            rawsets.dataset(name, tmp_path).load("train")
+
+
+def test_rows_of_an_unknown_kind_are_bad_and_not_left_out(tmp_path: Path) -> None:
+    rawsets.write_json(tmp_path / "trainset.json", [rawsets.radiology_row(1, phrase_type="free form")])
+    rawsets.write_json(tmp_path / "train.json", [rawsets.slake_row(1, q_lang="fr")])
+    for name, word in (
+        ("vqa-rad", "'phrase_type' is 'free form'; allowed: freeform, "),
+        ("slake", "'q_lang' is 'fr'; allowed: en"),
+    ):
+        with pytest.raises(DataError, match=word):
+            rawsets.dataset(name, tmp_path).load("train")
+    rawsets.write_json(tmp_path / "trainset.json", [rawsets.radiology_row(1, phrase_type="Freeform")])
+    rawsets.write_json(tmp_path / "train.json", [rawsets.slake_row(1, q_lang="EN")])
+    assert [len(rawsets.dataset(name, tmp_path).load("train").examples) for name in ("vqa-rad", "slake")] == [1, 1]
+
+
+def test_a_letter_without_options_is_a_bad_row(tmp_path: Path) -> None:
+    frame = {"QA": {"planning": [{"Q": "Which? Options: A. left B. right", "A": "B"}]}, "image_paths": {}}
+    rawsets.write_json(tmp_path / "v1_1_train_nus.json", {"s": {"key_frames": {"f": frame}}})
+    with pytest.raises(DataError, match=r"the answer 'B' is an option's letter; options come after 'Please select"):
+        rawsets.dataset("drivelm", tmp_path, test_rate=1e-6).load("train")
+
+
+def test_a_picture_by_another_path_is_the_same_in_training_and_test(tmp_path: Path) -> None:
+    for name, path in (("train", "p.png"), ("test", "x/../p.png")):
+        (tmp_path / f"{name}.csv").write_text(f"scan,answer\n{path},yes\n")
+    files = {"train": "train.csv", "test": "test.csv"}
+    data = rawsets.dataset("table", tmp_path, question="?", columns={"image": "scan"}, **files)
+    notes = overlap(data.load("train").examples, data.load("test").examples)
+    assert any("have a picture that is also in a training row" in note for note in notes)
 
 
 @pytest.mark.parametrize("nothing", ["\u200b", " \ufeff", "\u00a0", "\u3000\u200d\u2060"])

@@ -37,8 +37,14 @@ def choices_of(cell: object, name: str, separator: str, na_values: Collection[st
 
 
 def alike(choices: Sequence[str]) -> bool:
-    """True if two choices are the same text, in whatever Unicode form they are written."""
-    return len({same_form(choice) for choice in choices}) < len(choices)
+    """True if two choices look the same, in whatever Unicode form, with whatever blanks and characters without width."""
+    return len({_look(choice) for choice in choices}) < len(choices)
+
+
+def _look(text: str) -> str:
+    if text.isascii():
+        return text.strip()
+    return " ".join("".join(c for c in same_form(text) if unicodedata.category(c) != "Cf").split())
 
 
 def same_form(text: str) -> str:

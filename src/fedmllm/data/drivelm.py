@@ -26,7 +26,7 @@ from fedmllm.data.reading import (
     json_text,
     picture,
     quoted,
-    take_answer,
+    take_filled,
     take_text,
 )
 from fedmllm.data.render import Render, check_names, readings
@@ -278,7 +278,7 @@ def _asked(where: str, row: object) -> tuple[str, tuple[str, ...], str]:
     """Question, choices and answer."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: an object with Q and A is expected, not {quoted(row)}")
-    question, answer = take_text(row, "Q", where).strip(), take_answer(row, "A", where)
+    question, answer = take_text(row, "Q", where).strip(), take_filled(row, "A", where)
     choices: tuple[str, ...] = ()
     plain = answer.lower().rstrip(".")
     if plain in YES_NO:
@@ -288,6 +288,8 @@ def _asked(where: str, row: object) -> tuple[str, tuple[str, ...], str]:
         if plain.upper() not in options:
             raise DataError(f"{where}: the answer {quoted(answer)} is none of {', '.join(options)}")
         choices, answer = tuple(options.values()), options[plain.upper()]
+    elif plain.upper() in (letters := _LETTER.findall(question)) and {"A", "B"} <= set(letters):
+        raise DataError(f"{where}: the answer {quoted(answer)} is an option's letter; options come after {ASK!r}")
     return question, choices, answer
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from fedmllm.core.errors import DataError
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
-from fedmllm.data.reading import RawRow, collect, filled, find, held_out, json_rows, take_answer, take_text
+from fedmllm.data.reading import RawRow, collect, filled, find, held_out, json_rows, take_filled, take_text
 
 _FILE = "medical_meadow_wikidoc_medical_flashcards.json"
 
@@ -52,7 +52,8 @@ class Flashcards(Dataset):
             number = f"flashcard-{where.rpartition('[')[2].removesuffix(']')}"
             if held_out(self.validation_rate, number) == (split == "train"):
                 return None
-            take_answer(row, "output", where)  # refuses a blank one
+            take_filled(row, "output", where)
+            take_filled(row, "input", where)
             return Example(
                 id=number,
                 fields={"text": take_text(row, "input", where)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
@@ -46,4 +47,5 @@ def _content(row: Example) -> Hashable:
 
 def _pictures(rows: Iterable[Example]) -> set[Path]:
     fields = {id(row.fields): row.fields for row in rows}.values()  # rows of a keyframe share their fields
-    return {path for field in fields for content in field.values() if isinstance(content, tuple) for path in content}
+    paths = {path for field in fields for content in field.values() if isinstance(content, tuple) for path in content}
+    return {Path(os.path.normpath(path)) if ".." in path.parts else path for path in paths}  # "a/../b" is "b"

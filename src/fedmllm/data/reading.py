@@ -191,7 +191,7 @@ def collect(
     rows: Iterator[tuple[str, _T | DataError]],
     make: Callable[[str, _T], Example | None],
     on_bad_row: Literal["fail", "skip"],
-    known: dict[str | int, str] | None = None,
+    known: dict[str, str] | None = None,
 ) -> Rows:
     """Examples of the rows, in file order; None = the row is not of this split.
 
@@ -207,14 +207,15 @@ def collect(
             example = make(where, row)
             if example is None:
                 continue
-            if example.id in known:
-                raise DataError(f"{where}: id {quoted(example.id)} is already that of {known[example.id]}")
+            key = id_key(example.id)
+            if key in known:
+                raise DataError(f"{where}: id {quoted(example.id)} is already that of {known[key]}")
         except DataError as error:
             if on_bad_row == "fail":
                 raise
             skipped.append(str(error))
             continue
-        known[example.id] = where
+        known[key] = where
         examples.append(example)
     if skipped and not examples:
         raise DataError(f"{skipped[0]} (and so for every row: none of {len(skipped)} can be used)")
@@ -242,12 +243,12 @@ def take_text(row: RawRow, name: str, where: str) -> str:
     return value if isinstance(value, str) else as_text(take(row, name, where), name, where)
 
 
-def take_answer(row: RawRow, name: str, where: str) -> str:
-    """An answer, which may not be blank: nothing could be learned from it, and no response would be right."""
-    answer = take_text(row, name, where).strip()
-    if is_blank(answer):
+def take_filled(row: RawRow, name: str, where: str) -> str:
+    """A question or an answer, which may not be blank: nothing could be asked or learned, and no response would be right."""
+    text = take_text(row, name, where).strip()
+    if is_blank(text):
         raise DataError(f"{where}: {name!r} is empty")
-    return answer
+    return text
 
 
 def is_blank(text: str) -> bool:
@@ -281,6 +282,11 @@ def as_id(value: object, name: str, where: str) -> int | str:
     if isinstance(number, bool) or not isinstance(number, (int, str)) or not str(number).strip():
         raise DataError(f"{where}: {name!r} is {quoted(value)}, neither a number nor a text")
     return number
+
+
+def id_key(number: int | str) -> str:
+    """An id as it counts: 1 and "1", and texts that look equal, name the same row."""
+    return unicodedata.normalize("NFC", str(number).strip())
 
 
 def picture(folder: Path, name: object, where: str) -> Path:

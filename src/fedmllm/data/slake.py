@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from fedmllm.core.errors import DataError
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import (
@@ -17,7 +18,7 @@ from fedmllm.data.reading import (
     picture,
     quoted,
     take,
-    take_answer,
+    take_filled,
     take_id,
     take_text,
 )
@@ -28,6 +29,7 @@ _FILES: dict[Split, tuple[str, ...]] = {
     "validation": ("validate.json", "validation.json"),
     "test": ("test.json",),
 }
+LANGUAGES = ("en", "zh")
 _COLUMNS = ("location", "modality", "base_type", "content_type", "q_lang", "img_id", "img_name")
 
 
@@ -64,7 +66,10 @@ class Slake(Dataset):
         return filled(collect(json_rows(path), self._example, self.on_bad_row), path, split)
 
     def _example(self, where: str, row: RawRow) -> Example | None:
-        if take_text(row, "q_lang", where).strip() != self.language:
+        language = take_text(row, "q_lang", where).strip().lower()
+        if language not in LANGUAGES:
+            raise DataError(f"{where}: 'q_lang' is {quoted(row['q_lang'])}; allowed: {', '.join(LANGUAGES)}")
+        if language != self.language:
             return None
         number = take_id(row, "qid", where)
         where_row = f"{where}: row {quoted(number)}"
@@ -73,8 +78,8 @@ class Slake(Dataset):
         return radiology_example(
             id=number,
             image=picture(self.root / "imgs", take(row, "img_name", where_row), where_row),
-            question=take_text(row, "question", where_row).strip(),
-            answer=take_answer(row, "answer", where_row),
+            question=take_filled(row, "question", where_row),
+            answer=take_filled(row, "answer", where_row),
             where=where,
             columns={"set": self.name, "answer_type": answer_type, **columns},
         )

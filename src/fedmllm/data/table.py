@@ -20,7 +20,7 @@ from fedmllm.data.cells import MAX_CHOICES, NA_VALUES, alike, choices_of, group,
 from fedmllm.data.files import IMAGE_COLUMN, File, Form, Options, files_of, form_of, rows_of
 from fedmllm.data.imagefolder import METADATA
 from fedmllm.data.marks import MARK, as_list, marks_in, pictures_of, split_at_marks
-from fedmllm.data.reading import RawRow, as_id, collect, filled, held_out, listed, picture, quoted, take_text
+from fedmllm.data.reading import RawRow, as_id, collect, filled, held_out, id_key, listed, picture, quoted, take_text
 from fedmllm.data.render import Render, check_names, readings
 
 SHORT_TEXT = 12  # characters of a text that may stand for a missing one
@@ -470,7 +470,7 @@ def _index(where: str) -> int | str:
 
 def _unique_ids(files: Sequence[File], loaded: Sequence[Rows]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
     """The rows of all files; if an id stands in two files, every id begins with the name of its file."""
-    holders = Counter(e.id for rows in loaded for e in rows.examples)
+    holders = Counter(id_key(e.id) for rows in loaded for e in rows.examples)
     twice = next((number for number, count in holders.items() if count > 1), None)
     if twice is None:
         return tuple(e for rows in loaded for e in rows.examples), ()

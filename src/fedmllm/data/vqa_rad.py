@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from fedmllm.core.errors import DataError
 from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
@@ -21,13 +22,14 @@ from fedmllm.data.reading import (
     picture,
     quoted,
     take,
-    take_answer,
+    take_filled,
     take_id,
     take_text,
 )
 
 _PUBLIC = "VQA_RAD Dataset Public.json"
 YES_NO = ("yes", "no")
+PHRASES = ("freeform", "para", "frame", "test_freeform", "test_para", "test_frame")
 ANSWER_METRICS = ("accuracy", "accuracy_open", "accuracy_closed", "token_f1")
 _COLUMNS = ("image_organ", "question_type", "phrase_type", "image_name", "evaluation")
 
@@ -80,12 +82,15 @@ class VqaRad(Dataset):
         wanted = {f"{prefix}{phrase}" for prefix in prefixes for phrase in ("freeform", "para")}
 
         def make(where: str, row: RawRow) -> Example | None:
-            if str(row.get("phrase_type", "")).strip() not in wanted:
+            phrase = str(row.get("phrase_type", "")).strip().lower()
+            if phrase not in (*PHRASES, ""):
+                raise DataError(f"{where}: 'phrase_type' is {quoted(phrase)}; allowed: {', '.join(PHRASES)}")
+            if phrase not in wanted:
                 return None
             example = self._example(where, row, folder)
             return example if self._split_of(example, of_test) == split else None
 
-        known: dict[str | int, str] = {}
+        known: dict[str, str] = {}
         loaded = [collect(json_rows(path), make, self.on_bad_row, known) for path in paths]
         rows = Rows(sum((r.examples for r in loaded), ()), sum((r.skipped for r in loaded), ()))
         return filled(rows, paths[0], split)
@@ -107,8 +112,8 @@ class VqaRad(Dataset):
         return radiology_example(
             id=number,
             image=image,
-            question=take_text(row, "question", where_row).strip(),
-            answer=take_answer(row, "answer", where_row),
+            question=take_filled(row, "question", where_row),
+            answer=take_filled(row, "answer", where_row),
             where=where,
             columns={"set": self.name, "answer_type": answer_type, **columns},
         )
