@@ -137,11 +137,14 @@ def _use(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison
         reached = f"{scale.value(means[0])} {name}{over}"
         return f"{methods[0]}{only} reaches {reached}{baselines}.{omitted}"
     if best:
-        leads = min(abs(means[0] - mean) for mean in means[1:])
-        return (
-            f"Use {best}: {scale.value(means[0])} {name}{over}, at least {scale.difference(leads).lstrip('+')} above the other "
-            f"{len(methods) - 1} federated methods{baselines}.{omitted}"
+        lead = scale.difference(min(abs(means[0] - mean) for mean in means[1:])).lstrip("+")
+        num_others = len(methods) - 1
+        above = (
+            f"{lead} above {methods[1]}"
+            if num_others == 1
+            else f"at least {lead} above the other {num_others} federated methods"
         )
+        return f"Use {best}: {scale.value(means[0])} {name}{over}, {above}{baselines}.{omitted}"
     reach = f"{scale.number(min(means))} to {scale.value(max(means))} {name}{over}"
     names = (
         listed_words(sorted(methods, key=dataset.methods.index))
@@ -226,9 +229,7 @@ def _certainty(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comp
         parts = ["One seed: no tests, and differences may be noise"]
     elif table.detectable_mean is not None:
         least = scale.difference(table.detectable_mean).lstrip("+")
-        parts = [
-            f"With {counted(table.num_seeds, 'seed')}, methods that differ by less than {least} cannot be separated"
-        ]
+        parts = [f"With {counted(table.num_seeds, 'seed')}, methods that differ by less than {least} may go undetected"]
         federated = [c for c in pairs if {c.higher, c.lower} <= set(dataset.federated) and not c.is_established]
         if federated and federated[0].needed:
             c = federated[0]
