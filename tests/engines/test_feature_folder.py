@@ -13,6 +13,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fedmllm.backbones.base import BackboneSpec, FromFolder, Precision
+from fedmllm.backbones.cache import feature_folder
 from fedmllm.backbones.cache import features as features_module
 from fedmllm.backbones.cache.feature_folder import FeatureFolder
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
@@ -142,6 +143,21 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
         assert worker.exitcode == 0
     assert all(answer < 0 for answer in answers)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_that_goes_between_two_looks_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors opens the file, and then torch does."""
+    folder = FeatureFolder(tmp_path, 1)
+    folder.put("a", torch.ones(3))
+    assert folder.get("a") is not None
+
+    def gone(*_: object, **__: object) -> object:
+        return torch.UntypedStorage.from_file(str(tmp_path / "b"), False, 9)
+
+    with pytest.raises(RuntimeError, match="unable to open file"):
+        gone()
+    monkeypatch.setattr(feature_folder, "safe_open", gone)
+    assert folder.get("a") is None
 
 
 # --- in a run

@@ -59,8 +59,8 @@ class FeatureFolder:
                 return None
             os.utime(path)
             return _unpack(json.loads(about["form"]), tensors)
-        except (OSError, SafetensorError, LookupError, ValueError):
-            return None
+        except (OSError, RuntimeError, SafetensorError, LookupError, ValueError):
+            return None  # RuntimeError: torch opens the file once more, and another process can have made room between
 
     def put(self, key: str, output: Any) -> None:
         """Write `output`: a tensor, or lists, tuples, dicts and ModelOutputs of tensors."""
