@@ -22,7 +22,7 @@ from fedmllm.cli.models import doctor, estimate
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Conversation
-from fedmllm.reports.model import estimate as estimated
+from fedmllm.runs.resources import estimate as estimated
 from support.tiny_families import write
 
 FAMILIES = ["llava", "qwen3_vl", "minicpmv4_6", "gemma3", "internvl"]

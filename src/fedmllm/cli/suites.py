@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from fedmllm.runs.suites.suite import Cell, Suite
 
 SuiteFile = Annotated[Path, typer.Argument(help="Suite file.", metavar="SUITE.toml")]
-Jobs = Annotated[int, typer.Option(help="Processes at a time.", min=1)]
+Jobs = Annotated[int, typer.Option(help="Processes at a time; 0 = one a device.", min=0)]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--device",
+        help="Spread cells over: cpu, cuda (every card), cuda:1. May be repeated. Default: every card if there are several "
+        'and cells have backbone.device = "auto" or "cuda".',
+        metavar="NAME",
+    ),
+]
 ThreadsEach = Annotated[
     int, typer.Option(help="Threads a process; 0 = usable cores / jobs, or 1 on a busy machine.", min=0)
 ]
@@ -39,7 +48,8 @@ def suite(
     suite_file: SuiteFile,
     out: Annotated[Path | None, typer.Option(help="Folder of the cells. Default: runs/SUITE.")] = None,
     only: Only = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = 0,
+    device: Devices = None,
     threads: ThreadsEach = 0,
     memory_gb: Memory = 0.0,
     track: Track = None,
@@ -49,6 +59,7 @@ def suite(
     """Run a matrix of experiments; started again, it resumes with the unfinished cells."""
     from fedmllm.cli.suite_display import SuiteTable, clock
     from fedmllm.runs.folder import RunFolder
+    from fedmllm.runs.suites.devices import find_devices
     from fedmllm.runs.suites.scheduler import run_suite
     from fedmllm.runs.suites.suite import Suite
     from fedmllm.runs.trackers import check_trackers
@@ -59,6 +70,8 @@ def suite(
     folder = out or Path("runs") / suite_file.stem
     note_left_out(loaded, suite_file)
     note_others(loaded, suite_file, folder)
+    devices = find_devices(device or [], [cell.experiment for cell in cells], jobs)
+    jobs = jobs or max(1, len(devices))
     if dry_run or dry:
         show_plan(loaded, cells, folder, jobs)
         return
@@ -68,7 +81,7 @@ def suite(
     budget = int(memory_gb * 1e9) or int(0.8 * usable_bytes())
     try:
         with SuiteTable(len(cells)) as table:
-            state = run_suite(loaded, folder, jobs, threads, budget, table, cells, track or [])
+            state = run_suite(loaded, folder, jobs, threads, budget, table, cells, track or [], devices)
     except KeyboardInterrupt:
         typer.echo("stopped; the same command resumes with the unfinished cells", err=True)
         raise typer.Exit(130) from None

@@ -51,8 +51,8 @@ def reset_peaks() -> None:
     """Reset the peaks of this process if the system allows it (Linux): a worker runs one experiment after another."""
     with contextlib.suppress(OSError):  # other systems report the peak since the process began
         (_SELF / "clear_refs").write_text("5")  # 5: the peak resident size, see proc(5)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for number in _used_devices():
+        torch.cuda.reset_peak_memory_stats(number)
 
 
 def host_peak_bytes() -> int:
@@ -67,5 +67,11 @@ def host_peak_bytes() -> int:
 
 def peaks() -> dict[str, int]:
     """Return `peak_host_bytes` and `peak_device_bytes` (0 without an accelerator) since `reset_peaks`."""
-    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    device = sum(torch.cuda.max_memory_allocated(number) for number in _used_devices())
     return {"peak_host_bytes": host_peak_bytes(), "peak_device_bytes": device}
+
+
+def _used_devices() -> range:
+    """Return the numbers of the CUDA devices; none before the first use of one, so that the others get no context."""
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return range(torch.cuda.device_count() if is_used else 0)

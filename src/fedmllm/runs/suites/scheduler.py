@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,9 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import make_folder, writing
 from fedmllm.runs.events import Ended, Evaluated, Event, RoundEnd
 from fedmllm.runs.folder import RunFolder
+from fedmllm.runs.suites.devices import CellMemory, Device
 from fedmllm.runs.suites.suite import Cell, Suite
-from fedmllm.runs.suites.worker import Message, work
+from fedmllm.runs.suites.worker import Message, Order, work
 
 MAX_INITIAL_FAILURES = 5  # cells that fail before any succeeds
 
@@ -29,7 +31,9 @@ class Job:
 
     process: BaseProcess
     pipe: Connection
+    device: Device | None = None  # None = each cell's own
     cell: Cell | None = None
+    shares: int = 0  # of the device, for this cell
     began: float = 0.0
     host_bytes: int = 0  # peak of its process in this cell
     event: Event | None = None  # the latest
@@ -45,6 +49,7 @@ class CellState:
     kept: int = 0  # of those, finished before this start
     failed: dict[str, str] = field(default_factory=dict)  # label -> reason
     jobs: list[Job] = field(default_factory=list)
+    memory: CellMemory = field(default_factory=CellMemory)  # on devices
     seconds: dict[str, list[float]] = field(default_factory=dict)  # method -> of each finished cell
     began: float = field(default_factory=time.perf_counter)
     note: str = ""
@@ -82,10 +87,12 @@ def run_suite(
     display: Display,
     cells: Sequence[Cell] | None = None,
     track: Sequence[str] = (),
+    devices: Sequence[Device] = (),
 ) -> CellState:
     """Run every cell that has no summary yet into `folder/RUN_ID`; at most `num_jobs` at a time.
 
-    A further process is started only while all of them, each as large as the largest seen, fit into `budget_bytes`. A
+    A further process is started only while all of them, each as large as the largest seen, fit into `budget_bytes`. On
+    devices, a process takes the first waiting cell whose estimated memory fits next to the cells that run there. A
     cell that fails, or whose process dies, is named in `State.failed`; the others continue, unless the first five all fail.
 
     Args:
@@ -97,6 +104,7 @@ def run_suite(
         display: Progress for a person.
         cells: Cells to run; default: all of the suite.
         track: Names of trackers, one of each per cell.
+        devices: Over which the processes are spread; () = each cell runs on its own `backbone.device`.
 
     Returns:
         Counts, failures by label and seconds per method.
@@ -111,10 +119,11 @@ def run_suite(
         state = CellState(waiting, finished=done, kept=done)
         try:
             while state.waiting or any(job.cell for job in state.jobs):
-                start_workers(state, num_jobs, num_threads, budget_bytes, track)
+                start_workers(state, num_jobs, num_threads, budget_bytes, track, devices)
                 for job in state.jobs:
-                    if job.cell is None and state.waiting and assign_cell(job, state.waiting[0], folder):
-                        state.waiting.pop(0)
+                    cell = next_cell(state, job) if job.cell is None else None
+                    if cell and assign_cell(job, cell, folder):
+                        state.waiting.remove(cell)
                 poll(state, display)
                 display.update(state)
                 if len(state.failed) >= MAX_INITIAL_FAILURES and state.finished == state.kept:
@@ -138,9 +147,14 @@ def suite_lock(folder: Path) -> Iterator[None]:
 
 
 def start_workers(
-    state: CellState, num_jobs: int, num_threads: int, budget_bytes: int, track: Sequence[str] = ()
+    state: CellState,
+    num_jobs: int,
+    num_threads: int,
+    budget_bytes: int,
+    track: Sequence[str] = (),
+    devices: Sequence[Device] = (),
 ) -> None:
-    """Start processes while cells wait, jobs are free and memory allows."""
+    """Start processes while cells wait, jobs are free and memory allows, each on the device that has the fewest."""
     while len(state.jobs) < min(num_jobs, len(state.jobs) + len(state.waiting)):
         largest = max((job.host_bytes for job in state.jobs), default=0)
         if state.jobs and not any(job.has_computed for job in state.jobs):
@@ -150,18 +164,36 @@ def start_workers(
             return
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, num_threads, tuple(track)), daemon=True)
+        taken = [job.device for job in state.jobs]
+        device = min(devices, key=taken.count, default=None)
+        variables = device.environment() if device else {}
+        process = context.Process(target=work, args=(theirs, num_threads, tuple(track), variables), daemon=True)
         process.start()
         theirs.close()
-        state.jobs.append(Job(process, ours))
+        state.jobs.append(Job(process, ours, device))
         if len(state.jobs) == 1:
             return  # the first one shows what a cell needs
 
 
+def next_cell(state: CellState, job: Job) -> Cell | None:
+    """Choose a cell for an idle process: the first that waits, on a device the first that fits; set the job's shares."""
+    device = job.device
+    if device is None:
+        return next(iter(state.waiting), None)
+    free = device.num_shares - sum(other.shares for other in state.jobs if other.device is device and other.cell)
+    is_limited = 0 < device.num_bytes < math.inf
+    for cell in state.waiting:
+        job.shares = device.shares(state.memory.needed_bytes(cell.experiment) if is_limited else 0.0)
+        if job.shares <= free:
+            return cell
+    return None
+
+
 def assign_cell(job: Job, cell: Cell, folder: Path) -> bool:
     """Hand a cell to a process; False where it died between two cells, which `poll` will see."""
+    device = (job.device.name.partition(":")[0], job.shares / job.device.num_shares) if job.device else ("", 1.0)
     try:
-        job.pipe.send((cell.experiment.dump(), str(folder / cell.run_id)))
+        job.pipe.send(Order(cell.experiment.dump(), str(folder / cell.run_id), *device))
     except OSError:
         return False
     job.cell, job.began, job.event = cell, time.perf_counter(), None
@@ -181,6 +213,8 @@ def poll(state: CellState, display: Display, timeout_s: float = 0.5) -> None:
             message = Message(job.host_bytes, error=error)
             state.jobs.remove(job)
         job.host_bytes, job.event = message.host_bytes, message.event
+        if job.device and message.free_bytes:
+            job.device.num_bytes = max(job.device.num_bytes, message.free_bytes)
         job.has_computed |= message.error is not None or isinstance(message.event, RoundEnd | Evaluated | Ended)
         if message.error is not None and job.cell:
             close_cell(state, job, job.cell, message.error, display)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fedmllm.runs.events import Event
 from fedmllm.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from fedmllm.config.experiment import Experiment
 
 
 @dataclass(frozen=True)
@@ -22,17 +26,31 @@ class Message:
     host_bytes: int  # peak of the process in this cell
     event: Event | None = None
     error: str | None = None  # set when the cell is done; "" = without an error
+    free_bytes: int = 0  # on its CUDA device, before the first cell
 
 
-def work(pipe: Connection, num_threads: int, track: Sequence[str] = ()) -> None:
-    """Run the cells whose (settings, folder) come through a pipe until None comes; send a `Message` per event.
+@dataclass(frozen=True)
+class Order:
+    """A cell for a worker process."""
+
+    settings: Mapping[str, Any]
+    folder: str
+    device: str = ""  # replaces `backbone.device`; "" = as the cell has it
+    share: float = 1.0  # of the device's memory
+
+
+def work(
+    pipe: Connection, num_threads: int, track: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> None:
+    """Run the cells that come as an `Order` through a pipe until None comes; send a `Message` per event.
 
     A stopped cell continues from its last checkpoint. The error of a cell is sent, and the next cell runs; Ctrl-C and a
     lost pipe end the process. The output of libraries goes to `worker.log` in the suite's folder. Each cell has its own
-    trackers, of the names in `track`.
+    trackers, of the names in `track`. `variables` go into the environment before torch is loaded.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read by torch when it is loaded, below
+    os.environ.update(variables or {})
     from fedmllm.config.experiment import Experiment
     from fedmllm.runs.costs import host_peak_bytes
     from fedmllm.runs.run import run
@@ -43,12 +61,14 @@ def work(pipe: Connection, num_threads: int, track: Sequence[str] = ()) -> None:
 
     try:
         while (order := pipe.recv()) is not None:
-            settings, folder = order[0], RunFolder(Path(order[1]))
+            folder = RunFolder(Path(order.folder))
             keep_output(folder.path.parent / "worker.log")
             error = ""
             try:
                 trackers = [tracker(name, folder.path) for name in track]
-                run(Experiment.parse(settings), folder.path, [send, *trackers], resume=True)
+                if order.device == "cuda":
+                    pipe.send(Message(host_peak_bytes(), free_bytes=limit_device(order.share)))
+                run(placed(Experiment.parse(order.settings), order.device), folder.path, [send, *trackers], resume=True)
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a finished cell needs none
             except (BrokenPipeError, EOFError):
                 return
@@ -57,6 +77,29 @@ def work(pipe: Connection, num_threads: int, track: Sequence[str] = ()) -> None:
             pipe.send(Message(host_peak_bytes(), error=error))
     except (KeyboardInterrupt, BrokenPipeError, EOFError):
         return
+
+
+def placed(experiment: Experiment, device: str) -> Experiment:
+    """Return the experiment on a device, if its model has one to choose; "" = its own."""
+    if not device or not hasattr(experiment.backbone, "device"):
+        return experiment
+    backbone = experiment.backbone.model_copy(update={"device": device})
+    return experiment.model_copy(update={"backbone": backbone})
+
+
+def limit_device(share: float) -> int:
+    """Limit this process to a share of its CUDA device.
+
+    Args:
+        share: Of all its memory, above 0, at most 1.
+
+    Returns:
+        Free bytes of the device, of this and other programs.
+    """
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(share)
+    return int(torch.cuda.mem_get_info()[0])
 
 
 def _end_with_parent() -> None:

@@ -31,7 +31,9 @@ def token_budget(backbone: Backbone, rows: Sequence[Item]) -> int:
     torch.autograd.grad(nll_B.sum(), list(backbone.trainable().values()), allow_unused=True)
     used = torch.cuda.max_memory_allocated(backbone.device) - before
     release(backbone.device)
-    free, _ = torch.cuda.mem_get_info(backbone.device)
+    free, total = torch.cuda.mem_get_info(backbone.device)
+    allowed = torch.cuda.get_per_process_memory_fraction(backbone.device) * total
+    free = int(min(free, allowed - torch.cuda.memory_allocated(backbone.device)))
     fit = int(SHARE * free / max(1, used) * trial.row.num_tokens)
     return min(CUDA_LARGEST, max(CPU_TOKENS, 1 << (fit.bit_length() - 1)))
 

@@ -1,0 +1,67 @@
+"""Memory and traffic of an experiment, from its settings and the model's config.json alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmllm.backbones.folder import device_named
+from fedmllm.backbones.footprint import Footprint, footprint
+from fedmllm.backbones.places import base_folder
+from fedmllm.config.experiment import Experiment
+
+ADAM_BYTES = 16  # a trained weight: itself, its gradient, two moments, float32
+WORKSPACE_BYTES = 2e9  # of the libraries on CUDA: 0.5 to 2 GB
+LABEL_TOKENS = 16  # a row, generously: the only positions that go through the head
+
+
+@dataclass(frozen=True)
+class EstimateLine:
+    """One line of an estimate."""
+
+    part: str
+    num_bytes: float
+    note: str = ""
+
+
+def estimate(experiment: Experiment) -> tuple[Footprint, list[EstimateLine], list[EstimateLine]]:
+    """(sizes of the model, lines of memory in bytes, lines of traffic in bytes), from settings and config.json alone."""
+    spec = experiment.backbone
+    sizes = footprint(base_folder(spec, config_only=True), spec)
+    e, engine = experiment, experiment.engine.model_dump()
+    cohort = e.cohort_size or e.partition.num_clients or 1
+    who = (
+        f"{cohort} clients"
+        if e.cohort_size or e.partition.num_clients
+        else "one client; all that the rows name take part"
+    )
+    stacked = min(engine["clients"], cohort) if "clients" in engine else 1
+    tokens = engine.get("token_budget") or spec.max_tokens * e.train.batch_size
+    rows = max(1, tokens // spec.max_tokens)
+    checkpointing = spec.precision.gradient_checkpointing
+    a_token = sizes.checkpointed_bytes + sizes.layer_bytes if checkpointing else sizes.activation_bytes
+    logits = 3 * 4 * LABEL_TOKENS * sizes.num_vocabulary  # logits, their softmax and its gradient
+    memory = [EstimateLine(f"base: {p.name}", p.num_bytes, f"{p.num_weights:,} weights") for p in sizes.parts]
+    memory += [
+        EstimateLine(
+            f"trained: {name}", 4 * count * stacked, f"{count:,} weights, float32, {stacked} client(s) at a time"
+        )
+        for name, count in sizes.trained.items()
+    ]
+    memory += [
+        EstimateLine("gradients and optimiser", (ADAM_BYTES - 4) * sizes.num_trained * stacked, "AdamW, float32"),
+        EstimateLine(
+            "activations",
+            a_token * tokens,
+            f"{tokens:,} tokens a pass, {a_token / 1e6:.2f} MB each{', checkpointed' if checkpointing else ''}",
+        ),
+        EstimateLine("logits", logits * rows, f"{rows} row(s) of {LABEL_TOKENS} label tokens"),
+    ]
+    if device_named(spec.device).type == "cpu":  # they are kept on the host, wherever the model is
+        memory.append(EstimateLine("kept image features", spec.keep_image_features_mb * 2**20, "at most"))
+    traffic = [
+        EstimateLine("down, a client", sizes.payload_bytes),
+        EstimateLine("up, a client", sizes.payload_bytes),
+        EstimateLine("a round", 2 * sizes.payload_bytes * cohort, who),
+        EstimateLine("all rounds", 2 * sizes.payload_bytes * cohort * e.num_rounds, f"{e.num_rounds} rounds"),
+    ]
+    return sizes, memory, traffic
