@@ -1,4 +1,7 @@
-"""Memory and traffic of an experiment, from its settings and the model's config.json alone."""
+"""Memory and traffic of an experiment, without its weights.
+
+From the settings and the model's config.json alone.
+"""
 
 from __future__ import annotations
 
