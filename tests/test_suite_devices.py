@@ -16,7 +16,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
 from fedmllm.runs.record import read
 from fedmllm.runs.run import run
-from fedmllm.runs.suites.devices import VISIBLE, CellMemory, Device, find_devices
+from fedmllm.runs.suites.devices import CUDA_VISIBLE, CellMemory, Device, find_devices
 from fedmllm.runs.suites.scheduler import CellState, Job, next_cell, run_suite
 from fedmllm.runs.suites.suite import Cell, Suite
 from fedmllm.runs.suites.worker import placed
@@ -67,7 +67,7 @@ class Placement:
 @pytest.fixture
 def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv(VISIBLE, raising=False)
+    monkeypatch.delenv(CUDA_VISIBLE, raising=False)
 
 
 def test_a_cell_takes_the_shares_that_hold_its_memory():
@@ -99,10 +99,10 @@ def test_names_are_checked(two_cards: None):
 
 
 def test_a_process_sees_its_card_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv(VISIBLE, raising=False)
-    assert Device("cuda:1").environment() == {VISIBLE: "1"}
-    monkeypatch.setenv(VISIBLE, "3, GPU-8f2a")  # the user's own choice is kept
-    assert Device("cuda:1").environment() == {VISIBLE: "GPU-8f2a"}
+    monkeypatch.delenv(CUDA_VISIBLE, raising=False)
+    assert Device("cuda:1").environment() == {CUDA_VISIBLE: "1"}
+    monkeypatch.setenv(CUDA_VISIBLE, "3, GPU-8f2a")  # the user's own choice is kept
+    assert Device("cuda:1").environment() == {CUDA_VISIBLE: "GPU-8f2a"}
     assert Device("cpu").environment() == {}
     experiment = Experiment.parse({"data": {"name": "synthetic-irony"}})
     there = placed(experiment, "cuda")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(eq=False)
@@ -44,8 +44,8 @@ class Device:
         kind, _, number = self.name.partition(":")
         if kind != "cuda":
             return {}
-        visible = [name for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
-        return {VISIBLE: visible[int(number)].strip() if visible else number}
+        visible = [name for name in os.environ.get(CUDA_VISIBLE, "").split(",") if name.strip()]
+        return {CUDA_VISIBLE: visible[int(number)].strip() if visible else number}
 
 
 @dataclass
