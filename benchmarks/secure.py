@@ -11,12 +11,14 @@ training included. Target: <= 2 s a round above the deployment without masks.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
 import time
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +27,20 @@ from machine import describe
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import flower_federation as trial
 
-from fedmllm.flower.secure.fixed_point import from_words, to_words
+from fedmllm.config.engine import SecureAggregation
+from fedmllm.flower.secure.fixed_point import Form, from_words, to_words
 from fedmllm.flower.secure.masks import add_masks
 
 BYTES_A_RANK = 131_072 // 8  # of the embedded backbone's adapter
-MODES = {
-    "clear": (),
-    "repeat": ("--set", "engine.secure={}"),
-    "recover": ("--set", 'engine.secure={drop_outs="recover"}'),
+SECURE: dict[str, dict[str, Any]] = {
+    "repeat": {},
+    "recover": {"drop_outs": "recover"},
+    "repeat-32": {"rows": 2048, "bound": 1.0},
+    "recover-32": {"drop_outs": "recover", "rows": 2048, "bound": 1.0},
+}
+MODES = {"clear": ()} | {
+    name: ("--set", f"engine.secure={{{', '.join(f'{k}={json.dumps(v)}' for k, v in given.items())}}}")
+    for name, given in SECURE.items()
 }
 
 
@@ -57,7 +65,7 @@ def measured(
     return found
 
 
-def arithmetic(num_sites: int, megabytes: float) -> tuple[float, float]:
+def arithmetic(num_sites: int, megabytes: float, settings: SecureAggregation) -> tuple[float, float]:
     """Seconds of processor time of one site's words and masks, and of the server's sum of all.
 
     Raises:
@@ -65,20 +73,23 @@ def arithmetic(num_sites: int, megabytes: float) -> tuple[float, float]:
     """
     delta = np.random.default_rng(0).normal(0, 1e-3, int(megabytes * 1e6 / 4)).astype(np.float32)
     names = [f"site-{i:02d}" for i in range(num_sites)]
+    word_bits, bits = settings.words(num_sites, "rows")
+    form = Form(len(delta), 0, word_bits)
     keys = {frozenset(pair): os.urandom(32) for pair in combinations(names, 2)}
     exact, total, site_s, server_s = np.zeros(len(delta), np.uint64), np.zeros(len(delta), np.uint64), 0.0, 0.0
     for weight, name in enumerate(names, start=1):
         began = time.process_time()
-        plain = to_words(delta, weight, 32, 8.0)
-        words = add_masks(plain, name, {other: keys[frozenset((name, other))] for other in names if other != name})
+        plain = to_words(delta, weight, bits, settings.bound)
+        own = {other: keys[frozenset((name, other))] for other in names if other != name}
+        data = form.to_bytes(add_masks(plain, name, own, form))
         site_s, began = time.process_time() - began, time.process_time()
-        total += words
+        total += form.from_bytes(data)
         server_s += time.process_time() - began
         exact += plain
-    if not np.array_equal(total, exact):
+    if form.to_bytes(total) != form.to_bytes(exact):
         sys.exit(f"{num_sites} sites, {megabytes:g} MB: the sum of the masked words is not exact")
     began = time.process_time()
-    from_words(total, 32)
+    from_words(total, bits, word_bits)
     return site_s, server_s + time.process_time() - began
 
 
@@ -93,17 +104,25 @@ def main() -> None:
     parser.add_argument("--sites", type=int, nargs="+", default=[3, 10])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[5.0, 22.0])
     parser.add_argument("--arithmetic", action="store_true", help="only masks and sums, in this process")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="clear has to be among them")
+    parser.add_argument(
+        "--modes", nargs="+", default=["clear", *SECURE], choices=MODES, help="clear has to be among them"
+    )
     a = parser.parse_args()
     torch.set_num_threads(1)
     if a.arithmetic:
         print(
-            "| sites | adapter | a site's words and masks, s | the server's sum, s | exact to the bit |\n|---|---|---|---|---|"
+            "| sites | adapter | words | a site's words and masks, s | the server's sum, s | exact to the bit |\n"
+            "|---|---|---|---|---|---|"
         )
         for num_sites in a.sites:
             for megabytes in a.megabytes:
-                site_s, server_s = arithmetic(num_sites, megabytes)
-                print(f"| {num_sites} | {megabytes:g} MB | {site_s:.2f} | {server_s:.2f} | yes |", flush=True)
+                for name in ("repeat", "repeat-32"):
+                    settings = SecureAggregation(**SECURE[name])
+                    cells = [f"{seconds:.2f}" for seconds in arithmetic(num_sites, megabytes, settings)]
+                    word_bits, _ = settings.words(num_sites, "rows")
+                    print(
+                        f"| {num_sites} | {megabytes:g} MB | {word_bits} bits | {' | '.join(cells)} | yes |", flush=True
+                    )
         return
     print(f"# Secure aggregation: seconds a round over real processes\n\nMachine: {describe()}.")
     print(
@@ -118,12 +137,13 @@ def main() -> None:
     for num_sites in a.sites:
         for megabytes in a.megabytes:
             found = measured(num_sites, megabytes, a.rounds, a.repeats, a.modes)
-            alone = [f"{s:.2f}" for s in arithmetic(num_sites, megabytes)]
             for mode in a.modes:
                 seconds, clear = found[mode], found["clear"]
                 more = (statistics.median(seconds) - statistics.median(clear), min(seconds) - min(clear))
                 line = [str(num_sites), f"{megabytes:g} MB", mode, cell(seconds), *(f"{s:+.2f}" for s in more)]
-                line += [f"{found[f'up {mode}'][0] / 1e6:.1f}", *(alone if mode != "clear" else ["", ""])]
+                alone = arithmetic(num_sites, megabytes, SecureAggregation(**SECURE[mode])) if mode in SECURE else ()
+                line += [f"{found[f'up {mode}'][0] / 1e6:.1f}", *(f"{s:.2f}" for s in alone or ())]
+                line += [""] * (2 - len(alone))
                 print(f"| {' | '.join(line)} |", flush=True)
     loads = " -> ".join(f"{load[0]:.0f}" for load in (before, os.getloadavg()))
     print(f"\nLoad average (1 minute) of the machine before and after: {loads} on {os.cpu_count()} cores.")

@@ -22,7 +22,7 @@ from flower_federation import NAMES, Federation
 from scipy.stats import chisquare
 
 from fedmllm.algorithms.base import Aggregator
-from fedmllm.config.engine import FlowerSites, SecureAggregation, least_holders
+from fedmllm.config.engine import FlowerSites, SecureAggregation, least_holders, sum_fits
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.tensors import flatten, manifest_digest
@@ -30,8 +30,8 @@ from fedmllm.core.types import Round, Sent
 from fedmllm.flower.keys import make_site_key
 from fedmllm.flower.request import Request
 from fedmllm.flower.secure.attempt import Asked, common_digest, mask_key
-from fedmllm.flower.secure.fixed_point import from_bytes, from_words, to_bytes, to_words
-from fedmllm.flower.secure.layout import SUMMED_METRICS, pack_words, unpack_sum
+from fedmllm.flower.secure.fixed_point import Form, from_words, to_words
+from fedmllm.flower.secure.layout import SUMMED_METRICS, form_of, pack_words, unpack_sum
 from fedmllm.flower.secure.masks import add_masks, keystream, pair_key
 from fedmllm.flower.secure.member import SecureMember
 from fedmllm.flower.secure.shares import join, split
@@ -45,7 +45,7 @@ from fedmllm.runs.record import read
 from fedmllm.runs.result import load_run
 from support.sites_in_process import Plain, over_the_wire, write_sites
 
-EXPERIMENT = Experiment.parse({"data": "synthetic-irony", "cohort_size": 1})
+EXPERIMENT = Experiment.parse({"data": "synthetic-irony", "cohort_size": 0})
 LIKE = {"a.lora_A.weight": torch.zeros(4, 50), "a.lora_B.weight": torch.zeros(60, 4)}
 NUM = sum(t.numel() for t in LIKE.values())
 RUN = EXPERIMENT.run_id()
@@ -57,8 +57,28 @@ def made_up(site: int, seed: int = 0) -> np.ndarray:
 
 def terms(**changes) -> Terms:
     adverts = tuple(Advert(site=n, public="0" * 64, signature="0" * 16) for n in ("a", "b", "c"))
-    known = {"serial": 1, "adverts": adverts, "weights": "rows", "bits": 32, "bound": 8.0, "max_norm": 0.0}
-    return Terms(**{**known, **changes})
+    known = {
+        "version": 2,
+        "serial": 1,
+        "adverts": adverts,
+        "weights": "rows",
+        "word_bits": 48,
+        "bits": 22,
+        "rows": 2**20,
+    }
+    return Terms(**{**known, "bound": 8.0, "max_norm": 0.0, **changes})
+
+
+FORM = form_of(NUM, terms())
+
+
+def masks(key: bytes, form: Form = FORM) -> np.ndarray:
+    return form.from_bytes(keystream(key, form.num_bytes))
+
+
+def same(one, other, form: Form = FORM) -> bool:
+    """Equal in every bit that travels."""
+    return form.to_bytes(one) == form.to_bytes(other)
 
 
 def metrics_of(site: int) -> dict[str, float]:
@@ -71,25 +91,42 @@ def metrics_of(site: int) -> dict[str, float]:
 # ---- fixed point (S1, S5)
 
 
+@pytest.mark.parametrize("word_bits", [32, 48, 64])
 @pytest.mark.parametrize("num_sites", [3, 20])
-def test_masked_words_sum_to_the_integers_exactly_in_any_order(num_sites):
+def test_masked_words_sum_to_the_integers_exactly_in_any_order(num_sites, word_bits):
+    form = Form(90, 10, word_bits)
     rng, names = np.random.default_rng(num_sites), [f"site-{i}" for i in range(num_sites)]
     plain = {n: rng.integers(0, 2**64, 100, dtype=np.uint64) for n in names}
     key = {frozenset((a, b)): rng.bytes(32) for a in names for b in names if a < b}
-    masked = [add_masks(plain[n], n, {m: key[frozenset((n, m))] for m in names if m != n}) for n in names]
-    whole = [sum(int(plain[n][i]) for n in names) % 2**64 for i in range(100)]
-    for order in (masked, masked[::-1]):
-        assert np.add.reduce(order).tolist() == whole
-    assert np.add.reduce(masked[1:]).tolist() != whole
+    masked = [add_masks(plain[n], n, {m: key[frozenset((n, m))] for m in names if m != n}, form) for n in names]
+    sent = [form.from_bytes(form.to_bytes(words)) for words in masked]
+    bits = [word_bits] * 90 + [64] * 10
+    whole = [sum(int(plain[n][i]) for n in names) % 2**b for i, b in enumerate(bits)]
+
+    def summed(order) -> list[int]:
+        return [int(w) % 2**b for w, b in zip(np.add.reduce(order), bits, strict=True)]
+
+    assert summed(sent) == summed(sent[::-1]) == summed(masked) == whole
+    assert summed(sent[1:]) != whole
 
 
 def test_a_word_is_the_weighted_rounded_number():
     words = to_words(np.array([0.5, -0.25, 2**-33, 0.0], dtype=np.float32), 3, 32, 8.0)
-    assert words.view(np.int64).tolist() == [3 * 2**31, -3 * 2**30, 0, 0]  # 2^-33 is a tie, rounded to even
-    assert from_words(words, 32).tolist() == [1.5, -0.75, 0.0, 0.0]
-    assert from_bytes(to_bytes(words)).tolist() == words.tolist()
-    with pytest.raises(FedmllmError, match="9 bytes are not a whole number of words"):
-        from_bytes(bytes(9))
+    assert words.view(np.int64).tolist() == [3 * 2**31, -3 * 2**30, 2, 0]  # 1.5 is a tie, rounded to even
+    assert from_words(words, 32).tolist() == [1.5, -0.75, 2.0**-31, 0.0]
+
+
+@pytest.mark.parametrize(("word_bits", "size"), [(32, 4), (48, 6), (64, 8)])
+def test_words_travel_with_the_bits_that_their_sums_need(word_bits, size):
+    form, largest = Form(4, 2, word_bits), 2 ** (word_bits - 1) - 1
+    words = np.array([1, -1, largest, -largest, 2**63 - 1, -5]).view(np.uint64)
+    data = form.to_bytes(words)
+    assert len(data) == form.num_bytes == 4 * size + 16
+    found = form.from_bytes(data)
+    assert from_words(found[:4], 0, word_bits).tolist() == [1.0, -1.0, float(largest), -float(largest)]
+    assert found[4:].view(np.int64).tolist() == [2**63 - 1, -5]
+    with pytest.raises(FedmllmError, match=r"9 bytes are not the \d+ of 4 masked numbers"):
+        form.from_bytes(bytes(9))
 
 
 @pytest.mark.parametrize("bad", [8.001, -9.0, math.nan, math.inf])
@@ -98,13 +135,56 @@ def test_a_number_over_the_bound_is_refused_and_never_clipped(bad):
         to_words(np.array([0.0, bad]), 1, 32, 8.0)
 
 
-def test_words_at_the_bounds_do_not_overflow():
-    at_bound, sites = np.full(1, 8.0, np.float32), 50
-    total = np.add.reduce([to_words(at_bound, 2**20, 32, 8.0)] * sites)
-    assert from_words(total, 32)[0] == 8.0 * 2**20 * sites
-    assert SecureAggregation().overflow(sites) == ""
-    assert "lower bits or bound" in SecureAggregation(bits=40, bound=1.0).overflow(8)
-    assert SecureAggregation(bits=40, bound=1.0).overflow(7) == ""
+@pytest.mark.parametrize(
+    ("settings", "num_sites", "weights", "words"),
+    [
+        ({}, 3, "rows", (48, 22)),
+        ({}, 15, "rows", (48, 20)),
+        ({}, 50, "rows", (48, 18)),
+        ({}, 3, "clients", (32, 26)),
+        ({}, 50, "clients", (48, 38)),
+        ({"rows": 4096, "bound": 1.0}, 3, "rows", (32, 17)),
+        ({"rows": 4096, "bound": 1.0, "bits": 18}, 3, "rows", (48, 18)),
+        ({"bits": 32}, 3, "rows", (64, 32)),
+    ],
+)
+def test_words_are_the_narrowest_ones_in_which_no_sum_overflows(settings, num_sites, weights, words):
+    secure = SecureAggregation(**settings)
+    assert secure.words(num_sites, weights) == words
+    word_bits, bits = words
+    weight = secure.rows if weights == "rows" else 1
+    form = Form(2, 0, word_bits)
+    for sign in (1, -1):
+        at_bound = np.full(2, sign * secure.bound, np.float32)
+        sent = form.from_bytes(form.to_bytes(to_words(at_bound, weight, bits, secure.bound)))
+        total = form.from_bytes(form.to_bytes(np.add.reduce([sent] * num_sites)))
+        assert from_words(total, bits, word_bits).tolist() == [sign * secure.bound * weight * num_sites] * 2
+    assert not settings.get("bits", 0) < bits < 40 or not sum_fits(num_sites, weight, secure.bound, bits + 1, word_bits)
+
+
+def test_sums_that_would_overflow_are_refused_by_settings_and_by_sites():
+    assert SecureAggregation(bits=40, bound=1.0).words(7, "rows") == (64, 40)
+    with pytest.raises(ConfigError, match="bits = 40 need more than 64 bits; lower bits, rows or bound"):
+        SecureAggregation(bits=40, bound=1.0).words(8, "rows")
+    terms(bits=22)
+    with pytest.raises(
+        ValueError, match="sums of 3 sites with 23 digits after the binary point do not fit into 48 bits"
+    ):
+        terms(bits=23)
+    for word_bits, bits in ((32, 6), (32, 7), (24, 8)):
+        with pytest.raises(ValueError, match=r"bits"):
+            terms(word_bits=word_bits, bits=bits)
+
+
+def test_the_mean_of_narrow_words_is_within_the_stated_bound():
+    for secure, rows in ((SecureAggregation(), 12), (SecureAggregation(rows=4096, bound=1.0), 3000)):
+        word_bits, bits = secure.words(3, "rows")
+        t = terms(word_bits=word_bits, bits=bits, rows=secure.rows, bound=secure.bound)
+        parts = [pack_words(made_up(i), rows + i, {}, t) for i in range(3)]
+        summed = unpack_sum(np.add.reduce(parts), NUM, 3, t)
+        exact = sum((rows + i) * made_up(i).astype(np.float64) for i in range(3)) / (3 * rows + 3)
+        stated = 2.0 ** -(bits + 1) / (rows + 1)
+        assert np.abs(summed.mean - exact).max() <= stated + np.abs(exact).max() * 2.0**-24 < 2e-8  # and a float32
 
 
 def test_the_mean_is_within_half_a_step_of_the_exact_one_and_metrics_are_summed():
@@ -113,7 +193,7 @@ def test_the_mean_is_within_half_a_step_of_the_exact_one_and_metrics_are_summed(
     parts = [pack_words(made_up(i), n, m, t) for i, (n, m) in enumerate(zip(rows, losses, strict=True))]
     summed = unpack_sum(np.add.reduce(parts), NUM, 3, t)
     exact = sum(n * made_up(i).astype(np.float64) for i, n in enumerate(rows)) / sum(rows)
-    assert np.abs(summed.mean - exact).max() <= 2.0**-33 + np.abs(exact).max() * 2.0**-24  # and a float32
+    assert np.abs(summed.mean - exact).max() <= 2.0**-23 * 3 / 706 + np.abs(exact).max() * 2.0**-24  # and a float32
     assert summed.weight == 706
     assert summed.metrics == {"loss": pytest.approx((5 * 2 + 1 + 700 * 3) / 706, abs=1e-4), "num_steps": 6.0}
     plain = terms(weights="clients")
@@ -138,7 +218,7 @@ def test_a_metric_that_one_site_keeps_to_itself_is_readable_for_no_site(kept):
 def test_a_sum_whose_masks_do_not_cancel_is_not_read():
     words = np.add.reduce([pack_words(made_up(i), 4, {}, terms()) for i in range(3)])
     with pytest.raises(FedmllmError, match="the masks do not cancel"):
-        unpack_sum(words + keystream(bytes(32), len(words)), NUM, 3, terms())
+        unpack_sum(words + masks(bytes(32)), NUM, 3, terms())
     with pytest.raises(FedmllmError, match="the masks do not cancel"):
         unpack_sum(pack_words(made_up(0), 1, {}, terms()), NUM, 3, terms())  # one row for three sites
     for rows in (0, 2**20 + 1):
@@ -151,8 +231,8 @@ def test_a_sum_whose_masks_do_not_cancel_is_not_read():
 
 def test_the_keystream_is_chacha20_of_rfc_8439():
     """RFC 8439, appendix A.1, test vectors 1 and 3 (the third: key 00..01, block counter 1, which is the second block)."""
-    assert keystream(bytes(32), 4).tobytes().hex() == "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
-    second = keystream(bytes(31) + b"\1", 16).tobytes()[64:]
+    assert keystream(bytes(32), 32).hex() == "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
+    second = keystream(bytes(31) + b"\1", 128)[64:]
     assert second.hex().startswith("3aeb5224ecf849929b9d828db1ced4dd832025e8018b8160b82284f3c949aa5a")
 
 
@@ -252,21 +332,25 @@ class FakeSites:
 
 
 def words_of(content) -> np.ndarray | None:
-    return from_bytes(bytes(content["adapter"]["flat"].data)) if "adapter" in content else None
+    return FORM.from_bytes(bytes(content["adapter"]["flat"].data)) if "adapter" in content else None
 
 
 def test_the_server_gets_the_mean_and_neither_updates_nor_row_counts(tmp_path, keys):
     sites = FakeSites(tmp_path, keys)
     (update,) = sites.round()
     exact = sum(n * made_up(i).astype(np.float64) for i, n in enumerate((10, 20, 30))) / 60
-    assert np.abs(flatten(update.delta).numpy() - exact).max() <= 3 * 2.0**-33 + 2.0**-30
+    assert np.abs(flatten(update.delta).numpy() - exact).max() <= 2.0**-23 * 3 / 60 + 2.0**-30
     assert (update.clients, update.num_clients, update.num_examples) == ((0, 1, 2), 3, 60)
     loss = pytest.approx((10 * 1 + 20 * 2 + 30 * 3) / 60, abs=1e-4)
     assert update.metrics == {"loss": loss, "num_steps": 9.0, "num_tokens": 300.0, "time_s": 0.75}
     masked = [(client, content) for client, content in sites.sent if words_of(content) is not None]
     assert [set(content["about"]) for _, content in masked] == [{"manifest"}] * 3
     plain = [pack_words(made_up(i), 10 * (i + 1), metrics_of(i), terms()) for i in range(3)]
-    assert np.array_equal(np.add.reduce([words_of(c) for _, c in masked]), np.add.reduce(plain))  # bit for bit
+    assert same(np.add.reduce([words_of(c) for _, c in masked]), np.add.reduce(plain))  # bit for bit
+
+
+def top_bits(words) -> np.ndarray:
+    return np.bincount(words[:NUM] >> np.uint64(44) & np.uint64(15), minlength=16)
 
 
 def test_each_reply_alone_is_uniform_and_two_attempts_differ(tmp_path, keys):
@@ -276,15 +360,16 @@ def test_each_reply_alone_is_uniform_and_two_attempts_differ(tmp_path, keys):
     words = [(client, words_of(content)) for client, content in sites.sent if words_of(content) is not None]
     assert len(words) == 6
     for _, one in words:
-        nibbles = np.bincount(np.concatenate([one.view(np.uint8) & 15, one.view(np.uint8) >> 4]), minlength=16)
+        sent = np.frombuffer(FORM.to_bytes(one), np.uint8)
+        nibbles = np.bincount(np.concatenate([sent & 15, sent >> 4]), minlength=16)
         assert chisquare(nibbles).pvalue > 1e-6
-        assert chisquare(np.bincount(one >> np.uint64(60), minlength=16)).pvalue > 1e-6  # the top bits, too
+        assert chisquare(top_bits(one)).pvalue > 1e-6  # the top bits, too
     assert not np.any(words[0][1] == words[3][1])  # the same update of the same site
 
 
 def test_an_update_is_not_uniform_without_masks():
     plain = pack_words(made_up(0), 10, {}, terms())
-    assert chisquare(np.bincount(plain >> np.uint64(60), minlength=16)).pvalue < 1e-12
+    assert chisquare(top_bits(plain)).pvalue < 1e-12
 
 
 # ---- sites that are missing (S3)
@@ -353,7 +438,7 @@ def recovering(folder: Path, keys, names=FIVE, **more) -> FakeSites:
 
 
 def plain_sum(numbers) -> np.ndarray:
-    return np.add.reduce([pack_words(made_up(i), 10 * (i + 1), metrics_of(i), terms()) for i in numbers])
+    return np.add.reduce([pack_words(made_up(i), 10 * (i + 1), metrics_of(i), terms(bits=21)) for i in numbers])
 
 
 def lose(client: int, words: bool = True):
@@ -372,7 +457,7 @@ def test_the_sum_over_the_sites_that_are_there_is_recovered_exactly(tmp_path, ke
         sites.tamper_reply = lose(missing)
     update, *failures = sites.round()
     there = [k for k in range(5) if k != missing]
-    assert np.array_equal(totals[0], plain_sum(there))  # bit for bit
+    assert same(totals[0], plain_sum(there))  # bit for bit
     assert (update.clients, update.num_examples) == (tuple(there), sum(10 * (k + 1) for k in there))
     assert [(f.client, f.reason) for f in failures] == ([] if missing is None else [(missing, "no reply within 1 s")])
 
@@ -409,10 +494,10 @@ def test_a_late_update_of_a_site_that_was_left_out_stays_masked(tmp_path, keys):
     asked = sites.asked[3]
     common = common_digest(asked["about"]["request"], array_data(asked))
     pairs = {n: mask_key(attempt.facts, common, attempt.private, public, "south", n) for n, public in publics.items()}
-    without_pairs = late + (np.zeros_like(late) - add_masks(np.zeros_like(late), "south", pairs))
-    own = pack_words(made_up(3), 40, metrics_of(3), terms())
-    assert chisquare(np.bincount(without_pairs >> np.uint64(60), minlength=16)).pvalue > 1e-6  # what the server has
-    assert np.array_equal(without_pairs - keystream(attempt.seed, len(own)), own)  # with the seed that it never gets
+    without_pairs = late + (np.zeros_like(late) - add_masks(np.zeros_like(late), "south", pairs, FORM))
+    own = pack_words(made_up(3), 40, metrics_of(3), terms(bits=21))
+    assert chisquare(top_bits(without_pairs)).pvalue > 1e-6  # what the server has
+    assert same(without_pairs - masks(attempt.seed), own)  # with the seed that it never gets
 
 
 def test_no_site_gives_shares_for_two_sets_of_sites(tmp_path, keys):
@@ -513,7 +598,9 @@ def test_a_site_refuses_tampered_shares_and_keys_before_it_trains(tmp_path, keys
 
 def test_a_site_sets_the_least_threshold_itself(tmp_path, keys):
     sites = recovering(tmp_path, keys)
-    sites.rounds._settings = SimpleNamespace(**sites.settings.secure.model_dump(), threshold=lambda k: 3)
+    sites.rounds._settings = SimpleNamespace(
+        **sites.settings.secure.model_dump(), threshold=lambda k: 3, words=sites.settings.secure.words
+    )
     with pytest.raises(FedmllmError, match="3 of 5 sites could open a sum; this site requires 4 to 5"):
         sites.round()
 
@@ -575,6 +662,47 @@ def test_a_site_refuses_tampered_terms_before_it_trains(tmp_path, keys, change, 
     assert [trainer.asked for trainer in sites.trainers] == [0, 0, 0]
 
 
+def wider_words(table) -> None:
+    table["secure"]["word_bits"] = 64
+
+
+def of_protocol_1(table) -> None:
+    del table["secure"]["version"], table["secure"]["word_bits"], table["secure"]["rows"]
+
+
+def of_protocol_3(table) -> None:
+    table["secure"]["version"] = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (of_protocol_1, r"request\.secure\.version: missing"),
+        (of_protocol_3, r"request\.secure\.version: got 3"),
+        (wider_words, "the masks do not cancel|masked words came as"),
+    ],
+)
+def test_another_version_of_the_protocol_is_refused(tmp_path, keys, change, says):
+    sites = FakeSites(tmp_path, keys)
+    sites.tamper = lambda k, c: changed(change)(k, c) if k == 0 else c
+    with pytest.raises(FedmllmError, match=says):
+        sites.round()
+
+
+def test_signatures_of_another_version_are_not_valid(tmp_path, keys, monkeypatch):
+    from fedmllm.flower.secure import signing
+
+    sites = FakeSites(tmp_path, keys)
+    old = sites.members[0]
+    monkeypatch.setattr(signing, "PROTOCOL", "fedmllm secure aggregation 1")
+    advert = old.advertise(RUN)
+    monkeypatch.undo()
+    assert not sites.members[1]._is_of(advert, "key of a run", {"run_id": RUN})
+    assert sites.members[1]._is_of(old.advertise(RUN), "key of a run", {"run_id": RUN})
+    with pytest.raises(ValueError, match="version"):
+        Ask(op="key", run_id=RUN, version=1)
+
+
 def test_a_key_of_another_run_or_a_replayed_attempt_is_refused(tmp_path, keys):
     sites = FakeSites(tmp_path, keys)
     other = [member.advertise("f" * 12) for member in sites.members]
@@ -604,12 +732,12 @@ def small_rate(table) -> None:
     table["train"]["lr"] = 1e-30
 
 
-def many_bits(table) -> None:
-    table["secure"]["bits"] = 40
+def fewer_bits(table) -> None:
+    table["secure"]["bits"] -= 8
 
 
 @pytest.mark.parametrize("drop_outs", ["repeat", "recover"])
-@pytest.mark.parametrize("change", [small_rate, many_bits, "adapter"])
+@pytest.mark.parametrize("change", [small_rate, fewer_bits, "adapter"])
 def test_a_server_that_asks_one_site_for_more_than_the_others_gets_noise(tmp_path, keys, drop_outs, change):
     """With updates of almost zero from the others, the sum would be one site's update."""
     from fedmllm.flower.messages import Packed
@@ -789,7 +917,7 @@ def test_the_aggregators_that_need_a_sum_only_are_these():
             r"privacy\.name: got 'client-dp'; engine\.secure gives the server the sum",
         ),
         ({"cohort_size": 2}, "cohort_size: got 2; engine.secure needs 3 to 50 sites a round"),
-        ({"engine": {**SECURE, "secure": {"bits": 40}}, "cohort_size": 5}, "lower bits or bound"),
+        ({"engine": {**SECURE, "secure": {"bits": 40}}, "cohort_size": 5}, "lower bits, rows or bound"),
         ({"engine": {**SECURE, "secure": {"bits": 41}}}, r"engine\.secure\.bits: got 41"),
         ({"engine": {**SECURE, "secure": {"shares": 1}}}, r"engine\.secure\.shares: unknown key; allowed: bits, bound"),
         ({"engine": {"name": "in-process", "secure": {}}}, r"engine\.secure: unknown key"),
@@ -870,13 +998,13 @@ def test_a_run_with_masks_gives_the_adapter_of_one_without(rows, tmp_path, monke
     assert "aggregation_error" not in event  # it would need each update
     assert "only the sum" in event["aggregation_note"]
     size = sum(t.numel() for t in clear.values())
-    assert event["up_bytes"] == 3 * 8 * (size + 9) == event["up_lora_bytes"]
+    assert event["up_bytes"] == 3 * (6 * size + 8 * 9) == event["up_lora_bytes"]
     assert load_run(tmp_path / "masked" / "out").history.rounds[0]["num_averaged"] == 3
     texts = [json.dumps(dict(content["about"])) for _, content in wire.replies if "adapter" in content]
     assert len(texts) == 3
     assert not any("loss" in text or "num_examples" in text for text in texts)
     first = next(e for e in read(tmp_path / "masked" / "out" / "record.jsonl") if e["event"] == "experiment")
-    assert first["settings"]["engine"]["secure"] == {"drop_outs": "repeat", "bits": 32, "bound": 8.0}
+    assert first["settings"]["engine"]["secure"] == {"drop_outs": "repeat", "bits": None, "rows": 2**20, "bound": 8.0}
 
 
 def test_the_dry_run_prints_what_leaves_masked(rows, tmp_path):
@@ -888,10 +1016,10 @@ def test_the_dry_run_prints_what_leaves_masked(rows, tmp_path):
     secure.write_text((rows.folder / "experiment.toml").read_text() + "secure = {}\n")
     dry_run(tmp_path / "east" / "site.toml", secure, tmp_path / "sent", lines.append)
     after = "\n".join(lines).split("this site would reply:")[1]
-    assert "as one masked uint64 array" in after
+    assert "as one masked uint8 array" in after
     assert "num_examples" not in after
-    words = from_bytes((tmp_path / "sent").read_bytes())
-    assert chisquare(np.bincount(words >> np.uint64(60), minlength=16)).pvalue > 1e-6
+    data = np.frombuffer((tmp_path / "sent").read_bytes(), np.uint8)
+    assert chisquare(np.bincount(data >> 4, minlength=16)).pvalue > 1e-6
     with pytest.raises(Refused, match="an update in the clear; this site allows sums over 3 sites only"):
         dry_run(tmp_path / "east" / "site.toml", rows.folder / "experiment.toml", None, lines.append)
 

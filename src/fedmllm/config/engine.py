@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import Named, Spec
 
 Capability = Literal[
@@ -89,7 +90,22 @@ class FlowerSimulation(Engine):
 
 LEAST_SITES, MOST_SITES = 3, 50  # of a secure sum: of two, each could subtract its own; every pair of sites has a key
 MOST_ROWS = 2**20  # of a site in a secure sum
-WORD_BITS = 64  # sums are modulo 2^64
+WordBits = Literal[32, 48, 64]  # sums are modulo 2^32, 2^48 or 2^64
+LEAST_BITS, MOST_BITS = 8, 40  # digits after the binary point
+_ENOUGH = {"rows": 16, "clients": 24}  # digits for which the narrowest words are taken; a sum by rows has more of them
+
+
+def sum_fits(num_sites: int, rows: int, bound: float, bits: int, word_bits: int) -> bool:
+    """Return whether no sum leaves the range of its words.
+
+    Args:
+        num_sites: Sites of the sum.
+        rows: Largest weight of a site.
+        bound: Largest absolute value of a number.
+        bits: Digits after the binary point.
+        word_bits: Bits of a word, of which one is the sign.
+    """
+    return num_sites * (rows * bound * 2.0**bits + 0.5) < 2.0 ** (word_bits - 1)
 
 
 def least_holders(num_sites: int) -> int:
@@ -108,8 +124,12 @@ class SecureAggregation(Spec):
     drop_outs: Literal["repeat", "recover"] = "repeat"
     """If a site of a round is missing: repeat it over the same sites, or recover the sum over the others from shares of the
     missing sites' keys, if more than two thirds of the sites are there: three more messages to each site in each round."""
-    bits: int = Field(32, ge=8, le=40)
-    """Digits after the binary point of the numbers that are summed; the mean is within 2^-(bits + 1) of the exact one."""
+    bits: int | None = Field(None, ge=LEAST_BITS, le=MOST_BITS)
+    """Digits after the binary point of the numbers that are summed; None = as many as fit into the words. The mean is within
+    2^-(bits + 1) of the exact one, over the mean number of rows of a site if sites count by their rows."""
+    rows: int = Field(MOST_ROWS, ge=1, le=MOST_ROWS)
+    """Most rows of a site; one with more sends nothing. Where sites count by their rows, a small number and a small `bound`
+    make words of 32 bits instead of 48, and of a masked update the bytes of one in the clear."""
     bound: PositiveFloat = 8.0
     """Largest absolute value of a number of a delta; a site with a larger one sends nothing."""
 
@@ -124,20 +144,28 @@ class SecureAggregation(Spec):
         """
         return least_holders(num_sites) if self.drop_outs == "recover" else 0
 
-    def overflow(self, num_sites: int) -> str:
-        """Why a sum could leave the range of its words.
+    def words(self, num_sites: int, weights: str) -> tuple[WordBits, int]:
+        """The words of all sums of a run: the narrowest ones with enough digits.
 
         Args:
             num_sites: Sites of a round.
+            weights: "rows" or "clients", by which a site counts.
 
         Returns:
-            The reason; "" = every sum fits.
+            Bits of a word, and how many of them are after the binary point.
+
+        Raises:
+            ConfigError: A sum could leave the range of the widest words.
         """
-        if num_sites * MOST_ROWS * self.bound * 2.0**self.bits < 2.0 ** (WORD_BITS - 1):
-            return ""
-        return (
-            f"engine.secure: {num_sites} sites of up to {MOST_ROWS} rows, bound = {self.bound:g} and bits = {self.bits} "
-            f"need more than {WORD_BITS} bits; lower bits or bound"
+        most = self.rows if weights == "rows" else 1
+        enough = self.bits or _ENOUGH[weights]
+        for word_bits in get_args(WordBits):
+            fit = [b for b in range(enough, MOST_BITS + 1) if sum_fits(num_sites, most, self.bound, b, word_bits)]
+            if fit:
+                return word_bits, self.bits or fit[-1]
+        raise ConfigError(
+            f"engine.secure: {num_sites} sites of up to {most} rows, bound = {self.bound:g} and bits = {enough} need more than "
+            f"{word_bits} bits; lower bits, rows or bound"
         )
 
 

@@ -641,8 +641,7 @@ def check_secure(experiment: Experiment, secure: SecureAggregation, num_sites: i
             f"cohort_size: got {num_sites}; engine.secure needs {LEAST_SITES} to {MOST_SITES} sites a round: of a sum of "
             "two, each learns the other's update"
         )
-    if reason := secure.overflow(num_sites or LEAST_SITES):
-        raise ConfigError(reason)
+    secure.words(num_sites or LEAST_SITES, aggregator.weighted_by)
 
 
 def check_row_dp(experiment: Experiment, privacy: RowDp) -> None:

@@ -17,7 +17,7 @@ SECURE = "secure"  # key of a message about keys of a secure sum, and of its rep
 REFUSED = "refused"  # key of a reply with a reason instead of an update
 HERE = "here"  # key of what the trainer adds to a reason for its site's own log; it does not travel
 FLOAT32, RAW = "float32", "raw-little-endian"
-UINT64 = "uint64"  # of a masked reply
+UINT8 = "uint8"  # of a masked reply
 LONGEST_WORDS = 2000  # characters of another machine's reason that are kept
 
 
@@ -42,22 +42,22 @@ def array_data(content: RecordDict) -> bytes:
 
 
 def masked_record(data: bytes) -> ArrayRecord:
-    """Masked words, raw little-endian uint64 [W], as the adapter record of a reply."""
-    return ArrayRecord({FLAT: Array(UINT64, (len(data) // 8,), RAW, data)})
+    """Masked words, as they travel, as the adapter record of a reply."""
+    return ArrayRecord({FLAT: Array(UINT8, (len(data),), RAW, data)})
 
 
-def masked_data(content: RecordDict, num_words: int) -> bytes:
-    """The masked words of a reply.
+def masked_data(content: RecordDict, num_bytes: int) -> bytes:
+    """The masked words of a reply, as they travel.
 
     Raises:
         FedmllmError: The array has another type, format or length.
         KeyError: The reply has no array.
     """
     array = content[ADAPTER_KEY][FLAT]
-    if (array.dtype, array.stype, len(array.data)) != (UINT64, RAW, 8 * num_words):
+    if (array.dtype, array.stype, len(array.data)) != (UINT8, RAW, num_bytes):
         raise FedmllmError(
             f"masked words came as {len(array.data)} bytes of {array.dtype}, {array.stype}; "
-            f"required: {8 * num_words} bytes of {UINT64}, {RAW}"[:200]
+            f"required: {num_bytes} bytes of {UINT8}, {RAW}"[:200]
         )
     return bytes(array.data)
 

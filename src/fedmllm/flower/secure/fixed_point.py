@@ -1,19 +1,71 @@
-"""Weighted numbers as integers modulo 2^64, whose sums are exact.
+"""Weighted numbers as integers modulo a power of 2, whose sums are exact.
 
-A word is `weight * round(value * 2^bits)`. The sum of K words divided by the sum of the weights is the weighted mean, within
-2^-(bits + 1) of the exact one. Negative numbers are two's complement, so that a sum is read as a signed integer.
+A word is `round(weight * value * 2^bits)`. The sum of K words divided by the sum of the weights is the weighted mean, within
+2^-(bits + 1) K / (sum of the weights) of the exact one. Negative numbers are two's complement, so that a sum is read as a
+signed integer. Words are computed with modulo 2^64; where they travel they have no more bits than their sums need.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from fedmllm.config.engine import WordBits
 from fedmllm.core.errors import FedmllmError, Reason
 
-Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"  # [W], little-endian where they travel
+Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"  # [W]
 WORD_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Form:
+    """Form in which words travel, little-endian: numbers of few bits, then counts of 64.
+
+    Words of 48 bits are their lower 32 bits, one after another, and then their upper 16.
+
+    Attributes:
+        num_numbers: P.
+        num_counts: C.
+        word_bits: Of a number.
+    """
+
+    num_numbers: int
+    num_counts: int
+    word_bits: WordBits
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all words."""
+        return self.num_numbers * self.word_bits // 8 + self.num_counts * WORD_BYTES
+
+    def to_bytes(self, words: Words) -> bytes:
+        """Words [P + C] as they travel; of a number the upper bits are dropped."""
+        whole = words.astype("<u8", copy=False)
+        numbers, counts = whole[: self.num_numbers], whole[self.num_numbers :]
+        return b"".join([*(part.tobytes() for part in self._parts(numbers)), counts.tobytes()])
+
+    def from_bytes(self, data: bytes) -> Words:
+        """Inverse of `to_bytes`: words [P + C], the dropped bits 0.
+
+        Raises:
+            FedmllmError: There are more or fewer bytes.
+        """
+        if len(data) != self.num_bytes:
+            raise FedmllmError(f"{len(data)} bytes are not the {self.num_bytes} of {self.num_numbers} masked numbers")
+        whole, at = np.zeros(self.num_numbers + self.num_counts, "<u8"), 0
+        for part in (*self._parts(whole[: self.num_numbers]), whole[self.num_numbers :]):
+            part[:] = np.frombuffer(data, part.dtype, len(part), at)
+            at += len(part) * part.itemsize
+        return whole.astype(np.uint64, copy=False)
+
+    def _parts(self, numbers: Words) -> list[np.ndarray[Any, Any]]:
+        """Views of the bits that travel."""
+        if self.word_bits == 8 * WORD_BYTES:
+            return [numbers]
+        lower = numbers.view("<u4")[::2]
+        return [lower] if self.word_bits == 32 else [lower, numbers.view("<u2")[2::4]]
 
 
 def to_words(values: np.ndarray[Any, Any], weight: int, bits: int, bound: float) -> Words:
@@ -26,7 +78,7 @@ def to_words(values: np.ndarray[Any, Any], weight: int, bits: int, bound: float)
         bound: Largest absolute value.
 
     Returns:
-        `weight * round(value * 2^bits)` modulo 2^64, [P].
+        `round(weight * value * 2^bits)` modulo 2^64, [P].
 
     Raises:
         FedmllmError: A value is not finite or over the bound.
@@ -34,32 +86,19 @@ def to_words(values: np.ndarray[Any, Any], weight: int, bits: int, bound: float)
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= bound:  # NaN, too
         raise FedmllmError(Reason(f"a number of its delta is over engine.secure.bound = {bound:g}", f"{largest:g}"))
-    scaled = np.rint(values.astype(np.float64) * 2.0**bits).astype(np.int64)
-    scaled *= weight
-    return scaled.view(np.uint64)
+    scaled = values.astype(np.float64)
+    scaled *= weight * 2.0**bits  # exact: a float32 has 24 digits, a weight 20
+    np.rint(scaled, out=scaled)
+    return scaled.astype(np.int64).view(np.uint64)
 
 
-def from_words(total: Words, bits: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The sum that words stand for: the representative nearest to 0, times 2^-bits, in float64 [P]."""
-    return total.view(np.int64) / 2.0**bits
+def from_words(total: Words, bits: int, word_bits: WordBits = 64) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The sum that words stand for: the representative modulo 2^word_bits nearest to 0, times 2^-bits, in float64 [P]."""
+    above = 8 * WORD_BYTES - word_bits
+    lifted = (total << np.uint64(above)).view(np.int64) >> above if above else total.view(np.int64)
+    return lifted / 2.0**bits
 
 
 def word(value: int) -> Words:
     """One integer as a word [1]."""
     return np.array([value], dtype=np.int64).view(np.uint64)
-
-
-def to_bytes(words: Words) -> bytes:
-    """Words as they travel, little-endian."""
-    return words.astype("<u8", copy=False).tobytes()
-
-
-def from_bytes(data: bytes) -> Words:
-    """Inverse of `to_bytes`.
-
-    Raises:
-        FedmllmError: The bytes are not a whole number of words.
-    """
-    if len(data) % WORD_BYTES:
-        raise FedmllmError(f"{len(data)} bytes are not a whole number of words of {WORD_BYTES} bytes")
-    return np.frombuffer(data, dtype="<u8").astype(np.uint64)

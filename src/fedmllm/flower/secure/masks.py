@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -17,20 +16,32 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedmllm.core.errors import FedmllmError
-from fedmllm.flower.secure.fixed_point import WORD_BYTES, Words
+from fedmllm.flower.secure.fixed_point import Form, Words
 
 _KEY_BYTES = 32
 
 
-def keystream(key: bytes, num_words: int) -> Words:
-    """The ChaCha20 keystream of a key, nonce 0 and counter 0, as little-endian words [W].
+def keystream(key: bytes, num_bytes: int) -> bytes:
+    """The ChaCha20 keystream of a key, nonce 0 and counter 0.
 
     Args:
         key: 32 bytes that are never used for another keystream.
-        num_words: W.
+        num_bytes: Its length.
     """
-    stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
-    return np.frombuffer(stream.update(bytes(WORD_BYTES * num_words)), dtype="<u8").astype(np.uint64, copy=False)
+    return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(num_bytes))
+
+
+def mask(key: bytes, form: Form) -> Words:
+    """The mask of a key: its keystream, read as words of this form.
+
+    Args:
+        key: As that of `keystream`.
+        form: Of the words that are masked.
+
+    Returns:
+        Uniform words, [W].
+    """
+    return form.from_bytes(keystream(key, form.num_bytes))
 
 
 def pair_key(own: X25519PrivateKey, peer: bytes, context: bytes) -> bytes:
@@ -51,18 +62,19 @@ def pair_key(own: X25519PrivateKey, peer: bytes, context: bytes) -> bytes:
     return HKDF(hashes.SHA256(), _KEY_BYTES, salt=None, info=context).derive(secret)
 
 
-def add_masks(words: Words, site: str, keys: Mapping[str, bytes]) -> Words:
+def add_masks(words: Words, site: str, keys: Mapping[str, bytes], form: Form) -> Words:
     """Words with the masks of all pairs of this site.
 
     Args:
         words: [W]; not changed.
         site: This site's name.
         keys: By the names of the other sites, the key of each pair.
+        form: Of the words.
     """
     masked = words.copy()
     for peer, key in keys.items():
         if site < peer:
-            masked += keystream(key, len(words))
+            masked += mask(key, form)
         else:
-            masked -= keystream(key, len(words))
+            masked -= mask(key, form)
     return masked

@@ -25,9 +25,8 @@ from fedmllm.core.spec import Spec, validate
 from fedmllm.core.storage import write_atomically
 from fedmllm.flower.request import Request
 from fedmllm.flower.secure.attempt import Asked, Attempt, facts_of, mask_key
-from fedmllm.flower.secure.fixed_point import Words
-from fedmllm.flower.secure.layout import pack_words
-from fedmllm.flower.secure.masks import add_masks, keystream
+from fedmllm.flower.secure.layout import form_of, pack_words
+from fedmllm.flower.secure.masks import add_masks, mask
 from fedmllm.flower.secure.signing import is_signed, signature_of, site_private_key, site_public_key
 from fedmllm.flower.secure.terms import Advert, Ask, Opened, Prepared, Terms
 from fedmllm.flower.site.config import Refused, Site
@@ -186,8 +185,8 @@ class SecureMember:
         delta: np.ndarray[Any, Any],
         num_examples: int,
         metrics: Mapping[str, float],
-    ) -> Words:
-        """This site's part of the sum. The keys of the masks are used up.
+    ) -> bytes:
+        """This site's part of the sum, as it travels. The keys of the masks are used up.
 
         Args:
             request: As `prepare` accepted it.
@@ -218,10 +217,11 @@ class SecureMember:
                 peer: mask_key(facts, common, own, public, self._site.name, peer) for peer, public in peers.items()
             }
         )
-        masked = add_masks(words, self._site.name, keys)
+        form = form_of(len(delta), terms)
+        masked = add_masks(words, self._site.name, keys, form)
         if terms.threshold:
-            masked += keystream(attempt.seed, len(masked))
-        return masked
+            masked += mask(attempt.seed, form)
+        return form.to_bytes(masked)
 
     def sign(self, ask: Ask) -> str:
         """Sign which sites' updates are in the sum: one set for an attempt.

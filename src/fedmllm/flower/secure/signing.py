@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedmllm.core.errors import FedmllmError
 
-PROTOCOL = "fedmllm secure aggregation 1"
+PROTOCOL = "fedmllm secure aggregation 2"
 HASH = ec.ECDSA(hashes.SHA384())
 
 

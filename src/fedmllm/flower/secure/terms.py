@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from fedmllm.config.engine import LEAST_SITES, MOST_SITES
+from fedmllm.config.engine import LEAST_BITS, LEAST_SITES, MOST_BITS, MOST_ROWS, MOST_SITES, WordBits, sum_fits
 from fedmllm.core.spec import Spec
 
 RUN_ID = "^[0-9a-f]{12}$"
@@ -30,14 +30,20 @@ class Advert(Spec):
 class Terms(Spec):
     """Rules by which a site masks its update. All sites of a round receive the same."""
 
+    version: Literal[2]
+    """Of the protocol; sites and servers of another one refuse each other."""
     serial: PositiveInt
     """Number of the attempt, which grows within a run: a site uses each key of a pair for one attempt."""
     adverts: tuple[Advert, ...] = Field(min_length=LEAST_SITES, max_length=MOST_SITES)
     """Keys of all sites of the sum, this one included."""
     weights: Literal["rows", "clients"]
     """Whether a site counts by its rows, or once."""
-    bits: int = Field(ge=8, le=40)
+    word_bits: WordBits
+    """Bits of a number of the sum, modulo 2 to which it is known."""
+    bits: int = Field(ge=LEAST_BITS, le=MOST_BITS)
     """Digits after the binary point."""
+    rows: int = Field(ge=1, le=MOST_ROWS)
+    """Most rows of a site, if it counts by them."""
     bound: PositiveFloat
     """Largest absolute value of a number of the delta."""
     max_norm: float = Field(ge=0)
@@ -49,6 +55,16 @@ class Terms(Spec):
     """With shares: each site's key of this attempt, from which its masks come."""
     shares: dict[str, str] = Field({}, max_length=MOST_SITES)
     """With shares: those for this site by the name of the site that made them, encrypted. They differ from site to site."""
+
+    @model_validator(mode="after")
+    def _sums_fit(self) -> Terms:
+        most = self.rows if self.weights == "rows" else 1
+        if not sum_fits(len(self.adverts), most, self.bound, self.bits, self.word_bits):
+            raise ValueError(
+                f"sums of {len(self.adverts)} sites with {self.bits} digits after the binary point do not fit into "
+                f"{self.word_bits} bits"
+            )
+        return self
 
     def names(self) -> list[str]:
         """The sites of the sum, sorted."""
@@ -76,6 +92,8 @@ class Opened(Spec):
 class Ask(Spec):
     """A request about keys and shares of a secure sum."""
 
+    version: Literal[2] = 2
+    """As in `Terms`."""
     op: Literal["key", "prepare", "sign", "open"]
     """What is asked."""
     run_id: str = Field(pattern=RUN_ID)

@@ -25,9 +25,9 @@ from fedmllm.core.spec import Spec, validate
 from fedmllm.core.tensors import manifest_digest, unflatten
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent
 from fedmllm.flower.secure.attempt import common_digest, facts_of, mask_key
-from fedmllm.flower.secure.fixed_point import WORD_BYTES, Words, from_bytes
-from fedmllm.flower.secure.layout import SUMMED_METRICS, unpack_sum
-from fedmllm.flower.secure.masks import keystream
+from fedmllm.flower.secure.fixed_point import Form, Words
+from fedmllm.flower.secure.layout import form_of, unpack_sum
+from fedmllm.flower.secure.masks import mask
 from fedmllm.flower.secure.shares import join
 from fedmllm.flower.secure.terms import HEX_SIGNATURE, KEY, OPEN, PREPARE, SIGN, Advert, Ask, Opened, Prepared, Terms
 from fedmllm.flower.wire import ABOUT, REFUSED, SECURE, array_data, legible, masked_data
@@ -50,6 +50,7 @@ class SecureRounds:
         self._sites, self._settings = sites, settings
         self._run_id = sites.experiment.run_id()
         self._max_norm = sites.experiment.update_filter.max_norm
+        self._most = max(LEAST_SITES, sites.experiment.cohort_size or len(sites.names))  # the same words in all rounds
         self._adverts: dict[int, Advert] = {}
         self._serial = 0
 
@@ -103,15 +104,18 @@ class SecureRounds:
             own = self._prepare(at, since, own, lost, len(sents))
         like = next(iter(sents.values())).returned()
         requests = self._sites.requests(at, {k: sents[k] for k in own}, own)
-        total, replies = self._masked(at, like, since, requests, lost)
+        form = form_of(sum(t.numel() for t in like.values()), terms)
+        total, replies = self._masked(at, like, form, since, requests, lost)
         self._note(lost, {}, len(sents))
         if self._recovers:
             content = next(iter(requests.values()))
             common = common_digest(str(content[ABOUT]["request"]), array_data(content))
-            total = self._unmasked(at, since, next(iter(own.values())), common, sorted(own), sorted(replies), total)
+            total = self._unmasked(
+                at, since, next(iter(own.values())), common, sorted(own), sorted(replies), form, total
+            )
         for k in lost:
             self._adverts.pop(k, None)  # a site that was restarted has another key
-        update = self._read(at, total, like, replies, next(iter(own.values())))
+        update = self._read(at, total, like, form, replies, next(iter(own.values())))
         return [update, *(ClientFailure(k, reason) for k, reason in sorted(lost.items()))]
 
     def _note(self, lost: dict[int, str], more: Mapping[int, str], cohort: int) -> None:
@@ -124,33 +128,33 @@ class SecureRounds:
         self,
         at: Round,
         like: Params,
+        form: Form,
         since: Mapping[int, str],
         requests: Mapping[int, RecordDict],
         lost: dict[int, str],
     ) -> tuple[Words, dict[int, Message]]:
         """The sum of the masked words, and the replies in ascending order; sites without one join `lost`."""
-        num_words = sum(t.numel() for t in like.values()) + 1 + 2 * len(SUMMED_METRICS)
-        total, replies = np.zeros(num_words, dtype=np.uint64), dict[int, Message]()
+        total, replies = np.zeros(form.num_numbers + form.num_counts, dtype=np.uint64), dict[int, Message]()
         for client, reply in self._sites.exchange(at, since, requests):
             try:
-                total += read_words(reply, num_words, like)
+                total += read_words(reply, form, like)
                 replies[client] = cast("Message", reply)
             except FedmllmError as error:
                 lost[client] = str(error)
         return total, {k: replies[k] for k in sorted(replies)}
 
     def _read(
-        self, at: Round, total: Words, like: Params, replies: Mapping[int, Message], terms: Terms
+        self, at: Round, total: Words, like: Params, form: Form, replies: Mapping[int, Message], terms: Terms
     ) -> ClientUpdate:
         clients = tuple(replies)
         try:
-            summed = unpack_sum(total, sum(t.numel() for t in like.values()), len(clients), terms)
+            summed = unpack_sum(total, form.num_numbers, len(clients), terms)
         except FedmllmError as error:
             raise _Missing(dict.fromkeys(clients, str(error))) from None
         if odd := [k for k in clients if not self._sites.keep_digest(k, at, replies[k])]:
             raise _Missing(dict.fromkeys(odd, "its reply cannot be read: the digest of its state is not one"))
         delta = unflatten(torch.from_numpy(summed.mean), like)
-        sent_bytes = WORD_BYTES * len(total) * len(clients)
+        sent_bytes = form.num_bytes * len(clients)
         return ClientUpdate(clients[0], delta, summed.weight, summed.metrics, clients=clients, sent_bytes=sent_bytes)
 
     # ---- keys
@@ -190,6 +194,7 @@ class SecureRounds:
         common: str,
         asked: list[int],
         there: list[int],
+        form: Form,
         total: Words,
     ) -> Words:
         """The sum without the own masks of the sites in it and without the pairs' masks of those that are missing."""
@@ -208,7 +213,7 @@ class SecureRounds:
         try:
             for site in alive:
                 seed = join({x: int(o.seeds[site], 16) for x, o in holders.items()})
-                total = total - keystream(seed, len(total))
+                total -= mask(seed, form)
             publics = {advert.site: advert.public for advert in terms.mask_keys}
             facts = facts_of(self._run_id, at.number, terms)
             for site in sorted(set(numbers) - set(alive)):
@@ -216,8 +221,8 @@ class SecureRounds:
                     join({x: int(o.keys[site], 16) for x, o in holders.items()})
                 )
                 for other in alive:
-                    mask = keystream(mask_key(facts, common, private, publics[other], site, other), len(total))
-                    total = total - mask if other < site else total + mask
+                    theirs = mask(mask_key(facts, common, private, publics[other], site, other), form)
+                    total = total - theirs if other < site else total + theirs
         except (KeyError, FedmllmError) as error:
             raise _Missing(dict.fromkeys(there, f"the shares do not open the sum: {error}")) from None
         return total
@@ -240,11 +245,15 @@ class SecureRounds:
         weights = self._sites.clients.aggregator.weighted_by
         if not weights:  # refused when the experiment was parsed
             raise ConfigError(f"aggregator.name: {self._sites.clients.aggregator.name} needs each site's update")
+        word_bits, bits = self._settings.words(self._most, weights)
         return Terms(
+            version=2,
             serial=self._serial,
             adverts=tuple(self._adverts[k] for k in clients),
             weights=weights,
-            bits=self._settings.bits,
+            word_bits=word_bits,
+            bits=bits,
+            rows=self._settings.rows,
             bound=self._settings.bound,
             max_norm=self._max_norm,
             threshold=self._settings.threshold(len(clients)),
@@ -298,12 +307,12 @@ def read_secure(reply: Message | str) -> str:
     return str(about[SECURE])
 
 
-def read_words(reply: Message | str, num_words: int, like: Params) -> Words:
+def read_words(reply: Message | str, form: Form, like: Params) -> Words:
     """The masked words of a reply.
 
     Args:
         reply: Of a site, or the reason why there is none.
-        num_words: That it must have.
+        form: That they must have.
         like: Names and shapes of the delta.
 
     Raises:
@@ -313,6 +322,6 @@ def read_words(reply: Message | str, num_words: int, like: Params) -> Words:
     if about.get("manifest") != manifest_digest(like):
         raise FedmllmError("its manifest is another one: names or shapes differ")
     try:
-        return from_bytes(masked_data(cast("Message", reply).content, num_words))
+        return form.from_bytes(masked_data(cast("Message", reply).content, form.num_bytes))
     except (KeyError, TypeError, AttributeError) as error:
         raise FedmllmError(f"its reply cannot be read: {type(error).__name__}: {error}") from None

@@ -18,8 +18,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest, manifest_digest, norm
 from fedmllm.flower.request import Request, header_of
-from fedmllm.flower.secure.fixed_point import to_bytes
-from fedmllm.flower.secure.layout import pack_words
+from fedmllm.flower.secure.layout import form_of, pack_words
 from fedmllm.flower.secure.masks import add_masks
 from fedmllm.flower.secure.terms import Advert, Terms
 from fedmllm.flower.site.config import Site
@@ -84,11 +83,16 @@ def _train(site: Site, experiment: Experiment, trainer: Trainer, out: Path | Non
 def _made_up_terms(site: Site, experiment: Experiment, secure: SecureAggregation) -> Terms:
     names = [site.name, *(name for name in ("one", "two", "three") if name != site.name)][:LEAST_SITES]
     adverts = tuple(Advert(site=name, public="0" * 64, signature="0" * 16) for name in names)
+    weights = experiment.server().weighted_by or "rows"
+    word_bits, bits = secure.words(experiment.cohort_size or LEAST_SITES, weights)
     return Terms(
+        version=2,
         serial=1,
         adverts=adverts,
-        weights=experiment.server().weighted_by or "rows",
-        bits=secure.bits,
+        weights=weights,
+        word_bits=word_bits,
+        bits=bits,
+        rows=secure.rows,
         bound=secure.bound,
         max_norm=experiment.update_filter.max_norm,
     )
@@ -98,4 +102,5 @@ def _masked(terms: Terms, site: Site, about: Mapping[str, Any], delta: np.ndarra
     """The reply of a secure sum, with random keys in place of those of the pairs."""
     words = pack_words(delta, about["num_examples"], about["metrics"], terms)
     keys = {name: secrets.token_bytes(32) for name in terms.names() if name != site.name}
-    return masked_content(to_bytes(add_masks(words, site.name, keys)), about)
+    form = form_of(len(delta), terms)
+    return masked_content(form.to_bytes(add_masks(words, site.name, keys, form)), about)

@@ -46,7 +46,6 @@ from fedmllm.flower.patches import PULL_CAP_S, PULL_FIRST_S, PULL_S, set_message
 from fedmllm.flower.processes import exclusive_lock, stop
 from fedmllm.flower.request import KEPT, LARGEST_REQUEST, Request
 from fedmllm.flower.secure.attempt import Asked, common_digest
-from fedmllm.flower.secure.fixed_point import to_bytes
 from fedmllm.flower.secure.member import SecureMember
 from fedmllm.flower.secure.terms import Ask
 from fedmllm.flower.site.config import Refused, Site, state_folder
@@ -271,9 +270,8 @@ def _masked(
     request: Request, common: str, said: dict[str, Any], delta: bytes, member: SecureMember
 ) -> tuple[RecordDict, str]:
     """A reply of which the server can read the kept state's digest only, unless it has those of all other sites."""
-    data = to_bytes(
-        member.mask(request, common, np.frombuffer(delta, dtype="<f4"), int(said["num_examples"]), said["metrics"])
-    )
+    numbers = np.frombuffer(delta, dtype="<f4")
+    data = member.mask(request, common, numbers, int(said["num_examples"]), said["metrics"])
     others = len(request.secure.adverts) - 1 if request.secure else 0
     line = f"trained on {said['num_examples']} rows in {said['busy_s']:.1f} s; sent {len(data)} bytes, masked "
     return masked_content(data, said), f"{line}with {others} other sites"
