@@ -1,8 +1,8 @@
-"""Weighted numbers as integers modulo a power of 2, whose sums are exact.
+"""Numbers as integers whose sums are exact, modulo a power of 2.
 
 A word is `round(weight * value * 2^bits)`. The sum of K words divided by the sum of the weights is the weighted mean, within
 2^-(bits + 1) K / (sum of the weights) of the exact one. Negative numbers are two's complement, so that a sum is read as a
-signed integer. Words are computed with modulo 2^64; where they travel they have no more bits than their sums need.
+signed integer. Words are computed with modulo 2^64; where they travel they have the bits that their sums need.
 """
 
 from __future__ import annotations
