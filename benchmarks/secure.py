@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import flower_federation as trial
 
 from fedmllm.config.engine import SecureAggregation
-from fedmllm.flower.secure.fixed_point import Form, from_words, to_words
+from fedmllm.flower.secure.fixed_point import WordForm, from_words, to_words
 from fedmllm.flower.secure.masks import add_masks
 
 BYTES_A_RANK = 131_072 // 8  # of the embedded backbone's adapter
@@ -74,7 +74,7 @@ def arithmetic(num_sites: int, megabytes: float, settings: SecureAggregation) ->
     delta = np.random.default_rng(0).normal(0, 1e-3, int(megabytes * 1e6 / 4)).astype(np.float32)
     names = [f"site-{i:02d}" for i in range(num_sites)]
     word_bits, bits = settings.words(num_sites, "rows")
-    form = Form(len(delta), 0, word_bits)
+    form = WordForm(len(delta), 0, word_bits)
     keys = {frozenset(pair): os.urandom(32) for pair in combinations(names, 2)}
     exact, total, site_s, server_s = np.zeros(len(delta), np.uint64), np.zeros(len(delta), np.uint64), 0.0, 0.0
     for weight, name in enumerate(names, start=1):

@@ -30,8 +30,8 @@ from fedmllm.core.types import Round, Sent
 from fedmllm.flower.keys import make_site_key
 from fedmllm.flower.request import Request
 from fedmllm.flower.secure.attempt import Asked, common_digest, mask_key
-from fedmllm.flower.secure.fixed_point import Form, from_words, to_words
-from fedmllm.flower.secure.layout import SUMMED_METRICS, form_of, pack_words, unpack_sum
+from fedmllm.flower.secure.fixed_point import WordForm, from_words, to_words
+from fedmllm.flower.secure.layout import SUMMED_METRICS, pack_words, unpack_sum, word_form
 from fedmllm.flower.secure.masks import add_masks, keystream, pair_key
 from fedmllm.flower.secure.member import SecureMember
 from fedmllm.flower.secure.shares import join, split
@@ -69,14 +69,14 @@ def terms(**changes) -> Terms:
     return Terms(**{**known, "bound": 8.0, "max_norm": 0.0, **changes})
 
 
-FORM = form_of(NUM, terms())
+FORM = word_form(NUM, terms())
 
 
-def masks(key: bytes, form: Form = FORM) -> np.ndarray:
+def masks(key: bytes, form: WordForm = FORM) -> np.ndarray:
     return form.from_bytes(keystream(key, form.num_bytes))
 
 
-def same(one, other, form: Form = FORM) -> bool:
+def same(one, other, form: WordForm = FORM) -> bool:
     """Equal in every bit that travels."""
     return form.to_bytes(one) == form.to_bytes(other)
 
@@ -94,7 +94,7 @@ def metrics_of(site: int) -> dict[str, float]:
 @pytest.mark.parametrize("word_bits", [32, 48, 64])
 @pytest.mark.parametrize("num_sites", [3, 20])
 def test_masked_words_sum_to_the_integers_exactly_in_any_order(num_sites, word_bits):
-    form = Form(90, 10, word_bits)
+    form = WordForm(90, 10, word_bits)
     rng, names = np.random.default_rng(num_sites), [f"site-{i}" for i in range(num_sites)]
     plain = {n: rng.integers(0, 2**64, 100, dtype=np.uint64) for n in names}
     key = {frozenset((a, b)): rng.bytes(32) for a in names for b in names if a < b}
@@ -118,7 +118,7 @@ def test_a_word_is_the_weighted_rounded_number():
 
 @pytest.mark.parametrize(("word_bits", "size"), [(32, 4), (48, 6), (64, 8)])
 def test_words_travel_with_the_bits_that_their_sums_need(word_bits, size):
-    form, largest = Form(4, 2, word_bits), 2 ** (word_bits - 1) - 1
+    form, largest = WordForm(4, 2, word_bits), 2 ** (word_bits - 1) - 1
     words = np.array([1, -1, largest, -largest, 2**63 - 1, -5]).view(np.uint64)
     data = form.to_bytes(words)
     assert len(data) == form.num_bytes == 4 * size + 16
@@ -153,7 +153,7 @@ def test_words_are_the_narrowest_ones_in_which_no_sum_overflows(settings, num_si
     assert secure.words(num_sites, weights) == words
     word_bits, bits = words
     weight = secure.rows if weights == "rows" else 1
-    form = Form(2, 0, word_bits)
+    form = WordForm(2, 0, word_bits)
     for sign in (1, -1):
         at_bound = np.full(2, sign * secure.bound, np.float32)
         sent = form.from_bytes(form.to_bytes(to_words(at_bound, weight, bits, secure.bound)))

@@ -20,7 +20,7 @@ WORD_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Form:
+class WordForm:
     """Form in which words travel, little-endian: numbers of few bits, then counts of 64.
 
     Words of 48 bits are their lower 32 bits, one after another, and then their upper 16.

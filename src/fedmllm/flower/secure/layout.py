@@ -16,7 +16,7 @@ import numpy as np
 
 from fedmllm.config.engine import MOST_ROWS
 from fedmllm.core.errors import FedmllmError, Reason
-from fedmllm.flower.secure.fixed_point import WORD_BYTES, Form, Words, from_words, to_words, word
+from fedmllm.flower.secure.fixed_point import WORD_BYTES, WordForm, Words, from_words, to_words, word
 from fedmllm.flower.secure.terms import Terms
 
 SUMMED_METRICS = ("loss", "num_steps", "num_tokens", "time_s")
@@ -36,14 +36,14 @@ class Summed:
     metrics: dict[str, float]  # those that all sites gave
 
 
-def form_of(num_params: int, terms: Terms) -> Form:
+def word_form(num_params: int, terms: Terms) -> WordForm:
     """The form of a site's words.
 
     Args:
         num_params: P.
         terms: Of the sum.
     """
-    return Form(num_params, NUM_COUNTS, terms.word_bits)
+    return WordForm(num_params, NUM_COUNTS, terms.word_bits)
 
 
 def pack_words(delta: np.ndarray[Any, Any], num_examples: int, metrics: Mapping[str, float], terms: Terms) -> Words:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedmllm.core.errors import FedmllmError
-from fedmllm.flower.secure.fixed_point import Form, Words
+from fedmllm.flower.secure.fixed_point import WordForm, Words
 
 _KEY_BYTES = 32
 
@@ -31,7 +31,7 @@ def keystream(key: bytes, num_bytes: int) -> bytes:
     return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(num_bytes))
 
 
-def mask(key: bytes, form: Form) -> Words:
+def mask(key: bytes, form: WordForm) -> Words:
     """The mask of a key: its keystream, read as words of this form.
 
     Args:
@@ -62,7 +62,7 @@ def pair_key(own: X25519PrivateKey, peer: bytes, context: bytes) -> bytes:
     return HKDF(hashes.SHA256(), _KEY_BYTES, salt=None, info=context).derive(secret)
 
 
-def add_masks(words: Words, site: str, keys: Mapping[str, bytes], form: Form) -> Words:
+def add_masks(words: Words, site: str, keys: Mapping[str, bytes], form: WordForm) -> Words:
     """Words with the masks of all pairs of this site.
 
     Args:

@@ -25,7 +25,7 @@ from fedmllm.core.spec import Spec, validate
 from fedmllm.core.storage import write_atomically
 from fedmllm.flower.request import Request
 from fedmllm.flower.secure.attempt import Asked, Attempt, facts_of, mask_key
-from fedmllm.flower.secure.layout import form_of, pack_words
+from fedmllm.flower.secure.layout import pack_words, word_form
 from fedmllm.flower.secure.masks import add_masks, mask
 from fedmllm.flower.secure.signing import is_signed, signature_of, site_private_key, site_public_key
 from fedmllm.flower.secure.terms import Advert, Ask, Opened, Prepared, Terms
@@ -217,7 +217,7 @@ class SecureMember:
                 peer: mask_key(facts, common, own, public, self._site.name, peer) for peer, public in peers.items()
             }
         )
-        form = form_of(len(delta), terms)
+        form = word_form(len(delta), terms)
         masked = add_masks(words, self._site.name, keys, form)
         if terms.threshold:
             masked += mask(attempt.seed, form)

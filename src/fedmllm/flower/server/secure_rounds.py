@@ -25,8 +25,8 @@ from fedmllm.core.spec import Spec, validate
 from fedmllm.core.tensors import manifest_digest, unflatten
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, Sent
 from fedmllm.flower.secure.attempt import common_digest, facts_of, mask_key
-from fedmllm.flower.secure.fixed_point import Form, Words
-from fedmllm.flower.secure.layout import form_of, unpack_sum
+from fedmllm.flower.secure.fixed_point import WordForm, Words
+from fedmllm.flower.secure.layout import unpack_sum, word_form
 from fedmllm.flower.secure.masks import mask
 from fedmllm.flower.secure.shares import join
 from fedmllm.flower.secure.terms import HEX_SIGNATURE, KEY, OPEN, PREPARE, SIGN, Advert, Ask, Opened, Prepared, Terms
@@ -104,7 +104,7 @@ class SecureRounds:
             own = self._prepare(at, since, own, lost, len(sents))
         like = next(iter(sents.values())).returned()
         requests = self._sites.requests(at, {k: sents[k] for k in own}, own)
-        form = form_of(sum(t.numel() for t in like.values()), terms)
+        form = word_form(sum(t.numel() for t in like.values()), terms)
         total, replies = self._masked(at, like, form, since, requests, lost)
         self._note(lost, {}, len(sents))
         if self._recovers:
@@ -128,7 +128,7 @@ class SecureRounds:
         self,
         at: Round,
         like: Params,
-        form: Form,
+        form: WordForm,
         since: Mapping[int, str],
         requests: Mapping[int, RecordDict],
         lost: dict[int, str],
@@ -144,7 +144,7 @@ class SecureRounds:
         return total, {k: replies[k] for k in sorted(replies)}
 
     def _read(
-        self, at: Round, total: Words, like: Params, form: Form, replies: Mapping[int, Message], terms: Terms
+        self, at: Round, total: Words, like: Params, form: WordForm, replies: Mapping[int, Message], terms: Terms
     ) -> ClientUpdate:
         clients = tuple(replies)
         try:
@@ -194,7 +194,7 @@ class SecureRounds:
         common: str,
         asked: list[int],
         there: list[int],
-        form: Form,
+        form: WordForm,
         total: Words,
     ) -> Words:
         """The sum without the own masks of the sites in it and without the pairs' masks of those that are missing."""
@@ -307,7 +307,7 @@ def read_secure(reply: Message | str) -> str:
     return str(about[SECURE])
 
 
-def read_words(reply: Message | str, form: Form, like: Params) -> Words:
+def read_words(reply: Message | str, form: WordForm, like: Params) -> Words:
     """The masked words of a reply.
 
     Args:

@@ -18,7 +18,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest, manifest_digest, norm
 from fedmllm.flower.request import Request, header_of
-from fedmllm.flower.secure.layout import form_of, pack_words
+from fedmllm.flower.secure.layout import pack_words, word_form
 from fedmllm.flower.secure.masks import add_masks
 from fedmllm.flower.secure.terms import Advert, Terms
 from fedmllm.flower.site.config import Site
@@ -102,5 +102,5 @@ def _masked(terms: Terms, site: Site, about: Mapping[str, Any], delta: np.ndarra
     """The reply of a secure sum, with random keys in place of those of the pairs."""
     words = pack_words(delta, about["num_examples"], about["metrics"], terms)
     keys = {name: secrets.token_bytes(32) for name in terms.names() if name != site.name}
-    form = form_of(len(delta), terms)
+    form = word_form(len(delta), terms)
     return masked_content(form.to_bytes(add_masks(words, site.name, keys, form)), about)
