@@ -27,7 +27,7 @@ from fedmllm.backbones.hf import TransformersBackbone
 from fedmllm.config.engine import InProcess as InProcessSettings
 from fedmllm.config.engine import Stacked as StackedSettings
 from fedmllm.config.train import Train
-from fedmllm.core.types import Shard
+from fedmllm.core.types import Round, Sent, Shard
 from fedmllm.data.prompts import Plain
 from fedmllm.data.synthetic import SyntheticIrony
 from fedmllm.federation.client import Clients, RowStore
@@ -149,10 +149,10 @@ def bare(clients: Clients, budget: int) -> Callable[[int], None]:
 
 def engine(of: Any, settings: Any, clients: Clients) -> Callable[[int], None]:
     made = of(settings, clients)
-    start, cohort = clients.backbone.lora(), range(len(clients.shards))
+    start, cohort = clients.backbone.lora(), tuple(range(len(clients.shards)))
 
     def go(round_: int) -> None:
-        for update in made(start, round_, cohort):
+        for update in made(Round(round_, 0, 10, cohort, len(cohort)), dict.fromkeys(cohort, Sent(start))):
             assert update.num_examples
         clients.backbone.set_lora(start)
 
