@@ -3,7 +3,7 @@
 python benchmarks/shared_pass.py [--rows 16] [--repeats 5] > results/shared_pass.md
 
 An upper bound: `--runs` runs that share base, rows and scenario, with two clients a round each, as in experiments/verdict and
-experiments/lora. All clients train in one engine, `clients` of them in one pass: 2 = each run for itself, more = several runs together.
+experiments/lora. All clients train in one engine, in passes of one run (each for itself) or of several together.
 Each client does the same steps. The least CPU time of the repeats counts: it is what other processes distort least.
 """
 
@@ -17,10 +17,10 @@ import torch
 from machine import describe
 from stacked import federation
 
-from fedmllm.core.types import Round, Sent
 from fedmllm.backbones.base import Tiny
 from fedmllm.config.engine import Stacked
 from fedmllm.config.train import Train
+from fedmllm.core.types import Round, Sent
 from fedmllm.federation.client import Clients
 from fedmllm.federation.engines.stacked.engine import StackedEngine
 
@@ -57,10 +57,12 @@ def main() -> None:
             seen[case].append(round_s(clients, *case))
     alone = min(seen[COHORT, 1024])
     print("# One stacked pass over several runs: an upper bound\n")
-    print(f"`python benchmarks/shared_pass.py`, {arguments.runs} runs of {COHORT} clients a round, {arguments.rows} rows a client, batches "
-          f"of 4, embedded model, one thread.\n{describe()}\n")  # fmt: skip
     print(
-        f"CPU s: least of {arguments.repeats}. Gain: against each run for itself with passes of 1,024 tokens, the default on CPUs.\n"
+        f"`python benchmarks/shared_pass.py`, {arguments.runs} runs of {COHORT} clients, {arguments.rows} rows a client,"
+    )
+    print(f"batches of 4, embedded model, one thread.\n{describe()}\n")
+    print(
+        f"CPU s: least of {arguments.repeats}. Gain: against each run for itself with passes of 1,024 tokens (the default).\n"
     )
     print("| runs in a pass | tokens a pass | CPU s a round of all runs | ms a row | gain |")
     print("|---:|---:|---:|---:|---:|")
