@@ -81,15 +81,20 @@ def reading_of(rows: Iterable[Example]) -> Reading:
     return "numbers" if only_number else "words"
 
 
+def as_choice(answer: str, choices: Sequence[str], reading: Reading) -> str | None:
+    """The choice that an answer names, None if it names none; the answer of an open question."""
+    if not choices:
+        return answer
+    return (as_word if reading == "words" else as_number)(answer, choices)
+
+
 def read_answer(row: Example, reading: Reading) -> Example:
     """The row with its answer as one of its choices.
 
     Raises:
         DataError: The answer is not one of the choices.
     """
-    if not row.choices:
-        return row
-    chosen = (as_word if reading == "words" else as_number)(row.answer, row.choices)
+    chosen = as_choice(row.answer, row.choices, reading)
     if chosen is None:
         way = ", nor one of their numbers from 0" if reading == "words" else " by its number from 0"
         raise DataError(

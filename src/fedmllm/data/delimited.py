@@ -140,6 +140,50 @@ def csv_rows(path: Path, delimiter: str = "") -> Placed:
         header_cells(path, [])
 
 
+def csv_blocks(path: Path, delimiter: str, size: int) -> Iterator[tuple[list[str], list[int], list[list[str]]]]:
+    """The rows of a csv file in blocks. It takes a fraction of the time of `csv_rows`, but reads no file with a broken line.
+
+    Args:
+        path: The file.
+        delimiter: As for `csv_rows`.
+        size: Rows of a block, at most.
+
+    Yields:
+        Names of the columns; the lines on which rows begin; cells of the rows, as many as there are.
+
+    Raises:
+        ValueError: The file is one for `csv_rows`, which says where it is broken.
+        DataError: The header is bad.
+    """
+    csv.field_size_limit(MAX_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            first = next(file, "")
+            if first.startswith("sep="):
+                raise ValueError("a declared delimiter")
+            reader = csv.reader(
+                itertools.chain([first], file), strict=True, delimiter=delimiter or _delimiter(first.encode())
+            )
+            header = header_cells(path, next(reader, []))
+            numbers: list[int] = []
+            rows: list[list[str]] = []
+            end = reader.line_num
+            for cells in reader:
+                start, end = end + 1, reader.line_num
+                if end > start and any("\r" in cell for cell in cells):
+                    raise ValueError("a text with two kinds of line ends")
+                if cells:
+                    numbers.append(start)
+                    rows.append(cells)
+                if len(rows) == size:
+                    yield header, numbers, rows
+                    numbers, rows = [], []
+            if rows:
+                yield header, numbers, rows
+    except (OSError, csv.Error) as error:
+        raise ValueError(str(error)) from None
+
+
 def _delimiter(header: bytes) -> str:
     """Excel separates with semicolons where the comma is the decimal sign."""
     outside = b"".join(header.split(b'"')[::2])

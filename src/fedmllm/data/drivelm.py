@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fedmllm.core.errors import DataError
 from fedmllm.core.spec import ADDED_LATER
-from fedmllm.core.types import Content, Example, Modality
+from fedmllm.core.types import Content, Example, Modality, quick_example
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.cells import alike
 from fedmllm.data.prompts import LETTERS
@@ -224,10 +224,7 @@ class _Questions:
         )
 
     def plain(self) -> list[Example]:
-        """The rows in one step, equal to those of `one_by_one`; [] unless all of them are open or yes/no questions.
-
-        The attributes are set at once: the constructor of a frozen dataclass takes longer than all else here.
-        """
+        """The rows in one step, equal to those of `one_by_one`; [] unless all of them are open or yes/no questions."""
         try:
             pairs = [(row["Q"], row["A"]) for row in self.asked]
         except (KeyError, TypeError, IndexError):
@@ -242,23 +239,18 @@ class _Questions:
             if len(plain) <= 1 or is_blank(plain):  # an option's letter, or nothing
                 return []
             is_closed = plain in YES_NO
-            row = object.__new__(Example)
-            object.__setattr__(
-                row,
-                "__dict__",
-                {
-                    "id": f"{self.name}{index}",
-                    "fields": self.fields,
-                    "question": question.strip(),
-                    "choices": YES_NO if is_closed else (),
-                    "answer": plain if is_closed else answer,
-                    "where": f"{self.before}{index}]",
-                    "columns": closed if is_closed else opened,
-                    "pieces": (),
-                    "announced": self.announced,
-                },
+            rows.append(
+                quick_example(
+                    f"{self.name}{index}",
+                    self.fields,
+                    question.strip(),
+                    YES_NO if is_closed else (),
+                    plain if is_closed else answer,
+                    f"{self.before}{index}]",
+                    closed if is_closed else opened,
+                    self.announced,
+                )
             )
-            rows.append(row)
         return rows
 
 

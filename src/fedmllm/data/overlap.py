@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fedmllm.core.types import Example
+from fedmllm.core.types import Content, Example, Modality
 from fedmllm.data.reading import listed
 
 
@@ -22,7 +22,9 @@ def overlap(train: Sequence[Example], test: Sequence[Example], group: str = "") 
         One sentence each for equal rows, shared pictures and shared groups; () if there is no overlap.
     """
     notes = []
-    known = {_content(e) for e in train}
+    asked, shown = {_asked(e) for e in test}, {_shown(e.fields) for e in test}
+    alike = {key for key, fields in _different(train).items() if _shown(fields) in shown}
+    known = {_content(e) for e in train if id(e.fields) in alike and _asked(e) in asked}
     if equal := [e for e in test if _content(e) in known]:
         notes.append(f"{_of(equal, test)} are also training rows: {listed(e.id for e in equal)}")
     pictures = _pictures(train)
@@ -42,10 +44,23 @@ def _of(some: Sequence[Example], test: Sequence[Example]) -> str:
 
 
 def _content(row: Example) -> Hashable:
-    return (tuple(row.fields.items()), row.pieces or row.question, row.choices, row.answer)
+    return (_shown(row.fields), _asked(row))
+
+
+def _asked(row: Example) -> Hashable:
+    return (row.pieces or row.question, row.choices, row.answer)
+
+
+def _shown(fields: Mapping[Modality, Content]) -> Hashable:
+    return tuple(fields.items())
+
+
+def _different(rows: Iterable[Example]) -> dict[int, Mapping[Modality, Content]]:
+    """The fields of the rows, each once where rows share them, as those of a keyframe do."""
+    return {id(row.fields): row.fields for row in rows}
 
 
 def _pictures(rows: Iterable[Example]) -> set[Path]:
-    fields = {id(row.fields): row.fields for row in rows}.values()  # rows of a keyframe share their fields
+    fields = _different(rows).values()
     paths = {path for field in fields for content in field.values() if isinstance(content, tuple) for path in content}
     return {Path(os.path.normpath(path)) if ".." in path.parts else path for path in paths}  # "a/../b" is "b"

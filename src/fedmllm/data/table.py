@@ -14,12 +14,13 @@ from pydantic import Field, field_validator, model_validator
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.spec import ADDED_LATER, Spec
 from fedmllm.core.types import Content, Example, Modality
-from fedmllm.data.answers import as_word, is_ambiguous, read_answer, reading_of
+from fedmllm.data.answers import as_choice, as_word, is_ambiguous, read_answer, reading_of
 from fedmllm.data.base import Dataset, OnBadRow, Rows, Source, Split
 from fedmllm.data.cells import MAX_CHOICES, NA_VALUES, alike, choices_of, group, hint_at, is_missing
 from fedmllm.data.files import IMAGE_COLUMN, File, Form, Options, files_of, form_of, rows_of
 from fedmllm.data.imagefolder import METADATA
 from fedmllm.data.marks import MARK, as_list, marks_in, pictures_of, split_at_marks
+from fedmllm.data.plain import Kept, Part, Plan, plain_rows
 from fedmllm.data.reading import RawRow, as_id, collect, filled, held_out, id_key, listed, picture, quoted, take_text
 from fedmllm.data.render import Render, check_names, readings
 
@@ -210,11 +211,14 @@ class Table(Dataset):
         rows = self._read(named, split == "test" and bool(own), self.on_bad_row)
         rows = self._with_answers(rows, named) if self.columns.answer else rows
         examples = rows.examples
-        if named == self.train and (split != "test" or not own):
+        if named == self.train and (split != "test" or not own) and (split != "train" or self._holds_out()):
             examples = tuple(e for e in examples if self._split_of(e) == split)
         notes = (*rows.notes, *self._short_texts(examples), *self._alike_names(examples))
         rows = replace(rows, examples=examples, notes=notes)
         return filled(rows, self.root / named, split)
+
+    def _holds_out(self) -> bool:
+        return bool(self.test_rate or self.test_column or (self.validation_rate and not self.validation))
 
     def _split_of(self, row: Example) -> Split:
         """The split of a row of the training file. A group, or else a row, gets the same one in every run and file order."""
@@ -247,7 +251,12 @@ class Table(Dataset):
                     listed_images.update(_paths_in(row, options.images, file.images))
                 return self._example(where, {"file": file.name, **row}, file, len(files) > 1, own_test)
 
-            loaded.append(collect(rows_of(file, options), make, on_bad_row))
+            plan = self._plan(file, len(files) > 1, own_test)
+            if plan and (plain := plain_rows(plan, on_bad_row)):
+                loaded.append(plain[0])
+                seen.update(dict.fromkeys(plain[1], ""))
+            else:
+                loaded.append(collect(rows_of(file, options), make, on_bad_row))
         if any(rows.examples for rows in loaded):
             self._check_columns(seen, files[0].path, own_test)
         skipped = tuple(message for rows in loaded for message in rows.skipped)
@@ -325,6 +334,9 @@ class Table(Dataset):
                 for other in sorted({self.train, self.validation, self.test} - {named, ""}):
                     examples += self._read(other, other == self.test, "skip").examples
             reading = reading_of(examples)
+        different = {(e.answer, e.choices): e for e in rows.examples}.values()
+        if all(as_choice(e.answer, e.choices, reading) == e.answer for e in different):
+            return rows
         placed = ((example.where, example) for example in rows.examples)
         read = collect(placed, lambda _, example: read_answer(example, reading), self.on_bad_row)
         return replace(rows, examples=read.examples, skipped=(*rows.skipped, *read.skipped))
@@ -333,12 +345,15 @@ class Table(Dataset):
         """Notes on short texts that fill many cells: they may stand for a missing one."""
         notes = []
         for modality, column in by_modality(self.columns.text, "text").items():
-            texts = [text.strip() for e in examples if isinstance(text := e.fields.get(modality), str)]
-            short = Counter(text for text in texts if len(text) <= SHORT_TEXT)
+            written = Counter(text for e in examples if isinstance(text := e.fields.get(modality), str))
+            short, number = Counter[str](), written.total()
+            for text, count in written.items():
+                if len(text.strip()) <= SHORT_TEXT:
+                    short[text.strip()] += count
             for text, count in short.most_common(1):
-                if count >= max(5, len(texts) / 10):
+                if count >= max(5, number / 10):
                     notes.append(
-                        f"column {column!r}: {quoted(text)} fills {count} of {len(texts)} cells; "
+                        f"column {column!r}: {quoted(text)} fills {count} of {number} cells; "
                         "if it stands for a missing text, add it to data.na_values"
                     )
         return notes
@@ -348,7 +363,8 @@ class Table(Dataset):
         notes = []
         for column, key in ((self.columns.client, "client"), (self.group, self.group)):
             spellings: dict[str, str] = {}
-            for name in dict.fromkeys(e.columns[key] for e in examples if column and key in e.columns):
+            different = {id(e.columns): e.columns for e in examples}.values() if column else ()
+            for name in dict.fromkeys(columns[key] for columns in different if key in columns):
                 if (first := spellings.setdefault(name.casefold(), name)) != name:
                     notes.append(
                         f"column {column!r}: {quoted(first)} and {quoted(name)} differ in case alone and count as two"
@@ -376,6 +392,47 @@ class Table(Dataset):
             columns=_one_mapping((("set", self.name), *self._groups(row, place, file, own_test).items())),
             pieces=pieces,
             announced=_one_set((*self.columns.announced, *self.columns.series, *self.columns.variants)),
+        )
+
+    def _plan(self, file: File, is_one_of_many: bool, own_test: bool) -> Plan | None:
+        """How the rows of a CSV file are read column by column: by the methods that read a row, with a few of its cells."""
+        if file.form != "csv" or file.contents or self._readings():
+            return None
+        c, images, texts = self.columns, self._image_columns(), by_modality(self.columns.text, "text")
+        pictures = Kept(Part(tuple(images.values()), lambda row: self._images(row, "", file, [])))
+
+        def fields(row: RawRow) -> dict[Modality, Content] | None:
+            shown = pictures[tuple(row[name] for name in images.values())]
+            if shown is None or not texts:
+                return shown
+            written = {m: take_text(row, n, "") for m, n in texts.items() if not file.is_empty(row[n], self.na_values)}
+            return {**shown, **written}
+
+        def question(row: RawRow) -> str | None:
+            if file.is_empty(row[c.question], self.na_values):
+                return self.question
+            text = take_text(row, c.question, "")
+            return None if marks_in(text, "") else split_at_marks(text)[0]
+
+        def answer(row: RawRow) -> tuple[tuple[str, ...], str]:
+            choices = choices_of(row[c.choices], c.choices, self.separator, self._na(file), "") or self.choices
+            return choices, self._answer(row, "", file, choices) if c.answer else ""
+
+        def groups(row: RawRow) -> Mapping[str, str]:
+            return _one_mapping((("set", self.name), *self._groups(row, "", file, own_test).items()))
+
+        return Plan(
+            file=file.path,
+            delimiter=self.delimiter,
+            name=file.name,
+            id=c.id,
+            prefix=f"{file.name}-" if is_one_of_many else "",
+            fields=Part((*images.values(), *texts.values()), fields),
+            question=Part((c.question,), question),
+            answer=Part((c.choices, *filter(None, [c.answer])), answer),
+            columns=Part(tuple(filter(None, (*c.keep, self.group, self.test_column, c.client))), groups),
+            announced=_one_set(c.announced),
+            make=lambda where, row: self._example(where, {"file": file.name, **row}, file, is_one_of_many, own_test),
         )
 
     def _na(self, file: File) -> tuple[str, ...]:
@@ -470,6 +527,8 @@ def _index(where: str) -> int | str:
 
 def _unique_ids(files: Sequence[File], loaded: Sequence[Rows]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
     """The rows of all files; if an id stands in two files, every id begins with the name of its file."""
+    if len(loaded) == 1:
+        return loaded[0].examples, ()
     holders = Counter(id_key(e.id) for rows in loaded for e in rows.examples)
     twice = next((number for number, count in holders.items() if count > 1), None)
     if twice is None:

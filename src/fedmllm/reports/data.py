@@ -9,7 +9,7 @@ import json
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,8 @@ class Federation:
             test = data.load("test")
         except FedmllmError as error:
             return replace(self, notes=(*self.notes, f"no test rows: {error}"))
-        paths = {path: None for row in (*self.examples, *test.examples) for path in _paths(row)}
+        fields = {id(row.fields): row.fields for row in (*self.examples, *test.examples)}.values()  # rows share them
+        paths = dict.fromkeys(path for several in fields for path in _paths(several))
         missing = [path for path in paths if not is_there(path)]
         lost = f"{len(missing)} of {len(paths)} image files are not there: {listed(missing[:5])}"
         shared = overlap(self.examples, test.examples, data.group_column())
@@ -78,7 +79,10 @@ class Federation:
 
     def labels(self) -> list[Counter[str]]:
         """Per client, rows a label; an open question counts as "(open)"."""
-        return [Counter(answer_label(self.examples[row]) for row in shard.rows) for shard in self.shards]
+        return [self._labels([shard]) for shard in self.shards]
+
+    def _labels(self, shards: Sequence[Shard]) -> Counter[str]:
+        return Counter(answer_label(self.examples[row]) for shard in shards for row in shard.rows)
 
     def to_json(self) -> dict[str, Any]:
         """{"clients": [{"client", "name", "ids", one string of 0/1 per modality}], "digest"}; ids as in the file."""
@@ -103,8 +107,7 @@ class Federation:
         """
         from rich.table import Table
 
-        modalities, counts = self.experiment.data.modalities(), self.labels()
-        total = sum(counts, Counter())
+        modalities, total = self.experiment.data.modalities(), self._labels(self.shards)
         columns = [label for label, _ in total.most_common(8)]
         patterns = self._patterns(modalities)
         e = self.experiment
@@ -112,7 +115,8 @@ class Federation:
         for name in ("client", "rows", *columns, *(["other"] if len(total) > 8 else []), *patterns):
             table.add_column(name, justify="right", overflow="fold")
 
-        def add(name: object, shards: Sequence[Shard], count: Counter[str]) -> None:
+        def add(name: object, shards: Sequence[Shard]) -> None:
+            count = self._labels(shards)
             visible = Counter(mask for shard in shards for mask in shard.visible)
             rows = sum(len(shard.rows) for shard in shards)
             cells: list[object] = [name, rows, *(count[label] for label in columns)]
@@ -120,15 +124,11 @@ class Federation:
             cells += [sum(visible[mask] for mask in masks) for masks in patterns.values()]
             table.add_row(*map(str, cells))
 
-        for shard, count in list(zip(self.shards, counts, strict=True))[:LISTED]:
-            add(shard.name or shard.client, [shard], count)
+        for shard in self.shards[:LISTED]:
+            add(shard.name or shard.client, [shard])
         if others := self.shards[LISTED:]:
             sizes = [len(shard.rows) for shard in others]
-            add(
-                f"{len(others):,} others, {min(sizes):,} to {max(sizes):,} rows each",
-                others,
-                sum(counts[LISTED:], Counter()),
-            )
+            add(f"{len(others):,} others, {min(sizes):,} to {max(sizes):,} rows each", others)
         return table
 
     def _patterns(self, modalities: tuple[Modality, ...]) -> dict[str, list[Visible]]:
@@ -163,8 +163,8 @@ class Federation:
         return {name: dict(found) for name, visible in wanted.items() if (found := data.ceilings(visible))}
 
 
-def _paths(row: Example) -> list[Path]:
-    return [path for content in row.fields.values() if isinstance(content, tuple) for path in content]
+def _paths(fields: Mapping[Modality, Content]) -> list[Path]:
+    return [path for content in fields.values() if isinstance(content, tuple) for path in content]
 
 
 def plot(federation: Federation, path: Path) -> None:

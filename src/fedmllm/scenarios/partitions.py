@@ -122,18 +122,18 @@ class ByColumn(Partition):
     """Column whose values name the clients."""
 
     def split_test(self, train: Sequence[Example], test: Sequence[Example], seed: int) -> ClientSplit:
-        values = [value_of(example, self.column) for example in test]
+        values = values_of(test, self.column)
         return [[row for row, value in enumerate(values) if value == name] for name in self.client_names(train)]
 
     def client_names(self, examples: Sequence[Example]) -> tuple[str, ...]:
         numbered = map(str, range(self.num_clients))
-        return tuple(sorted({*numbered, *(value_of(example, self.column) for example in examples)}, key=in_order))
+        return tuple(sorted({*numbered, *values_of(examples, self.column)}, key=in_order))
 
     def split(self, examples: Sequence[Example], seed: int) -> ClientSplit:
         groups: dict[str, list[int]] = {str(client): [] for client in range(self.num_clients)}
-        for row, example in enumerate(examples):
-            value = value_of(example, self.column)
+        for row, value in enumerate(values_of(examples, self.column)):
             if self.num_clients and value not in groups:
+                example = examples[row]
                 raise DataError(
                     f"{example.where}: row {example.id!r:.60}: {self.column!r} is {value!r:.60}; "
                     f"partition.num_clients allows 0 to {self.num_clients - 1}"
@@ -148,6 +148,14 @@ def value_of(example: Example, column: str) -> str:
         has = ", ".join(sorted(example.columns)) or "none"
         raise DataError(f"{example.where}: row {example.id!r:.60} has no column {column!r}; columns: {has}")
     return example.columns[column]
+
+
+def values_of(examples: Sequence[Example], column: str) -> list[str]:
+    """As `value_of`, of all rows."""
+    try:
+        return [example.columns[column] for example in examples]
+    except KeyError:
+        return [value_of(example, column) for example in examples]  # one of them raises
 
 
 def in_order(value: str) -> list[tuple[int, str]]:
