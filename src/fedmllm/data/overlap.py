@@ -22,8 +22,8 @@ def overlap(train: Sequence[Example], test: Sequence[Example], group: str = "") 
         One sentence each for equal rows, shared pictures and shared groups; () if there is no overlap.
     """
     notes = []
-    asked, shown = {_asked(e) for e in test}, {_shown(e.fields) for e in test}
-    alike = {key for key, fields in _different(train).items() if _shown(fields) in shown}
+    asked, outlines = {_asked(e) for e in test}, {_shown(e.fields) for e in test}
+    alike = {key for key, fields in _different(train).items() if _shown(fields) in outlines}
     known = {_content(e) for e in train if id(e.fields) in alike and _asked(e) in asked}
     if equal := [e for e in test if _content(e) in known]:
         notes.append(f"{_of(equal, test)} are also training rows: {listed(e.id for e in equal)}")

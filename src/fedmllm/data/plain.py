@@ -1,4 +1,7 @@
-"""Rows of CSV files, read column by column: those that reading row by row gives, in a fraction of the time."""
+"""Rows of CSV files, read column by column.
+
+They are those that reading row by row gives, in a fraction of the time.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from fedmllm.data.delimited import csv_blocks
 from fedmllm.data.reading import RawRow, id_key
 
 BLOCK = 4096  # rows that are held as cells
-KEPT = 16_384  # different cells whose part is kept: there are as many clients, but not as few reports
+MOST_KEPT = 16_384  # different cells whose part is kept: there are as many clients, but not as few reports
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Part(Generic[_T]):
+class RowPart(Generic[_T]):
     """A part of a row that some of its cells decide.
 
     Attributes:
@@ -32,7 +35,7 @@ class Part(Generic[_T]):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RowPlan:
     """Parts that the rows of a file are made of.
 
     Attributes:
@@ -54,18 +57,18 @@ class Plan:
     name: str
     id: str
     prefix: str
-    fields: Part[Mapping[Modality, Content]]
-    question: Part[str]
-    answer: Part[tuple[tuple[str, ...], str]]
-    columns: Part[Mapping[str, str]]
+    fields: RowPart[Mapping[Modality, Content]]
+    question: RowPart[str]
+    answer: RowPart[tuple[tuple[str, ...], str]]
+    columns: RowPart[Mapping[str, str]]
     announced: frozenset[Modality]
     make: Callable[[str, RawRow], Example]
 
 
-class Kept(dict[tuple[str | None, ...], _T | None], Generic[_T]):
+class KeptParts(dict[tuple[str | None, ...], _T | None], Generic[_T]):
     """Cells -> the part that they make; None if the row has to be read as a whole."""
 
-    def __init__(self, part: Part[_T]) -> None:
+    def __init__(self, part: RowPart[_T]) -> None:
         super().__init__()
         self.part = part
 
@@ -74,12 +77,12 @@ class Kept(dict[tuple[str | None, ...], _T | None], Generic[_T]):
             made = self.part.make(dict(zip(self.part.columns, cells, strict=True)))
         except DataError:
             made = None
-        if len(self) < KEPT:
+        if len(self) < MOST_KEPT:
             self[cells] = made
         return made
 
 
-def plain_rows(plan: Plan, on_bad_row: Literal["fail", "skip"]) -> tuple[Rows, list[str]] | None:
+def plain_rows(plan: RowPlan, on_bad_row: Literal["fail", "skip"]) -> tuple[Rows, list[str]] | None:
     """Read a CSV file.
 
     Args:
@@ -98,7 +101,12 @@ def plain_rows(plan: Plan, on_bad_row: Literal["fail", "skip"]) -> tuple[Rows, l
     known: set[str] = set()
     header: list[str] = []
     before = f"{plan.file}:"
-    fields, question, answer, about = Kept(plan.fields), Kept(plan.question), Kept(plan.answer), Kept(plan.columns)
+    fields, question, answer, about = (
+        KeptParts(plan.fields),
+        KeptParts(plan.question),
+        KeptParts(plan.answer),
+        KeptParts(plan.columns),
+    )
     try:
         for header, numbers, rows in csv_blocks(plan.file, plan.delimiter, BLOCK):
             if set(map(len, rows)) != {len(header)}:
@@ -114,9 +122,9 @@ def plain_rows(plan: Plan, on_bad_row: Literal["fail", "skip"]) -> tuple[Rows, l
             known |= keys
             columns: dict[str, Sequence[str]] = {"file": [plan.name] * len(rows), **cells}
             parts = [_of_rows(part, columns, len(rows)) for part in (fields, question, answer, about)]
-            for id_, number, row, has, asked, told, groups in zip(ids, numbers, rows, *parts, strict=True):
+            for id_, number, row, has, asked, ending, groups in zip(ids, numbers, rows, *parts, strict=True):
                 where = f"{before}{number}"
-                if has is None or asked is None or told is None or groups is None or not (asked or _has_text(has)):
+                if has is None or asked is None or ending is None or groups is None or not (asked or _has_text(has)):
                     try:
                         examples.append(plan.make(where, dict(zip(header, row, strict=True))))
                     except DataError as error:
@@ -124,7 +132,7 @@ def plain_rows(plan: Plan, on_bad_row: Literal["fail", "skip"]) -> tuple[Rows, l
                             raise
                         skipped.append(str(error))
                 else:
-                    examples.append(quick_example(id_, has, asked, told[0], told[1], where, groups, plan.announced))
+                    examples.append(quick_example(id_, has, asked, ending[0], ending[1], where, groups, plan.announced))
     except ValueError:
         return None
     return (Rows(tuple(examples), tuple(skipped)), header) if examples else None
@@ -134,7 +142,7 @@ def _has_text(fields: Mapping[Modality, Content]) -> bool:
     return any(isinstance(content, str) for content in fields.values())
 
 
-def _of_rows(kept: Kept[Any], columns: Mapping[str, Sequence[str]], number: int) -> list[Any]:
+def _of_rows(kept: KeptParts[Any], columns: Mapping[str, Sequence[str]], number: int) -> list[Any]:
     """The part of each row."""
     cells: list[Sequence[str | None]] = [columns.get(name, [None] * number) for name in kept.part.columns]
     return list(map(kept.__getitem__, zip(*cells, strict=True))) if cells else [kept[()]] * number

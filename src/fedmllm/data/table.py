@@ -20,7 +20,7 @@ from fedmllm.data.cells import MAX_CHOICES, NA_VALUES, alike, choices_of, group,
 from fedmllm.data.files import IMAGE_COLUMN, File, Form, Options, files_of, form_of, rows_of
 from fedmllm.data.imagefolder import METADATA
 from fedmllm.data.marks import MARK, as_list, marks_in, pictures_of, split_at_marks
-from fedmllm.data.plain import Kept, Part, Plan, plain_rows
+from fedmllm.data.plain import KeptParts, RowPart, RowPlan, plain_rows
 from fedmllm.data.reading import RawRow, as_id, collect, filled, held_out, id_key, listed, picture, quoted, take_text
 from fedmllm.data.render import Render, check_names, readings
 
@@ -394,19 +394,19 @@ class Table(Dataset):
             announced=_one_set((*self.columns.announced, *self.columns.series, *self.columns.variants)),
         )
 
-    def _plan(self, file: File, is_one_of_many: bool, own_test: bool) -> Plan | None:
-        """How the rows of a CSV file are read column by column: by the methods that read a row, with a few of its cells."""
+    def _plan(self, file: File, is_one_of_many: bool, own_test: bool) -> RowPlan | None:
+        """Return how a CSV file is read column by column: by the methods that read a row, with a few of its cells."""
         if file.form != "csv" or file.contents or self._readings():
             return None
         c, images, texts = self.columns, self._image_columns(), by_modality(self.columns.text, "text")
-        pictures = Kept(Part(tuple(images.values()), lambda row: self._images(row, "", file, [])))
+        pictures = KeptParts(RowPart(tuple(images.values()), lambda row: self._images(row, "", file, [])))
 
         def fields(row: RawRow) -> dict[Modality, Content] | None:
-            shown = pictures[tuple(row[name] for name in images.values())]
-            if shown is None or not texts:
-                return shown
+            pictured = pictures[tuple(row[name] for name in images.values())]
+            if pictured is None or not texts:
+                return pictured
             written = {m: take_text(row, n, "") for m, n in texts.items() if not file.is_empty(row[n], self.na_values)}
-            return {**shown, **written}
+            return {**pictured, **written}
 
         def question(row: RawRow) -> str | None:
             if file.is_empty(row[c.question], self.na_values):
@@ -421,16 +421,16 @@ class Table(Dataset):
         def groups(row: RawRow) -> Mapping[str, str]:
             return _one_mapping((("set", self.name), *self._groups(row, "", file, own_test).items()))
 
-        return Plan(
+        return RowPlan(
             file=file.path,
             delimiter=self.delimiter,
             name=file.name,
             id=c.id,
             prefix=f"{file.name}-" if is_one_of_many else "",
-            fields=Part((*images.values(), *texts.values()), fields),
-            question=Part((c.question,), question),
-            answer=Part((c.choices, *filter(None, [c.answer])), answer),
-            columns=Part(tuple(filter(None, (*c.keep, self.group, self.test_column, c.client))), groups),
+            fields=RowPart((*images.values(), *texts.values()), fields),
+            question=RowPart((c.question,), question),
+            answer=RowPart((c.choices, *filter(None, [c.answer])), answer),
+            columns=RowPart(tuple(filter(None, (*c.keep, self.group, self.test_column, c.client))), groups),
             announced=_one_set(c.announced),
             make=lambda where, row: self._example(where, {"file": file.name, **row}, file, is_one_of_many, own_test),
         )
