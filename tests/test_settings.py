@@ -13,6 +13,7 @@ import pytest
 from fedmllm.algorithms.objectives import Objective
 from fedmllm.cli.settings import explained, json_schema
 from fedmllm.config.experiment import FAMILIES, Experiment
+from fedmllm.core.attribute_docs import attribute_docs
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.plugins import is_shipped
 from fedmllm.core.spec import Spec
@@ -129,7 +130,7 @@ def described(kind: type[Spec]) -> Iterator[tuple[str, str]]:
         if isinstance(inner, type) and issubclass(inner, Spec) and inner not in FAMILIES.values():
             yield from described(inner)
         elif key != "name":
-            yield f"{kind.__name__}.{key}", field.description or ""
+            yield f"{kind.__name__}.{key}", attribute_docs(kind).get(key, "")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -203,12 +203,14 @@ def _listed(family: str, width: int) -> str:
 def _overview(width: int) -> str:
     """All keys of the top level: families, tables and values."""
     from fedmllm.config.experiment import Experiment
+    from fedmllm.core.attribute_docs import attribute_docs
 
     indent = " " * (4 + max(map(len, Experiment.model_fields)))
     about = "Keys of an experiment file. `fedmllm explain KEY` describes one, `fedmllm explain KEY.MEMBER` a member."
     lines = [textwrap.fill(about, width), ""]
-    for key, field in Experiment.model_fields.items():
-        text = " ".join((field.description or "").split())
+    docs = attribute_docs(Experiment)
+    for key in Experiment.model_fields:
+        text = " ".join(docs.get(key, "").split())
         head = f"  {key}".ljust(len(indent))
         lines.append(textwrap.fill(text, width, initial_indent=head, subsequent_indent=indent))
     return "\n".join(lines)

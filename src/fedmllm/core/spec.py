@@ -6,8 +6,10 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self, TypeVar, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
 
+from fedmllm.core.attribute_docs import attribute_docs
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.plugins import PluginSource, defines_again, source_of_object
 
@@ -24,7 +26,7 @@ ADDED_LATER = "added-later"
 class Spec(BaseModel):
     """A frozen value whose fields are exactly the keys of its TOML table."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Key -> its spelling in earlier releases: still accepted (`current_keys`), and kept in `identity`, so that run ids last.
     old_keys: ClassVar[Mapping[str, str]] = {}
@@ -62,6 +64,15 @@ class Spec(BaseModel):
         for key in type(self).model_fields:
             if isinstance(value := getattr(self, key), Spec):
                 yield from value.specs()
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for key, text in attribute_docs(cls).items():
+            if key in properties:
+                properties[key].setdefault("description", text)
+        return schema
 
     @classmethod
     def execution_only(cls) -> tuple[str, ...]:
