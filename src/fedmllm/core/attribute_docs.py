@@ -44,7 +44,9 @@ def _own_docs(cls: type) -> dict[str, str]:
 
 def _file_of(cls: type) -> str:
     """The file that defines a class; of one from a notebook, which has no module with a file, that of a method."""
-    for thing in (cls, *(value for value in vars(cls).values() if isinstance(value, FunctionType))):
+    methods = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
+    things: list[type | FunctionType] = [cls, *methods]
+    for thing in things:
         try:
             return inspect.getsourcefile(thing) or ""
         except TypeError:
