@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 C, D, R = 11, 7, 4
 MODULES = ("model.q_proj", "model.v_proj")
 RANKS = (2, 4, 3)
-SHRINKING = {"hetlora"}  # directions above a client's rank shrink in every round, as published
+SHRINKING = {"hetlora", "hetlora, pruned"}  # directions above a client's rank shrink in every round, as published
 LORA = sorted(
     {
         "fedavg",
@@ -43,9 +43,21 @@ LORA = sorted(
         "flexlora",
         "raflora",
     }
-    | {"florist", "fedsvd", "hetlora", "fedilora", "fed-plora", "fedalt", "yoco", "yoco-reference"}
+    | {
+        "florist",
+        "fedsvd",
+        "hetlora",
+        "fedilora",
+        "fed-plora",
+        "fedalt",
+        "yoco",
+        "yoco-reference",
+        "lora-fair-reference",
+    }
 )
+PRUNED = "hetlora, pruned"
 MIXED = [name for name in LORA if FAMILIES["aggregator"].members[name].mixed_ranks]  # type: ignore[attr-defined]
+CAN_MIX = {*MIXED, PRUNED}
 ROWS = (10, 30, 20)
 
 
@@ -109,6 +121,8 @@ def off(x: Params, y: Params) -> float:
 
 
 def pick(name: str, **settings: object) -> Aggregator:
+    if name == PRUNED:
+        name, settings = "hetlora", {"tail_penalty": 0.1, "tail_from": 0.7, **settings}
     return Aggregator.pick({"name": name, **settings}, "aggregator")
 
 
@@ -534,6 +548,85 @@ def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
         assert torch.allclose(after[a], wanted, atol=1e-12)
 
 
+def fallen(update: ClientUpdate, start: Params, first: int, factor: float) -> ClientUpdate:
+    """The update of a client whose directions from `first` on end at `factor` times their start."""
+    delta = dict(update.delta)
+    for module in MODULES:
+        a, b = name_of(module, "A"), name_of(module, "B")
+        delta[a], delta[b] = delta[a].clone(), delta[b].clone()
+        delta[a][first:] = (factor - 1) * start[a][first:]
+        delta[b][:, first:] = (factor - 1) * start[b][:, first:]
+    return replace(update, delta=delta)
+
+
+def test_hetlora_without_a_tail_penalty_has_no_state_and_no_rule() -> None:
+    params, plain = adapter(1), pick("hetlora")
+    assert plain.init(params) == {}
+    assert plain.begin(at(), ClientView(0.0, 1, lambda _: 0), Sent(params), {}).penalty is None
+    assert Experiment.parse({**DATA, "aggregator": "hetlora"}).run_id() == "fa4759a609f5"  # before it could prune
+
+
+def test_hetlora_prunes_the_client_whose_tail_fell() -> None:
+    """tail_from 0.7: ranks 2, 4, 3 have tails from 1, 2, 2. Clients 0 and 1 end below their start, client 2 above."""
+    params, aggregator = adapter(1), pick(PRUNED)
+    state, round_ = aggregator.init(params), at(ranks=RANKS)
+    updates = [
+        fallen(update, aggregator.sends(params, state, round_, k).start, first, factor)
+        for k, (update, first, factor) in enumerate(
+            zip(trained(aggregator, params, state, round_), (1, 2, 2), (0.9, 0.99, 1.01), strict=True)
+        )
+    ]
+    after, state = aggregator.apply(params, state, round_, updates)
+    assert state["pruned"]["ranks"].tolist() == [1, 2]
+    later = at(3, RANKS)
+    shapes = [aggregator.sends(params, state, later, k).start[name_of(MODULES[0], "A")].shape for k in range(3)]
+    assert shapes == [(1, C), (2, C), (3, C)]
+    assert all(bool((after[name_of(m, "A")][3] == 0).all()) for m in MODULES)  # client 1 alone had it
+    plain, _ = pick("hetlora").apply(params, {}, round_, updates)
+    assert all(bool((plain[name_of(m, "A")][3] != 0).any()) for m in MODULES)
+    # the weights are those of the pruned adapters
+    locals_ = []
+    for update, first in zip(updates, (1, 2, 3), strict=True):
+        start = pick("hetlora").sends(params, {}, round_, update.client).start
+        local = {n: t + update.delta[n] for n, t in start.items()}
+        locals_.append({n: t[:first] if "lora_A" in n else t[:, :first] for n, t in local.items() if "lora" in n})
+    sizes = [sum(float(t.norm()) ** 2 for t in dense(local).values()) ** 0.5 for local in locals_]
+    a = name_of(MODULES[0], "A")
+    wanted = sum(
+        s / sum(sizes) * torch.nn.functional.pad(x[a], (0, 0, 0, R - len(x[a])))
+        for s, x in zip(sizes, locals_, strict=True)
+    )
+    assert torch.allclose(after[a], wanted, atol=1e-12)
+    # rank 1 stays; a rank that fell can fall again; an absent client keeps its rank
+    again = trained(aggregator, params, state, later)[:2]
+    starts = [aggregator.sends(params, state, later, k).start for k in (0, 1)]
+    again = [fallen(u, start, first, 0.5) for u, start, first in zip(again, starts, (0, 1), strict=True)]
+    _, state = aggregator.apply(params, state, later, again)
+    assert state["pruned"]["ranks"].tolist() == [1, 1]
+    assert aggregator.sends(params, state, later, 2).start[name_of(MODULES[0], "A")].shape[0] == 3
+
+
+def test_hetlora_tail_penalty_is_the_gradient_of_the_stated_term_in_a_wider_adapter() -> None:
+    """By autograd; engines pad the weights to the largest rank of a pass."""
+    aggregator, params = pick("hetlora", tail_penalty=0.3, tail_from=0.5), adapter(3, rank=6)
+    sent = aggregator.sends(params, aggregator.init(params), at(ranks=(5,)), 0)
+    rule = aggregator.begin(at(), ClientView(0.0, 1, lambda _: 0), sent, {})
+    assert rule.penalty is not None
+    wide = {n: t.clone() for n, t in params.items()}
+    for module in MODULES:
+        wide[name_of(module, "A")][5:] = 0
+        wide[name_of(module, "B")][:, 5:] = 0
+    live = {n: t.requires_grad_() for n, t in wide.items() if "lora" in n}
+    loss = sum(0.3 * b[:, 2:5].norm() * a[2:5].norm() for b, a in pairs(live).values())
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    found = rule.penalty(0.0, {n: w.detach() for n, w in live.items()})
+    assert found.keys() == live.keys()
+    assert all(torch.allclose(found[n], live[n].grad, atol=1e-12) for n in found)  # type: ignore[arg-type]
+    zero = rule.penalty(0.0, {n: 0 * w.detach() for n, w in live.items()})  # B = 0 in the first round
+    assert all(bool((t == 0).all()) for t in zero.values())
+
+
 # --- personal members
 
 
@@ -632,11 +725,11 @@ def test_yoco_penalty_is_the_gradient_of_the_stated_loss(name: str) -> None:
 # --- every member
 
 
-@pytest.mark.parametrize("name", [*LORA, "lora-fair-reference"])
+@pytest.mark.parametrize("name", [*LORA, PRUNED])
 class TestEveryMember:
     @pytest.mark.parametrize("ranks", [(), RANKS], ids=["equal", "unequal"])
     def test_no_training_changes_nothing(self, name: str, ranks: tuple[int, ...]) -> None:
-        if ranks and name not in MIXED:
+        if ranks and name not in CAN_MIX:
             pytest.skip("needs clients of one rank")
         if name == "fedalt":
             pytest.skip("has no global model; its clients continue from their own adapters")
@@ -655,7 +748,7 @@ class TestEveryMember:
 
     def test_is_pure_and_depends_on_no_empty_client(self, name: str) -> None:
         aggregator, params = pick(name), adapter(1)
-        state, ranks = aggregator.init(params), RANKS if name in MIXED else ()
+        state, ranks = aggregator.init(params), RANKS if name in CAN_MIX else ()
         updates = trained(aggregator, params, state, at(2, ranks))
         kept = {n: t.clone() for n, t in params.items()}
         first, one = aggregator.apply(params, state, at(2, ranks), iter(updates))
@@ -683,7 +776,7 @@ class TestEveryMember:
     @pytest.mark.parametrize("ranks", [(), RANKS], ids=["equal", "unequal"])
     def test_resumed_after_every_round_with_a_client_absent_twice(self, name: str, ranks: tuple[int, ...]) -> None:
         """The loop itself, over state that went through bytes; clients 1 and 0 each miss two rounds and come back."""
-        if (ranks and name not in MIXED) or FAMILIES["aggregator"].members[name].one_round:  # type: ignore[attr-defined]
+        if (ranks and name not in CAN_MIX) or pick(name).one_round:
             pytest.skip("needs clients of one rank, or one round")
         aggregator, params = pick(name), adapter(1)
         cohorts = {1: [0, 1, 2], 2: [0, 2], 3: [2], 4: [1, 2], 5: [0, 1, 2]}

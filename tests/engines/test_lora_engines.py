@@ -26,22 +26,38 @@ from support.small_federation import COHORT, SIZES, assert_same, federation, fla
 
 Load = Callable[..., TransformersBackbone]
 Engine = Callable[..., list[ClientUpdate]]
-PARTIAL = ["ffa-lora", "rolora", "fedsa-lora", "fedrot-lora", "lora-fair", "fedsvd", "fedex-lora", "fedalt"]
+PARTIAL = [
+    "ffa-lora",
+    "rolora",
+    "fedsa-lora",
+    "fedrot-lora",
+    "lora-fair",
+    "lora-fair-reference",
+    "fedsvd",
+    "fedex-lora",
+    "fedalt",
+]
 ONE_ROUND = {"yoco": "principal", "yoco-reference": "principal-b"}  # and how their adapters start
 RANKED = ["flora", "flexlora", "raflora", "florist", "hetlora", "fedilora", "fed-plora"]
+PRUNED = "hetlora, pruned"
 RANKS = (2, 8, 3)
 
 
 def lora(name: str) -> dict[str, Any]:
-    return {"lora": {"ranks": list(RANKS)}} if name in RANKED else {}
+    return {"lora": {"ranks": list(RANKS)}} if name in (*RANKED, PRUNED) else {}
 
 
-@pytest.mark.parametrize("name", [*PARTIAL, *RANKED, *ONE_ROUND])
+def table_of(name: str) -> dict[str, Any]:
+    """The aggregator's table. A weight as large as 10 makes tails fall in three rounds."""
+    return {"name": "hetlora", "tail_penalty": 10.0, "tail_from": 0.7} if name == PRUNED else {"name": name}
+
+
+@pytest.mark.parametrize("name", [*PARTIAL, *RANKED, PRUNED, *ONE_ROUND])
 def test_engines_agree_in_two_rounds(load: Load, examples: list[Example], name: str, tmp_path: Path) -> None:
     """Unequal ranks in one pass, resting and kept factors, frozen adapters of their own: float64, as in test_stacked.py."""
-    plain, aggregator = federation(load("tiny"), examples), Aggregator.pick(name, "aggregator")
+    plain, aggregator = federation(load("tiny"), examples), Aggregator.pick(table_of(name), "aggregator")
     start = stirred(plain.backbone)
-    ranks = RANKS if name in RANKED else ()
+    ranks = RANKS if name in (*RANKED, PRUNED) else ()
 
     def rounds(engine: Engine, folder: Path) -> tuple[list[ClientUpdate], Params, State]:
         params, state = start, aggregator.init(start)
@@ -56,6 +72,9 @@ def test_engines_agree_in_two_rounds(load: Load, examples: list[Example], name: 
 
     # The second round starts from one engine's first, so that only a round's own rounding counts.
     expected, params, state = rounds(one_after_another, tmp_path / "a")
+    if name == PRUNED:
+        assert len({u.delta[n].shape for u in expected for n in u.delta if "lora_A" in n}) > 2
+        assert state["pruned"]["ranks"].any()
     clients = replace(plain, aggregator=aggregator, state=ClientStateStore(tmp_path / "a", finished=1))
     at = Round(2, 0, 4, tuple(COHORT), len(SIZES), ranks)
     updates = together(clients, {client: aggregator.sends(params, state, at, client) for client in COHORT})
@@ -84,9 +103,9 @@ class Stop:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", [*PARTIAL, *RANKED])
+@pytest.mark.parametrize("name", [*PARTIAL, *RANKED, PRUNED])
 def test_resumed_after_every_round_a_run_ends_with_the_same_bytes_and_peft_loads_it(name: str, tmp_path: Path) -> None:
-    settings = Experiment.parse({**TABLE, "aggregator": name, "backbone": {"name": "tiny", **lora(name)}})
+    settings = Experiment.parse({**TABLE, "aggregator": table_of(name), "backbone": {"name": "tiny", **lora(name)}})
     run(settings, tmp_path / "whole")
     files = sorted((tmp_path / "whole").glob("adapter*/**/*.safetensors"))
     assert len(files) == (4 if name in ("fedsa-lora", "fedalt") else 1)
@@ -111,6 +130,9 @@ def test_resumed_after_every_round_a_run_ends_with_the_same_bytes_and_peft_loads
     cuts = name in ("flexlora", "raflora", "florist")
     assert all(("truncation_error" in event) == cuts and event.get("truncation_error", 0) < 1 for event in rounds)
     assert all(event["result_rank"] >= 1 for event in rounds if "aggregation_note" not in event)
+    if name == PRUNED:
+        sizes = {(c["client"], c["down_bytes"]) for event in rounds for c in event["clients"]}
+        assert len(sizes) > len({client for client, _ in sizes})  # some client received less in a later round
     trained = rounds[0]["cohort"][0]
     same_logits_by_peft(next(f.parent for f in files if f.parent.name in ("adapter", f"client-{trained}")), settings)
 

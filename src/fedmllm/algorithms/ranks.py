@@ -6,21 +6,25 @@ member is plain averaging, except where it says otherwise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from fedmllm.algorithms.base import Aggregator, WithServer
-from fedmllm.algorithms.lowrank import A, B, names_of, of_rank, others, pairs, product_norm, rebuilt
+from fedmllm.algorithms.lowrank import A, B, names_of, of_rank, others, pairs, product_norm, rank_of, rebuilt
+from fedmllm.algorithms.objectives import ClientView
 from fedmllm.core.errors import FedmllmError, NothingToAverage
 from fedmllm.core.rng import stream
+from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.tensors import padded, same_names
-from fedmllm.core.types import ClientUpdate, Params, Round, Sent, State
+from fedmllm.core.types import ClientUpdate, LocalRule, Params, Round, Sent, State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+LEAST_NORM = 1e-12  # norm below which a tail counts as zero, where its norm has no gradient
 TrainedDirections = Mapping[int, Sequence[int]]  # client -> the directions that it trained
 
 
@@ -177,18 +181,61 @@ class HetLora(Aggregator):
     """Zero-padded factors are averaged with weights |B_k A_k|_F / sum, over all modules together (HetLoRA, arXiv:2401.06432).
 
     A baseline: every round shrinks the directions above a rank by the weight of the clients that lack them, also if no
-    client learns anything. Without the paper's self-pruning of ranks.
+    client learns anything.
+
+    Self-pruning of ranks, the paper's second part, is off unless `tail_penalty` is set: a client of rank r has the term
+    tail_penalty * sum over modules of |B[:, f:]| |A[f:]| with f = floor(tail_from * r), Frobenius norms. If that sum fell in a
+    round, the client's rank is f from then on, and its directions from f on count as zeros in that round's mean already. A
+    rank never falls below 1. The server sees this from the delta and keeps the ranks.
     """
 
     name: Literal["hetlora"] = "hetlora"
     mixed_ranks: ClassVar[bool] = True
+    tail_penalty: Annotated[NonNegativeFloat, ADDED_LATER] = 0.0
+    """Weight of a client's last directions in its loss; 0 = ranks stay as they are."""
+    tail_from: Annotated[float, Field(gt=0, lt=1), ADDED_LATER] = 0.99
+    """Share of a client's directions that are not in the tail; 0.99 is published, and leaves one direction to the tail of
+    every rank from 2 to 100."""
+
+    def init(self, params: Params) -> State:
+        import torch
+
+        return {"pruned": {"ranks": torch.zeros(0)}} if self.tail_penalty else {}
+
+    def rank(self, state: State, at: Round, client: int) -> int:
+        """The rank of a client in a round: its own, or what pruning left; 0 = the full rank."""
+        pruned = state["pruned"]["ranks"][client : client + 1].tolist() if "pruned" in state else []
+        return min((int(r) for r in (at.rank(client), *pruned) if r), default=0)
 
     def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
-        return Sent(of_rank(params, at.rank(client)))
+        return Sent(of_rank(params, self.rank(state, at, client)))
+
+    def begin(self, at: Round, view: ClientView, sent: Sent, kept: Params) -> LocalRule:
+        ranks = {name: a.shape[0] for name, (_, a) in pairs(sent.start).items()}
+
+        def penalty(done: float, weights: Params) -> Params:
+            gradients: Params = {}
+            for name, (b, a) in pairs(weights).items():  # an engine may have padded them to another client's rank
+                tail = slice(self._first(ranks[name]), ranks[name])
+                tail_b, tail_a = b[:, tail], a[tail]
+                size_b, size_a = tail_b.norm(), tail_a.norm()
+                of_b, of_a = b.new_zeros(b.shape), a.new_zeros(a.shape)
+                of_b[:, tail] = self.tail_penalty * size_a / size_b.clamp(min=LEAST_NORM) * tail_b
+                of_a[tail] = self.tail_penalty * size_b / size_a.clamp(min=LEAST_NORM) * tail_a
+                gradients |= {name: of_a, name.replace(A, B): of_b}
+            return gradients
+
+        return LocalRule(penalty=penalty if self.tail_penalty else None)
 
     def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
-        used = with_rows(updates)
+        used, pruned = with_rows(updates), dict[int, int]()
         locals_ = [rebuilt(self.sends(params, state, at, update.client), update) for update in used]
+        if self.tail_penalty:
+            for i, update in enumerate(used):
+                before = self.sends(params, state, at, update.client).start
+                if self._tail(locals_[i]) < self._tail(before):
+                    pruned[update.client] = self._first(rank_of(before))
+                    locals_[i] = of_rank(locals_[i], pruned[update.client])
         sizes = [sum(product_norm([pair]) ** 2 for pair in pairs(local).values()) ** 0.5 for local in locals_]
         total = sum(sizes)
         shares = [size / total for size in sizes] if total else [1 / len(sizes)] * len(sizes)
@@ -198,4 +245,30 @@ class HetLora(Aggregator):
         for update, local, share in zip(used, locals_, shares, strict=True):
             for name, t in padded(local, params).items():
                 after[name] += (update.num_examples / rows if name in plain else share) * t
-        return after, state
+        return after, _with_ranks(state, pruned)
+
+    def _first(self, rank: int) -> int:
+        """The first direction of the tail; `rank` = there is no tail."""
+        return max(1, math.floor(self.tail_from * rank))
+
+    def _tail(self, params: Params) -> float:
+        """The penalty without its weight, in float64."""
+        total = 0.0
+        for b, a in pairs(params).values():
+            first = self._first(a.shape[0])
+            total += float(b[:, first:].double().norm() * a[first:].double().norm())
+        return total
+
+
+def _with_ranks(state: State, pruned: Mapping[int, int]) -> State:
+    """`state` of HetLoRA with the ranks of these clients; [largest client + 1], 0 = not pruned."""
+    import torch
+
+    if not pruned:
+        return state
+    old = state["pruned"]["ranks"]
+    ranks = torch.zeros(max(len(old), max(pruned) + 1))
+    ranks[: len(old)] = old
+    for client, rank in pruned.items():
+        ranks[client] = rank
+    return {**state, "pruned": {"ranks": ranks}}
