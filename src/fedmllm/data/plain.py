@@ -14,7 +14,7 @@ from fedmllm.core.errors import DataError
 from fedmllm.core.types import Content, Example, Modality, quick_example
 from fedmllm.data.base import Rows
 from fedmllm.data.delimited import csv_blocks
-from fedmllm.data.reading import RawRow, id_key
+from fedmllm.data.reading import RawRow, id_keys
 
 BLOCK = 4096  # rows that are held as cells
 MOST_KEPT = 16_384  # different cells whose part is kept: there are as many clients, but not as few reports
@@ -116,11 +116,11 @@ def plain_rows(plan: RowPlan, on_bad_row: Literal["fail", "skip"]) -> tuple[Rows
                 return None
             ids: Sequence[str | int] = cells.get(plan.id or "id", ())
             ids = ids or ([f"{plan.prefix}{number}" for number in numbers] if plan.prefix else numbers)
-            keys = set(map(id_key, ids))
+            keys = id_keys(ids)
             if len(keys) < len(ids) or "" in keys or not known.isdisjoint(keys):
                 return None
             known |= keys
-            columns: dict[str, Sequence[str]] = {"file": [plan.name] * len(rows), **cells}
+            columns = {"file": (plan.name,) * len(rows), **cells}
             parts = [_of_rows(part, columns, len(rows)) for part in (fields, question, answer, about)]
             for id_, number, row, has, asked, ending, groups in zip(ids, numbers, rows, *parts, strict=True):
                 where = f"{before}{number}"
@@ -144,5 +144,9 @@ def _has_text(fields: Mapping[Modality, Content]) -> bool:
 
 def _of_rows(kept: KeptParts[Any], columns: Mapping[str, Sequence[str]], number: int) -> list[Any]:
     """The part of each row."""
-    cells: list[Sequence[str | None]] = [columns.get(name, [None] * number) for name in kept.part.columns]
-    return list(map(kept.__getitem__, zip(*cells, strict=True))) if cells else [kept[()]] * number
+    names = kept.part.columns
+    if columns.keys().isdisjoint(names):
+        return [kept[(None,) * len(names)]] * number
+    none = [None] * number
+    cells: list[Sequence[str | None]] = [columns.get(name, none) for name in names]
+    return list(map(kept.__getitem__, zip(*cells, strict=True)))

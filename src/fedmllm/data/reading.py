@@ -13,7 +13,7 @@ import os
 import re
 import reprlib
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -287,6 +287,12 @@ def as_id(value: object, name: str, where: str) -> int | str:
 def id_key(number: int | str) -> str:
     """An id as it counts: 1 and "1", and texts that look equal, name the same row."""
     return unicodedata.normalize("NFC", str(number).strip())
+
+
+def id_keys(ids: Sequence[int | str]) -> set[str]:
+    """The keys of many ids."""
+    texts = list(map(str, ids))
+    return set(map(str.strip, texts)) if "".join(texts).isascii() else set(map(id_key, ids))
 
 
 def picture(folder: Path, name: object, where: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
+from itertools import compress
 
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.types import Example, Modality, Shard, Visible
@@ -65,17 +65,27 @@ def assign(
         rows = partition.split(examples, seed)
         masks = scenario.hide(rows, modalities, seed)
     names = partition.client_names(examples) or ("",) * len(rows)
-    meet = lru_cache(maxsize=None)(lambda mask, has: mask & frozenset(has))  # few different ones, and rows share them
     has = [tuple(example.fields) for example in examples]
+    meet = _Meet()  # few different ones, and rows share them
     shards = []
     for client, (own, kept, name) in enumerate(zip(rows, masks, names, strict=True)):
-        pairs = [(row, meet(mask, has[row])) for row, mask in zip(own, kept, strict=True)]
+        visible = list(map(meet.__getitem__, zip(kept, map(has.__getitem__, own), strict=True)))
         if scenario.drops_incomplete:
-            pairs = [(row, visible) for row, visible in pairs if visible == frozenset(modalities)]
-        shards.append(Shard(client, tuple(row for row, _ in pairs), tuple(visible for _, visible in pairs), name))
+            complete = [v == frozenset(modalities) for v in visible]
+            own, visible = list(compress(own, complete)), list(compress(visible, complete))
+        shards.append(Shard(client, tuple(own), tuple(visible), name))
     if not any(shard.rows for shard in shards):
         raise DataError(f"scenario: {scenario.name!r} leaves no row; choose one that leaves complete rows")
     return tuple(shards)
+
+
+class _Meet(dict[tuple[Visible, tuple[Modality, ...]], Visible]):
+    """(mask, modalities of a row) -> what the row still shows."""
+
+    def __missing__(self, pair: tuple[Visible, tuple[Modality, ...]]) -> Visible:
+        mask, has = pair
+        self[pair] = mask & frozenset(has)
+        return self[pair]
 
 
 def refuse_simulation(partition: Partition) -> None:
