@@ -25,7 +25,7 @@ from fedmllm.config.train import UpdateFilter
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.tensors import params_digest, plain_mean_delta
 from fedmllm.core.types import ClientFailure, ClientUpdate, Params, Round, State
-from fedmllm.federation.rounds import Progress, cohorts, federate
+from fedmllm.federation.rounds import Progress, UpdateValidator, cohorts, federate
 from fedmllm.runs.privacy import CentralPrivacy, secret_key
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
@@ -334,6 +334,21 @@ def test_a_run_states_its_guarantee_and_keeps_its_key_to_itself(finished: Path) 
         assert secret.hex().encode() not in content, path
 
 
+def test_the_record_has_no_number_of_an_update_that_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = UpdateValidator._fault
+
+    def odd(*given: Any) -> str:
+        return fault(*given) or "its loss is 0.12345"
+
+    monkeypatch.setattr(UpdateValidator, "_fault", odd)
+    run(runs.experiment(**DP), tmp_path / "run")
+    rounds = list(events(tmp_path / "run", "round"))
+    assert [e["dropped"] for e in rounds] == [
+        [{"client": k, "reason": "no usable update"} for k in e["cohort"]] for e in rounds
+    ]
+    assert not any(b"0.12345" in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+
+
 def test_a_resumed_run_has_the_same_bytes_and_no_second_release(tmp_path: Path, finished: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -456,6 +471,10 @@ REFUSED = {
     "exact": ({"aggregator": "fedex-lora"}, "fedex-lora uses more"),
     "baseline": ({"method": "local"}, 'got "client-dp" with method "local"; it is for: federated'),
     "fail": ({"update_filter": {}}, 'on_bad_update: got "by_engine".*allowed: drop_client'),
+    "longer": (
+        {"update_filter": {"on_bad_update": "drop_client", "max_norm": 1.0}},
+        "max_norm: got 1; whom it leaves out shows whose update is longer",
+    ),
     "adaptive": (
         {"privacy": {**DP["privacy"], "clip": "adaptive"}},
         'privacy.clip: "adaptive" needs a cohort of over 10 clients at noise_multiplier 1; cohort_size is 2',

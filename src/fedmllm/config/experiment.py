@@ -593,6 +593,11 @@ def check_client_dp(experiment: Experiment, privacy: ClientDp) -> None:
             f'update_filter.on_bad_update: got "{e.update_filter.on_bad_update}", which stops a run because of one client\'s '
             'data; with privacy "client-dp" a bad update counts as zeros; allowed: drop_client'
         )
+    if e.update_filter.max_norm:
+        raise ConfigError(
+            f"update_filter.max_norm: got {e.update_filter.max_norm:g}; whom it leaves out shows whose update is longer; with "
+            'privacy "client-dp" every update is scaled down to privacy.clip instead; allowed: 0'
+        )
     if isinstance(e.engine, FlowerSites) and e.engine.min_sites:
         raise ConfigError(
             f"engine.min_sites: got {e.engine.min_sites}, which repeats a round that some sites did not answer; with privacy "

@@ -30,6 +30,7 @@ from fedmllm.runs.events import Privatized
 
 NOISE_KEY, COHORT_KEY, RELEASES = "noise.key", "cohort.key", "releases.jsonl"
 _PUBLIC = ("client", "up_bytes", "down_bytes")  # of a client's entry in the record
+_DROPPED = "no usable update"  # any other reason may have a number of the client's update
 
 
 class CentralPrivacy:
@@ -99,6 +100,7 @@ class CentralPrivacy:
         """A round's log without the numbers about single clients, and without who was asked if that is a secret."""
         table = {key: value for key, value in log.items() if key != "privacy"}
         table["clients"] = [{k: entry[k] for k in _PUBLIC} for entry in log["clients"]]
+        table["dropped"] = [{"client": entry["client"], "reason": _DROPPED} for entry in log["dropped"]]
         if self.secret_cohorts:
             table |= {"cohort": [], "clients": [], "dropped": []}
             table.pop("dropped_out", None)

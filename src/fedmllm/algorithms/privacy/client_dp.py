@@ -31,7 +31,7 @@ CLIP_STATE = "privacy.clip"  # key of the state that holds the adaptive clip
 _GRID = 2.0**-20  # step of the grid on which sum and noise are added, over the noise's standard deviation
 _OUTSIDE = (
     "the server, which sees every update",
-    "whether and when a client responded",
+    "whether and when a client responded, with finite numbers",
     "training tokens, seconds and bytes of a run, and the digests of its rows",
 )
 
