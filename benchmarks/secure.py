@@ -40,6 +40,8 @@ SECURE: dict[str, dict[str, Any]] = {
 }
 MODES = {"clear": ()} | {
     name: ("--set", f"engine.secure={{{', '.join(f'{k}={json.dumps(v)}' for k, v in given.items())}}}")
+    # Sites take part in one run with one set of settings only: other words are another run, of another seed.
+    + (("--set", "seed=1") if "rows" in given else ())
     for name, given in SECURE.items()
 }
 

@@ -98,6 +98,8 @@ ODD = {
     "NaN": np.full(10, np.nan),
     "Inf": np.full(10, -np.inf),
     "tiny": np.full(10, 1e-38),
+    "one NaN": np.r_[np.nan, np.full(9, 1e6)],
+    "one Inf": np.r_[np.full(9, 1e6), np.inf],
 }
 
 
@@ -334,7 +336,9 @@ def test_a_run_states_its_guarantee_and_keeps_its_key_to_itself(finished: Path) 
         assert secret.hex().encode() not in content, path
 
 
-def test_the_record_has_no_number_of_an_update_that_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_record_has_no_number_of_an_update_that_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fault = UpdateValidator._fault
 
     def odd(*given: Any) -> str:

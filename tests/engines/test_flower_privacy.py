@@ -79,6 +79,31 @@ def test_a_request_over_the_budget_is_refused_before_a_model_is_built(limited: T
     ask(restarted, quiet, start)  # what is left of the budget can be spent
 
 
+def test_a_request_that_is_refused_for_its_model_or_adapter_spends_nothing(limited: Trainer) -> None:
+    request = private(limited, STEPS)
+    start = limited.backbone(request).lora()
+    with pytest.raises(Refused, match="base model 000000000000 is not the one here"):
+        ask(limited, request.model_copy(update={"base": "0" * 64}), start)
+    with pytest.raises(Refused, match="RMS relative to an untrained one is 100"):
+        ask(limited, request, {n: 100 * t for n, t in start.items()})
+    with pytest.raises(Refused, match="manifest"):
+        ask(limited, request, dict(list(start.items())[1:]))
+    assert limited.ledger.entries() == []
+    ask(limited, request, start)
+    assert len(limited.ledger.entries()) == 1
+
+
+def test_metrics_about_the_content_of_rows_stay_at_the_site(there: Trainer) -> None:
+    """A row's length is a number about it, to which no noise is added."""
+    for request, names in (
+        (private(there, STEPS), {"num_steps"}),
+        (request_of(there, STEPS), {"loss", "num_steps", "num_tokens", "time_s"}),
+    ):
+        start = there.backbone(request).lora()
+        _, about = there.train(request, flatten(start).numpy(), manifest_digest(start))
+        assert set(about["metrics"]) == names
+
+
 def test_a_lost_ledger_is_not_an_empty_one(limited: Trainer, tmp_path: Path) -> None:
     request = private(limited, STEPS)
     start = limited.backbone(request).lora()

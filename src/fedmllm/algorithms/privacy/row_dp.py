@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 _GRID = 2.0**-20  # step of the grid to which a noisy sum is rounded, over the noise's standard deviation
 _OUTSIDE = (
     "the number of rows and steps of each client",
-    "whether and when a client responded, seconds and tokens",
+    "whether and when a client responded",
     "which modalities a client has",
 )
+_OUTSIDE_HERE = ("the tokens and seconds of each client",)  # which a site keeps to itself
 
 
 class RowDp(Privacy):
@@ -92,7 +93,7 @@ class RowDp(Privacy):
             sampling=f"every {self.unit} once an epoch, in a public order",
             sampling_is_secret=False,
             noise=SIMULATED if self.simulate_noise else "keyed",
-            outside=(*_OUTSIDE, *outside),
+            outside=(*_OUTSIDE, *(() if at_sites else _OUTSIDE_HERE), *outside),
         )
 
 

@@ -165,7 +165,9 @@ class Ledger:
                         f"its new place in {mark}"
                     )
 
-    def charge(self, entry: Entry, most: float | None, delta: float, since: date | None = None) -> Reason:
+    def charge(
+        self, entry: Entry, most: float | None, delta: float, since: date | None = None, spend: bool = True
+    ) -> Reason:
         """Add an entry, unless epsilon would then pass the limit.
 
         Args:
@@ -173,9 +175,10 @@ class Ledger:
             most: Largest epsilon of all entries together; None = no limit.
             delta: At which epsilon is counted.
             since: The first day of the entries that count; None = all.
+            spend: False = only look whether it could be added.
 
         Returns:
-            The reason to refuse; "" = the entry is on the disk.
+            The reason to refuse; "" = the entry is on the disk, or could be.
 
         Raises:
             FedmllmError: The file is damaged or lost, or the rows have another one.
@@ -202,6 +205,8 @@ class Ledger:
                     )
                 numbers = f"{after:.4g} at delta {delta:g}, spent so far {before:.4g}, limit {most:g}"
                 return Reason("epsilon would pass allow.max_epsilon", numbers)
+            if not spend:
+                return Reason("")
             with writing(self._path):
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(entry)) + "\n")

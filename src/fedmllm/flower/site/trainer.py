@@ -37,6 +37,9 @@ from fedmllm.flower.wire import HERE, REFUSED
 from fedmllm.runs.privacy import NOISE_KEY, secret_key
 
 
+_OF_CONTENT = ("num_tokens", "time_s")  # metrics that depend on what a row says; with row-dp they stay at the site
+
+
 class Trainer:
     """One site's base model and encoded rows, kept while the settings that they depend on stay the same.
 
@@ -81,22 +84,27 @@ class Trainer:
         num_moving = moving_steps(request.train, request.round_lr(), num_steps)
         if reason := self.site.refuse(request, num_steps, num_units, num_moving):
             raise Refused(reason)
-        if reason := self._charge(request):
+        if reason := self._charge(request, spend=False):
             raise Refused(self.site.refusal([reason]))
         backbone = self.backbone(request)
         if reason := self.site.refuse_base(request, backbone.digest):
             raise Refused(reason)
-        clients, sent = self._clients(request, backbone, shard), self._sent(request, flat, manifest)
+        sent = self._sent(request, flat, manifest)
         if reason := self.site.refusal(self._objections(request, sent)):
             raise Refused(reason)
         state = SiteState(self._folder, request.run_id, request.client)
-        update, kept = clients.train_one(request.client, request.at(), sent, state.read(request.kept))
+        before = state.read(request.kept)
+        if reason := self._charge(request):  # a refusal above spends nothing: it says nothing about a row's content
+            raise Refused(self.site.refusal([reason]))
+        clients = self._clients(request, backbone, shard)  # makes the key of the noise, if there is none
+        update, kept = clients.train_one(request.client, request.at(), sent, before)
         allow, rate = self.site.allow, clients.round_lr(request.round)
         moved = suppressed_updates(update.delta, sent.start, request.train, rate, num_steps, allow.min_movement)
         if reason := self.site.refusal(moved):
             raise Refused(reason)
         reply = uplink(update.delta, update.extra)
-        metrics = {k: v for k, v in update.metrics.items() if k in allow.metrics}
+        withheld = _OF_CONTENT if isinstance(request.privacy, RowDp) else ()
+        metrics = {k: v for k, v in update.metrics.items() if k in allow.metrics and k not in withheld}
         about = {"num_examples": update.num_examples, "metrics": metrics, "manifest": manifest_digest(reply)}
         if sha := state.write(request.round, kept):
             about[KEPT] = sha
@@ -109,15 +117,18 @@ class Trainer:
             return len(grouped(self._examples, shard, column))
         return len(shard.rows)
 
-    def _charge(self, request: Request) -> Reason:
-        """Enter a request in the ledger, before a model is built; the reason why it would spend too much."""
+    def _charge(self, request: Request, spend: bool = True) -> Reason:
+        """Enter a request in the ledger, before it is trained; the reason why it would spend too much.
+
+        Without `spend` only look, before a model is built.
+        """
         if not self._charges:
             return Reason("")
         privacy, allow = request.privacy, self.site.allow
         z = privacy.noise_multiplier if isinstance(privacy, RowDp) else 0.0
         unit = privacy.unit_of(self.site.data.group_column()) if isinstance(privacy, RowDp) else "row"
         entry = Entry(request.run_id, request.round, z, request.train.epochs, round(time.time(), 3), unit)
-        return self.ledger.charge(entry, allow.max_epsilon, allow.epsilon_delta, allow.epsilon_since)
+        return self.ledger.charge(entry, allow.max_epsilon, allow.epsilon_delta, allow.epsilon_since, spend)
 
     def _sent(self, request: Request, flat: np.ndarray[Any, Any], manifest: str) -> Sent:
         """Return the tensors that the server sent. Raises Refused if they do not fit the adapter here."""
