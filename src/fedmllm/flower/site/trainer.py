@@ -36,7 +36,6 @@ from fedmllm.flower.site.state import SiteState
 from fedmllm.flower.wire import HERE, REFUSED
 from fedmllm.runs.privacy import NOISE_KEY, secret_key
 
-
 _OF_CONTENT = ("num_tokens", "time_s")  # metrics that depend on what a row says; with row-dp they stay at the site
 
 
