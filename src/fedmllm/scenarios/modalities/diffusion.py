@@ -24,7 +24,7 @@ TEXT = "{text}"
 
 
 class Diffusion(Completion):
-    """Draw a picture of each text whose row has none, with a text-to-image pipeline of the package diffusers.
+    """Draw a picture of each text whose row has none, with a pipeline of the package diffusers (such as arXiv:2112.10752).
 
     The picture is drawn from the text and a seed alone, so it holds for test rows, too. It adds nothing to what the text says:
     it only gives the row the form of a complete one. The
@@ -44,7 +44,7 @@ class Diffusion(Completion):
     to: Modality = "image"
     """Modality that receives the picture."""
     steps: PositiveInt = 20
-    """Denoising steps."""
+    """Denoising steps of the pipeline."""
     guidance: Annotated[float, Field(ge=0)] = 7.5
     """Weight of classifier-free guidance; 1 or less = without."""
     size: NonNegativeInt = 0
