@@ -1,4 +1,4 @@
-"""Conversion: text becomes a picture, by a diffusion pipeline that the user names."""
+"""Conversion: a diffusion pipeline draws a text."""
 
 from __future__ import annotations
 
