@@ -20,7 +20,7 @@ from fedmllm.core.storage import make_folder, writing
 from fedmllm.core.types import Example, Modality
 from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling
 
-TEXT = "{text}"
+SLOT = "{text}"
 
 
 class Diffusion(Completion):
@@ -37,7 +37,7 @@ class Diffusion(Completion):
     name: Literal["diffusion"] = "diffusion"
     path: str = ""
     """Folder of the pipeline, with its model_index.json and safetensors; "hub:owner/name" asks the network."""
-    prompt: str = TEXT
+    prompt: str = SLOT
     """What is drawn; "{text}" is the row's text, cut at the tokens that the pipeline reads."""
     of: Modality = "text"
     """Modality that is drawn."""
@@ -63,8 +63,8 @@ class Diffusion(Completion):
                 raise ConfigError(f"completion.{key}: got {modality!r}; the rows have {', '.join(modalities)}")
         if self.of == self.to:
             raise ConfigError(f"completion.to: got {self.to!r}, which is also `of`; name the modality of the pictures")
-        if TEXT not in self.prompt:
-            raise ConfigError(f"completion.prompt: got {self.prompt!r}; it must contain {TEXT}")
+        if SLOT not in self.prompt:
+            raise ConfigError(f"completion.prompt: got {self.prompt!r}; it must contain {SLOT}")
         if not self.path:
             raise ConfigError("completion.path: missing; give the folder of a text-to-image pipeline of diffusers")
         if not self.path.startswith("hub:") and not (Path(self.path).expanduser() / "model_index.json").is_file():
@@ -93,7 +93,7 @@ class _Drawing(Filling):
             return example
         if not isinstance(text, str):
             raise ConfigError(f"{example.where}, id {example.id}: completion.of: {s.of!r} is a picture")
-        return replace(example, fields={**example.fields, s.to: (self._picture(s.prompt.replace(TEXT, text)),)})
+        return replace(example, fields={**example.fields, s.to: (self._picture(s.prompt.replace(SLOT, text)),)})
 
     def _picture(self, prompt: str) -> Path:
         """The file of a prompt's picture; drawn if it is not there yet."""
