@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
 from flower_federation import NAMES, Federation
+from safetensors.torch import load_file
 
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
@@ -22,7 +23,7 @@ from fedmllm.flower.request import Request
 from fedmllm.flower.site.state import SiteState
 from fedmllm.runs.events import RoundEnd
 from fedmllm.runs.record import read
-from support.sites_in_process import InThisProcess, adapter, in_process, over_the_wire
+from support.sites_in_process import InThisProcess, adapter, in_process, over_the_wire, write_sites
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,6 +80,86 @@ def test_a_site_refuses_what_returns_more_than_the_delta_unless_it_is_open(rows,
         over_the_wire(rows, tmp_path, changes, monkeypatch, allow="")
     last = list(read(tmp_path / "out" / "record.jsonl"))[-1]
     assert last["event"] == "stopped"
+
+
+# ---- ranks that sites limit
+
+
+def settings(limit: str) -> str:
+    return f'[allow.settings]\n"lora.r" = {limit}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "assigned", "limits", "ranks"),
+    [
+        ("fedilora", "", ("{ max = 3 }", "[2, 4]", "{ max = inf }"), [3, 4, 8]),
+        ("flora", "ranks=[2,8]", ("{ max = 4 }", "{ max = 5 }", ""), [2, 5, 2]),
+        ('{name="hetlora",tail_penalty=10.0,tail_from=0.7}', "", ("{ max = 3 }", "", ""), [3, 8, 8]),
+    ],
+)
+def test_a_site_gets_an_adapter_of_its_own_limit_or_its_assigned_rank(
+    rows, tmp_path, monkeypatch, name, assigned, limits, ranks
+):
+    aggregator = f"aggregator={name if name.startswith('{') else repr(name)}"
+    given = [f"backbone.lora.{assigned}"] if assigned else []
+    own = {site: settings(limit) for site, limit in zip(NAMES, limits, strict=True) if limit}
+    wire = over_the_wire(rows, tmp_path, [aggregator, *given], monkeypatch, own=own)
+    rounds = [event for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "round"]
+    assert [c["rank"] for c in rounds[0]["clients"]] == ranks
+    requests = [wire.sites[node].requests[0] for node in wire.sites]
+    assert [one["lora"]["r"] for one in requests] == [
+        min(8, site.trainer.site.largest_rank() or 8) for site in wire.sites.values()
+    ]
+    assert {one["lora"]["alpha"] / one["lora"]["r"] for one in requests} == {1.0}
+    assert [one["ranks"] for one in requests] == [[rank] for rank in ranks]  # no site learns another's limit
+    if "flora" in name:
+        assert max(event["aggregation_error"] for event in rounds) < 1e-5
+    else:
+        in_process(rows, tmp_path, [aggregator, f"backbone.lora.ranks={ranks}"])
+        one, two = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("out", "one"))
+        # A site trains its own rank, one process pads it to 8, and a product of another width rounds otherwise.
+        assert max(float((one[n] - two[n]).abs().max()) for n in two) < 1e-5
+        assert max(float(t.abs().max()) for t in two.values()) > 0.05
+    if "hetlora" in name:
+        assert min(c["rank"] for event in rounds for c in event["clients"]) < 3
+        assert rounds[1]["down_bytes"] > rounds[2]["down_bytes"]
+
+
+def test_without_limits_below_the_rank_nothing_changes_and_without_unequal_ranks_nobody_is_asked(
+    rows, tmp_path, monkeypatch
+):
+    wire = over_the_wire(rows, tmp_path, ['aggregator="fedilora"', "num_rounds=1"], monkeypatch)
+    assert len(wire.replies) == 2 * len(NAMES)
+    assert [site.requests[0]["ranks"] for site in wire.sites.values()] == [[]] * len(NAMES)
+    assert adapter(tmp_path / "out") == in_process(rows, tmp_path, ['aggregator="fedilora"', "num_rounds=1"])
+    changes = ["num_rounds=1", "engine.attempts=1", "engine.min_sites=1"]
+    over_the_wire(rows, tmp_path / "two", changes, monkeypatch, own={NAMES[0]: settings("{ max = 4 }")})
+    (one,) = [event for event in read(tmp_path / "two" / "out" / "record.jsonl") if event["event"] == "round"]
+    assert [d["client"] for d in one["dropped"]] == [0]
+    assert "lora.r = 8; this site allows at most 4" in one["dropped"][0]["reason"]
+
+
+def test_a_site_that_does_not_know_the_question_has_the_assigned_rank(rows, tmp_path, monkeypatch):
+    """A site of an earlier release refuses it as a request without settings, and has the default limit of 8."""
+    from fedmllm.flower.site import process
+
+    monkeypatch.setattr(process, "LARGEST_RANK", "another key")
+    changes = ['aggregator="fedilora"', "num_rounds=2", "backbone.lora.r=4"]
+    wire = over_the_wire(rows, tmp_path, changes, monkeypatch)
+    assert len(wire.replies) == 3 * len(NAMES)  # asked once
+    assert adapter(tmp_path / "out") == in_process(rows, tmp_path, changes)
+
+
+def test_the_dry_run_trains_the_rank_that_the_site_would_get(rows, tmp_path):
+    from fedmllm.flower.site.dry_run import dry_run
+
+    write_sites(rows, tmp_path, own={NAMES[0]: settings("{ max = 3 }")})
+    text = (rows.folder / "experiment.toml").read_text()
+    (tmp_path / "unequal.toml").write_text(f'aggregator = "fedilora"\n{text}')
+    lines = []
+    dry_run(tmp_path / NAMES[0] / "site.toml", tmp_path / "unequal.toml", tmp_path / "sent", lines.append)
+    whole = sum(t.numel() for t in Experiment.load(rows.folder / "experiment.toml").backbone.load(0).lora().values())
+    assert (tmp_path / "sent").stat().st_size == 4 * whole * 3 // 8
 
 
 # ---- state at a site

@@ -72,20 +72,43 @@ METHODS = [
     "fedex-lora",
     "fed-plora",
     "flora",
+    "hetlora",
     "fedalt",
 ]
 
 
 @pytest.mark.parametrize("aggregator", METHODS)
 def test_three_rounds_give_the_bytes_of_in_process(tmp_path, aggregator):
-    ranks = {"ranks": [2, 8, 4]} if aggregator in ("fed-plora", "flora") else {}
-    table = {**TABLE, "aggregator": aggregator, "backbone": {"name": "tiny", "lora": ranks}}
+    ranks = {"ranks": [2, 8, 4]} if aggregator in ("fed-plora", "flora", "hetlora") else {}
+    prunes = {"tail_penalty": 10.0, "tail_from": 0.7} if aggregator == "hetlora" else {}
+    table = {**TABLE, "aggregator": {"name": aggregator, **prunes}, "backbone": {"name": "tiny", "lora": ranks}}
     if aggregator == "fedavg":  # actors complete rows by themselves
         table |= {"completion": {"name": "retrieve", "test": True}, "public": {"rows": 6}}
     simulated = adapter({**table, "engine": SIMULATION}, tmp_path / "simulation")
     assert simulated == adapter({**table, "engine": "in-process"}, tmp_path / "in-process")
     rounds = [event for event in read(tmp_path / "simulation" / "record.jsonl") if event["event"] == "round"]
     assert [len(event["clients"]) for event in rounds] == [3, 3, 3]
+    if prunes:
+        assert len({(c["client"], c["rank"]) for event in rounds for c in event["clients"]}) > 4
+
+
+def test_ranks_by_a_column_are_those_of_in_process(tmp_path):
+    limits = {"east": 2, "north": 4, "west": 64}
+    lines = [
+        f"{s}-{i},{('well', 'fever')[i % 2]},{('no', 'yes')[i % 2]},{s},{limits[s]}" for s in limits for i in range(4)
+    ]
+    (tmp_path / "rows.csv").write_text("\n".join(["case,note,ill,site,limit", *lines]) + "\n")
+    columns = {"id": "case", "text": "note", "answer": "ill", "client": "site", "keep": ["limit"]}
+    data = {"name": "table", "root": str(tmp_path), "train": "rows.csv", "test": "rows.csv", "columns": columns}
+    table = {
+        "data": data | {"question": "Is it ill?", "choices": ["no", "yes"]},
+        "backbone": {"name": "tiny", "lora": {"rank_column": "limit"}},
+        "train": TABLE["train"], "num_rounds": 2, "aggregator": "flexlora",
+    }  # fmt: skip
+    simulated = adapter({**table, "engine": SIMULATION}, tmp_path / "simulation")
+    assert simulated == adapter({**table, "engine": "in-process"}, tmp_path / "in-process")
+    rounds = [event for event in read(tmp_path / "simulation" / "record.jsonl") if event["event"] == "round"]
+    assert [[c["rank"] for c in event["clients"]] for event in rounds] == [[2, 4, 8]] * 2
 
 
 PLUGIN = """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -30,6 +31,10 @@ class InThisProcess:
 
     def __init__(self, folder: Path) -> None:
         self.trainer, self.requests = Trainer(Site.load(folder / "site.toml"), folder / "site-state"), []
+
+    @property
+    def site(self) -> Site:
+        return self.trainer.site
 
     def ask(self, head: dict[str, str], adapter: bytes) -> tuple[dict[str, Any], bytes]:
         self.requests.append(json.loads(head["request"]))
@@ -80,8 +85,10 @@ class Plain:
 OPEN = "extra_tensors = true\nfrozen_adapter = true\n"
 
 
-def write_sites(rows: Federation, folder: Path, allow: str = OPEN, peers: bool = True) -> None:
-    """A file and a key for each site; with all public keys if `peers`."""
+def write_sites(
+    rows: Federation, folder: Path, allow: str = OPEN, peers: bool = True, own: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """A file and a key for each site; with all public keys if `peers`, and with limits of its `own`."""
     for name in NAMES:
         if not (folder / name / "site.key").exists():
             make_site_key(folder / name / "site.key")
@@ -89,7 +96,7 @@ def write_sites(rows: Federation, folder: Path, allow: str = OPEN, peers: bool =
     known = "".join(f'{name} = "{key}"\n' for name, key in keys.items()) if peers else ""
     for name in NAMES:
         head = f'name = "{name}"\nserver = "localhost:1"\nca = "ca.crt"\nkey = "site.key"\nthreads = 1\n'
-        tables = f"{rows._data(name)}[peers]\n{known}[allow]\n{allow}"
+        tables = f"{rows._data(name)}[peers]\n{known}[allow]\n{allow}{own.get(name, '')}"
         (folder / name / "site.toml").write_text(head + tables)
 
 
@@ -101,8 +108,9 @@ def over_the_wire(
     allow: str = OPEN,
     resume: bool = False,
     sinks=(),
+    own: Mapping[str, str] = MappingProxyType({}),
 ) -> Wire:
-    write_sites(rows, folder, allow)
+    write_sites(rows, folder, allow, own=own)
     wire = Wire(folder)
     monkeypatch.setattr(server_app, "Message", Plain)
     monkeypatch.setattr(server_app, "_link", [server_app.Link(wire, tuple(wire.sites))])

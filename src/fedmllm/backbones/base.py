@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Lora(Spec):
 
     ranks: Annotated[tuple[PositiveInt, ...], ADDED_LATER] = ()
     """Ranks of the clients, in turn: client k has ranks[k mod len]; empty = every client has rank `r`. Otherwise `r` must
-    be the largest of them; the scaling is alpha / r for every rank."""
+    be the largest of them; the scaling is alpha / r for every rank. A real site has its own limit of "lora.r" at most."""
 
     rank_column: Annotated[str, ADDED_LATER] = ""
     """Column of the training rows that states the largest rank of each client, such as a limit of its site; a client has that
@@ -100,6 +101,21 @@ class Lora(Spec):
         if self.rank_column:
             return f'backbone.lora.rank_column: got "{self.rank_column}"'
         return f"backbone.lora.ranks: got {list(self.ranks)}" if self.ranks else ""
+
+    def at_most(self, rank: int) -> Lora:
+        """Limit the rank, at the same scaling.
+
+        Args:
+            rank: The largest that is allowed; 0 = any.
+
+        Returns:
+            These settings if `r` is not larger; else those of clients that all have this rank.
+        """
+        if not 0 < rank < self.r:
+            return self
+        share = rank / self.r
+        alpha = self.alpha * (math.sqrt(share) if self.rslora else share)
+        return self.model_copy(update={"r": rank, "alpha": alpha, "ranks": ()})
 
     @model_validator(mode="after")
     def _largest_rank(self) -> Lora:

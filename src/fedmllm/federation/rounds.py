@@ -11,7 +11,7 @@ from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 from fedmllm.algorithms.base import Aggregator
-from fedmllm.algorithms.lowrank import truncation_error, watched_cuts
+from fedmllm.algorithms.lowrank import rank_of, truncation_error, watched_cuts
 from fedmllm.algorithms.privacy.client_dp import NoisyMean
 from fedmllm.algorithms.privacy.noise import keyed_uniforms
 from fedmllm.config.train import UpdateFilter
@@ -68,6 +68,7 @@ def federate(
     ranks: Sequence[int] = (),
     privacy: NoisyMean | None = None,
     secret_cohorts: bool = False,
+    limited_ranks: Callable[[Round], Sequence[int]] | None = None,
 ) -> Iterator[Progress]:
     """Yield the state after each round from `progress.round + 1` to `num_rounds`.
 
@@ -84,6 +85,7 @@ def federate(
         ranks: Of the clients, in turn; () = all have the adapter's.
         privacy: Makes one noisy update of a round's updates, which is all that the aggregator receives.
         secret_cohorts: True if clients must not learn who else is asked.
+        limited_ranks: The ranks of a round whose clients may have limits of their own.
 
     Raises:
         FedmllmError: an update may not be aggregated and `update_filter.on_bad_update` is not "drop_client"; or the global
@@ -93,6 +95,8 @@ def federate(
     for round_ in range(progress.round + 1, num_rounds + 1):
         began, cohort = time.perf_counter(), cohorts(round_)
         at = Round(round_, seed, num_rounds, tuple(cohort), num_clients or len(cohort), tuple(ranks))
+        if limited_ranks:
+            at = replace(at, ranks=tuple(limited_ranks(at)))
         dropped_out = [client for client in cohort if drops_out(round_, client)] if drops_out else []
         sends = Sends(aggregator, params, state, at, cohort)
         validator = UpdateValidator(update_filter, aggregator, sends, at, dropped_out)
@@ -194,6 +198,8 @@ class UpdateValidator:
                 entry: dict[str, Any] = {"client": update.client, "num_examples": update.num_examples, "norm": size}
                 entry |= {"up_bytes": _up_bytes(update), "down_bytes": down}
                 entry |= {"clients": list(update.clients)} if update.clients else {}
+                if self._aggregator.mixed_ranks:
+                    entry["rank"] = rank_of(update.delta)
                 self._clients.append({**entry, **update.metrics, **entry})  # a client's metrics cannot override these
                 yield update
         for client in sorted(self._awaited):

@@ -51,9 +51,10 @@ def check_name(name: str) -> str:
     return name
 
 
-def header_of(sent: Sent, at: Round) -> Header | None:
+def header_of(sent: Sent, aggregator: Aggregator) -> Header | None:
     """The header of what travels with a request; None for a whole adapter that trains as it is."""
-    whole = sent.trains is None and not (sent.keeps or sent.known or sent.frozen or sent.extra or at.ranks)
+    whole = sent.trains is None and not (sent.keeps or sent.known or sent.frozen or sent.extra)
+    whole = whole and not aggregator.mixed_ranks
     return None if whole else Header.of(sent)
 
 
@@ -80,7 +81,7 @@ class Request(Spec):
     num_clients: PositiveInt = 1
     """Clients that can be sampled."""
     ranks: tuple[PositiveInt, ...] = Field((), max_length=1000)
-    """LoRA ranks, assigned to the clients in turn; empty = all have `lora.r`."""
+    """The site's LoRA rank, if ranks are unequal; empty = all have `lora.r`."""
     header: Header | None = None
     """Description of the tensors that travel with the request; None = the adapter, and all of it trains."""
     kept: dict[int, Annotated[str, Field(pattern=f"^{DIGEST}$")]] = Field({}, max_length=100_000)
@@ -114,6 +115,7 @@ class Request(Spec):
         at: int | Round,
         header: Header | None = None,
         kept: Mapping[int, str] | None = None,
+        largest_rank: int = 0,
     ) -> Request:
         """One site's part of an experiment.
 
@@ -125,6 +127,7 @@ class Request(Spec):
             at: The round, or its number for a round of this client alone.
             header: Of what travels with the request; None = the adapter.
             kept: Rounds of which the site's own state counts, with its digest.
+            largest_rank: Of an adapter that the site allows; 0 = any.
 
         Returns:
             A request without any of the server's paths.
@@ -141,7 +144,7 @@ class Request(Spec):
             round=at.number,
             cohort=at.cohort,
             num_clients=at.num_clients,
-            ranks=at.ranks,
+            ranks=(at.rank(client),) if at.ranks else (),
             header=header,
             kept=dict(kept or {}),
             aggregator=e.server(),
@@ -152,7 +155,7 @@ class Request(Spec):
             objective=e.objective,
             train=e.train,
             privacy=e.privacy if isinstance(e.privacy, RowDp) else NoPrivacy(),
-            lora=e.backbone.lora,
+            lora=e.backbone.lora.at_most(largest_rank),
             precision=e.backbone.precision,
             max_tokens=e.backbone.max_tokens,
         )

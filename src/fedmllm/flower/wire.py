@@ -14,6 +14,7 @@ from fedmllm.core.errors import FedmllmError
 ADAPTER_KEY, ABOUT = "adapter", "about"  # the two records of a message
 FLAT = "flat"  # the one array of the adapter record
 SECURE = "secure"  # key of a message about keys of a secure sum, and of its reply
+LARGEST_RANK = "largest_rank"  # key of a message that asks a site for its limit, and of its reply: 0 = none
 REFUSED = "refused"  # key of a reply with a reason instead of an update
 HERE = "here"  # key of what the trainer adds to a reason for its site's own log; it does not travel
 FLOAT32, RAW = "float32", "raw-little-endian"

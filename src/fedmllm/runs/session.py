@@ -145,6 +145,8 @@ class Session:
         drops_out = (
             None if availability.name == "always" else lambda round_, k: availability.share(e.seed, round_, k) == 0
         )
+        # Only real sites have limits that the experiment does not name.
+        limited_ranks = getattr(engine, "limited_ranks", None) if federated and aggregator.mixed_ranks else None
         progress = begin
         for progress in federate(
             begin,
@@ -159,6 +161,7 @@ class Session:
             inputs.ranks if federated else (),
             central.mean if central else None,
             central is not None and central.secret_cohorts,
+            limited_ranks,
         ):
             self._totals = self._totals.plus(progress.log)
             lr = clients.round_lr(progress.round)

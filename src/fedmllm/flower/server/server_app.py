@@ -31,6 +31,7 @@ from fedmllm.flower.messages import Packed, ask, read_update
 from fedmllm.flower.request import DIGEST, KEPT, Request, header_of
 from fedmllm.flower.secure.terms import Terms
 from fedmllm.flower.server.experiment import AtSites
+from fedmllm.flower.server.ranks import SiteRanks
 from fedmllm.flower.server.secure_rounds import SecureRounds
 from fedmllm.flower.wire import ABOUT
 from fedmllm.runs.run import run
@@ -105,6 +106,7 @@ class Sites:
         if not isinstance(self.experiment.data, AtSites):
             raise FedmllmError(f"engine flower-sites: data is {self.experiment.data.name}, not at-sites")
         self.names = self.experiment.data.sites
+        self.limited_ranks = SiteRanks(self, self.experiment.backbone.lora.r)
         self._secure = SecureRounds(self, settings.secure) if settings.secure else None
 
     def __call__(self, at: Round, sents: Mapping[int, Sent]) -> Iterable[ClientUpdate | ClientFailure]:
@@ -187,20 +189,21 @@ class Sites:
         rounds = [n for n in store.rounds(client) if n < at.number] if store else []
         return {n: sha_of(store.read(client, n + 1)) for n in rounds} if store else {}
 
-    def connected(self, cohort: Sequence[int]) -> dict[int, str]:
-        """The connected clients with the time since when, once all are connected or `connect_s` is over."""
-        until = time.monotonic() + self.settings.connect_s
+    def connected(self, cohort: Sequence[int], wait: bool = True) -> dict[int, str]:
+        """The connected clients with the time since when; `wait`: once all are connected or `connect_s` is over."""
+        until = time.monotonic() + (self.settings.connect_s if wait else 0)
         while True:
             known = activations(self._link.grid)
             online = {k: known[node] for k in cohort if (node := self._link.nodes[k]) in known}
-            if len(online) == len(cohort) or time.monotonic() > until:
+            if len(online) == len(cohort) or time.monotonic() >= until:
                 return online
             time.sleep(_POLL_S)
 
     def _content(self, packed: Packed, at: Round, client: int, sent: Sent, terms: Terms | None) -> RecordDict:
         base = self.clients.backbone.digest
-        header, kept = header_of(sent, at), self._kept(client, at)
-        request = Request.of(self.experiment, base, self.names[client], client, at, header, kept)
+        header, kept = header_of(sent, self.clients.aggregator), self._kept(client, at)
+        most = self.limited_ranks.largest(client)
+        request = Request.of(self.experiment, base, self.names[client], client, at, header, kept, most)
         return packed.content({"request": request.model_copy(update={"secure": terms}).model_dump_json()})
 
 

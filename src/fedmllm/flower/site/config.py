@@ -227,6 +227,17 @@ class Site(Spec):
         profile: Visible = frozenset(self.modalities or self.data.modalities())
         return examples, Shard(client, tuple(rows), tuple(profile & frozenset(examples[i].fields) for i in rows))
 
+    def largest_rank(self) -> int:
+        """The largest rank of an adapter that this site allows, by the limit of "lora.r".
+
+        Returns:
+            A rank, which the server may learn; 0 = any.
+        """
+        allowed = {**DEFAULTS, **self.allow.settings}["lora.r"]
+        if isinstance(allowed, Range):
+            return int(allowed.max) if allowed.max != float("inf") else 0
+        return max((value for value in allowed if isinstance(value, int)), default=0)
+
     def refuse(self, request: Request, num_steps: int, num_rows: int, num_moving: int | None = None) -> Reason:
         """Check a request against `allow`, as far as that needs no model.
 

@@ -6,6 +6,7 @@ import json
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedmllm.config.engine import LEAST_SITES, FlowerSites, SecureAggregation
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest, manifest_digest, norm
+from fedmllm.core.types import Round
 from fedmllm.flower.request import Request, header_of
 from fedmllm.flower.secure.layout import pack_words, word_form
 from fedmllm.flower.secure.masks import add_masks
@@ -45,12 +47,15 @@ def dry_run(site_file: Path, experiment_file: Path, out: Path | None, say: Calla
 
 
 def _train(site: Site, experiment: Experiment, trainer: Trainer, out: Path | None, say: Callable[[str], None]) -> None:
-    asked = Request.of(experiment, "", site.name, 0, 1)
+    aggregator, at = experiment.server(), Round(1, experiment.seed, experiment.num_rounds, (0,), 1)
+    largest = site.largest_rank() if aggregator.mixed_ranks else 0  # as the server would learn it
+    if experiment.backbone.lora.at_most(largest) != experiment.backbone.lora:
+        at = replace(at, ranks=(largest,))
+    asked = Request.of(experiment, "", site.name, 0, at, largest_rank=largest)
     backbone = trainer.backbone(asked)
     start = backbone.lora()
-    aggregator = experiment.server()
     sent = aggregator.sends(start, aggregator.init(start), asked.at(), 0)
-    request = asked.model_copy(update={"base": backbone.digest, "header": header_of(sent, asked.at())})
+    request = asked.model_copy(update={"base": backbone.digest, "header": header_of(sent, aggregator)})
     payload = sent.travelling()
     say(f"the server would ask: {request.model_dump_json()}")
     secure = experiment.engine.secure if isinstance(experiment.engine, FlowerSites) else None

@@ -57,6 +57,7 @@ from fedmllm.flower.wire import (
     ABOUT,
     ADAPTER_KEY,
     HERE,
+    LARGEST_RANK,
     REFUSED,
     SECURE,
     array_data,
@@ -215,7 +216,7 @@ def pull(client: RuntimeHttpClient) -> tuple[Message, Context]:
 
 
 def answer(message: Message, trainer: ResidentTrainer, member: SecureMember) -> tuple[RecordDict, str]:
-    """Train as a message asks, or give what a secure sum needs.
+    """Train as a message asks, or give what a secure sum needs, or the site's largest rank.
 
     Args:
         message: From the server.
@@ -229,6 +230,11 @@ def answer(message: Message, trainer: ResidentTrainer, member: SecureMember) -> 
         about = message.content[ABOUT]
         if SECURE in about:
             return _keys(str(about[SECURE]), member)
+        if LARGEST_RANK in about:
+            rank = trainer.site.largest_rank()
+            return RecordDict(
+                {ABOUT: ConfigRecord({LARGEST_RANK: rank})}
+            ), f"reported the largest rank of an adapter here: {rank or 'any'}"
         head = {"request": str(about["request"]), "manifest": str(about["manifest"])}
         adapter = array_data(message.content)
     except (FedmllmError, KeyError, TypeError, ValueError, AttributeError) as error:

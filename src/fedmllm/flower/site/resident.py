@@ -29,7 +29,7 @@ class ResidentTrainer:
     """
 
     def __init__(self, site: Site, path: Path, imports: Sequence[str] = ()) -> None:
-        self._site, self._path, self._imports = site, path, imports
+        self.site, self._path, self._imports = site, path, imports
         self._lock = threading.Lock()
         self._start()
 
@@ -60,7 +60,7 @@ class ResidentTrainer:
         with self._lock:
             if self.process.poll() is not None:
                 self._restart()
-            began, limit = time.monotonic(), self._site.task_timeout_s
+            began, limit = time.monotonic(), self.site.task_timeout_s
             # Reads and writes of the socket have no time limit; killing the trainer ends them.
             watch = threading.Timer(limit, self.process.kill)
             watch.start()
@@ -72,7 +72,7 @@ class ResidentTrainer:
                 slow = time.monotonic() - began >= limit
                 what = f"took longer than {limit:g} s" if slow else f"died (exit status {self._exit_status()})"
                 self._restart()
-                return {REFUSED: f"site {self._site.name}: the trainer {what}; it was restarted"}, b""
+                return {REFUSED: f"site {self.site.name}: the trainer {what}; it was restarted"}, b""
             finally:
                 watch.cancel()
 
