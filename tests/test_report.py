@@ -392,6 +392,7 @@ def test_every_run_with_privacy_has_all_that_its_claim_needs_beside_its_price_an
     for words in ("the server, which sees every update", "closed form (Gaussian", "epsilon at least 0.25"):
         assert words in page
         assert words in text
+    assert text.count("closed form (Gaussian") == 1  # what all methods share stands once
     (tmp_path / "noisy" / "audit.json").write_text("{}")
     with pytest.raises(FedmllmError, match=r"audit\.json: not a table of `fedmllm audit`"):
         write_report([tmp_path], tmp_path / "report.html")

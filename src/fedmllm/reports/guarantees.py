@@ -136,8 +136,23 @@ def _audits(runs: Sequence[RunRecord]) -> str:
     return _joined(texts) or "none in the folders of these runs (`fedmllm audit EXPERIMENT.toml --out RUN/audit.json`)"
 
 
+def shared_facts(tables: Sequence[PrivacyTable]) -> dict[str, str]:
+    """The facts that all tables have in common, which a page needs to state once.
+
+    Args:
+        tables: Of one data set.
+
+    Returns:
+        Label -> text; {} for a single table, whose facts stand together.
+    """
+    if len(tables) < 2:
+        return {}
+    first, *others = (table.facts for table in tables)
+    return {fact: text for fact, text in first.items() if all(other[fact] == text for other in others)}
+
+
 def privacy_markdown(tables: Sequence[PrivacyTable]) -> str:
-    """The tables as Markdown, one row a fact.
+    """The tables as Markdown: what they share as a list, then one row a method and setting.
 
     Args:
         tables: Of one data set.
@@ -145,7 +160,11 @@ def privacy_markdown(tables: Sequence[PrivacyTable]) -> str:
     Returns:
         Text that ends with a line feed.
     """
-    heads = [f"{table.method}, {table.setting}" for table in tables]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    lines += [f"| {fact} | " + " | ".join(table.facts[fact] for table in tables) + " |" for fact in tables[0].facts]
+    shared = shared_facts(tables)
+    lines = [f"- {fact}: {text}" for fact, text in shared.items()]
+    lines += [""] if shared else []
+    own = [fact for fact in tables[0].facts if fact not in shared]
+    lines += ["| method | setting | " + " | ".join(own) + " |", "|---|---|" + "---|" * len(own)]
+    for table in tables:
+        lines.append(f"| {table.method} | {table.setting} | " + " | ".join(table.facts[fact] for fact in own) + " |")
     return "\n".join(lines) + "\n"
