@@ -19,13 +19,14 @@ from fedmllm.algorithms.sharing import FfaLora
 from fedmllm.backbones.base import Lora, Precision, Tiny
 from fedmllm.config import engine as engines
 from fedmllm.config.experiment import Experiment
-from fedmllm.core.errors import ConfigError, DataError
-from fedmllm.core.types import Example, Params, Round
+from fedmllm.core.errors import ConfigError, DataError, FedmllmError
+from fedmllm.core.types import Example, Params, Round, Shard
 from fedmllm.data.prompts import Plain
 from fedmllm.federation.client import Clients, RowStore, Step
 from fedmllm.federation.engines.stacked.engine import StackedEngine
 from fedmllm.federation.engines.stacked.packing import items
 from fedmllm.federation.engines.stacked.stack import Stack, gate_of
+from fedmllm.runs.privacy import RowPrivacy
 from fedmllm.runs.run import run
 from fedmllm.testing import examples as made_up
 from support import runs
@@ -305,6 +306,39 @@ def test_a_run_states_its_guarantee_and_records_no_loss(tmp_path: Path) -> None:
     assert row["epsilon"] == said["epsilon"] == pytest.approx(gaussian_epsilon(1.0, visits, 1e-3))
     assert not any("loss" in c for e in rounds for c in e["clients"])
     assert (tmp_path / "noise.key").stat().st_size == 32
+
+
+def test_a_round_that_is_computed_again_counts_twice_if_its_noise_is_another(tmp_path: Path) -> None:
+    two = {"num_rounds": 2, "cohort_size": 3}
+    with pytest.raises(KeyboardInterrupt):
+        run(runs.experiment(**{**DP, **two}), tmp_path, [runs.Stop("round", 2)])
+    lines = (tmp_path / "releases.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2]  # before anything of round 2 left
+    (row, *_) = run(runs.experiment(**{**DP, **two}), tmp_path, resume=True)
+    assert row["epsilon"] == pytest.approx(gaussian_epsilon(1.0, 2, 1e-3))
+    assert (tmp_path / "releases.jsonl").read_text().splitlines() == lines
+    # as on another machine, whose sums differ in a bit
+    (tmp_path / "releases.jsonl").write_text("".join(f"{line}\n" for line in (*lines, '{"round": 2, "tag": "0"}')))
+    e = runs.experiment(**{**DP, **two})
+    inputs = (e, e.privacy, tmp_path, [Shard(0, (0, 1), ())], [], lambda _: [0], True)
+    again = RowPrivacy(*inputs).guarantee(2)
+    assert (again.num_releases, again.epsilon) == (3, pytest.approx(gaussian_epsilon(1.0, 3, 1e-3)))
+    (tmp_path / "releases.jsonl").unlink()
+    with pytest.raises(
+        FedmllmError, match=r"releases\.jsonl: missing: without it the releases so far cannot be counted"
+    ):
+        RowPrivacy(*inputs)
+
+
+def test_the_tag_of_a_round_is_that_of_its_sums() -> None:
+    def tag(*sums: float) -> str:
+        made = noise(1.0)
+        for step, value in enumerate(sums):
+            made.noisy(torch.full((4,), value), 0, 1, step)
+        return made.tag(1)
+
+    assert tag(1.0, 2.0) == tag(1.0, 2.0)
+    assert len({tag(1.0, 2.0), tag(2.0, 1.0), tag(1.0), tag(1.0, np.nextafter(np.float32(2), np.float32(3)))}) == 4
 
 
 HOSPITALS = {"p1": "north", "p2": "north", "p3": "south", "p4": "south", "p5": "west"}

@@ -29,7 +29,7 @@ from fedmllm.core.tensors import flatten, manifest_digest
 from fedmllm.core.types import Round, Sent
 from fedmllm.flower.keys import make_site_key
 from fedmllm.flower.request import Request
-from fedmllm.flower.secure.attempt import Asked, common_digest, mask_key
+from fedmllm.flower.secure.attempt import Asked, Attempt, common_digest, mask_key
 from fedmllm.flower.secure.fixed_point import WordForm, from_words, to_words
 from fedmllm.flower.secure.layout import SUMMED_METRICS, pack_words, unpack_sum, word_form
 from fedmllm.flower.secure.masks import add_masks, keystream, pair_key
@@ -433,6 +433,22 @@ def test_any_threshold_of_shares_give_the_secret_and_fewer_do_not():
     assert [least_holders(k) for k in (3, 4, 5, 6, 9, 10, 50)] == [3, 3, 4, 5, 7, 7, 34]
 
 
+def test_shares_of_another_attempt_or_for_another_site_cannot_be_read():
+    """Their key encrypts one message: its nonce is zero."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    names = ["a", "b", "c"]
+    run = {n: X25519PrivateKey.generate() for n in names}
+    publics = {n: key.public_key().public_bytes_raw().hex() for n, key in run.items()}
+    made = {n: Attempt({"serial": 1}, names, 3).shares_for(run[n], n, publics) for n in names}
+    for_b = {n: shares["b"] for n, shares in made.items()}
+    Attempt({"serial": 1}, names, 3).receive(run["b"], "b", publics, for_b)
+    with pytest.raises(FedmllmError, match="the shares of a are missing or not of this attempt"):
+        Attempt({"serial": 2}, names, 3).receive(run["b"], "b", publics, for_b)
+    with pytest.raises(FedmllmError, match="the shares of a are missing or not of this attempt"):
+        Attempt({"serial": 1}, names, 3).receive(run["c"], "c", publics, for_b)
+
+
 def recovering(folder: Path, keys, names=FIVE, **more) -> FakeSites:
     return FakeSites(folder, keys, names=names, peers=names, drop_outs="recover", **more)
 
@@ -575,6 +591,21 @@ def forged_mask_key(table) -> None:
     table["secure"]["mask_keys"][1]["public"] = "09" + "00" * 31
 
 
+def no_key_of_others(table) -> None:
+    """Without masks of pairs the opened masks of its own are all that hides a site's update."""
+    table["secure"]["mask_keys"] = [k for k in table["secure"]["mask_keys"] if k["site"] == table["site"]]
+
+
+def one_key_twice(table) -> None:
+    keys = table["secure"]["mask_keys"]
+    keys.append(keys[0])
+
+
+def own_key_of_the_attempt_replaced(table) -> None:
+    for key in table["secure"]["mask_keys"]:
+        key["public"] = "09" + "00" * 31
+
+
 def lower_threshold(table) -> None:
     table["secure"]["threshold"] = 3
 
@@ -584,6 +615,9 @@ def lower_threshold(table) -> None:
     [
         (swapped_shares, "the shares of east are missing or not of this attempt"),
         (forged_mask_key, "the key of north is not signed by that site for this attempt"),
+        (no_key_of_others, "the keys of the attempt are not those of its sites"),
+        (one_key_twice, "the keys of the attempt are not those of its sites"),
+        (own_key_of_the_attempt_replaced, "the key of this site is not its own"),
         (lower_threshold, "attempt 1 was not prepared as it is asked for"),
         (lambda t: {"round": 9}, "attempt 1 was not prepared as it is asked for"),
     ],
@@ -720,6 +754,31 @@ def test_a_key_of_another_run_or_a_replayed_attempt_is_refused(tmp_path, keys):
         sites.members[0].mask(request, "", made_up(0), 10, {})
 
 
+@pytest.mark.parametrize(
+    ("drop_outs", "says"),
+    [
+        ("repeat", "attempt 1 comes after attempt 1"),
+        ("recover", "attempt 1 was not prepared as it is asked for, or it was used"),
+    ],
+)
+def test_a_replayed_request_is_refused_before_anything_is_trained(tmp_path, keys, drop_outs, says):
+    sites = FakeSites(tmp_path, keys, drop_outs=drop_outs)
+    sites.round(1)
+    said = answer(Plain(sites.asked[0]), sites.trainers[0], sites.members[0])[0]
+    assert says in said["about"]["refused"]
+    assert sites.trainers[0].asked == 1
+
+
+@pytest.mark.parametrize("drop_outs", ["repeat", "recover"])
+def test_an_attempt_masks_one_update(tmp_path, keys, drop_outs):
+    """The same masks on two updates would give their difference."""
+    sites = FakeSites(tmp_path, keys, drop_outs=drop_outs)
+    sites.round(1)
+    text, adapter = sites.asked[0]["about"]["request"], array_data(sites.asked[0])
+    with pytest.raises(Refused, match="the keys of attempt 1 were used or dropped"):
+        sites.members[0].mask(Request.read(text), common_digest(text, adapter), made_up(9), 10, {})
+
+
 def test_another_round_number_gives_other_masks(tmp_path, keys):
     """A server that names another round to one site than the others gets noise."""
     sites = FakeSites(tmp_path, keys)
@@ -831,6 +890,7 @@ def test_a_round_is_not_summed_again_from_another_adapter_or_another_kept_state(
         sites.tamper = tamper
         with pytest.raises(FedmllmError, match="round 1 was summed after another request"):
             sites.round(1)
+        assert [trainer.asked for trainer in sites.trainers] == [1, 1, 1]  # before anything is trained
     sites.tamper = from_another
     assert sites.round(2)[0].num_clients == 3  # another round starts from another adapter
 

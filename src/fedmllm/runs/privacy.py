@@ -124,6 +124,7 @@ class RowPrivacy:
     Raises:
         ConfigError: delta is too large for the number of rows or groups.
         DataError: With unit "group", a row has no group.
+        FedmllmError: The file of the key or of the releases is missing, or damaged.
     """
 
     def __init__(
@@ -148,16 +149,26 @@ class RowPrivacy:
                 f"{settings.unit}s"
             )
         self.noise: RowNoise | None = None
+        self._releases: Releases | None = None
         if not self._at_sites:
             public = simulation_key(experiment.seed)
             key = public if settings.simulate_noise else secret_key(folder / NOISE_KEY, resumed)
             self.noise = RowNoise(settings, key, experiment.run_id(), self._column)
+            if not settings.simulate_noise:
+                self._releases = Releases(folder / RELEASES, resumed)
+
+    def released(self, round_: int) -> None:
+        """Note a round before anything of it leaves. Computed again, after a stop, it counts once if all sums are equal."""
+        if self.noise and self._releases:
+            self._releases.add(round_, self.noise.tag(round_))
 
     def guarantee(self, round_: int) -> Guarantee:
         """Return the guarantee after a round for a row, or group, of the clients that were asked most often."""
-        visits = self._experiment.train.epochs * most_rounds(
-            [self._draw(t) for t in range(1, round_ + 1)], self._holders
+        counts = Counter(dict.fromkeys(range(1, round_ + 1), 1)) | (
+            self._releases.counts if self._releases else Counter()
         )
+        cohorts = [self._draw(t) for t in counts.elements()]
+        visits = self._experiment.train.epochs * most_rounds(cohorts, self._holders)
         outside: tuple[str, ...] = ()
         if self._at_sites:
             outside += ("rounds that a site trained twice: its own ledger counts them",)

@@ -163,6 +163,8 @@ class Session:
             central is not None and central.secret_cohorts,
             limited_ranks,
         ):
+            if rows:
+                rows.released(progress.round)
             self._totals = self._totals.plus(progress.log)
             lr = clients.round_lr(progress.round)
             log = central.public_log(progress.log) if central else progress.log

@@ -6,6 +6,7 @@ Shapes: S rows of a pass, T numbers that train.
 from __future__ import annotations
 
 import hashlib
+import hmac
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
@@ -114,6 +115,7 @@ class RowNoise:
     def __init__(self, settings: RowDp, key: bytes, run_id: str, column: str = "") -> None:
         self.settings, self._key, self._run_id = settings, key, run_id
         self.group = column if settings.unit == "group" else ""
+        self._sums: dict[tuple[int, int, int], bytes] = {}  # (round, client, step) -> digest of the sum
 
     def noisy(self, sum_T: Tensor, client: int, round_: int, step: int) -> Tensor:
         """The sum with noise, rounded to a grid much finer than the noise.
@@ -135,11 +137,19 @@ class RowNoise:
         values = sum_T.detach().cpu().contiguous()
         purpose: tuple[str | int | bytes, ...] = ("row-dp", self._run_id, round_, client, step, repr(std))
         if not self.settings.simulate_noise:
-            purpose = (*purpose, hashlib.sha256(values.numpy().tobytes()).digest())
+            digest = hashlib.sha256(values.numpy().tobytes()).digest()
+            self._sums[round_, client, step] = digest
+            purpose = (*purpose, digest)
         step_size = std * _GRID
         noise = keyed_normals(self._key, len(values), *purpose)
         noisy = np.rint(values.double().numpy() / step_size + noise / _GRID) * step_size
         return torch.from_numpy(noisy).to(sum_T.device, sum_T.dtype)
+
+    def tag(self, round_: int) -> str:
+        """Tag of the secret noise of a round: equal if all sums were, and then the noise was, too. The sums are dropped."""
+        keys = sorted(key for key in self._sums if key[0] == round_)
+        content = b"".join(repr(key).encode() + self._sums.pop(key) for key in keys)
+        return hmac.digest(self._key, b"tag of a round" + content, "sha256").hex()
 
 
 def clip_factors(grads_ST: Tensor, clip: float) -> Tensor:
