@@ -2,13 +2,13 @@
 
 "Exact": the global model adds sum p_k B_k A_k, the mean of the clients' products, which is not the product of the mean
 factors. What exceeds the live adapter is a frozen adapter F in the server's state; the global model is one PEFT adapter.
-All updates of a round are in memory at once: K n numbers, n those of one adapter.
+All updates of a round are in memory at once, K n numbers, n those of one adapter; in addition F before and after the round.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -27,13 +27,12 @@ from fedmllm.algorithms.lowrank import (
     others,
     pairs,
     rank_of,
-    rebuilt,
     shares,
     truncated,
     unpaired,
 )
 from fedmllm.core.rng import torch_stream
-from fedmllm.core.tensors import mean_delta
+from fedmllm.core.tensors import mean_delta, same_names
 from fedmllm.core.types import ClientUpdate, Params, Round, Sent, State
 
 
@@ -55,11 +54,11 @@ class Growing(Aggregator):
         """F as it travels; {} while it is empty."""
         return state["frozen"] if rank_of(state["frozen"]) else {}
 
-    def grown(self, state: State, parts: dict[str, list[Pair]]) -> State:
-        """The state with the pairs of each module (by the name of its A) added to F."""
+    def grown(self, state: State, parts: Callable[[str], list[Pair]]) -> State:
+        """The state with the pairs of each module (by the name of its A) added to F: one module's are in memory at a time."""
         frozen = {}
         for name, pair in pairs(state["frozen"]).items():
-            b, a = concatenated([pair, *parts[name]])
+            b, a = concatenated([pair, *parts(name)])
             frozen[name] = truncated((b, a), self.cap) if a.shape[0] > self.cap else (b, a)
         return {**state, "frozen": unpaired(frozen, state["frozen"])}
 
@@ -80,18 +79,18 @@ class FedExLora(Growing):
         delta = mean_delta(listed)
         after = {name: t + delta[name] for name, t in params.items()}
         used = [update for update in listed if update.num_examples]
-        parts: dict[str, list[Pair]] = {name: [] for name in pairs(params)}
-        for update, share in zip(used, shares(used), strict=True):
-            local = pairs(rebuilt(Sent(params), update))
-            for name, (b_mean, a_mean) in pairs(after).items():
-                b, a = local[name]
-                parts[name].append((math.sqrt(share) * (b - b_mean), math.sqrt(share) * (a - a_mean)))
         if len(used) == 1:
             return after, state
-        # The K differences of a factor sum to 0, so the rank of the error is (K - 1) r at most.
-        rank = {name: (len(used) - 1) * pair[1].shape[0] for name, pair in pairs(params).items()}
-        errors = {name: [compacted(concatenated(part), rank[name])] for name, part in parts.items()}
-        return after, self.grown(state, errors)
+        weights = [math.sqrt(share) for share in shares(used)]
+
+        def error(name: str) -> list[Pair]:
+            b_mean, a_mean = after[name.replace(A, B)], after[name]
+            locals_ = [local_pair(params, update, name) for update in used]
+            parts = [(w * (b - b_mean), w * (a - a_mean)) for w, (b, a) in zip(weights, locals_, strict=True)]
+            # The K differences of a factor sum to 0, so the rank of the error is (K - 1) r at most.
+            return [compacted(concatenated(parts), (len(used) - 1) * len(a_mean))]
+
+        return after, self.grown(state, error)
 
     def result(self, params: Params, state: State) -> Params:
         frozen, live = pairs(state["frozen"]), pairs(params)
@@ -110,26 +109,40 @@ class FLora(Growing):
     """Factor of a round's increment."""
 
     def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
+        start = of_rank(self._fresh(params, at), at.rank(client))
+        return Sent(start, known=names_of(start, B), frozen=self.frozen(state))
+
+    def _fresh(self, params: Params, at: Round) -> Params:
+        """The start of a round at full rank."""
         start = dict(params)
         for name, (b, a) in pairs(params).items():
             bound = 1 / math.sqrt(a.shape[1])
             generator = torch_stream(at.seed, "flora", at.number, name)
             start[name] = a.new_empty(a.shape).uniform_(-bound, bound, generator=generator)
             start[name.replace(A, B)] = b.new_zeros(b.shape)
-        start = of_rank(start, at.rank(client))
-        return Sent(start, known=names_of(start, B), frozen=self.frozen(state))
+        return start
 
     def apply(self, params: Params, state: State, at: Round, updates: Iterable[ClientUpdate]) -> tuple[Params, State]:
-        listed, parts = list(updates), {name: list[Pair]() for name in pairs(params)}
+        listed, fresh = list(updates), self._fresh(params, at)
         mean = mean_delta(replace(u, delta={n: u.delta[n] for n in others(params)}) for u in listed)
         used = [update for update in listed if update.num_examples]
-        for update, share in zip(used, shares(used), strict=True):
-            local = pairs(rebuilt(self.sends(params, state, at, update.client), update))
-            for name, (b, a) in local.items():
-                parts[name].append((b, self.lr * share * a))
+        starts = [of_rank(fresh, at.rank(update.client)) for update in used]
+        for update, start in zip(used, starts, strict=True):
+            same_names(start, update.delta)
+
+        def parts(name: str) -> list[Pair]:
+            locals_ = [local_pair(start, update, name) for start, update in zip(starts, used, strict=True)]
+            return [(b, self.lr * share * a) for share, (b, a) in zip(shares(used), locals_, strict=True)]
+
         after = {n: t + self.lr * mean[n] if n in others(params) else t for n, t in params.items()}
         return after, self.grown(state, parts)
 
     def result(self, params: Params, state: State) -> Params:
         frozen = self.frozen(state)
         return {name: frozen.get(name, t) for name, t in params.items()}
+
+
+def local_pair(start: Params, update: ClientUpdate, name: str) -> Pair:
+    """A client's pair of one module, by the name of its A, after training."""
+    partner = name.replace(A, B)
+    return start[partner] + update.delta[partner], start[name] + update.delta[name]
