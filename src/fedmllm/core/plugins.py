@@ -7,6 +7,7 @@ imports from its own folder (`source_of`): it is part of the run id, so two vers
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -117,7 +118,9 @@ def load_file(path: Path, place: str) -> ModuleType:
         raise ConfigError(f"{place}: {path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     vars(module)["__digest__"] = file_digest(path)
-    _remove([path, *helper_files(path)] if loaded else [])
+    files = [path, *helper_files(path)]
+    _remove(files if loaded else [])
+    _forget_bytecode(files)
     _search_in(path.parent)
     names = [name, path.stem] if _is_found_at(path) else [name]
     sys.modules.update(dict.fromkeys(names, module))
@@ -133,6 +136,13 @@ def load_file(path: Path, place: str) -> ModuleType:
             raise ConfigError(_failure(place, str(path), error)) from error
         raise
     return module
+
+
+def _forget_bytecode(files: Iterable[Path]) -> None:
+    """Remove compiled code: Python takes it for current if a file changed within a second and kept its size."""
+    for file in files:
+        with contextlib.suppress(OSError, NotImplementedError):  # a folder that cannot be written; no bytecode at all
+            Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
 
 
 def load_entry_points() -> None:
