@@ -37,3 +37,5 @@ def test_from_a_csv_to_predictions_and_a_report(shared: Path, tmp_path: Path) ->
     report = (tmp_path / "report.md").read_text()
     assert "test row has: image only" in report
     assert "omplete" not in report.partition("## ")[2].partition("| scenario")[0]  # data with gaps
+    assert "test rows as they are" in report
+    assert "test rows with everything" not in report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -117,6 +118,17 @@ def test_a_block_without_kernels_ends_as_it_began(monkeypatch: pytest.MonkeyPatc
         raise KeyError
     assert sys.modules["kernels"] is sys
     assert hub_kernels._kernels_enabled == enabled
+
+
+def test_a_block_without_kernels_keeps_what_loggers_have_cached() -> None:
+    logger = logging.getLogger("fedmllm.test.cached")
+    logger.isEnabledFor(logging.INFO)
+    with without_hub_kernels():
+        assert logger._cache  # type: ignore[attr-defined]  # setLevel empties it for all loggers: a tenth of predict
+        noisy = logging.getLogger("bitsandbytes.backends.cpu.ops")
+        assert not noisy.filter(logging.LogRecord("x", logging.WARNING, "", 1, "", None, None))
+        assert noisy.filter(logging.LogRecord("x", logging.ERROR, "", 1, "", None, None))
+    assert noisy.filters == []
 
 
 def test_no_kernel_is_fetched_though_the_package_is_there(tmp_path: Path) -> None:

@@ -71,7 +71,10 @@ class Decoder:
         """
         if len(prompts) != len(choices):
             raise FedmllmError(f"{len(prompts)} prompts but choices for {len(choices)}")
-        ids = [[self._option_ids(option, options) for option in options] for options in choices]
+        known: dict[str, list[int]] = {}  # rows mostly have the same choices
+        for options in choices:
+            known |= {option: self._option_ids(option, options) for option in options if option not in known}
+        ids = [[known[option] for option in options] for options in choices]
 
         def run(rows: Sequence[Row], index: Sequence[int]) -> list[list[float]]:
             return self._score_pass(rows, [ids[i] for i in index])

@@ -20,10 +20,14 @@ def without_hub_kernels() -> Iterator[None]:
     imported. Both work without, and bitsandbytes warns of it each time. The process is as before when the block ends.
     """
     absent = object()
-    module, enabled, level = sys.modules.get("kernels", absent), hub_kernels._kernels_enabled, _BITSANDBYTES.level
+    module, enabled = sys.modules.get("kernels", absent), hub_kernels._kernels_enabled
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
     sys.modules["kernels"] = None  # type: ignore[assignment]  # None = not importable
     hub_kernels._kernels_enabled = False
-    _BITSANDBYTES.setLevel(logging.ERROR)
+    _BITSANDBYTES.addFilter(is_error)  # setLevel would clear the caches of all loggers, once a picture
     try:
         yield
     finally:
@@ -32,4 +36,4 @@ def without_hub_kernels() -> Iterator[None]:
         else:
             sys.modules["kernels"] = module  # type: ignore[assignment]
         hub_kernels._kernels_enabled = enabled
-        _BITSANDBYTES.setLevel(level)
+        _BITSANDBYTES.removeFilter(is_error)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmllm.reports.answers import Group
 from fedmllm.reports.names import metric_label
-from fedmllm.reports.numerals import Scale
+from fedmllm.reports.numerals import Scale, counted
 from fedmllm.reports.reading import BySeed, DatasetResults, Draw, RunRecord
 from fedmllm.reports.rows import RowResults
 from fedmllm.reports.stats import Spread
@@ -173,7 +173,7 @@ def rows_overview(rows: RowResults, key: str) -> PageFigure | None:
                 scale.number(e.value), (x + 0.09, scale.factor * e.value), ha="left", va="center", fontsize=11,
                 fontweight="bold", color=TEXT_COLOR,
             )  # fmt: skip
-        names = [f"{_two_lines(g.name)}\n{g.num_rows} rows" for g, _ in points]
+        names = [f"{_two_lines(g.name)}\n{counted(g.num_rows, 'row')}" for g, _ in points]
         axes.set_xticks(range(len(points)), names, fontsize=9.5)
         axes.tick_params(axis="x", labelcolor=TEXT_COLOR, length=0)
         axes.set_xlim(-0.55, len(points) - 0.45)
