@@ -41,8 +41,8 @@ def about_table(table: ResultTable, unsure: str = "≈") -> str:
         if table.num_seeds > 1
         else "one seed: no tests"
     )
-    shown = "as they are" if table.visible == "all" else f"with {visible_label(table.visible)}"  # rows may have gaps
-    parts = [f"{_upper(metric_label(table.metric))}{unit}; test rows {shown}; {seeds}."]
+    rows = "as they are" if table.visible == "all" else f"with {visible_label(table.visible)}"  # rows may have gaps
+    parts = [f"{_upper(metric_label(table.metric))}{unit}; test rows {rows}; {seeds}."]
     if any(cell.mark for row in table.rows for cell in row.cells.values()):
         parts.append("**Best** and _second_ federated method.")
         if table.num_seeds > 1:
