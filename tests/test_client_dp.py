@@ -507,7 +507,7 @@ def test_noise_is_part_of_the_name_in_tables() -> None:
     assert simulated.method_name() == "fedavg+client-dp z=1 simulated"
 
 
-@pytest.mark.parametrize(("name", "cells"), [("client_dp", 4 * 12 * 5), ("row_dp", 2 * 10 * 5)])
+@pytest.mark.parametrize(("name", "cells"), [("client_dp", 4 * 9 * 3), ("row_dp", 2 * 10 * 3)])
 def test_the_curves_of_utility_name_the_epsilon_of_their_noise(name: str, cells: int) -> None:
     path = Path(__file__).parents[1] / f"experiments/privacy/{name}.toml"
     found = Suite.load(path).cells

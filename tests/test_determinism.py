@@ -101,6 +101,7 @@ OTHER_TESTS = {  # where what needs processes of its own is compared byte for by
         "engine",
         "flower-simulation",
     ): "engines/test_flower_simulation.py::test_three_rounds_give_the_bytes_of_in_process",
+    ("completion", "diffusion"): "test_diffusion.py::test_a_picture_depends_on_the_text_the_prompt_and_the_seed_alone",
     ("engine", "flower-sites"): "engines/test_flower_sites.py::test_three_sites_give_the_bytes_of_one_process",
 }
 MEMBERS = [

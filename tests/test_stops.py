@@ -120,14 +120,15 @@ def test_scores_that_are_nan_are_no_prediction() -> None:
 PARENT = """
     import multiprocessing, sys, time
     sys.path[:0] = [{tests!r}]
-    from fedmllm.runs.suites.worker import work
+    from fedmllm.runs.suites.worker import Order, work
     from support.runs import TABLE
 
     if __name__ == "__main__":
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         context.Process(target=work, args=(theirs, 1), daemon=True).start()
-        ours.send(({{**TABLE, "train": {{"epochs": 10_000, "batch_size": 4}}}}, {folder!r}))  # a round of minutes
+        theirs.close()  # so that a worker that fails ends this process, too
+        ours.send(Order({{**TABLE, "train": {{"epochs": 10_000, "batch_size": 4}}}}, {folder!r}))  # a round of minutes
         print(ours.recv().event.kind, flush=True)
         time.sleep(600)
 """

@@ -141,7 +141,7 @@ def test_an_actor_loads_the_base_once_for_all_its_messages(tmp_path):
     adapter({**TABLE, "engine": SIMULATION, "seed": 1}, tmp_path / "seed-1")
     rounds = [event for event in read(tmp_path / "seed-1" / "record.jsonl") if event["event"] == "round"]
     loads = {client["base_loads"] for event in rounds for client in event["clients"]}
-    assert loads <= set(range(1, len(METHODS) + 3))  # of its process: at most one for each experiment of this module
+    assert loads <= set(range(1, len(METHODS) + 6))  # of its process: at most one for each experiment of this module
     assert max(client["base_loads"] for client in rounds[0]["clients"]) == max(loads)  # none in later rounds
 
 

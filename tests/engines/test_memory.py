@@ -38,12 +38,13 @@ class Model:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    memory = SimpleNamespace(used=GIB, free=40 * GIB)
+    memory = SimpleNamespace(used=GIB, free=40 * GIB, share=1.0)
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 5 * GIB)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 5 * GIB + memory.used)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (memory.free, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: memory.share)
     return memory
 
 
@@ -58,6 +59,8 @@ def test_on_cuda_the_longest_row_is_tried_and_the_rest_is_arithmetic(cuda: Simpl
     assert token_budget(model, [row(20), row(280), row(7)]) == 4096  # 0.7 * 40 GiB / 1 GiB * 280 = 7,840 -> 2^12
     assert model.tried == [280]
     assert model.weight.grad is None
+    cuda.share = 0.25  # of 80 GiB, of which 5 are taken: 0.7 * 15 GiB / 1 GiB * 280 = 2,940 -> 2^11
+    assert token_budget(model, [row(280)]) == 2048
 
 
 @pytest.mark.parametrize(("free", "tokens"), [(GIB // 100, CPU_TOKENS), (4000 * GIB, CUDA_LARGEST)])
