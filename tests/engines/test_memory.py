@@ -43,7 +43,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 5 * GIB)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 5 * GIB + memory.used)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (memory.free, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (memory.free, max(80 * GIB, memory.free + 5 * GIB)))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: memory.share)
     return memory
 
