@@ -19,7 +19,7 @@ from fedmllm.runs.run import run
 from fedmllm.runs.suites.devices import CUDA_VISIBLE, CellMemory, Device, find_devices
 from fedmllm.runs.suites.scheduler import CellState, Job, next_cell, run_suite
 from fedmllm.runs.suites.suite import Cell, Suite
-from fedmllm.runs.suites.worker import placed
+from fedmllm.runs.suites.worker import limit_device, placed
 
 SMALL = """
 [base]
@@ -76,6 +76,16 @@ def test_a_cell_takes_the_shares_that_hold_its_memory():
     assert device.shares(math.inf) == 4  # not known: alone
     assert Device("cuda:0", 4).shares(1e9) == 4  # the first cell shows how large the device is
     assert Device("cpu", 4, math.inf).shares(1e9) == 1  # the host's budget counts
+
+
+def test_a_process_is_limited_to_its_shares_of_what_was_free(monkeypatch: pytest.MonkeyPatch):
+    assert Device("cuda:0", num_shares=4, num_bytes=60e9).limit_bytes(2) == 30e9
+    assert Device("cuda:0", 4).limit_bytes(4) == Device("cpu", 4, math.inf).limit_bytes(1) == 0
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    assert limit_device(30e9) == limit_device(0) == 60 * 10**9
+    assert limits == [0.375, 1.0]  # 30 GB of 80, and no limit
 
 
 def test_without_a_name_open_cells_are_spread_over_all_cards(two_cards: None):

@@ -5,12 +5,9 @@ Remote code is never run. The network is used only for a path that begins with "
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -26,6 +23,7 @@ from transformers.utils import logging
 from fedmllm.backbones import nf4
 from fedmllm.backbones.base import FromFolder
 from fedmllm.backbones.hub_kernels import without_hub_kernels
+from fedmllm.core.content_digest import files_digest
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import nearest
 
@@ -315,7 +313,7 @@ def folder_digest(folder: Path) -> str:
     licence, training state and video settings are not covered.
     """
     found = {file.relative_to(folder).as_posix(): file for pattern in READ_FILES for file in folder.glob(pattern)}
-    return DIGEST_VERSION + _digest_of({name: found[name] for name in sorted(found)})
+    return DIGEST_VERSION + files_digest({name: found[name] for name in sorted(found)})
 
 
 def is_digest_of(recorded: str, folder: Path) -> bool:
@@ -326,17 +324,4 @@ def is_digest_of(recorded: str, folder: Path) -> bool:
     if recorded.startswith(DIGEST_VERSION):
         return recorded == folder_digest(folder)
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return recorded == _digest_of({file.name: file for file in files})
-
-
-def _digest_of(files: dict[str, Path]) -> str:
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        hashes = list(pool.map(lambda f: _file_digest(f, f.stat().st_size, f.stat().st_mtime_ns), files.values()))
-    lines = [f"{name} {hash_}" for name, hash_ in zip(files, hashes, strict=True)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-@lru_cache(maxsize=256)
-def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return recorded == files_digest({file.name: file for file in files})

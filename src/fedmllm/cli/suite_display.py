@@ -73,13 +73,12 @@ class SuiteTable:
             + (f", {len(state.failed)} failed" if state.failed else "")
             + f" · {clock(now - state.began)} gone · {clock(state.left_s())} to go"
         )
-        table = Table("cell", "round", "last seen", "time", "memory", "device", box=None, pad_edge=False)
+        table = Table("cell", "round", "last seen", "time", "memory", box=None, pad_edge=False)
         for job in state.jobs:
             if job.cell:
                 where, seen = progress_of(job.event)
                 memory = f"{job.host_bytes / 1e9:.1f} GB" if job.host_bytes else ""
-                table.add_row(
-                    job.cell.label, where, seen, clock(now - job.began), memory, job.device.name if job.device else ""
-                )
+                place = f"{memory} {job.device.name}".strip() if job.device else memory
+                table.add_row(job.cell.label, where, seen, clock(now - job.began), place)
         bar = ProgressBar(total=self.num_cells, completed=state.finished, width=60)
         return Group(Text(head, style="bold"), bar, table, Text(state.note, style="yellow"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from fedmllm.core.errors import ConfigError
 
@@ -66,22 +66,8 @@ class _Draft:
         self.__class__ = Example  # type: ignore[assignment]
 
 
-if TYPE_CHECKING:
-
-    def quick_example(
-        id_: str | int,
-        fields: Mapping[Modality, Content],
-        question: str,
-        choices: tuple[str, ...],
-        answer: str,
-        where: str,
-        columns: Mapping[str, str],
-        announced: frozenset[Modality],
-    ) -> Example:
-        """Equal to `Example` with these values, and made four times as fast."""
-        ...
-else:
-    quick_example = _Draft
+quick_example = cast("Callable[..., Example]", _Draft)
+"""Equal to `Example` with the values that `_Draft` takes, and made four times as fast."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Terms(Spec):
     weights: Literal["rows", "clients"]
     """Whether a site counts by its rows, or once."""
     word_bits: WordBits
-    """Bits of a number of the sum, modulo 2 to which it is known."""
+    """Bits of a number: sums are known modulo 2^word_bits."""
     bits: int = Field(ge=LEAST_BITS, le=MOST_BITS)
     """Digits after the binary point."""
     rows: int = Field(ge=1, le=MOST_ROWS)

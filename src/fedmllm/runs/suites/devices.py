@@ -29,6 +29,11 @@ class Device:
     num_shares: int = 1
     num_bytes: float = 0.0
 
+    @property
+    def kind(self) -> str:
+        """The device as its processes name it: "cpu" or "cuda"."""
+        return self.name.partition(":")[0]
+
     def shares(self, needed_bytes: float) -> int:
         """Return the shares that a cell takes; all of them where even those are too few: it is tried alone.
 
@@ -39,11 +44,19 @@ class Device:
             return 1 if math.isinf(self.num_bytes) else self.num_shares
         return math.ceil(min(self.num_shares, max(1.0, needed_bytes * self.num_shares / self.num_bytes)))
 
+    def limit_bytes(self, shares: int) -> float:
+        """Return the memory of so many shares; 0 = no limit, or not known.
+
+        Args:
+            shares: Of a cell.
+        """
+        return self.num_bytes * shares / self.num_shares if math.isfinite(self.num_bytes) else 0.0
+
     def environment(self) -> dict[str, str]:
         """Return the variables of its processes: each sees its own card alone, as "cuda" and "cuda:0"."""
-        kind, _, number = self.name.partition(":")
-        if kind != "cuda":
+        if self.kind != "cuda":
             return {}
+        number = self.name.partition(":")[2]
         visible = [name for name in os.environ.get(CUDA_VISIBLE, "").split(",") if name.strip()]
         return {CUDA_VISIBLE: visible[int(number)].strip() if visible else number}
 

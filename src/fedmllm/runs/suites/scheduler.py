@@ -8,7 +8,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -191,9 +191,11 @@ def next_cell(state: CellState, job: Job) -> Cell | None:
 
 def assign_cell(job: Job, cell: Cell, folder: Path) -> bool:
     """Hand a cell to a process; False where it died between two cells, which `poll` will see."""
-    device = (job.device.name.partition(":")[0], job.shares / job.device.num_shares) if job.device else ("", 1.0)
+    order = Order(cell.experiment.dump(), str(folder / cell.run_id))
+    if job.device:
+        order = replace(order, device=job.device.kind, device_bytes=job.device.limit_bytes(job.shares))
     try:
-        job.pipe.send(Order(cell.experiment.dump(), str(folder / cell.run_id), *device))
+        job.pipe.send(order)
     except OSError:
         return False
     job.cell, job.began, job.event = cell, time.perf_counter(), None

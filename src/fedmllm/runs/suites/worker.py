@@ -36,7 +36,7 @@ class Order:
     settings: Mapping[str, Any]
     folder: str
     device: str = ""  # replaces `backbone.device`; "" = as the cell has it
-    share: float = 1.0  # of the device's memory
+    device_bytes: float = 0.0  # limit on its CUDA device; 0 = none
 
 
 def work(
@@ -67,7 +67,7 @@ def work(
             try:
                 trackers = [tracker(name, folder.path) for name in track]
                 if order.device == "cuda":
-                    pipe.send(Message(host_peak_bytes(), free_bytes=limit_device(order.share)))
+                    pipe.send(Message(host_peak_bytes(), free_bytes=limit_device(order.device_bytes)))
                 run(placed(Experiment.parse(order.settings), order.device), folder.path, [send, *trackers], resume=True)
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a finished cell needs none
             except (BrokenPipeError, EOFError):
@@ -87,19 +87,20 @@ def placed(experiment: Experiment, device: str) -> Experiment:
     return experiment.model_copy(update={"backbone": backbone})
 
 
-def limit_device(share: float) -> int:
-    """Limit this process to a share of its CUDA device.
+def limit_device(num_bytes: float) -> int:
+    """Limit the memory of this process on its CUDA device.
 
     Args:
-        share: Of all its memory, above 0, at most 1.
+        num_bytes: At most; 0 = all of the device.
 
     Returns:
         Free bytes of the device, of this and other programs.
     """
     import torch
 
-    torch.cuda.set_per_process_memory_fraction(share)
-    return int(torch.cuda.mem_get_info()[0])
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total) if num_bytes else 1.0)
+    return int(free)
 
 
 def _end_with_parent() -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from fedmllm.core.content_digest import files_digest
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.rng import torch_stream
 from fedmllm.core.spec import EXECUTION_ONLY
@@ -21,6 +22,7 @@ from fedmllm.core.types import Example, Modality
 from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling
 
 SLOT = "{text}"
+PIPELINE_FILES = ("*.json", "*.safetensors", "*.txt")
 
 
 class Diffusion(Completion):
@@ -146,15 +148,9 @@ def _fetched(path: str) -> Path:
         return Path(path).expanduser()
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path.removeprefix("hub:"), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    return Path(snapshot_download(path.removeprefix("hub:"), allow_patterns=list(PIPELINE_FILES)))
 
 
 def _digest(folder: Path) -> str:
-    """Of the names and bytes of the pipeline's files."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in (".json", ".safetensors", ".txt"):
-            digest.update(file.relative_to(folder).as_posix().encode())
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]
+    found = {file.relative_to(folder).as_posix(): file for pattern in PIPELINE_FILES for file in folder.rglob(pattern)}
+    return files_digest({name: found[name] for name in sorted(found)})[:16]
