@@ -747,6 +747,44 @@ def test_no_training_changes_nothing(name: str, ranks: tuple[int, ...]) -> None:
         assert off(dense(aggregator.result(params, state)), before) < 1e-10
 
 
+# A method of one round has none to resume.
+RESUMED = [
+    (name, ranks)
+    for names, ranks in (([*LORA, PRUNED], ()), ([*MIXED, PRUNED], RANKS))
+    for name in names
+    if not pick(name).one_round
+]
+
+
+@pytest.mark.parametrize(("name", "ranks"), RESUMED)
+def test_resumed_after_every_round_with_a_client_absent_twice(name: str, ranks: tuple[int, ...]) -> None:
+    """The loop itself, over state that went through bytes; clients 1 and 0 each miss two rounds and come back."""
+    aggregator, params = pick(name), adapter(1)
+    cohorts = {1: [0, 1, 2], 2: [0, 2], 3: [2], 4: [1, 2], 5: [0, 1, 2]}
+
+    def engine(at: Round, sends: Mapping[int, Sent]) -> list[ClientUpdate]:
+        made = []
+        for client, sent in sends.items():
+            noise = torch.Generator().manual_seed(100 * at.number + client)
+            delta = {n: 0.3 * torch.randn(t.shape, generator=noise, dtype=t.dtype) for n, t in sent.returned().items()}
+            made.append(ClientUpdate(client, delta, ROWS[client], {}))
+        return made
+
+    def rounds(begin: Progress) -> list[Progress]:
+        return list(federate(begin, engine, aggregator, lambda r: cohorts[r], 5, UpdateFilter(), None, 0, 3, ranks))
+
+    whole = rounds(Progress(0, params, aggregator.init(params)))
+    assert [one.log["cohort"] for one in whole] == list(cohorts.values())
+    for stopped in whole[:-1]:
+        stored = {"": stopped.params, **stopped.state}
+        trees = {key: load(save({n: t.contiguous() for n, t in tree.items()})) for key, tree in stored.items()}
+        state = {key: {n: trees[key][n] for n in tree} for key, tree in stopped.state.items()}
+        end = rounds(Progress(stopped.round, {n: trees[""][n] for n in stopped.params}, state))[-1]
+        assert all(torch.equal(t, end.params[n]) for n, t in whole[-1].params.items())
+        assert end.state.keys() == whole[-1].state.keys()
+        assert all(torch.equal(t, end.state[k][n]) for k, tree in whole[-1].state.items() for n, t in tree.items())
+
+
 @pytest.mark.parametrize("name", [*LORA, PRUNED])
 class TestEveryMember:
     def test_is_pure_and_depends_on_no_empty_client(self, name: str) -> None:
@@ -775,38 +813,6 @@ class TestEveryMember:
         odd = [ClientUpdate(0, {"other": torch.ones(2)}, 3, {})]
         with pytest.raises((FedmllmError, KeyError)):
             aggregator.apply(params, state, at(), odd)
-
-    @pytest.mark.parametrize("ranks", [(), RANKS], ids=["equal", "unequal"])
-    def test_resumed_after_every_round_with_a_client_absent_twice(self, name: str, ranks: tuple[int, ...]) -> None:
-        """The loop itself, over state that went through bytes; clients 1 and 0 each miss two rounds and come back."""
-        if (ranks and name not in CAN_MIX) or pick(name).one_round:
-            pytest.skip("needs clients of one rank, or one round")
-        aggregator, params = pick(name), adapter(1)
-        cohorts = {1: [0, 1, 2], 2: [0, 2], 3: [2], 4: [1, 2], 5: [0, 1, 2]}
-
-        def engine(at: Round, sends: Mapping[int, Sent]) -> list[ClientUpdate]:
-            made = []
-            for client, sent in sends.items():
-                noise = torch.Generator().manual_seed(100 * at.number + client)
-                delta = {
-                    n: 0.3 * torch.randn(t.shape, generator=noise, dtype=t.dtype) for n, t in sent.returned().items()
-                }
-                made.append(ClientUpdate(client, delta, ROWS[client], {}))
-            return made
-
-        def rounds(begin: Progress) -> list[Progress]:
-            return list(federate(begin, engine, aggregator, lambda r: cohorts[r], 5, UpdateFilter(), None, 0, 3, ranks))
-
-        whole = rounds(Progress(0, params, aggregator.init(params)))
-        assert [one.log["cohort"] for one in whole] == list(cohorts.values())
-        for stopped in whole[:-1]:
-            stored = {"": stopped.params, **stopped.state}
-            trees = {key: load(save({n: t.contiguous() for n, t in tree.items()})) for key, tree in stored.items()}
-            state = {key: {n: trees[key][n] for n in tree} for key, tree in stopped.state.items()}
-            end = rounds(Progress(stopped.round, {n: trees[""][n] for n in stopped.params}, state))[-1]
-            assert all(torch.equal(t, end.params[n]) for n, t in whole[-1].params.items())
-            assert end.state.keys() == whole[-1].state.keys()
-            assert all(torch.equal(t, end.state[k][n]) for k, tree in whole[-1].state.items() for n, t in tree.items())
 
     def test_train_extra_is_averaged_plainly(self, name: str) -> None:
         aggregator, params = pick(name), adapter(1)
