@@ -186,6 +186,17 @@ class Aggregator(Named):
         """
         return params
 
+    def measured(self, state: State) -> dict[str, Any]:
+        """Numbers that `apply` took on the server, for the record of the round.
+
+        Args:
+            state: The server's state after the round.
+
+        Returns:
+            Fields of the event `round`.
+        """
+        return {}
+
     def personal(self, params: Params, state: State, client: int, kept: Params) -> Params | None:
         """A client's own model as one adapter; None if the algorithm has a global model only.
 

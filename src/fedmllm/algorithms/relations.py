@@ -6,16 +6,16 @@ Shapes: N clients, G nodes, M modalities.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, SerializeAsAny
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import ClientView
-from fedmllm.core.errors import NothingToAverage
+from fedmllm.core.errors import FedmllmError, NothingToAverage
 from fedmllm.core.spec import Named
 from fedmllm.core.tensors import subtract, zeros
 from fedmllm.core.types import ClientUpdate, LocalRule, Modality, Outcome, Params, Round, Sent, Shard, State, Visible
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     Matrix = NDArray[np.float64]
 
 Share = Annotated[float, Field(ge=0, le=1)]
+PublicLoss: TypeAlias = Callable[[int, Params], tuple[float, Params]]
+"""(node, adapter) -> mean loss on the public rows as the node's clients see theirs, and its gradient."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Relation(Named):
     """True if each client is a node, and the clients' own adapters are evaluated."""
     learns: ClassVar[bool] = False
     """True if `mix` depends on the clients' deltas, which the server then sees one by one."""
+    needs_public: ClassVar[bool] = False
+    """True if the server measures adapters on the public rows."""
 
     def label(self) -> str:
         """The name in tables: with the settings that differ from their defaults.
@@ -96,6 +100,58 @@ class Relation(Named):
 
         Returns:
             R [G, G]; no entry is negative, and rows add up to 1.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """A round before its adapters are mixed.
+
+    Attributes:
+        at: The round.
+        profiles: Of each node.
+        deltas: The latest delta of each node; None if there is none.
+        adapters: Of each node, after the aggregator's step.
+        moved: The nodes that took a step in this round, ascending.
+        public_loss: Measures an adapter with the server's model.
+    """
+
+    at: Round
+    profiles: Sequence[Profile]
+    deltas: Sequence[Params | None]
+    adapters: Sequence[Params]
+    moved: Sequence[int]
+    public_loss: PublicLoss
+
+
+class LearnedRelation(Relation):
+    """A relation that the server trains in each round, by the loss on labelled public rows."""
+
+    learns: ClassVar[bool] = True
+    needs_public: ClassVar[bool] = True
+
+    @abstractmethod
+    def start(self, profiles: Sequence[Profile]) -> State:
+        """What is learned, before the first round.
+
+        Args:
+            profiles: Of each node.
+
+        Returns:
+            Named sets of tensors, whose names and shapes do not change. The numbers of the set "measured", if there is one,
+            go into the record of each round.
+        """
+
+    @abstractmethod
+    def train(self, mixing: Mixing, learned: State) -> tuple[State, Matrix]:
+        """Learn from a round; pure.
+
+        Args:
+            mixing: The round.
+            learned: What `start` or the round before returned.
+
+        Returns:
+            What is learned now, and R [G, G] as of `mix`.
         """
 
 
@@ -225,6 +281,8 @@ class Related(Aggregator):
     """The graph."""
     profiles: tuple[Profile, ...]
     """Of all clients."""
+    public_loss: Callable[..., Any] | None = None
+    """A `PublicLoss`, for a relation that needs it; the server's alone."""
 
     def node_of(self) -> list[int]:
         """The node of each client.
@@ -287,6 +345,8 @@ class Related(Aggregator):
             state |= {f"node{node}/{key}": tree for key, tree in self.inner.init(params).items()}
             if self.relation.learns:
                 state |= {f"node{node}/delta": zeros(params)}  # zeros = not known yet
+        if isinstance(self.relation, LearnedRelation):
+            state |= {f"relation/{key}": tree for key, tree in self.relation.start(self.node_profiles()).items()}
         return state
 
     def _inner(self, state: State, node: int) -> State:
@@ -308,14 +368,14 @@ class Related(Aggregator):
         received: dict[int, list[ClientUpdate]] = {}
         for update in updates:
             received.setdefault(of[update.client], []).append(update)
-        new, moved = dict(state), 0
+        new, moved = dict(state), list[int]()
         for node, own in sorted(received.items()):
             before = self.adapter(params, state, node)
             try:
                 after, inner = self.inner.apply(before, self._inner(state, node), self._at(at, node), own)
             except NothingToAverage:
                 continue
-            moved += 1
+            moved.append(node)
             new |= {f"node{node}/adapter": after, **{f"node{node}/{key}": tree for key, tree in inner.items()}}
             if self.relation.learns:
                 new[f"node{node}/delta"] = subtract(after, before)
@@ -325,10 +385,23 @@ class Related(Aggregator):
             return new["node0/adapter"], new
         deltas = [_known(new.get(f"node{node}/delta")) for node in range(len(profiles))]
         adapters = [new[f"node{node}/adapter"] for node in range(len(profiles))]
-        mixed = [_combined(adapters, weights) for weights in self.relation.mix(profiles, deltas)]
+        if isinstance(self.relation, LearnedRelation):
+            if self.public_loss is None:
+                raise FedmllmError(f"relation {self.relation.name!r} learns from public rows, and none are at hand")
+            learned = {k.removeprefix("relation/"): tree for k, tree in state.items() if k.startswith("relation/")}
+            mixing = Mixing(at, profiles, deltas, adapters, moved, self.public_loss)
+            learned, weights_GG = self.relation.train(mixing, learned)
+            new |= {f"relation/{key}": tree for key, tree in learned.items()}
+        else:
+            weights_GG = self.relation.mix(profiles, deltas)
+        mixed = [combined(adapters, weights) for weights in weights_GG]
         new |= {f"node{node}/adapter": adapter for node, adapter in enumerate(mixed)}
         rows = np.array([p.num_rows for p in profiles], dtype=np.float64)
-        return _combined(mixed, rows / rows.sum()), new
+        return combined(mixed, rows / rows.sum()), new
+
+    def measured(self, state: State) -> dict[str, Any]:
+        numbers = {name: t.tolist() for name, t in state.get("relation/measured", {}).items() if t.numel()}
+        return {"relation": numbers} if numbers and max(self.node_of()) else {}
 
     def begin(self, at: Round, view: ClientView, sent: Sent, kept: Params) -> LocalRule:
         return self.inner.begin(at, view, sent, kept)
@@ -345,8 +418,16 @@ def _known(delta: Params | None) -> Params | None:
     return delta if delta is not None and any(bool(t.any()) for t in delta.values()) else None
 
 
-def _combined(adapters: Sequence[Params], weights: Matrix) -> Params:
-    """The weighted sum, in float64; a weight of 1 gives the adapter itself."""
+def combined(adapters: Sequence[Params], weights: Matrix) -> Params:
+    """The weighted sum of adapters, in float64; a weight of 1 gives the adapter itself.
+
+    Args:
+        adapters: With equal names and shapes.
+        weights: One for each.
+
+    Returns:
+        An adapter in the types of the first one.
+    """
     used = [(float(w), a) for w, a in zip(weights, adapters, strict=True) if w]
     if len(used) == 1 and used[0][0] == 1.0:
         return used[0][1]

@@ -266,16 +266,25 @@ class Experiment(Spec):
 
     @model_validator(mode="after")
     def _public_rows_are_read(self) -> Experiment:
-        completion, public = self.completion, self.public
+        completion, relation, public = self.completion, self.relation, self.public
+        if relation.needs_public and not public.rows:
+            raise ValueError(
+                f"public.rows: got 0; relation {relation.name!r} is trained on public rows; allowed: 1 or more"
+            )
+        if relation.needs_public and (public.client or completion.needs_public):
+            reads = "public.client = true" if public.client else f"completion {completion.name!r}"
+            raise ValueError(
+                f"relation: got {relation.name!r} with {reads}: clients would train on the public rows that it is measured on"
+            )
         if completion.needs_public and not public.rows:
             raise ValueError(
                 f"public.rows: got 0; completion {completion.name!r} needs public rows. Without a row that shows all "
                 "modalities, how they go together cannot be known"
             )
-        if public.rows and not (completion.needs_public or public.client):
+        if public.rows and not (completion.needs_public or relation.needs_public or public.client):
             raise ValueError(
                 f"public: no effect with completion = {completion.name!r}; set public.client = true, or a completion "
-                "that reads public rows"
+                "or relation that reads public rows"
             )
         if public.client and self.method in ("local", "personal"):
             raise ValueError(f"public.client: got true for method {self.method!r}, whose mean is over real clients")

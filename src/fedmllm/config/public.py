@@ -14,7 +14,7 @@ from fedmllm.data.pictures import check_rows
 
 
 class Public(Spec):
-    """Complete rows that all clients may read: for a completion, or as one more client."""
+    """Complete rows that all may read: for a completion, a relation, or as one more client."""
 
     rows: NonNegativeInt = 0
     """Number of public rows, the first complete ones; 0 = none."""

@@ -121,6 +121,7 @@ def federate(
                 quality = left_out("it is a number about single clients" if privacy else "there is no global model")
             if (lost := truncation_error(cuts)) is not None:
                 quality["truncation_error"] = lost
+            quality |= aggregator.measured(state)
         except NothingToAverage as error:
             quality = {}
             validator.note = f"the global adapter stays as it was: {error}"

@@ -195,6 +195,7 @@ class RoundEnd(Event):
     aggregation_note: str = ""  # why `aggregation_error` was left out
     truncation_error: float | None = None  # relative, of the cut to the rank of the adapter, if the aggregator cuts
     result_rank: int | None = None  # of the global model as one adapter
+    relation: dict[str, Any] | None = None  # numbers of a learned relation: loss on the public rows
     dropped_out: list[int] | None = None  # clients that received the adapter and did not answer
     note: str = ""
     client: int | None = None  # whose training alone it is, for method "local"

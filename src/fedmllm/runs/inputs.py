@@ -27,6 +27,7 @@ from fedmllm.core.types import Example, Params, Shard, State, answer_label, visi
 from fedmllm.data.overlap import overlap
 from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.federation.client import Clients, RowStore, planned_steps
+from fedmllm.federation.public_loss import MeanLoss, shown_as
 from fedmllm.federation.rounds import RoundEngine
 from fedmllm.runs.checkpoint import read_peft_adapter
 from fedmllm.runs.events import Started
@@ -157,6 +158,19 @@ class Inputs:
             return e.server()
         profiles = tuple(profile_of(shard, e.data.modalities()) for shard in self.shards)
         return Related(name=e.aggregator.name, inner=e.server(), relation=e.relation, profiles=profiles)
+
+    def with_public_loss(self, aggregator: Aggregator) -> Aggregator:
+        """Return the server's aggregator: one whose relation learns measures adapters on the public rows.
+
+        Args:
+            aggregator: The clients' one, which may travel to other processes and has no model.
+        """
+        e = self.experiment
+        if not isinstance(aggregator, Related) or not e.relation.needs_public:
+            return aggregator
+        store = RowStore(self.backbone, e.prompt, self.public, self.completer)
+        shown = [shown_as(p, len(self.public), e.data.modalities(), e.seed) for p in aggregator.node_profiles()]
+        return aggregator.model_copy(update={"public_loss": MeanLoss(self.backbone, store, shown, e.train.batch_size)})
 
     def initial_state(self) -> State:
         """Return the server's state before the first round: of the aggregator, and of the privacy mechanism."""

@@ -151,7 +151,7 @@ class Session:
         for progress in federate(
             begin,
             engine,
-            aggregator,
+            inputs.with_public_loss(aggregator),
             draw,
             num_rounds,
             e.update_filter,
