@@ -24,6 +24,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "describe": {"completion": {"name": "describe", "max_new_tokens": 2}},
     "profile": {"relation": "profile"},
     "similarity": {"relation": "similarity"},
+    "graph attention": {"relation": "graph-attention", "public": PUBLIC},
     "importance": {"modality_dropout": {"name": "importance", "rows": 2}},
     "uniform": {"modality_dropout": "uniform"},
     "gate": {"backbone": GATED},

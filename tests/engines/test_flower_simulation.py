@@ -92,6 +92,12 @@ def test_three_rounds_give_the_bytes_of_in_process(tmp_path, aggregator):
         assert len({(c["client"], c["rank"]) for event in rounds for c in event["clients"]}) > 4
 
 
+def test_a_graph_that_the_server_learns_is_that_of_in_process(tmp_path):
+    table = {**TABLE, "relation": "graph-attention", "public": {"rows": 6}, "num_rounds": 2}
+    simulated = adapter({**table, "engine": SIMULATION}, tmp_path / "simulation")
+    assert simulated == adapter({**table, "engine": "in-process"}, tmp_path / "in-process")
+
+
 def test_ranks_by_a_column_are_those_of_in_process(tmp_path):
     limits = {"east": 2, "north": 4, "west": 64}
     lines = [

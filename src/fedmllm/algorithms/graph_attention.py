@@ -33,9 +33,9 @@ class GraphAttention(LearnedRelation):
 
         s_ij = a . LeakyReLU(W h_i + V h_j);  R_ij = mean over heads of b_ij exp(s_ij) / sum_k b_ik exp(s_ik)
 
-    In each round the server trains W, V and a by Adam on the mean, over the clients that trained, of the loss of row i's mixture
-    on the public rows, masked as the client's own are. Its slope along R_ij is <gradient, theta_j>: one backward pass of the
-    adapter a client. a starts at 0: without training each round is FedAvg's. `static` attention is that of the paper,
+    In each round the server trains W, V and a by Adam on the mean, over the clients that trained, of the loss of row i's
+    mixture on the public rows, masked as the client's own are. Its slope along R_ij is <gradient, theta_j>: one backward pass
+    of the adapter a client. a starts at 0: without training each round is FedAvg's. `static` attention is that of the paper,
     LeakyReLU(a . [W h_i, W h_j]), which ranks the clients alike for everyone (arXiv:2105.14491).
 
     The server needs single deltas, the profiles, the public rows and a model to train.

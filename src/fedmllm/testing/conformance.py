@@ -18,7 +18,7 @@ import torch
 
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.objectives import ClientView, Objective
-from fedmllm.algorithms.relations import Profile, Relation
+from fedmllm.algorithms.relations import LearnedRelation, Mixing, Profile, Relation
 from fedmllm.config.engine import Engine, InProcess
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.metrics import Metric
@@ -178,6 +178,30 @@ def check_relation(relation: Relation) -> None:
         assert (weights >= 0).all(), "mix() gave a negative weight"
         assert abs(weights.sum(1) - 1).max() < 1e-12, "the weights of a node must add up to 1"
         assert (weights == relation.mix(own, known)).all(), "mix() gave other weights"
+    if isinstance(relation, LearnedRelation):
+        _check_learned(relation, own, [delta for delta in deltas if delta])
+
+
+def _check_learned(relation: LearnedRelation, profiles: Sequence[Profile], deltas: Sequence[Params]) -> None:
+    """Training must be pure, keep names and shapes, and give means of the nodes."""
+
+    def public_loss(node: int, adapter: Params) -> tuple[float, Params]:
+        return sum(float(t.square().sum()) for t in adapter.values()), {n: 2 * t for n, t in adapter.items()}
+
+    at, learned = Round(1, 0, 3, (0, 1), len(profiles)), relation.start(profiles)
+    for number in (1, 2):
+        mixing = Mixing(replace(at, number=number), profiles, deltas, deltas, (0, 1), public_loss)
+        before = {key: {n: t.clone() for n, t in tree.items()} for key, tree in learned.items()}
+        after, weights = relation.train(mixing, learned)
+        assert _equal(before, learned), "train() changed what it received"
+        again, same = relation.train(mixing, learned)
+        assert _equal(after, again), "train() learned something else from the same round"
+        assert (weights == same).all(), "train() gave other weights for the same round"
+        shapes = [{(k, n): t.shape for k, tree in state.items() for n, t in tree.items()} for state in (learned, after)]
+        assert shapes[0] == shapes[1], "train() must keep the names and shapes of start()"
+        assert (weights >= 0).all(), "train() gave a negative weight"
+        assert abs(weights.sum(1) - 1).max() < 1e-12, "the weights of a node must add up to 1"
+        learned = after
 
 
 def check_objective(objective: Objective) -> None:
