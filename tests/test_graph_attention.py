@@ -15,7 +15,7 @@ from fedmllm.algorithms.relations import Mixing, Profile, PublicLoss, Related, c
 from fedmllm.algorithms.server_optimizers import FedAvg
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import ClientUpdate, Params, Round, State
-from fedmllm.federation.public_loss import MeanLoss, shown_as
+from fedmllm.federation.public_loss import MeanLoss, masks_like
 from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
@@ -148,10 +148,10 @@ def test_one_node_is_left_as_it_is():
 
 
 def test_public_rows_show_what_the_clients_see():
-    shown = shown_as(BOTH, 8, ("image", "text"), seed=1)
-    assert [sum(m in v for v in shown) for m in ("image", "text")] == [4, 6]
-    assert shown_as(IMAGE, 8, ("image", "text"), 1) == [frozenset({"image"})] * 8
-    assert shown_as(BOTH, 8, ("image", "text"), 2) != shown
+    masks = masks_like(BOTH, 8, ("image", "text"), seed=1)
+    assert [sum(m in v for v in masks) for m in ("image", "text")] == [4, 6]
+    assert masks_like(IMAGE, 8, ("image", "text"), 1) == [frozenset({"image"})] * 8
+    assert masks_like(BOTH, 8, ("image", "text"), 2) != masks
 
 
 def test_the_gradient_of_the_public_loss():

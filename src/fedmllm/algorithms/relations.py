@@ -132,7 +132,7 @@ class LearnedRelation(Relation):
 
     @abstractmethod
     def start(self, profiles: Sequence[Profile]) -> State:
-        """What is learned, before the first round.
+        """Return what is learned, before the first round.
 
         Args:
             profiles: Of each node.

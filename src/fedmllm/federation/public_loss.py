@@ -1,4 +1,4 @@
-"""Loss of an adapter on public rows, on the server, and its gradient."""
+"""Loss of an adapter on public rows, and its gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedmllm.core.types import Modality, Params, Visible
 from fedmllm.federation.client import RowStore
 
 
-def shown_as(profile: Profile, num_rows: int, modalities: Sequence[Modality], seed: int) -> list[Visible]:
+def masks_like(profile: Profile, num_rows: int, modalities: Sequence[Modality], seed: int) -> list[Visible]:
     """Masks of public rows that show each modality as often as a node's clients see it.
 
     The server knows the shares alone, so modalities are hidden independently. Nodes of one profile have the same masks.
@@ -40,14 +40,14 @@ class MeanLoss:
     Args:
         backbone: The server's model.
         store: The public rows.
-        shown: Of each node, the mask of each row.
+        masks: Of each node, the mask of each row.
         batch_size: Rows of a pass.
     """
 
     def __init__(
-        self, backbone: Backbone, store: RowStore, shown: Sequence[Sequence[Visible]], batch_size: int
+        self, backbone: Backbone, store: RowStore, masks: Sequence[Sequence[Visible]], batch_size: int
     ) -> None:
-        self._backbone, self._store, self._shown, self._batch_size = backbone, store, shown, batch_size
+        self._backbone, self._store, self._masks, self._batch_size = backbone, store, masks, batch_size
 
     def __call__(self, node: int, adapter: Params) -> tuple[float, Params]:
         """Measure an adapter.
@@ -59,15 +59,15 @@ class MeanLoss:
         Returns:
             The loss in nats, and its gradient under the adapter's names, float32, CPU.
         """
-        backbone, shown = self._backbone, self._shown[node]
+        backbone, masks = self._backbone, self._masks[node]
         backbone.set_lora(adapter)
         live, total = backbone.trainable(), 0.0
         for weight in live.values():
             weight.grad = None
-        for start in range(0, len(shown), self._batch_size):
-            rows = [self._store.row(start + i, v) for i, v in enumerate(shown[start : start + self._batch_size])]
+        for start in range(0, len(masks), self._batch_size):
+            rows = [self._store.row(start + i, v) for i, v in enumerate(masks[start : start + self._batch_size])]
             nll_B, tokens_B = backbone.loss(backbone.collate(rows))
-            loss = (nll_B / tokens_B).sum() / len(shown)
+            loss = (nll_B / tokens_B).sum() / len(masks)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         gradient = {

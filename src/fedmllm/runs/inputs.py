@@ -27,7 +27,7 @@ from fedmllm.core.types import Example, Params, Shard, State, answer_label, visi
 from fedmllm.data.overlap import overlap
 from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.federation.client import Clients, RowStore, planned_steps
-from fedmllm.federation.public_loss import MeanLoss, shown_as
+from fedmllm.federation.public_loss import MeanLoss, masks_like
 from fedmllm.federation.rounds import RoundEngine
 from fedmllm.runs.checkpoint import read_peft_adapter
 from fedmllm.runs.events import Started
@@ -169,8 +169,8 @@ class Inputs:
         if not isinstance(aggregator, Related) or not e.relation.needs_public:
             return aggregator
         store = RowStore(self.backbone, e.prompt, self.public, self.completer)
-        shown = [shown_as(p, len(self.public), e.data.modalities(), e.seed) for p in aggregator.node_profiles()]
-        return aggregator.model_copy(update={"public_loss": MeanLoss(self.backbone, store, shown, e.train.batch_size)})
+        masks = [masks_like(p, len(self.public), e.data.modalities(), e.seed) for p in aggregator.node_profiles()]
+        return aggregator.model_copy(update={"public_loss": MeanLoss(self.backbone, store, masks, e.train.batch_size)})
 
     def initial_state(self) -> State:
         """Return the server's state before the first round: of the aggregator, and of the privacy mechanism."""
