@@ -55,6 +55,13 @@ def test_scaffold_over_sites_gives_the_bytes_of_one_process(sites):
         assert list((sites.folder / name / "site-state" / "clients").rglob("round-0002.safetensors"))
 
 
+def test_each_site_gets_a_rank_that_it_allows(sites):
+    events = sites.run("ranks", "--set", 'aggregator="fedilora"', "--set", "backbone.lora.r=12")
+    assert events[-1]["event"] == "end", (sites.folder / "run-ranks.out").read_text()
+    rounds = [event for event in events if event["event"] == "round"]
+    assert [[client["rank"] for client in event["clients"]] for event in rounds] == [[8, 8, 8]] * 2  # the default limit
+
+
 def test_with_masks_the_server_sees_the_mean_only_and_gives_the_same_adapter(finished):
     sites = finished
     events = sites.run("masked", "--set", 'engine.secure={drop_outs="recover"}')
