@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec
+from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec, one_or_several
 from fedmllm.core.types import Conversation, Params
 
 if TYPE_CHECKING:
@@ -164,6 +165,10 @@ class BackboneSpec(Named):
     device: Annotated[str, EXECUTION_ONLY] = "cpu"
     """ "auto" (a CUDA device if there is one, otherwise the CPU), "cpu", "cuda" or "cuda:1"."""
 
+    device_map: Annotated[tuple[str, ...], EXECUTION_ONLY, BeforeValidator(one_or_several)] = ()
+    """Devices over which the layers are spread, instead of `device`: "auto" (every CUDA device) or a list such as
+    ["cuda:0", "cuda:1"], in the order of the layers; empty = the whole model is on one device. Not with engine "stacked"."""
+
     usual_lr: ClassVar[float] = 1e-4
     """A `train.lr` at which LoRA on such a model learns; named when a run has learned nothing."""
 
@@ -171,6 +176,13 @@ class BackboneSpec(Named):
     def _principal_directions_can_be_computed(self) -> BackboneSpec:
         if self.lora.init != "kaiming" and self.precision.base == "nf4":
             raise ValueError(f'lora.init: got "{self.lora.init}"; weights in nf4 have no SVD; allowed: kaiming')
+        return self
+
+    @model_validator(mode="after")
+    def _layers_can_be_spread(self) -> BackboneSpec:
+        check_device_map(self)
+        if self.device_map and "device" in self.model_fields_set:
+            raise ValueError(f"device_map: got {list(self.device_map)} with device = {self.device!r}; give one of them")
         return self
 
     @abstractmethod
@@ -187,6 +199,31 @@ class BackboneSpec(Named):
             ConfigError: A setting does not fit the model or this machine.
             FedmllmError: The model cannot be loaded.
         """
+
+
+def check_device_map(spec: BackboneSpec) -> None:
+    """Check the names of `device_map`, whether this machine has the devices or not, and that the model can be spread.
+
+    Args:
+        spec: Settings of a model.
+
+    Raises:
+        ValueError: A device is not known or named twice, there is one alone, or the base is held in four bits.
+    """
+    names = ["cpu:0" if name == "cpu" else name for name in spec.device_map]
+    allowed = 'allowed: "auto", or a list of at least two of "cuda:0", "cuda:1", ..., "cpu"'
+    odd = [name for name in names if not re.fullmatch(r"(cuda|cpu):(0|[1-9]\d?)", name)]
+    if odd and names != ["auto"]:
+        raise ValueError(f"device_map: got {odd[0]!r}; {allowed}")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"device_map: {twice[0]!r} is named twice; {allowed}")
+    if len(names) == 1 and not odd:
+        raise ValueError(f'device_map: got {names[0]!r} alone; use device = "{names[0]}"')
+    if names and spec.precision.base == "nf4":
+        raise ValueError(
+            'device_map: weights in nf4 are not spread over several devices; allowed: precision.base "float32", "float64", '
+            '"bfloat16", or one device'
+        )
 
 
 class Tiny(BackboneSpec):
@@ -223,13 +260,15 @@ class Backbone(ABC):
         model: PEFT model; its base is frozen.
         digest: Identity of the base: all files that change what the model reads or computes (`folder.folder_digest`).
         num_layers: Layers of the language model.
-        device: torch.device of the weights.
+        device: torch.device of the weights; of inputs and logits, if there are several.
+        devices: Names of the devices if layers are spread over several, else empty.
     """
 
     model: nn.Module
     digest: str
     num_layers: int
     device: Any
+    devices: tuple[str, ...] = ()
 
     @abstractmethod
     def encode(self, prompt: Conversation, answer: str) -> Row:

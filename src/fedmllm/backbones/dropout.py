@@ -59,7 +59,7 @@ def _odd(module: int) -> int:
     return int(_mix64(torch.tensor(module))) | 1
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)  # 4 MB each; a model may lie on several devices
 def _strip(p: float, device: str) -> Tensor:
     """Coin flips, bool [2^STRIP_BITS + WIDEST]; one 64-bit hash serves four."""
     numbers = _mix64(torch.arange(1, ((1 << STRIP_BITS) + WIDEST) // 4 + 1))
@@ -110,7 +110,8 @@ class RowDropout(nn.Module):
         if self.seeds.current is None or self.p == 0:
             return None, 1.0
         _, num_tokens, num_channels = x_BLC.shape
-        return _windows(self.seeds.keys(num_tokens), self.module, num_channels, self.p), 1 / (1 - self.p)
+        key_BL = self.seeds.keys(num_tokens).to(x_BLC.device)  # of a layer on another device, if there are several
+        return _windows(key_BL, self.module, num_channels, self.p), 1 / (1 - self.p)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         keep_BLC, gain = self.mask(x_BLC)

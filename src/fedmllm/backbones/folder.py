@@ -21,8 +21,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import logging
 
 from fedmllm.backbones import nf4
-from fedmllm.backbones.base import FromFolder
+from fedmllm.backbones.base import BackboneSpec, FromFolder, check_device_map
 from fedmllm.backbones.hub_kernels import without_hub_kernels
+from fedmllm.backbones.spread import devices_of, spread
 from fedmllm.core.content_digest import files_digest
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import nearest
@@ -80,9 +81,16 @@ def load_base(spec: FromFolder) -> tuple[PreTrainedModel, Any, Callable[[], str]
     """
     folder = find_folder(spec.path)
     family = family_of(folder)
-    device = device_of(spec.device)
+    try:
+        check_device_map(spec)  # again: a server of a federation may ask for another precision
+    except ValueError as error:
+        raise ConfigError(f"backbone.{error}") from None
+    devices = devices_of(spec.device_map)
+    device = torch.device("cpu") if devices else device_of(spec.device)
     with torch.random.fork_rng(), quiet(), _offline(), without_hub_kernels():
         model = load_model(folder, family, spec, device)
+        if devices:
+            model = spread(model, devices)
         processor = load_processor(folder, family)
     return model, processor, lambda: folder_digest(folder)
 
@@ -90,6 +98,14 @@ def load_base(spec: FromFolder) -> tuple[PreTrainedModel, Any, Callable[[], str]
 def device_named(name: str) -> torch.device:
     """The device of `backbone.device`, whether this machine has it or not; "auto" as in `device_of`."""
     return device_of(name) if name == "auto" else torch.device(name)
+
+
+def first_device(spec: BackboneSpec) -> torch.device:
+    """The device of inputs and logits, whether this machine has it or not."""
+    names = spec.device_map
+    return (
+        torch.device(devices_of(names)[0] if names == ("auto",) else names[0]) if names else device_named(spec.device)
+    )
 
 
 def device_of(name: str) -> torch.device:

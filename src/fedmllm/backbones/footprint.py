@@ -24,6 +24,7 @@ from fedmllm.backbones.dropout import Seeds
 from fedmllm.backbones.folder import DTYPES, LOADING_ERRORS, OURS, device_named, family_of, quiet
 from fedmllm.backbones.lora import add_lora, decoder_name, parameters_by_saved_name
 from fedmllm.backbones.modality_gate import ModalityGate
+from fedmllm.backbones.spread import Share, devices_of, shares
 from fedmllm.core.errors import FedmllmError
 
 PROBE_TOKENS = 256
@@ -53,6 +54,7 @@ class Footprint:
     activation_bytes: float  # a token, saved from forward to backward
     checkpointed_bytes: float  # the same with gradient checkpointing, without the one layer that is computed again
     layer_bytes: float  # a token, of one layer: the largest that is computed again
+    shares: tuple[Share, ...] = ()  # what each device holds of the base, if layers are spread over several
 
     @property
     def num_weights(self) -> int:
@@ -91,7 +93,9 @@ def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
     )
     name = decoder_name(model)
     config = model.config.get_text_config()
-    peft, seeds = add_lora(model.to(dtype), spec.lora, 0, "")
+    model = model.to(dtype)
+    parted = shares(model, name, devices_of(spec.device_map, exist=False)) if spec.device_map else []
+    peft, seeds = add_lora(model, spec.lora, 0, "")
     live = parameters_by_saved_name(peft)
     trained = {"LoRA": sum(p.numel() for n, p in live.items() if ".lora_" in n)}
     for extra in spec.lora.train_extra:
@@ -109,6 +113,7 @@ def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
         activation_bytes=saved,
         checkpointed_bytes=float(config.num_hidden_layers * config.hidden_size * dtype.itemsize),
         layer_bytes=saved / config.num_hidden_layers,
+        shares=tuple(parted),
     )
 
 

@@ -48,7 +48,7 @@ def frozen_adapter(backbone: Backbone, adapter: Params) -> Iterator[None]:
         for name, layer in backbone.model.named_modules() if adapter else ():
             if isinstance(layer, LoraLayer) and (names := saved_names(name))[0] in adapter:
                 left -= set(names)
-                a, b = (adapter[n].to(backbone.device) for n in names)
+                a, b = (adapter[n] for n in names)
                 if a.shape[0]:
                     hooks.append(_add_to(layer, a, b))
         if left:
@@ -62,7 +62,7 @@ def frozen_adapter(backbone: Backbone, adapter: Params) -> Iterator[None]:
 def _add_to(layer: Any, a_qC: Tensor, b_Dq: Tensor) -> Any:
     scaling = float(layer.scaling[_ADAPTER])
     like = layer.lora_A[_ADAPTER].weight
-    a_qC, b_Dq = a_qC.to(like.dtype), b_Dq.to(like.dtype)
+    a_qC, b_Dq = a_qC.to(like), b_Dq.to(like)
 
     def add(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         low = torch.nn.functional.linear(inputs[0].to(a_qC.dtype), a_qC)

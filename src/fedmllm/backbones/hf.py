@@ -26,6 +26,7 @@ from fedmllm.backbones.encode import IGNORED, Encoder
 from fedmllm.backbones.hub_kernels import without_hub_kernels
 from fedmllm.backbones.lora import adapter_config, add_lora, copy_of, decoder_name, load_into, parameters_by_saved_name
 from fedmllm.backbones.modality_gate import ModalityGate
+from fedmllm.backbones.spread import spread_over
 from fedmllm.core.storage import write_tensors
 from fedmllm.core.types import Conversation, Params, Picture
 
@@ -67,7 +68,8 @@ class TransformersBackbone(Backbone):
         self.spec, self._digest_of = spec, digest
         self.base = model.eval()
         self.processor = processor
-        self.device = model.device
+        self.devices = spread_over(model)
+        self.device = torch.device(self.devices[0]) if self.devices else model.device
         self.decoder = decoder_name(model)
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         feature_argument(model)  # raises if the family cannot be used at all

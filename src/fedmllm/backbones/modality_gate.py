@@ -31,7 +31,7 @@ class GateLayer:
         if self.instead:
             return self.instead(keys_BLD)
         text_D, picture_D = self.weight.to(keys_BLD.dtype)
-        return keys_BLD + torch.where(self.pictures_BL1, picture_D, text_D)
+        return keys_BLD + torch.where(self.pictures_BL1.to(keys_BLD.device), picture_D, text_D)
 
 
 class ModalityGate:

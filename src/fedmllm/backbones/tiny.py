@@ -26,6 +26,7 @@ def load_tiny(spec: Tiny, seed: int) -> TransformersBackbone:
     Raises:
         ConfigError: A setting does not fit the model or this machine.
     """
-    folder = FromFolder(path=str(CHECKPOINT), precision=spec.precision, device=spec.device)
+    folder = FromFolder(path=str(CHECKPOINT), precision=spec.precision)
+    folder = folder.model_copy(update={"device": spec.device, "device_map": spec.device_map})
     model, processor, digest = load_base(folder)
     return TransformersBackbone(model, processor, spec, seed, NAME, digest)

@@ -21,6 +21,7 @@ Capability = Literal[
     "modality-dropout",
     "learned-completion",
     "row-privacy",
+    "several-devices",
 ]
 """What an algorithm or an experiment may need of an engine.
 
@@ -29,7 +30,8 @@ partial: some tensors of the adapter neither train nor travel. frozen-adapter: a
 not train. mixed-ranks: clients of unequal LoRA rank. scale: a factor of the trained adapter's product. completion: rows
 that are filled or converted, and public rows. profiles: the server knows which modalities each client has.
 modality-dropout: complete rows lose modalities in training. learned-completion: a completion that is learned before
-training. row-privacy: it clips each row's gradient and adds noise (`Clients.row_noise`).
+training. row-privacy: it clips each row's gradient and adds noise (`Clients.row_noise`). several-devices: layers of the model
+are on several devices (`backbone.device_map`).
 """
 ALL: frozenset[str] = frozenset(get_args(Capability))
 
@@ -60,7 +62,7 @@ class Stacked(Engine):
 
     name: Literal["stacked"] = "stacked"
     import_path = "fedmllm.federation.engines.stacked.engine:StackedEngine"
-    supports = ALL
+    supports = ALL - {"several-devices"}  # all adapters are one tensor
     token_budget: NonNegativeInt = 0
     """Tokens of one pass, padding included; 0 = chosen for the device."""
     clients: PositiveInt = 16
@@ -75,7 +77,7 @@ class FlowerSimulation(Engine):
     name: Literal["flower-simulation"] = "flower-simulation"
     import_path = "fedmllm.flower.simulation:SimulationEngine"
     reads_rows = False
-    supports = ALL - {"learned-completion"}  # its actors load an experiment, not what a run has learned
+    supports = ALL - {"learned-completion", "several-devices"}  # actors load an experiment, and a model each
     num_actors: PositiveInt = 2
     """Ray actors on one machine; on a cluster (RAY_ADDRESS) as many as its CPUs allow."""
     cpus_per_actor: PositiveInt = 1

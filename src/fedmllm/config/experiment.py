@@ -43,11 +43,11 @@ from fedmllm.config.engine import (
     Stacked,
 )
 from fedmllm.config.public import Public
-from fedmllm.config.train import USUAL, Checkpointing, Evaluate, Personal, Train, UpdateFilter, one_or_several
+from fedmllm.config.train import USUAL, Checkpointing, Evaluate, Personal, Train, UpdateFilter
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
 from fedmllm.core.plugins import PluginSource, load_entry_points, load_plugins, source_of_import
-from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec, checked, current_keys, nearest
+from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec, checked, current_keys, nearest, one_or_several
 from fedmllm.core.types import visible_of
 from fedmllm.data.base import Dataset
 from fedmllm.data.prompts import Plain, Prompt
@@ -261,6 +261,16 @@ class Experiment(Spec):
             raise ValueError(
                 f"backbone.adapter: got {self.backbone.adapter!r}; {self.aggregator.name} starts from a new adapter. "
                 "Leave it out, or choose another aggregator"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_carries_the_spread_model(self) -> Experiment:
+        spread = self.backbone.device_map if isinstance(self.backbone, BackboneSpec) else ()
+        if spread and "several-devices" not in self.engine.supports:
+            raise ValueError(
+                f"backbone.device_map: got {list(spread)} with engine {self.engine.name!r}, which computes on one device; set "
+                f"engine.name to one of: {engines_that(['several-devices'])}"
             )
         return self
 

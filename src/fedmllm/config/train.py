@@ -20,7 +20,7 @@ from pydantic import (
 
 from fedmllm.algorithms.schedules import Schedule
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
-from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Spec, nearest
+from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Spec, nearest, one_or_several
 
 GRADED = ("graded", "ungraded")
 _PROMPT = (
@@ -57,11 +57,6 @@ class Train(Spec):
     """Learning rate over the rounds."""
     step_schedule: Schedule = "cosine"
     """Learning rate over the steps of a round."""
-
-
-def one_or_several(value: object) -> object:
-    """`"image"` means `["image"]`."""
-    return (value,) if isinstance(value, str) else value
 
 
 class Grader(Spec):

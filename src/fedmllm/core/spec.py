@@ -137,6 +137,11 @@ class Named(Spec):
         return cast("Self", validate(cls.members[name], table, place))
 
 
+def one_or_several(value: object) -> object:
+    """`"image"` means `["image"]`."""
+    return (value,) if isinstance(value, str) else value
+
+
 def _place(cls: type[Named]) -> str:
     return f"{cls.__qualname__} in {cls.plugin.file or cls.__module__ if cls.plugin else cls.__module__}"
 

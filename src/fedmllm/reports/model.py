@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmllm.backbones.base import FromFolder
-from fedmllm.backbones.folder import device_named, find_folder
+from fedmllm.backbones.folder import find_folder, first_device
 from fedmllm.backbones.footprint import Footprint, footprint
 from fedmllm.backbones.hf import load_folder
 from fedmllm.backbones.model_checks import Check, checkup
 from fedmllm.config.experiment import Experiment
 from fedmllm.runs.calibration import RoundTime, round_time
 from fedmllm.runs.costs import peaks, reset_peaks
-from fedmllm.runs.resources import WORKSPACE_BYTES, EstimateLine, estimate
+from fedmllm.runs.resources import WORKSPACE_BYTES, EstimateLine, by_device, estimate
 
 
 def doctor(spec: FromFolder, console: Console | None = None) -> list[Check]:
@@ -58,11 +58,15 @@ def print_estimate(
     console = console or Console()
     sizes, memory, traffic = estimate(experiment)
     total = sum(line.num_bytes for line in memory)
-    device = device_named(experiment.backbone.device)
-    needed = total + (WORKSPACE_BYTES if device.type == "cuda" else 0)
+    device = first_device(experiment.backbone)
+    devices = by_device(sizes, memory)
+    needed = max((line.num_bytes for line in devices), default=total) + (
+        WORKSPACE_BYTES if device.type == "cuda" else 0
+    )
     timed = round_time(experiment, sizes.num_weights, device)
     if as_json:
-        fit = {"needed_bytes": round(needed), f"fits_in_{memory_gb:g}_gb": needed <= memory_gb * 1e9}
+        parted = {"device_bytes": {line.part: round(line.num_bytes) for line in devices}} if devices else {}
+        fit = {**parted, "needed_bytes": round(needed), f"fits_in_{memory_gb:g}_gb": needed <= memory_gb * 1e9}
         time = {"round_s": timed.seconds, "first_s": timed.first_s, "time_is": timed.about}
         console.print_json(json.dumps({**_as_json(sizes, memory, traffic), **fit, **time}))
         return
@@ -71,14 +75,20 @@ def print_estimate(
         f"{sizes.family}: {sizes.num_weights / 1e9:.3f} B weights, {sizes.num_layers} layers, base in {precision}"
     )
     console.print(f"LoRA on {_grouped(sizes.targets)}")
-    for title, lines, last in (("memory", memory, total), ("bytes sent", traffic, None)):
+    tables = [("memory", memory, total), ("memory of each device", devices, None), ("bytes sent", traffic, None)]
+    for title, lines, last in tables:
+        if not lines:
+            continue
         table = Table(title, "", "", box=None)
         for line in lines:
             table.add_row(line.part, _size(line.num_bytes), line.note)
         if last is not None:
             table.add_row("together", _size(last), "workspace of the libraries (0.5 to 2 GB on CUDA) not counted")
         console.print(table)
-    console.print(f"fits in {memory_gb:g} GB: {'yes' if needed <= memory_gb * 1e9 else 'no'}, {_size(needed)} needed")
+    each = " each" if devices else ""
+    console.print(
+        f"fits in {memory_gb:g} GB{each}: {'yes' if needed <= memory_gb * 1e9 else 'no'}, {_size(needed)} needed"
+    )
     console.print(time_text(timed, experiment.num_rounds), highlight=False, soft_wrap=True)
     if device.type != "cpu":
         console.print(

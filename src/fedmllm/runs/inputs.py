@@ -320,7 +320,7 @@ def versions() -> dict[str, str]:
 def device(backbone: Backbone) -> dict[str, Any]:
     """Return the device of the computation."""
     return {
-        "name": str(backbone.device),
+        "name": ", ".join(backbone.devices) or str(backbone.device),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmllm.backbones.folder import device_named
+from fedmllm.backbones.folder import first_device
 from fedmllm.backbones.footprint import Footprint, footprint
 from fedmllm.backbones.places import base_folder
 from fedmllm.config.experiment import Experiment
@@ -24,6 +24,28 @@ class EstimateLine:
     part: str
     num_bytes: float
     note: str = ""
+
+
+def by_device(sizes: Footprint, memory: list[EstimateLine]) -> list[EstimateLine]:
+    """Memory of each device if layers are spread over several; empty otherwise.
+
+    Adapters, gradients and activations are with their layers; logits and modules that are trained whole on the first.
+
+    Args:
+        sizes: Of the model.
+        memory: By `estimate`.
+    """
+    layered = {"trained: LoRA", "gradients and optimiser", "activations"}
+    of_layers = sum(line.num_bytes for line in memory if line.part in layered)
+    others = [line for line in memory if line.part not in layered and not line.part.startswith("base: ")]
+    lines = []
+    for number, share in enumerate(sizes.shares):
+        more = of_layers * share.num_layers / sizes.num_layers
+        more += sum(line.num_bytes for line in others) if number == 0 else 0
+        lines.append(
+            EstimateLine(share.device, share.num_bytes + more, f"{share.num_layers} of {sizes.num_layers} layers")
+        )
+    return lines
 
 
 def estimate(experiment: Experiment) -> tuple[Footprint, list[EstimateLine], list[EstimateLine]]:
@@ -59,7 +81,7 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[EstimateLine], lis
         ),
         EstimateLine("logits", logits * rows, f"{rows} row(s) of {LABEL_TOKENS} label tokens"),
     ]
-    if device_named(spec.device).type == "cpu":  # they are kept on the host, wherever the model is
+    if first_device(spec).type == "cpu":  # they are kept on the host, wherever the model is
         memory.append(EstimateLine("kept image features", spec.keep_image_features_mb * 2**20, "at most"))
     traffic = [
         EstimateLine("down, a client", sizes.payload_bytes),

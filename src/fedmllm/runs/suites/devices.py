@@ -103,6 +103,8 @@ def find_devices(names: Sequence[str], experiments: Sequence[Experiment], num_jo
     Raises:
         ConfigError: This machine has no such device.
     """
+    if names and any(getattr(experiment.backbone, "device_map", ()) for experiment in experiments):
+        raise ConfigError("--device: cells have backbone.device_map, which names their devices; leave out --device")
     asked = {getattr(experiment.backbone, "device", None) for experiment in experiments}
     if not names and not asked <= {"auto", "cuda"}:
         return []  # torch is not loaded
