@@ -18,7 +18,7 @@ from torch.utils import checkpoint
 from fedmllm.backbones.base import FromFolder, Lora, Precision, Tiny
 from fedmllm.backbones.frozen import frozen_adapter
 from fedmllm.backbones.hf import TransformersBackbone, load_folder
-from fedmllm.backbones.spread import devices_of, split
+from fedmllm.backbones.spread import balanced, devices_of
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Conversation
 from support.fake_devices import FakeDevices
@@ -159,7 +159,7 @@ def test_fake_devices_refuse_what_cards_refuse() -> None:
 def test_the_fullest_device_holds_as_little_as_possible(
     layers: list[int], rest: int, num_devices: int, expected: tuple[int, ...]
 ) -> None:
-    counts = split(layers, rest, num_devices)
+    counts = balanced(layers, rest, num_devices)
     assert counts == expected
 
     def fullest(cuts: tuple[int, ...]) -> int:

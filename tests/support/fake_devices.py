@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 class FakeDevices(TorchDispatchMode):
     """In this block a tensor that was moved to "cpu:N", and all that is computed from it, is on the device N.
 
-    torch itself forgets N. Here it is kept for each storage, and an operation on tensors of two devices raises, as on
+    torch itself drops N. Here it is kept for each storage, and an operation on tensors of two devices raises, as on
     cards. A tensor that was never moved is the host's and goes with all.
 
     Attributes:
@@ -112,6 +112,8 @@ class OwnDevice(TorchFunctionMode):
             return function(*args, **kwargs)  # inside vmap; the operations that come of it are seen
         if function == torch.Tensor.device.__get__ and (number := self._devices.of(args[0])) >= 0:
             return torch.device("cpu", number)
+        if function is torch.Tensor.cpu:
+            return Move.apply(args[0], self._devices, -1)
         if function is torch.Tensor.to:
             asked = [kwargs.get("device"), kwargs.get("dtype"), *args[1:]]
             like = [t for t in asked if isinstance(t, torch.Tensor)]
@@ -124,7 +126,9 @@ class OwnDevice(TorchFunctionMode):
         result = function(*args, **kwargs)
         if kwargs.get("device") is not None and isinstance(result, torch.Tensor):
             number = torch.device(kwargs["device"]).index
-            self._devices.put(result, -1 if number is None else number)  # torch.tensor tells the dispatcher nothing
+            self._devices.put(
+                result, -1 if number is None else number
+            )  # torch.tensor does not pass it to the dispatcher
         return result
 
 

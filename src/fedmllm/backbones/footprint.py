@@ -24,7 +24,7 @@ from fedmllm.backbones.dropout import Seeds
 from fedmllm.backbones.folder import DTYPES, LOADING_ERRORS, OURS, device_named, family_of, quiet
 from fedmllm.backbones.lora import add_lora, decoder_name, parameters_by_saved_name
 from fedmllm.backbones.modality_gate import ModalityGate
-from fedmllm.backbones.spread import Share, devices_of, shares
+from fedmllm.backbones.spread import DevicePart, device_parts, devices_of
 from fedmllm.core.errors import FedmllmError
 
 PROBE_TOKENS = 256
@@ -54,7 +54,7 @@ class Footprint:
     activation_bytes: float  # a token, saved from forward to backward
     checkpointed_bytes: float  # the same with gradient checkpointing, without the one layer that is computed again
     layer_bytes: float  # a token, of one layer: the largest that is computed again
-    shares: tuple[Share, ...] = ()  # what each device holds of the base, if layers are spread over several
+    shares: tuple[DevicePart, ...] = ()  # what each device holds of the base, if layers are spread over several
 
     @property
     def num_weights(self) -> int:
@@ -94,7 +94,7 @@ def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
     name = decoder_name(model)
     config = model.config.get_text_config()
     model = model.to(dtype)
-    parted = shares(model, name, devices_of(spec.device_map, exist=False)) if spec.device_map else []
+    parted = device_parts(model, name, devices_of(spec.device_map, exist=False)) if spec.device_map else []
     peft, seeds = add_lora(model, spec.lora, 0, "")
     live = parameters_by_saved_name(peft)
     trained = {"LoRA": sum(p.numel() for n, p in live.items() if ".lora_" in n)}

@@ -53,7 +53,7 @@ def devices_of(names: Sequence[str], exist: bool = True) -> list[str]:
     return ["cpu:0" if name == "cpu" else name for name in names]
 
 
-def split(layer_bytes: Sequence[int], rest_bytes: int, num_devices: int) -> tuple[int, ...]:
+def balanced(layer_bytes: Sequence[int], rest_bytes: int, num_devices: int) -> tuple[int, ...]:
     """Divide layers so that the fullest device holds as little as possible.
 
     Args:
@@ -84,16 +84,16 @@ def split(layer_bytes: Sequence[int], rest_bytes: int, num_devices: int) -> tupl
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a device holds of the frozen model."""
+class DevicePart:
+    """Part of the frozen model on one device."""
 
     device: str
     num_layers: int
     num_bytes: int
 
 
-def shares(model: nn.Module, decoder: str, devices: Sequence[str]) -> list[Share]:
-    """What each device would hold.
+def device_parts(model: nn.Module, decoder: str, devices: Sequence[str]) -> list[DevicePart]:
+    """Return the part of each device.
 
     Args:
         model: An image-text-to-text model without an adapter, or its shapes alone.
@@ -103,13 +103,13 @@ def shares(model: nn.Module, decoder: str, devices: Sequence[str]) -> list[Share
     Raises:
         ConfigError: The model cannot be divided over so many devices.
     """
-    sizes = [num_bytes(layer) for layer in layers_of(model, decoder)]
-    rest = num_bytes(model) - sum(sizes)
-    counts = split(sizes, rest, len(devices))
+    sizes = [_num_bytes(layer) for layer in layers_of(model, decoder)]
+    rest = _num_bytes(model) - sum(sizes)
+    counts = balanced(sizes, rest, len(devices))
     ends = list(accumulate(counts))
     held = [sum(sizes[end - count : end]) for end, count in zip(ends, counts, strict=True)]
     held[0] += rest
-    return [Share(*part) for part in zip(devices, counts, held, strict=True)]
+    return [DevicePart(*part) for part in zip(devices, counts, held, strict=True)]
 
 
 def layers_of(model: nn.Module, decoder: str) -> nn.ModuleList:
@@ -128,7 +128,7 @@ def layers_of(model: nn.Module, decoder: str) -> nn.ModuleList:
     return layers
 
 
-def num_bytes(module: nn.Module) -> int:
+def _num_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers; shared ones count once."""
     return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
 
@@ -144,7 +144,7 @@ def spread(model: PreTrainedModel, devices: Sequence[str]) -> PreTrainedModel:
         ConfigError: The model cannot be divided over so many devices.
     """
     decoder = decoder_name(model)
-    parts = shares(model, decoder, devices)
+    parts = device_parts(model, decoder, devices)
     owners = [part.device for part in parts for _ in range(part.num_layers)]
     places = dict.fromkeys(_outside(model, f"{decoder}.layers"), devices[0])
     places |= {f"{decoder}.layers.{number}": device for number, device in enumerate(owners)}

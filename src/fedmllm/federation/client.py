@@ -387,7 +387,7 @@ class Clients:
             total += float(loss.detach())
             if place + 1 < len(rows) and rows[place + 1][2] == unit:
                 continue  # the gradients of a unit's rows add up
-            unit_T = torch.cat([_grad(weights[n]).reshape(-1) for n in names]).cpu()
+            unit_T = torch.cat([_grad(weights[n]).reshape(-1).cpu() for n in names])  # of several devices, perhaps
             factor = float(clip_factors(unit_T[None], self.row_noise.settings.clip))
             if factor:  # otherwise it is not finite
                 sum_T += factor * unit_T

@@ -81,7 +81,8 @@ def calibration_file() -> Path:
 def device_key(device: torch.device) -> str:
     """Return the name under which a device's measurements are kept."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        here = (device.index or 0) < torch.cuda.device_count()
+        return torch.cuda.get_device_name(device) if here else str(device)  # another machine's: nothing is known of it
     return f"{_processor()}{THREADS}{torch.get_num_threads()}"
 
 
