@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_sco
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.rng import stream
-from fedmllm.core.types import visible_of
-from fedmllm.data.drivelm import ASK, CAMERAS, DriveLM, _Questions
+from fedmllm.core.types import Example, visible_of
+from fedmllm.data.drivelm import ASK, CAMERAS, DriveLM, _asked
 from fedmllm.data.prompts import Agnostic, FromFile, Plain
 from fedmllm.data.render import Render, number, samples_of, variants_of
 from fedmllm.data.synthetic_clinic import SyntheticClinic
@@ -366,21 +366,58 @@ def test_a_key_frame_without_a_sensor_lacks_the_modality(tmp_path: Path) -> None
         DriveLM.pick({"name": "drivelm", "root": str(tmp_path), "sensors": ["CAM_BACK"]}, "data")
 
 
-def test_lists_made_in_one_step_are_those_made_one_by_one(tmp_path: Path) -> None:
-    asked = [
+def test_columns_give_the_rows_that_single_questions_give(tmp_path: Path) -> None:
+    plain = [
         {"Q": " What? ", "A": " A bus. "},
         {"Q": "Is it?", "A": "YES."},
         {"Q": "Is it?", "A": "no"},
         {"Q": "", "A": "Not."},
     ]
-    several = _Questions("s/f/behavior/", "x.json: s/f/behavior[", asked, {}, {"task": "behavior"}, frozenset())
-    assert several.plain() == list(several.one_by_one())
-    assert [row.answer for row in several.plain()] == ["A bus.", "yes", "no", "Not."]
-    for odd in (
-        {"Q": "Is it?", "A": 4},
-        {"Q": "Is it?", "A": " "},
-        {"Q": f"Is it? {ASK} A. x B. y", "A": "B"},
-        {"Q": "Is it?"},
-        7,
-    ):
-        assert replace(several, asked=[*asked, odd]).plain() == []
+    whole = [{"Q": f"Is it? {ASK} A. x B. y", "A": "B"}, {"Q": "How many?", "A": 4}, {"Q": "How many?", "A": "4"}]
+    bad = [{"Q": "Is it?", "A": " "}, {"Q": "Is it?"}, 7, {"Q": 3.5, "A": ["x"]}, {"Q": f"{ASK} A. x B. y", "A": "C"}]
+    image_paths, rng = {camera: f"{camera}.jpg" for camera in CAMERAS}, random.Random(0)
+    scenes: dict[str, dict[str, dict[str, object]]] = {}
+    expected: list[Example | str] = []
+    path = tmp_path / "v1_1_train_nus.json"
+    for count in range(60):
+        scene, frame = f"s{count // 3}", f"f{count}"
+        pool = plain if count % 3 else [*plain, *whole] if count % 2 else [*plain, *whole, *bad]
+        asked = [rng.choice(pool) for _ in range(rng.randrange(9))]
+        paths = image_paths if count % 10 else {**image_paths, "CAM_TOP": "x.jpg"}
+        scenes.setdefault(scene, {"key_frames": {}})["key_frames"][frame] = {
+            "QA": {"planning": asked},
+            "image_paths": paths,
+        }
+        if paths is not image_paths:
+            expected.append(f"{path}: {scene}/{frame}: unknown camera 'CAM_TOP'; allowed: {', '.join(CAMERAS)}")
+            continue
+        for index, row in enumerate(asked):
+            where = f"{path}: {scene}/{frame}/planning[{index}]"
+            try:
+                question, choices, answer = _asked(where, row)
+            except DataError as error:
+                expected.append(str(error))
+                continue
+            columns = {"set": "drivelm", "scene": scene, "frame": frame, "task": "planning"}
+            columns["answer_type"] = "CLOSED" if choices else "OPEN"
+            fields = {camera: (tmp_path / f"{camera}.jpg",) for camera in CAMERAS}
+            expected.append(
+                Example(f"{scene}/{frame}/planning/{index}", fields, question, choices, answer, where, columns)
+            )
+    path.write_text(json.dumps(scenes))
+    data = DriveLM.pick({"name": "drivelm", "root": str(tmp_path), "on_bad_row": "skip"}, "data")
+    rows = data.load_scenes("train", lambda scene: True)
+    good = tuple(row for row in expected if isinstance(row, Example))
+    assert rows.examples == good
+    assert (rows.examples[-1], rows.examples[3:9], len(rows.examples)) == (good[-1], good[3:9], len(good))
+    assert rows.skipped == tuple(row for row in expected if isinstance(row, str))
+    for first in (3, 6, 18, 30):  # from a scene on, so that the first fault is another one
+        kept = {f"s{count}" for count in range(first, 20)}
+        faults = [
+            str(row) for row in expected if isinstance(row, str) and f"{row.split('/f')[0]}".split(": ")[1] in kept
+        ]
+        if faults:
+            with pytest.raises(DataError) as raised:
+                data.model_copy(update={"on_bad_row": "fail"}).load_scenes("train", kept.__contains__)
+            assert str(raised.value) == faults[0]
+    assert len({message.split(": ")[-1] for message in rows.skipped}) > 4

@@ -17,6 +17,7 @@ State: TypeAlias = "dict[str, Params]"  # an aggregator's memory
 Modality: TypeAlias = str  # "image", "text", or one camera of a car: "CAM_FRONT"
 Visible: TypeAlias = frozenset[Modality]  # what one row still shows
 Content: TypeAlias = str | tuple[Path, ...]  # a modality's value: a text, or one or more pictures
+OPEN_LABEL = "(open)"  # the label of an open question
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,4 +249,4 @@ def visible_of(text: str, modalities: tuple[Modality, ...]) -> Visible:
 
 def answer_label(example: Example) -> str:
     """Return the label for label skew: the answer of a multiple-choice row; all open rows count as one label."""
-    return example.answer if example.choices else "(open)"
+    return example.answer if example.choices else OPEN_LABEL

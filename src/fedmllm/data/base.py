@@ -25,7 +25,7 @@ class Rows:
         notes: Findings that a user should know but that stop nothing: files left out, words that may mean a missing value.
     """
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from fedmllm.core.errors import DataError
+from fedmllm.core.rows import Coded, LazyRows, Texts
 from fedmllm.core.spec import ADDED_LATER
-from fedmllm.core.types import Content, Example, Modality, quick_example
+from fedmllm.core.types import Content, Modality
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.cells import alike
 from fedmllm.data.prompts import LETTERS
@@ -122,27 +125,24 @@ class DriveLM(Dataset):
         if half := half_character(scenes, text):
             raise DataError(f"{path}: {half} is half of a character; write the other half too, or leave it out")
         ours = {name: scene for name, scene in scenes.items() if wanted(name)}
-        return filled(self._collected(self._lists(path, ours)), path, split)
+        return filled(self._collected(path, self._lists(path, ours)), path, split)
 
-    def _collected(self, lists: Iterator[_Questions | DataError]) -> Rows:
-        """The rows of the lists, as `collect` gives them: a third of a million, so most of them are made in one step."""
-        examples: list[Example] = []
-        skipped: list[str] = []
+    def _collected(self, path: Path, lists: Iterator[_Questions | DataError]) -> Rows:
+        """The rows of the lists, as `collect` gives them: a third of a million, so they are columns."""
+        columns, faults = _Columns(path), list[tuple[int, DataError]]()  # with the number of rows before each
         for several in lists:
             if isinstance(several, DataError):
-                found: Iterable[Example | DataError] = (several,)
+                faults.append((len(columns.codes), several))
             else:
-                found = several.plain() or several.one_by_one()
-            for row in found:
-                if isinstance(row, Example):
-                    examples.append(row)
-                elif self.on_bad_row == "fail":
-                    raise row
-                else:
-                    skipped.append(str(row))
-        if skipped and not examples:
+                columns.add(several)
+        rows, others = columns.rows(frozenset(self.sensors))
+        faults = sorted([*faults, *others], key=lambda fault: fault[0])
+        if faults and self.on_bad_row == "fail":
+            raise faults[0][1]
+        skipped = tuple(str(error) for _, error in faults)
+        if skipped and not rows:
             raise DataError(f"{skipped[0]} (and so for every row: none of {len(skipped)} can be used)")
-        return Rows(tuple(examples), tuple(skipped))
+        return Rows(rows, skipped)
 
     def _split_of(self, scene: str) -> Split:
         if held_out(self.test_rate, f"test/{scene}"):
@@ -151,7 +151,7 @@ class DriveLM(Dataset):
 
     def _lists(self, path: Path, scenes: Mapping[str, Any]) -> Iterator[_Questions | DataError]:
         """The questions of each key frame and task, or an error in their place."""
-        announced, seen = frozenset(self.sensors), set[str]()
+        seen = set[str]()
         for scene, frame, entry in _frames(scenes):
             name = f"{scene}/{frame}"
             place = f"{path}: {name}"
@@ -164,7 +164,7 @@ class DriveLM(Dataset):
             seen.add(name)
             try:
                 fields = self._cameras(entry["image_paths"], place)
-                if announced:
+                if self.sensors:
                     fields |= self._readings(entry.get("sensors"), place)
             except DataError as error:
                 yield error
@@ -175,7 +175,7 @@ class DriveLM(Dataset):
                     yield DataError(f"{place}: QA.{task} is {quoted(asked)}, not a list")
                     continue
                 about = {"set": self.name, "scene": scene, "frame": frame, "task": task}
-                yield _Questions(f"{name}/{task}/", f"{place}/{task}[", asked, fields, about, announced)
+                yield _Questions(f"{name}/{task}/", asked, fields, about)
 
     def _readings(self, sensors: object, place: str) -> dict[Modality, str]:
         """The series of a key frame as text; a sensor that it lacks is a modality that its rows lack."""
@@ -202,56 +202,91 @@ class _Questions:
     """The questions of one key frame and task. Their rows share pictures and columns."""
 
     name: str  # beginning of the ids
-    before: str  # beginning of the places
     asked: list[Any]
     fields: Mapping[Modality, Content]
     about: Mapping[str, str]
-    announced: frozenset[Modality]
 
-    def one_by_one(self) -> Iterator[Example | DataError]:
-        """Each row, or what is wrong with it."""
-        for index, row in enumerate(self.asked):
-            where = f"{self.before}{index}]"
-            try:
-                yield self._example(index, where, *_asked(where, row))
-            except DataError as error:
-                yield error
 
-    def _example(self, index: int, where: str, question: str, choices: tuple[str, ...], answer: str) -> Example:
-        columns = {**self.about, "answer_type": "CLOSED" if choices else "OPEN"}
-        return Example(
-            f"{self.name}{index}", self.fields, question, choices, answer, where, columns, announced=self.announced
-        )
+class _Endings(dict[object, int]):
+    """Answer as in the file -> the code of the choices and the answer, or -1 if the row has to be read as a whole."""
 
-    def plain(self) -> list[Example]:
-        """The rows in one step, equal to those of `one_by_one`; [] unless all of them are open or yes/no questions."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[tuple[str, ...], str]] = []
+
+    def __missing__(self, written: object) -> int:
+        answer = written.strip() if isinstance(written, str) else ""
+        plain = answer.lower().rstrip(".")
+        self[written] = -1
+        if len(plain) > 1 and not is_blank(plain):  # neither an option's letter nor nothing
+            self[written] = self.add((YES_NO, plain) if plain in YES_NO else ((), answer))
+        return self[written]
+
+    def add(self, ending: tuple[tuple[str, ...], str]) -> int:
+        """Return the code of a further ending."""
+        self.found.append(ending)
+        return len(self.found) - 1
+
+
+class _Columns:
+    """Columns of the rows that are read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.endings = path, _Endings()
+        self.lists: list[_Questions] = []
+        self.questions: list[str] = []
+        self.codes: list[int] = []  # of the endings
+
+    def add(self, several: _Questions) -> None:
+        """Add rows."""
         try:
-            pairs = [(row["Q"], row["A"]) for row in self.asked]
-        except (KeyError, TypeError, IndexError):
-            return []
-        if {type(part) for pair in pairs for part in pair} != {str}:
-            return []
-        opened, closed = ({**self.about, "answer_type": kind} for kind in ("OPEN", "CLOSED"))
-        rows = []
-        for index, (question, answer) in enumerate(pairs):
-            answer = answer.strip()
-            plain = answer.lower().rstrip(".")
-            if len(plain) <= 1 or is_blank(plain):  # an option's letter, or nothing
-                return []
-            is_closed = plain in YES_NO
-            rows.append(
-                quick_example(
-                    f"{self.name}{index}",
-                    self.fields,
-                    question.strip(),
-                    YES_NO if is_closed else (),
-                    plain if is_closed else answer,
-                    f"{self.before}{index}]",
-                    closed if is_closed else opened,
-                    self.announced,
-                )
-            )
-        return rows
+            questions = [row["Q"].strip() for row in several.asked]
+            codes = [self.endings[row["A"]] for row in several.asked]
+        except (AttributeError, KeyError, TypeError):
+            questions, codes = [""] * len(several.asked), [-1] * len(several.asked)
+        self.lists.append(several)
+        self.questions += questions
+        self.codes += codes
+
+    def rows(self, announced: frozenset[Modality]) -> tuple[LazyRows, list[tuple[int, DataError]]]:
+        """The rows, and the index and the fault of each that is not among them."""
+        sizes = np.array([len(several.asked) for several in self.lists], np.int64)
+        list_of = np.repeat(np.arange(len(sizes)), sizes)
+        within = np.arange(len(list_of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # index of a row in its list
+        numbers = list(map(str, range(max(sizes, default=0))))
+        text = "".join(several.name.join(["", *numbers[: len(several.asked)]]) for several in self.lists)
+        of_name = np.array([len(several.name) for several in self.lists], np.int64)
+        ids = Texts(text, of_name[list_of] + np.array(list(map(len, numbers)), np.int64)[within])
+        codes, faults = np.array(self.codes, np.int32), dict[int, DataError]()
+        for row in np.flatnonzero(codes < 0).tolist():
+            try:
+                asked = self.lists[list_of[row]].asked[within[row]]
+                self.questions[row], choices, answer = _asked(_place(self.path, ids, row), asked)
+                codes[row] = self.endings.add((choices, answer))
+            except DataError as error:
+                faults[row] = error
+        if faults:
+            kept = [row for row in range(len(codes)) if row not in faults]
+            ids, codes, list_of = Texts.of(ids.at(kept)), codes[kept], list_of[kept]
+            self.questions = [self.questions[row] for row in kept]
+        closed = np.array([bool(choices) for choices, _ in self.endings.found], np.int64)
+        kinds = ("OPEN", "CLOSED")
+        columns = [{**several.about, "answer_type": kind} for several in self.lists for kind in kinds]
+        found = LazyRows(
+            ids=ids,
+            fields=Coded([several.fields for several in self.lists], list_of),
+            questions=self.questions,
+            endings=Coded(self.endings.found, codes),
+            columns=Coded(columns, 2 * list_of + closed[codes]),
+            place=partial(_place, self.path, ids),
+            announced=announced,
+        )
+        return found, list(faults.items())
+
+
+def _place(path: Path, ids: Texts, row: int) -> str:
+    list_, _, index = ids[row].rpartition("/")
+    return f"{path}: {list_}[{index}]"
 
 
 def _frames(scenes: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

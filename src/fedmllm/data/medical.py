@@ -71,7 +71,7 @@ class Medical(Dataset):
 
 
 def _joined(*loaded: Rows) -> Rows:
-    return Rows(sum((r.examples for r in loaded), ()), sum((r.skipped for r in loaded), ()))
+    return Rows(tuple(e for r in loaded for e in r.examples), sum((r.skipped for r in loaded), ()))
 
 
 def _with_set_in_id(example: Example) -> Example:

@@ -5,13 +5,18 @@ They are those that reading row by row gives, in a fraction of the time.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
+
 from fedmllm.core.errors import DataError
-from fedmllm.core.types import Content, Example, Modality, quick_example
+from fedmllm.core.rows import Coded, LazyRows, Texts
+from fedmllm.core.types import Content, Example, Modality
 from fedmllm.data.base import Rows
 from fedmllm.data.delimited import csv_blocks
 from fedmllm.data.reading import RawRow, id_keys
@@ -65,23 +70,6 @@ class RowPlan:
     make: Callable[[str, RawRow], Example]
 
 
-class KeptParts(dict[tuple[str | None, ...], _T | None], Generic[_T]):
-    """Cells -> the part that they make; None if the row has to be read as a whole."""
-
-    def __init__(self, part: RowPart[_T]) -> None:
-        super().__init__()
-        self.part = part
-
-    def __missing__(self, cells: tuple[str | None, ...]) -> _T | None:
-        try:
-            made = self.part.make(dict(zip(self.part.columns, cells, strict=True)))
-        except DataError:
-            made = None
-        if len(self) < MOST_KEPT:
-            self[cells] = made
-        return made
-
-
 def plain_rows(plan: RowPlan, on_bad_row: Literal["fail", "skip"]) -> tuple[Rows, list[str]] | None:
     """Read a CSV file.
 
@@ -96,17 +84,7 @@ def plain_rows(plan: RowPlan, on_bad_row: Literal["fail", "skip"]) -> tuple[Rows
     Raises:
         DataError: As by `plan.make`, for the first bad row.
     """
-    examples: list[Example] = []
-    skipped: list[str] = []
-    known: set[str] = set()
-    header: list[str] = []
-    before = f"{plan.file}:"
-    fields, question, answer, about = (
-        KeptParts(plan.fields),
-        KeptParts(plan.question),
-        KeptParts(plan.answer),
-        KeptParts(plan.columns),
-    )
+    columns, skipped, known, header = _Columns(plan), list[str](), set[str](), list[str]()
     try:
         for header, numbers, rows in csv_blocks(plan.file, plan.delimiter, BLOCK):
             if set(map(len, rows)) != {len(header)}:
@@ -120,33 +98,119 @@ def plain_rows(plan: RowPlan, on_bad_row: Literal["fail", "skip"]) -> tuple[Rows
             if len(keys) < len(ids) or "" in keys or not known.isdisjoint(keys):
                 return None
             known |= keys
-            columns = {"file": (plan.name,) * len(rows), **cells}
-            parts = [_of_rows(part, columns, len(rows)) for part in (fields, question, answer, about)]
-            for id_, number, row, has, asked, ending, groups in zip(ids, numbers, rows, *parts, strict=True):
-                where = f"{before}{number}"
-                if has is None or asked is None or ending is None or groups is None or not (asked or _has_text(has)):
-                    try:
-                        examples.append(plan.make(where, dict(zip(header, row, strict=True))))
-                    except DataError as error:
-                        if on_bad_row == "fail":
-                            raise
-                        skipped.append(str(error))
-                else:
-                    examples.append(quick_example(id_, has, asked, ending[0], ending[1], where, groups, plan.announced))
+            for index in columns.add(ids, numbers, {"file": (plan.name,) * len(rows), **cells}):
+                try:
+                    row = plan.make(f"{plan.file}:{numbers[index]}", dict(zip(header, rows[index], strict=True)))
+                    columns.replace(index - len(rows), row)
+                except DataError as error:
+                    if on_bad_row == "fail":
+                        raise
+                    columns.leave_out(index - len(rows))
+                    skipped.append(str(error))
     except ValueError:
         return None
-    return (Rows(tuple(examples), tuple(skipped)), header) if examples else None
+    found = columns.rows()
+    return (Rows(found, tuple(skipped)), header) if found else None
 
 
-def _has_text(fields: Mapping[Modality, Content]) -> bool:
-    return any(isinstance(content, str) for content in fields.values())
+class _Columns:
+    """Columns of the rows that are read."""
+
+    def __init__(self, plan: RowPlan) -> None:
+        self.plan = plan
+        self.ids: list[str | int] = []
+        self.numbers = array("i")  # of the lines
+        self.fields, self.questions = _Part(plan.fields), _Part(plan.question)
+        self.endings, self.columns = _Part(plan.answer), _Part(plan.columns)
+        self.odd: dict[int, Example] = {}
+        self.left_out: set[int] = set()
+
+    def add(self, ids: Sequence[str | int], numbers: Sequence[int], cells: Mapping[str, Sequence[str]]) -> list[int]:
+        """Add rows; return the indices of those that have to be read as a whole."""
+        self.ids += ids
+        self.numbers.extend(numbers)
+        parts = [part.add(cells, len(ids)) for part in (self.fields, self.questions, self.endings, self.columns)]
+        whole = {index for codes in parts if -1 in codes for index, code in enumerate(codes) if code < 0}
+        if "" in self.questions.parts:  # a row asks something, or has a text
+            silent = [not any(isinstance(content, str) for content in has.values()) for has in self.fields.parts]
+            asked = [question != "" for question in self.questions.parts]
+            codes = enumerate(zip(parts[0], parts[1], strict=True))
+            whole |= {index for index, (has, question) in codes if silent[has] and not asked[question]}
+        return sorted(whole)
+
+    def replace(self, index: int, row: Example) -> None:
+        """Set a row that was read as a whole; `index` counts from the end."""
+        self.odd[len(self.ids) + index] = row
+        self.fields.replace(index, row.fields)
+        self.questions.replace(index, row.question)
+        self.endings.replace(index, (row.choices, row.answer))
+        self.columns.replace(index, row.columns)
+
+    def leave_out(self, index: int) -> None:
+        """Leave a row out; `index` counts from the end."""
+        self.left_out.add(len(self.ids) + index)
+
+    def rows(self) -> LazyRows:
+        """The rows."""
+        kept = np.array([index for index in range(len(self.ids)) if index not in self.left_out], np.int64)
+        ids, numbers = [self.ids[index] for index in kept], np.array(self.numbers, np.int32)[kept]
+        texts = [id_ for id_ in ids if isinstance(id_, str)]
+        return LazyRows(
+            Texts.of(texts) if len(texts) == len(ids) else ids,
+            self.fields.column(kept),
+            self.questions.column(kept),
+            self.endings.column(kept),
+            self.columns.column(kept),
+            partial(_place, self.plan.file, numbers),
+            self.plan.announced,
+            {place: self.odd[index] for place, index in enumerate(kept.tolist()) if index in self.odd},
+        )
 
 
-def _of_rows(kept: KeptParts[Any], columns: Mapping[str, Sequence[str]], number: int) -> list[Any]:
-    """The part of each row."""
-    names = kept.part.columns
-    if columns.keys().isdisjoint(names):
-        return [kept[(None,) * len(names)]] * number
-    none = [None] * number
-    cells: list[Sequence[str | None]] = [columns.get(name, none) for name in names]
-    return list(map(kept.__getitem__, zip(*cells, strict=True)))
+def _place(file: Path, numbers: np.ndarray[Any, Any], row: int) -> str:
+    return f"{file}:{numbers[row]}"
+
+
+class _Part(dict[tuple[str | None, ...], int], Generic[_T]):
+    """A part of all rows, as a column; as a dictionary: cells -> the code of the part that they make."""
+
+    def __init__(self, part: RowPart[_T]) -> None:
+        super().__init__()
+        self.part = part
+        self.parts: list[_T] = []
+        self.codes = array("i")  # -1: the row has to be read as a whole
+
+    def __missing__(self, cells: tuple[str | None, ...]) -> int:
+        try:
+            code = self._code(self.part.make(dict(zip(self.part.columns, cells, strict=True))))
+        except DataError:
+            code = -1
+        if len(self) < MOST_KEPT:
+            self[cells] = code
+        return code
+
+    def add(self, cells: Mapping[str, Sequence[str]], number: int) -> array[int]:
+        """Add rows; return their codes."""
+        names = self.part.columns
+        if cells.keys().isdisjoint(names):
+            codes = array("i", [self[(None,) * len(names)]]) * number
+        else:
+            none = [None] * number
+            columns: list[Sequence[str | None]] = [cells.get(name, none) for name in names]
+            codes = array("i", map(self.__getitem__, zip(*columns, strict=True)))
+        self.codes.extend(codes)
+        return codes
+
+    def replace(self, index: int, value: _T) -> None:
+        """Set the value of a row."""
+        self.codes[index] = self._code(value)
+
+    def column(self, kept: np.ndarray[Any, Any]) -> Coded[_T]:
+        """The column of the rows that are kept."""
+        return Coded(self.parts, np.array(self.codes, np.int32)[kept])
+
+    def _code(self, value: _T | None) -> int:
+        if value is None:
+            return -1
+        self.parts.append(value)
+        return len(self.parts) - 1

@@ -20,7 +20,7 @@ from fedmllm.data.cells import MAX_CHOICES, NA_VALUES, alike, choices_of, group,
 from fedmllm.data.files import IMAGE_COLUMN, File, Form, Options, files_of, form_of, rows_of
 from fedmllm.data.imagefolder import METADATA
 from fedmllm.data.marks import MARK, as_list, marks_in, pictures_of, split_at_marks
-from fedmllm.data.plain import KeptParts, RowPart, RowPlan, plain_rows
+from fedmllm.data.plain import MOST_KEPT, RowPart, RowPlan, plain_rows
 from fedmllm.data.reading import RawRow, as_id, collect, filled, held_out, id_key, listed, picture, quoted, take_text
 from fedmllm.data.render import Render, check_names, readings
 
@@ -399,11 +399,14 @@ class Table(Dataset):
         if file.form != "csv" or file.contents or self._readings():
             return None
         c, images, texts = self.columns, self._image_columns(), by_modality(self.columns.text, "text")
-        pictures = KeptParts(RowPart(tuple(images.values()), lambda row: self._images(row, "", file, [])))
 
-        def fields(row: RawRow) -> dict[Modality, Content] | None:
-            pictured = pictures[tuple(row[name] for name in images.values())]
-            if pictured is None or not texts:
+        @lru_cache(MOST_KEPT)
+        def pictures(*cells: str) -> dict[Modality, Content]:
+            return self._images(dict(zip(images.values(), cells, strict=True)), "", file, [])
+
+        def fields(row: RawRow) -> dict[Modality, Content]:
+            pictured = pictures(*(row[name] for name in images.values()))
+            if not texts:
                 return pictured
             written = {m: take_text(row, n, "") for m, n in texts.items() if not file.is_empty(row[n], self.na_values)}
             return {**pictured, **written}
@@ -525,7 +528,7 @@ def _index(where: str) -> int | str:
     return int(where.rpartition("[")[2][:-1]) if where.endswith("]") else int(where.rpartition(":")[2])
 
 
-def _unique_ids(files: Sequence[File], loaded: Sequence[Rows]) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+def _unique_ids(files: Sequence[File], loaded: Sequence[Rows]) -> tuple[Sequence[Example], tuple[str, ...]]:
     """The rows of all files; if an id stands in two files, every id begins with the name of its file."""
     if len(loaded) == 1:
         return loaded[0].examples, ()

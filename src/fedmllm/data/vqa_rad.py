@@ -92,7 +92,7 @@ class VqaRad(Dataset):
 
         known: dict[str, str] = {}
         loaded = [collect(json_rows(path), make, self.on_bad_row, known) for path in paths]
-        rows = Rows(sum((r.examples for r in loaded), ()), sum((r.skipped for r in loaded), ()))
+        rows = Rows(tuple(e for r in loaded for e in r.examples), sum((r.skipped for r in loaded), ()))
         return filled(rows, paths[0], split)
 
     def _split_of(self, example: Example, is_official_test: bool) -> Split:

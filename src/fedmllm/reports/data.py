@@ -11,18 +11,22 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.rows import row_fields, row_ids, row_labels
 from fedmllm.core.storage import make_folder, write_atomically, writing
-from fedmllm.core.types import Content, Example, Modality, Picture, Shard, Visible, answer_label
+from fedmllm.core.types import Content, Example, Modality, Picture, Shard, Visible
 from fedmllm.data.base import Dataset
 from fedmllm.data.marks import MARK
 from fedmllm.data.overlap import overlap
 from fedmllm.data.reading import is_there, listed
-from fedmllm.scenarios.assign import assign, shards_digest
+from fedmllm.scenarios.assign import assign, digest_of_ids
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,10 +49,10 @@ class Federation:
     """
 
     experiment: Experiment
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     skipped: tuple[str, ...]
     shards: tuple[Shard, ...]
-    test: tuple[Example, ...] = ()
+    test: Sequence[Example] = ()
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -65,7 +69,7 @@ class Federation:
             test = data.load("test")
         except FedmllmError as error:
             return replace(self, notes=(*self.notes, f"no test rows: {error}"))
-        fields = {id(row.fields): row.fields for row in (*self.examples, *test.examples)}.values()  # rows share them
+        fields = (*row_fields(self.examples).values, *row_fields(test.examples).values)
         paths = dict.fromkeys(path for several in fields for path in _paths(several))
         missing = [path for path in paths if not is_there(path)]
         lost = f"{len(missing)} of {len(paths)} image files are not there: {listed(missing[:5])}"
@@ -75,29 +79,36 @@ class Federation:
 
     @property
     def digest(self) -> str:
-        return shards_digest(self.shards, self.examples)
+        return digest_of_ids(self.shards, self._ids)
+
+    @cached_property
+    def _ids(self) -> list[Sequence[str | int]]:
+        """Of each client's rows."""
+        return [row_ids(self.examples, shard.rows) for shard in self.shards]
 
     def labels(self) -> list[Counter[str]]:
         """Per client, rows a label; an open question counts as "(open)"."""
         return [self._labels([shard]) for shard in self.shards]
 
+    @cached_property
+    def _label(self) -> list[str]:
+        """Of each row."""
+        return list(row_labels(self.examples))
+
     def _labels(self, shards: Sequence[Shard]) -> Counter[str]:
-        return Counter(answer_label(self.examples[row]) for shard in shards for row in shard.rows)
+        return Counter(self._label[row] for shard in shards for row in shard.rows)
 
     def to_json(self) -> dict[str, Any]:
         """{"clients": [{"client", "name", "ids", one string of 0/1 per modality}], "digest"}; ids as in the file."""
         modalities = self.experiment.data.modalities()
-        different = {visible for shard in self.shards for visible in shard.visible}
-        flags = {m: {visible: "1" if m in visible else "0" for visible in different} for m in modalities}
-        clients = [
-            {
-                "client": shard.client,
-                "name": shard.name or str(shard.client),
-                "ids": [self.examples[row].id for row in shard.rows],
-                **{m: "".join(map(flags[m].__getitem__, shard.visible)) for m in modalities},
-            }
-            for shard in self.shards
-        ]
+        number = {visible: i for i, visible in enumerate({v for shard in self.shards for v in set(shard.visible)})}
+        flags = {m: np.array([b"01"[m in visible] for visible in number], np.uint8) for m in modalities}
+        clients = []
+        for shard, ids in zip(self.shards, self._ids, strict=True):
+            masks = np.fromiter(map(number.__getitem__, shard.visible), np.intp, len(shard.rows))
+            about = {"client": shard.client, "name": shard.name or str(shard.client)}
+            of_rows = {m: flags[m][masks].tobytes().decode() for m in modalities}
+            clients.append({**about, "ids": ids, **of_rows})
         return {"clients": clients, "digest": self.digest}
 
     def to_table(self) -> Table:

@@ -44,7 +44,7 @@ class Inputs:
     """Inputs of an experiment, loaded once: rows, their partition, and the frozen model."""
 
     experiment: Experiment
-    train: tuple[Example, ...]
+    train: Sequence[Example]
     validation: tuple[Example, ...]  # () unless evaluate.select asks for them
     test: tuple[Example, ...]
     skipped: tuple[str, ...]

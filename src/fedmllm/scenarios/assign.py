@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from itertools import compress
+from collections.abc import Iterable, Sequence
+from itertools import chain, compress
+
+import numpy as np
 
 from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.rows import Coded, columns_of_rows, row_fields, row_ids
 from fedmllm.core.types import Example, Modality, Shard, Visible
 from fedmllm.scenarios.masks import Aligned, Cross, Hybrid, Missing, Scenario
 from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Iid, Partition
@@ -57,7 +60,7 @@ def assign(
     """
     if not examples:
         raise DataError("the training split is empty: there are no rows to partition")
-    if any("client" in example.columns for example in examples):
+    if any("client" in columns for columns in columns_of_rows(examples).values):
         refuse_simulation(partition)
     if isinstance(partition, Published):
         rows, masks = partition.assign(examples, modalities, scenario)
@@ -65,11 +68,11 @@ def assign(
         rows = partition.split(examples, seed)
         masks = scenario.hide(rows, modalities, seed)
     names = partition.client_names(examples) or ("",) * len(rows)
-    has = [tuple(example.fields) for example in examples]
-    meet = _Meet()  # few different ones, and rows share them
+    has, meet = _modalities(examples), _Meet()  # few different ones, and rows share them
     shards = []
     for client, (own, kept, name) in enumerate(zip(rows, masks, names, strict=True)):
-        visible = list(map(meet.__getitem__, zip(kept, map(has.__getitem__, own), strict=True)))
+        there = map(has.values.__getitem__, has.codes[np.asarray(own, np.int64)].tolist())
+        visible = list(map(meet.__getitem__, zip(kept, there, strict=True)))
         if scenario.drops_incomplete:
             complete = [v == frozenset(modalities) for v in visible]
             own, visible = list(compress(own, complete)), list(compress(visible, complete))
@@ -79,13 +82,19 @@ def assign(
     return tuple(shards)
 
 
-class _Meet(dict[tuple[Visible, tuple[Modality, ...]], Visible]):
+class _Meet(dict[tuple[Visible, Visible], Visible]):
     """(mask, modalities of a row) -> what the row still shows."""
 
-    def __missing__(self, pair: tuple[Visible, tuple[Modality, ...]]) -> Visible:
+    def __missing__(self, pair: tuple[Visible, Visible]) -> Visible:
         mask, has = pair
-        self[pair] = mask & frozenset(has)
+        self[pair] = mask & has
         return self[pair]
+
+
+def _modalities(examples: Sequence[Example]) -> Coded[Visible]:
+    """Return what each row has."""
+    same = dict[Visible, Visible]()  # one set for all equal ones: Python computes the hash of each object once
+    return row_fields(examples).of_values(lambda fields: same.setdefault(has := frozenset(fields), has))
 
 
 def refuse_simulation(partition: Partition) -> None:
@@ -99,14 +108,20 @@ def refuse_simulation(partition: Partition) -> None:
 
 def show_only(examples: Sequence[Example], visible: Visible) -> tuple[Visible, ...]:
     """Masks of test rows, which belong to no client: of each row, the modalities in `visible`."""
-    return tuple(visible & frozenset(example.fields) for example in examples)
+    return tuple(visible & has for has in _modalities(examples))
 
 
 def shards_digest(shards: Sequence[Shard], examples: Sequence[Example]) -> str:
     """sha256 (16 hex digits) of the clients' ids and masks: equal exactly if partition and masks are."""
+    return digest_of_ids(shards, (row_ids(examples, shard.rows) for shard in shards))
+
+
+def digest_of_ids(shards: Sequence[Shard], ids: Iterable[Sequence[str | int]]) -> str:
+    """As `shards_digest`, from the ids of each client's rows."""
     sha = hashlib.sha256()
-    codes = {v: "".join(f"\x1f{m}" for m in sorted(v)) for v in {v for shard in shards for v in shard.visible}}
-    for shard in shards:
-        rows = [f"{examples[row].id}{codes[v]}\x1e" for row, v in zip(shard.rows, shard.visible, strict=True)]
-        sha.update(f"client\x1f{shard.client}\x1e{''.join(rows)}".encode())
+    codes = {v: "".join(f"\x1f{m}" for m in sorted(v)) + "\x1e" for shard in shards for v in set(shard.visible)}
+    for shard, own in zip(shards, ids, strict=True):
+        masks = map(codes.__getitem__, shard.visible)
+        rows = "".join(chain.from_iterable(zip(map(str, own), masks, strict=True)))
+        sha.update(f"client\x1f{shard.client}\x1e{rows}".encode())
     return sha.hexdigest()[:16]

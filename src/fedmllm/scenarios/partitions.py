@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedmllm.core.errors import DataError
 from fedmllm.core.rng import stream
+from fedmllm.core.rows import Coded, columns_of_rows, row_labels
 from fedmllm.core.spec import Named
-from fedmllm.core.types import Example, answer_label
+from fedmllm.core.types import Example
 
 ClientSplit = list[list[int]]  # per client, the rows that it holds
 
@@ -84,19 +85,19 @@ class Dirichlet(Partition):
     """Column whose values are the labels; "" = the answer."""
 
     def split(self, examples: Sequence[Example], seed: int) -> ClientSplit:
-        groups: dict[str, list[int]] = {}
-        for row, example in enumerate(examples):
-            label = value_of(example, self.column) if self.column else answer_label(example)
-            groups.setdefault(label, []).append(row)
-        clients: ClientSplit = [[] for _ in range(self.num_clients)]
+        groups = (values_of(examples, self.column) if self.column else row_labels(examples)).groups()
+        clients: list[list[np.ndarray[Any, Any]]] = [[] for _ in range(self.num_clients)]
         for label in sorted(groups):
             rng = stream(seed, "partition", label)
             shares = rng.dirichlet([self.alpha] * self.num_clients)
             ends = np.rint(np.cumsum(shares) * len(groups[label])).astype(int)
             ends[-1] = len(groups[label])
             for client, part in enumerate(np.split(rng.permutation(groups[label]), ends[:-1])):
-                clients[client] += part.tolist()
-        return [stream(seed, "order", client).permutation(rows).tolist() for client, rows in enumerate(clients)]
+                clients[client].append(part)
+        return [
+            stream(seed, "order", client).permutation(np.concatenate(parts)).tolist() if parts else []
+            for client, parts in enumerate(clients)
+        ]
 
 
 class Iid(Partition):
@@ -122,24 +123,25 @@ class ByColumn(Partition):
     """Column whose values name the clients."""
 
     def split_test(self, train: Sequence[Example], test: Sequence[Example], seed: int) -> ClientSplit:
-        values = values_of(test, self.column)
-        return [[row for row, value in enumerate(values) if value == name] for name in self.client_names(train)]
+        groups = values_of(test, self.column).groups()
+        return [groups[name].tolist() if name in groups else [] for name in self.client_names(train)]
 
     def client_names(self, examples: Sequence[Example]) -> tuple[str, ...]:
         numbered = map(str, range(self.num_clients))
-        return tuple(sorted({*numbered, *values_of(examples, self.column)}, key=in_order))
+        return tuple(sorted({*numbered, *values_of(examples, self.column).groups()}, key=in_order))
 
     def split(self, examples: Sequence[Example], seed: int) -> ClientSplit:
-        groups: dict[str, list[int]] = {str(client): [] for client in range(self.num_clients)}
-        for row, value in enumerate(values_of(examples, self.column)):
-            if self.num_clients and value not in groups:
-                example = examples[row]
-                raise DataError(
-                    f"{example.where}: row {example.id!r:.60}: {self.column!r} is {value!r:.60}; "
-                    f"partition.num_clients allows 0 to {self.num_clients - 1}"
-                )
-            groups.setdefault(value, []).append(row)
-        return [groups[value] for value in sorted(groups, key=in_order)]
+        groups = values_of(examples, self.column).groups()
+        numbered = set(map(str, range(self.num_clients)))
+        if self.num_clients and groups.keys() - numbered:
+            row, value = min((rows[0], value) for value, rows in groups.items() if value not in numbered)
+            example = examples[row]
+            raise DataError(
+                f"{example.where}: row {example.id!r:.60}: {self.column!r} is {value!r:.60}; "
+                f"partition.num_clients allows 0 to {self.num_clients - 1}"
+            )
+        clients = sorted({*numbered, *groups}, key=in_order)
+        return [groups[value].tolist() if value in groups else [] for value in clients]
 
 
 def value_of(example: Example, column: str) -> str:
@@ -150,12 +152,12 @@ def value_of(example: Example, column: str) -> str:
     return example.columns[column]
 
 
-def values_of(examples: Sequence[Example], column: str) -> list[str]:
+def values_of(examples: Sequence[Example], column: str) -> Coded[str]:
     """As `value_of`, of all rows."""
     try:
-        return [example.columns[column] for example in examples]
+        return columns_of_rows(examples).of_values(lambda columns: columns[column])
     except KeyError:
-        return [value_of(example, column) for example in examples]  # one of them raises
+        return Coded.of((value_of(example, column) for example in examples), str)  # one of them raises
 
 
 def in_order(value: str) -> list[tuple[int, str]]:

@@ -7,6 +7,7 @@ path; it is accepted as it is, or refused with a reason.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -207,7 +208,7 @@ class Site(Spec):
                 allowed = ", ".join(known)
                 raise ConfigError(f"allow.settings: unknown setting {key!r}{nearest(key, known)}; allowed: {allowed}")
 
-    def shard(self, client: int) -> tuple[tuple[Example, ...], Shard]:
+    def shard(self, client: int) -> tuple[Sequence[Example], Shard]:
         """This site's training rows.
 
         Args:

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Trainer:
         self.ledger = Ledger.of(site, folder, self._key)
         if site.threads:
             torch.set_num_threads(site.threads)
-        self._examples: tuple[Example, ...] = ()
+        self._examples: Sequence[Example] = ()
         self._shard = Shard(0, (), ())
         self._loaded: tuple[BackboneSpec, int] | None = None
         self._backbone: Backbone | None = None
