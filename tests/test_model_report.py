@@ -150,6 +150,27 @@ def _app() -> typer.Typer:
     return app
 
 
+def test_copies_of_the_model_on_the_cpu_are_added_up_and_on_cards_are_not(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines(device: str, devices: object) -> dict[str, float]:
+        keys = {"name": "hf", "path": str(folders["llava"]), "device": device}
+        table = {"data": {"name": "synthetic-irony"}, "backbone": keys, "cohort_size": 5}
+        e = Experiment.parse(
+            {**table, "partition": {"name": "iid", "num_clients": 9}, "engine": {"name": "stacked", "devices": devices}}
+        )
+        return {line.part: line.num_bytes for line in estimated(e)[1]}
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    one, two, cards = lines("cpu", []), lines("cpu", ["cpu", "cpu"]), lines("cuda", "all")
+    assert two["trained: LoRA"] * 5 == one["trained: LoRA"] * 3  # three of five clients on the first device
+    assert cards["trained: LoRA"] * 5 == one["trained: LoRA"]
+    assert two["other copies"] == sum(
+        size for part, size in two.items() if part not in ("other copies", "kept image features")
+    )
+    assert "other copies" not in {**one, **cards}
+
+
 def test_doctor_of_a_good_model(folders: dict[str, Path]) -> None:
     out = CliRunner().invoke(_app(), ["doctor", str(folders["qwen3_vl"])], catch_exceptions=False)
     assert out.exit_code == 0

@@ -108,6 +108,22 @@ def test_names_are_checked(two_cards: None):
         find_devices(["mps"], [], 0)
 
 
+def test_cells_that_have_all_cards_are_not_placed(two_cards: None):
+    def cell(devices: object, device: str) -> Experiment:
+        engine, backbone = {"name": "stacked", "devices": devices}, {"name": "tiny", "device": device}
+        return Experiment.parse({"data": {"name": "synthetic-irony"}, "engine": engine, "backbone": backbone})
+
+    other = cell([], "auto")
+    assert (
+        find_devices([], [other, cell("all", "auto")], 0) == find_devices([], [cell("all", "cuda:1"), other], 1) == []
+    )
+    with pytest.raises(ConfigError, match=r"^--device: cells have engine\.devices"):
+        find_devices(["cuda"], [other, cell("all", "auto")], 0)
+    with pytest.raises(ConfigError, match=r"^--jobs: got 2; cells have engine\.devices = \['cuda:0', 'cuda:1'\]"):
+        find_devices([], [cell(["cuda:0", "cuda:1"], "cuda")], 2)
+    assert find_devices([], [cell(["cpu", "cpu"], "cpu")], 2) == []
+
+
 def test_a_process_sees_its_card_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(CUDA_VISIBLE, raising=False)
     assert Device("cuda:1").environment() == {CUDA_VISIBLE: "1"}

@@ -59,7 +59,7 @@ def _odd(module: int) -> int:
     return int(_mix64(torch.tensor(module))) | 1
 
 
-@lru_cache(maxsize=16)  # 4 MB each; a model may lie on several devices
+@lru_cache(maxsize=16)  # 4 MB each; an engine or a model may have several devices
 def _strip(p: float, device: str) -> Tensor:
     """Coin flips, bool [2^STRIP_BITS + WIDEST]; one 64-bit hash serves four."""
     numbers = _mix64(torch.arange(1, ((1 << STRIP_BITS) + WIDEST) // 4 + 1))

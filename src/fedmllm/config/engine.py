@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+import re
+from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from fedmllm.core.errors import ConfigError
-from fedmllm.core.spec import Named, Spec
+from fedmllm.core.spec import ADDED_LATER, Named, Spec, one_or_several
 
 Capability = Literal[
     "client-state",
@@ -57,11 +66,18 @@ class InProcess(Engine):
     supports = ALL
 
 
+_DEVICE = r"all|cpu|cuda(:[0-9]+)?"
+
+
+def _numbered(device: str) -> str:
+    return "cuda:0" if device == "cuda" else device
+
+
 class Stacked(Engine):
     """Many clients in one pass over the frozen base; equal to in-process up to the order of summation."""
 
     name: Literal["stacked"] = "stacked"
-    import_path = "fedmllm.federation.engines.stacked.engine:StackedEngine"
+    import_path = "fedmllm.federation.engines.stacked.replicas:start"
     supports = ALL - {"several-devices"}  # all adapters are one tensor
     token_budget: NonNegativeInt = 0
     """Tokens of one pass, padding included; 0 = chosen for the device."""
@@ -69,6 +85,35 @@ class Stacked(Engine):
     """Adapters in memory at once; a larger cohort is computed in several turns."""
     deterministic: bool = False
     """On CUDA: the same bytes at every repetition, somewhat slower."""
+    devices: Annotated[tuple[str, ...], ADDED_LATER, BeforeValidator(one_or_several)] = ()
+    """Devices that divide the clients of a round, each with a copy of the frozen model: "all" (every CUDA device), or names as
+    in ["cuda:0", "cuda:1"], one of them that of `backbone.device`; empty = that one alone. `token_budget` and `clients` are
+    those of each device. ["cpu", "cpu"] is for tests."""
+
+    @field_validator("devices")
+    @classmethod
+    def _are_devices_of_one_kind(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not re.fullmatch(_DEVICE, name):
+                raise ValueError(f"got {name!r}; allowed: 'all', 'cpu', or CUDA devices by number such as 'cuda:1'")
+        numbers = [_numbered(name) for name in names]
+        if "all" in names and len(names) > 1:
+            raise ValueError(f"got {list(names)}; 'all' stands alone")
+        if "cpu" in names and set(names) != {"cpu"}:
+            raise ValueError(f"got {list(names)}; CPU and CUDA differ too much in speed to divide a round")
+        if twice := [name for name in numbers if name != "cpu" and numbers.count(name) > 1]:
+            raise ValueError(f"got {twice[0]!r} twice; one copy of the model a device")
+        return names
+
+    def includes(self, device: str) -> bool:
+        """Return whether `devices` may have the device of `backbone.device`; it is not looked whether this machine does.
+
+        Args:
+            device: As in `backbone.device`.
+        """
+        if not self.devices or device == "auto":
+            return True
+        return device.startswith("cuda") if "all" in self.devices else _numbered(device) in map(_numbered, self.devices)
 
 
 class FlowerSimulation(Engine):

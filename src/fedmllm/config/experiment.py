@@ -275,6 +275,16 @@ class Experiment(Spec):
         return self
 
     @model_validator(mode="after")
+    def _replicas_include_the_model(self) -> Experiment:
+        device = getattr(self.backbone, "device", "auto")
+        if isinstance(self.engine, Stacked) and not self.engine.includes(device):
+            raise ValueError(
+                f'backbone.device: got "{device}" with engine.devices = {list(self.engine.devices)}; the model that is loaded '
+                "there is the first of the copies, so its device must be one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _public_rows_are_read(self) -> Experiment:
         completion, relation, public = self.completion, self.relation, self.public
         if relation.needs_public and not public.rows:

@@ -65,6 +65,30 @@ class RowStore:
         self._backbone, self._prompt, self._examples, self._completer = backbone, prompt, examples, completer
         self._cache = RowCache(ROWS_KEPT_BYTES)
         self._groups: dict[tuple[int, str], tuple[Shard, list[list[int]]]] = {}
+        self._completed: dict[tuple[int, Visible], tuple[Example, Visible]] = {}
+
+    def on(self, backbone: Backbone) -> RowStore:
+        """A store of the same rows for a copy of the model; it also has what `complete` fills here, now or later."""
+        store = RowStore(backbone, self._prompt, self._examples, self._completer)
+        store._completed = self._completed
+        return store
+
+    def complete(self, shards: Sequence[Shard]) -> None:
+        """Fill or convert the rows of these clients and keep the result: a completion may use the model of one thread."""
+        for shard in shards if self._completer else ():
+            for index, visible in zip(shard.rows, shard.visible, strict=True):
+                self._completed[index, visible] = self._filled(index, visible)
+
+    def _filled(self, index: int, visible: Visible) -> tuple[Example, Visible]:
+        """The row after the completion. An error names the example's place."""
+        example = self._examples[index]
+        if not self._completer:
+            return example, visible
+        known = self._completed.get((index, visible))
+        try:
+            return known or self._completer(example, visible, training=True)
+        except FedmllmError as error:
+            raise _at(example, error) from None
 
     def groups(self, shard: Shard, column: str) -> list[list[int]]:
         """Places in the shard of the rows of each group, in the order in which the groups appear.
@@ -83,13 +107,11 @@ class RowStore:
         key = (index, visible)
         row = self._cache.get(key)
         if row is None:
-            example = self._examples[index]
+            example, visible = self._filled(index, visible)
             try:
-                if self._completer:
-                    example, visible = self._completer(example, visible, training=True)
                 row = self._backbone.encode(self._prompt.render(example, visible), self._prompt.target(example))
             except FedmllmError as error:
-                raise type(error)(f"{example.where}, id {example.id}: {error}") from None
+                raise _at(example, error) from None
             self._cache.put(key, row, lambda _, old: not self._backbone.needs_pixels(old))
         return row
 
@@ -105,6 +127,11 @@ class RowStore:
         if self._completer:
             pairs = [pair for shard in shards for pair in zip(shard.rows, shard.visible, strict=True)]
             self._completer.warm([(self._examples[row], visible) for row, visible in pairs], training=True)
+
+
+def _at(example: Example, error: FedmllmError) -> FedmllmError:
+    """The error with the example's place."""
+    return type(error)(f"{example.where}, id {example.id}: {error}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fedmllm.backbones.folder import first_device
 from fedmllm.backbones.footprint import Footprint, footprint
 from fedmllm.backbones.places import base_folder
@@ -48,8 +50,21 @@ def by_device(sizes: Footprint, memory: list[EstimateLine]) -> list[EstimateLine
     return lines
 
 
+def num_copies(experiment: Experiment) -> int:
+    """Copies of the frozen model that train a round's clients at the same time (`engine.devices`).
+
+    Args:
+        experiment: On this machine, which says how many devices "all" are.
+    """
+    devices = getattr(experiment.engine, "devices", ())
+    return max(1, torch.cuda.device_count() if "all" in devices else len(devices))
+
+
 def estimate(experiment: Experiment) -> tuple[Footprint, list[EstimateLine], list[EstimateLine]]:
-    """(sizes of the model, lines of memory in bytes, lines of traffic in bytes), from settings and config.json alone."""
+    """(sizes of the model, lines of memory in bytes, lines of traffic in bytes), from settings and config.json alone.
+
+    Memory is that of one CUDA device, or that of all copies on the CPU.
+    """
     spec = experiment.backbone
     sizes = footprint(base_folder(spec, config_only=True), spec)
     e, engine = experiment, experiment.engine.model_dump()
@@ -59,7 +74,9 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[EstimateLine], lis
         if e.cohort_size or e.partition.num_clients
         else "one client; all that the rows name take part"
     )
-    stacked = min(engine["clients"], cohort) if "clients" in engine else 1
+    copies = num_copies(experiment)
+    stacked = min(engine["clients"], -(-cohort // copies)) if "clients" in engine else 1
+    on_each = f" on each of {copies} devices" if copies > 1 else ""
     tokens = engine.get("token_budget") or spec.max_tokens * e.train.batch_size
     rows = max(1, tokens // spec.max_tokens)
     checkpointing = spec.precision.gradient_checkpointing
@@ -68,7 +85,9 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[EstimateLine], lis
     memory = [EstimateLine(f"base: {p.name}", p.num_bytes, f"{p.num_weights:,} weights") for p in sizes.parts]
     memory += [
         EstimateLine(
-            f"trained: {name}", 4 * count * stacked, f"{count:,} weights, float32, {stacked} client(s) at a time"
+            f"trained: {name}",
+            4 * count * stacked,
+            f"{count:,} weights, float32, {stacked} client(s) at a time{on_each}",
         )
         for name, count in sizes.trained.items()
     ]
@@ -81,7 +100,12 @@ def estimate(experiment: Experiment) -> tuple[Footprint, list[EstimateLine], lis
         ),
         EstimateLine("logits", logits * rows, f"{rows} row(s) of {LABEL_TOKENS} label tokens"),
     ]
-    if first_device(spec).type == "cpu":  # they are kept on the host, wherever the model is
+    on_cpu = first_device(spec).type == "cpu"
+    if copies > 1 and on_cpu:
+        memory.append(
+            EstimateLine("other copies", (copies - 1) * sum(line.num_bytes for line in memory), "engine.devices")
+        )
+    if on_cpu:  # they are kept on the host, wherever the model is
         memory.append(EstimateLine("kept image features", spec.keep_image_features_mb * 2**20, "at most"))
     traffic = [
         EstimateLine("down, a client", sizes.payload_bytes),

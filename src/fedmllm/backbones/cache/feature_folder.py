@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ class FeatureFolder:
         tensors: dict[str, Tensor] = {}
         form = json.dumps(_pack(output, tensors))
         data = save(tensors, {"form": form, "digest": _digest(form, tensors)})
-        partial = self._folder / f"{key}.{os.getpid()}.partial"
+        partial = self._folder / f"{key}.{os.getpid()}-{threading.get_ident()}.partial"
         try:
             if len(data) > self._room:
                 self._make_room()

@@ -11,6 +11,7 @@ import inspect
 import platform
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,7 @@ class FeatureCache(dict[str, Any]):
 
 
 _CACHES: dict[str, FeatureCache] = {}  # by scope; one for the process
+_COUNTING = Lock()  # models of several devices are used by a thread each
 
 
 class ImageFeatures:
@@ -127,9 +129,10 @@ class ImageFeatures:
             if self._folder:
                 self._folder.put(self._key(row), output)
         size = sum(t.numel() * t.element_size() for t in _tensors(output))
-        if size + self._cache.num_bytes <= self._keep_bytes:
-            self._cache.num_bytes += size
-            self._cache[row.image_key] = _map(output, lambda t: t.to("cpu", copy=True))
+        with _COUNTING:
+            if row.image_key not in self._cache and size + self._cache.num_bytes <= self._keep_bytes:
+                self._cache.num_bytes += size
+                self._cache[row.image_key] = _map(output, lambda t: t.to("cpu", copy=True))
         return _map(output, lambda t: t.to(self._device))
 
     def _computed(self, row: Row) -> Any:

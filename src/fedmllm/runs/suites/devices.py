@@ -101,10 +101,20 @@ def find_devices(names: Sequence[str], experiments: Sequence[Experiment], num_jo
         Each device once, in the order named; empty = each cell runs on its own `backbone.device`.
 
     Raises:
-        ConfigError: This machine has no such device.
+        ConfigError: This machine has no such device, or a cell that has all devices would share them.
     """
     if names and any(getattr(experiment.backbone, "device_map", ()) for experiment in experiments):
         raise ConfigError("--device: cells have backbone.device_map, which names their devices; leave out --device")
+    spread = [devices for e in experiments if (devices := getattr(e.engine, "devices", ()))]
+    if spread and names:
+        raise ConfigError("--device: cells have engine.devices, which names their devices; leave out one of the two")
+    if any("cpu" not in devices for devices in spread):
+        if num_jobs > 1:
+            raise ConfigError(
+                f"--jobs: got {num_jobs}; cells have engine.devices = {list(spread[0])} and would be on the same devices; "
+                "allowed: 1, or leave out engine.devices and let --device give each cell a device"
+            )
+        return []
     asked = {getattr(experiment.backbone, "device", None) for experiment in experiments}
     if not names and not asked <= {"auto", "cuda"}:
         return []  # torch is not loaded

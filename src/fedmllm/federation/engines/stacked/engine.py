@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Event
 from typing import cast
 
 import torch
@@ -30,14 +31,23 @@ from fedmllm.federation.engines.stacked.stack import Stack, find_targets, gate_o
 ROW_GRADIENT_BYTES = 256 * 2**20  # of the rows of one pass, each with a gradient of its own
 
 
+class Halted(Exception):
+    """A round was ended by another thread, whose error is the cause."""
+
+
 class StackedEngine:
     """Engine: (round, what each client receives) -> their updates, in ascending client order.
 
     At most `settings.clients` adapters are in memory at once, so memory grows neither with the cohort nor the federation.
+
+    Args:
+        settings_: Of the engine.
+        clients: The inputs of local training.
+        halt: Set by another thread to end a round between two steps, with `Halted`.
     """
 
-    def __init__(self, settings_: settings.Engine, clients: Clients) -> None:
-        self._settings = cast("settings.Stacked", settings_)
+    def __init__(self, settings_: settings.Engine, clients: Clients, halt: Event | None = None) -> None:
+        self._settings, self._halt = cast("settings.Stacked", settings_), halt or Event()
         self._clients, self._backbone = clients, clients.backbone
         self._targets, reason = find_targets(clients.backbone)
         self._budget = self._settings.token_budget
@@ -48,7 +58,7 @@ class StackedEngine:
             yield from InProcessEngine(self._settings, self._clients)(at, sents)
             return
         members, size = sorted(sents), self._settings.clients
-        with _deterministic(self._settings.deterministic):
+        with deterministic(self._settings.deterministic):
             for start in range(0, len(members), size):
                 chunk = [Member(client, sents[client], self._clients, at) for client in members[start : start + size]]
                 groups: dict[object, list[Member]] = {}
@@ -93,6 +103,8 @@ class StackedEngine:
         losses_K = stack.weights_KP.new_zeros(len(ordered), dtype=torch.float64)
         num_steps, num_tokens = [0] * len(ordered), [0] * len(ordered)
         for number, steps in enumerate(in_step(clients, [m.client for m in ordered], at.number)):
+            if self._halt.is_set():
+                raise Halted
             self._gradients(stack, steps, losses_K)
             k = len(steps)
             weights, grads = trains_KT[:k], stack.grads_KT[:k]
@@ -243,7 +255,7 @@ class Rules:
 
 
 @contextmanager
-def _deterministic(on: bool) -> Iterator[None]:
+def deterministic(on: bool) -> Iterator[None]:
     """The same bytes at every repetition, also on CUDA, where adding up the rows of a client is a race otherwise."""
     if not on:
         yield
