@@ -226,7 +226,7 @@ def test_a_whole_federation(tmp_path: Path, more: dict[str, Any]) -> None:
     a, b = safetensors_load(one), safetensors_load(two)
     assert max(float((a[name] - b[name]).abs().max()) for name in a) <= 1e-12
     assert max(float(a[name].abs().max()) for name in a if "lora_B" in name) > 1e-4  # it has trained
-    assert "2 devices (cpu, cpu)" in events(tmp_path / "two", "engine_note")[0]["note"]
+    assert "2 devices (cpu, cpu)" in events(tmp_path / "two", "engine")[0]["note"]
     assert whole_run(tmp_path / "again", CPUS, **more) == two
     with pytest.raises(KeyboardInterrupt):
         whole_run(tmp_path / "stopped", CPUS, [Stop("round", 2)], **more)
