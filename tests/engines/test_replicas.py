@@ -198,12 +198,12 @@ def test_an_interrupt_ends_the_round(examples: list[Example], monkeypatch: pytes
 
 
 WHOLE: dict[str, Any] = {
-    "data": {"name": "synthetic-irony", "num_train": 70, "num_validation": 4, "num_test": 8},
+    "data": {"name": "synthetic-irony", "num_train": 70, "num_validation": 4, "num_test": 4},
     "partition": {"name": "dirichlet", "alpha": 0.5, "num_clients": 6},
     "backbone": {"name": "tiny", "precision": {"base": "float64"}},
-    "train": {"lr": 1e-3, "batch_size": 4, "accumulation": 1, "max_steps": 3},
+    "train": {"lr": 1e-3, "batch_size": 4, "accumulation": 1, "max_steps": 2},
     "cohort_size": 5,
-    "num_rounds": 3,
+    "num_rounds": 2,
 }
 MIXED = {
     "aggregator": "hetlora",
@@ -229,7 +229,7 @@ def test_a_whole_federation(tmp_path: Path, more: dict[str, Any]) -> None:
     assert "2 devices (cpu, cpu)" in events(tmp_path / "two", "engine")[0]["note"]
     assert whole_run(tmp_path / "again", CPUS, **more) == two
     with pytest.raises(KeyboardInterrupt):
-        whole_run(tmp_path / "stopped", CPUS, [Stop("round", 2)], **more)
+        whole_run(tmp_path / "stopped", CPUS, [Stop("round", 1)], **more)
     assert whole_run(tmp_path / "stopped", CPUS, resume=True, **more) == two
     ours, theirs = (
         [{k: v for k, v in c.items() if k != "time_s"} for r in events(tmp_path / name, "round") for c in r["clients"]]
