@@ -150,9 +150,7 @@ def _app() -> typer.Typer:
     return app
 
 
-def test_copies_of_the_model_on_the_cpu_are_added_up_and_on_cards_are_not(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_of_the_model_on_the_cpu_are_added_up_and_on_cards_are_not(folders: dict[str, Path]) -> None:
     def lines(device: str, devices: object) -> dict[str, float]:
         keys = {"name": "hf", "path": str(folders["llava"]), "device": device}
         table = {"data": {"name": "synthetic-irony"}, "backbone": keys, "cohort_size": 5}
@@ -161,8 +159,7 @@ def test_copies_of_the_model_on_the_cpu_are_added_up_and_on_cards_are_not(
         )
         return {line.part: line.num_bytes for line in estimated(e)[1]}
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
-    one, two, cards = lines("cpu", []), lines("cpu", ["cpu", "cpu"]), lines("cuda", "all")
+    one, two, cards = lines("cpu", []), lines("cpu", ["cpu", "cpu"]), lines("cuda", [f"cuda:{n}" for n in range(5)])
     assert two["trained: LoRA"] * 5 == one["trained: LoRA"] * 3  # three of five clients on the first device
     assert cards["trained: LoRA"] * 5 == one["trained: LoRA"]
     assert two["other copies"] == sum(
