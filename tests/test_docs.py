@@ -41,7 +41,7 @@ def test_the_first_experiment_of_a_page_needs_nothing_but_the_package(page: str)
 def test_settings_on_the_pages_are_settings(tmp_path: Path):
     (tmp_path / "suite.toml").write_text(blocks(ROOT / "docs/report.md", "toml")[0])
     assert len(Suite.load(tmp_path / "suite.toml").cells) == 3 * (2 * 2 - 1)
-    backbone, devices = blocks(ROOT / "docs/models.md", "toml")
+    backbone, devices, *_ = blocks(ROOT / "docs/models.md", "toml")
     assert Experiment.parse({"data": "synthetic-irony", **tomllib.loads(backbone)}).backbone.name == "hf"
     experiment = Experiment.parse({"data": "synthetic-irony", **tomllib.loads(devices)})
     assert experiment.model_dump()["engine"]["devices"] == ("all",)
