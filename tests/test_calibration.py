@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fedmllm.cli.main import app
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.reports.model import print_estimate
-from fedmllm.runs.calibration import calibrate, calibration_file, read_calibrations, round_time
+from fedmllm.runs.calibration import calibrate, calibration_file, device_key, read_calibrations, round_time, rows_key
 from fedmllm.runs.run import run
 from support.runs import events
 from support.tiny_families import write
@@ -86,12 +87,26 @@ def test_what_is_not_known_is_stated(tmp_path: Path, capsys: pytest.CaptureFixtu
     other = experiment(backbone={"name": "hf", "path": str(write("llava", tmp_path / "llava"))})
     scaled = round_time(other, 10**9, CPU)
     assert "at least, by matrix products" in scaled.about
-    assert "rows of 1200 tokens, the most that are allowed" in scaled.about
+    assert "32 of 96 training rows, tokenized now" in scaled.about
     assert scaled.seconds is not None
     twice = round_time(other, 2 * 10**9, CPU).seconds
     assert twice == pytest.approx(2 * scaled.seconds)
     gone = experiment(data={"name": "vqa-rad", "root": str(tmp_path / "gone")})
     assert "the rows cannot be read" in round_time(gone, TINY_WEIGHTS, CPU).about
+
+
+def test_rows_that_were_not_measured_are_counted_by_a_sample(tmp_path: Path) -> None:
+    calibrate(experiment())
+    other = experiment(data={"name": "synthetic-irony", "num_train": 95, "num_test": 8, "seed": 3})
+    found = round_time(other, TINY_WEIGHTS, CPU)
+    calibrate(other)
+    known = round_time(other, TINY_WEIGHTS, CPU)
+    (tokens,) = (float(re.search(r"rows of (\d+) tokens", one.about)[1]) for one in (found,))  # type: ignore[index]
+    assert tokens == pytest.approx(read_calibrations()[device_key(CPU)].tokens[rows_key(other)], rel=0.1)
+    assert "the mean of 32 of 95 training rows, tokenized now" in found.about
+    assert "as calibrated" in known.about
+    long = round_time(experiment(backbone={"name": "tiny", "max_tokens": 40}), TINY_WEIGHTS, CPU)
+    assert "rows of 40 tokens, the most that are allowed, because no sample can be tokenized: a row has" in long.about
 
 
 def test_the_command_line_measures_and_estimates(tmp_path: Path) -> None:

@@ -106,6 +106,32 @@ def test_a_run_that_learned_nothing_says_so_and_names_the_settings(short: Path, 
     assert "about 2 optimizer steps in all: raise num_rounds = 1" in text
 
 
+def test_advice_after_a_warm_start_is_about_the_start_adapter(tmp_path: Path) -> None:
+    lines = [f"{i},{'fever and cough' if i % 2 else 'no complaints'},{'yes' if i % 2 else 'no'}" for i in range(48)]
+    (tmp_path / "rows.csv").write_text("\n".join(["case,note,ill", *lines]) + "\n")
+    data = {"name": "table", "root": str(tmp_path), "train": "rows.csv", "test": "rows.csv", "question": "Is it ill?"}
+    data |= {"choices": ["no", "yes"], "columns": {"id": "case", "text": "note", "answer": "ill"}}
+
+    def said(name: str, lr: float, rounds: int, start: str = "") -> str:
+        backbone = {"name": "tiny", "adapter": str(tmp_path / start / "adapter") if start else ""}
+        train = {"lr": lr, "batch_size": 4, "accumulation": 1}
+        table = {"data": data, "partition": {"name": "iid", "num_clients": 2}, "cohort_size": 2, "backbone": backbone}
+        run(Experiment.parse({**table, "num_rounds": rounds, "train": train}), tmp_path / name, compare_baselines=True)
+        return learned_text(tmp_path / name / "record.jsonl")
+
+    assert "Nothing learned" not in said("trained", 1e-2, 3)
+    text = said("more", 1e-9, 1, start="trained")
+    assert "not better than the start adapter. Likely reasons" in text
+    assert f"the start adapter ({tmp_path / 'trained' / 'adapter'}) already scores 1.000 here" in text
+    assert "low for this model" not in text
+    assert "optimizer steps" not in text
+    assert "training lost" not in text
+    assert "Nothing learned" in said("untrained", 1e-9, 1)
+    text = said("again", 1e-9, 1, start="untrained")
+    assert "not clearly above the most frequent answer" in text
+    assert "train.lr = 1e-09 is low for this model" in text
+
+
 def test_all_sites_take_part_if_the_rows_name_them(shared: Path) -> None:
     table = {"name": "table", "root": str(shared / "cases/hospital"), "train": "rows.csv", "test_rate": 0.2}
     columns = {"image": "scan", "text": "report", "answer": "label"}

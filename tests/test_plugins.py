@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.testing import CliRunner
 
 from fedmllm.algorithms.base import Aggregator
+from fedmllm.cli.main import app
 from fedmllm.config.experiment import Experiment
 from fedmllm.core import plugins
 from fedmllm.core.code_digest import helper_files
@@ -361,3 +364,23 @@ def test_every_verb_loads_plugins(tmp_path: Path):
     assert b"allowed: fed-plora" in subprocess.run(command, capture_output=True, check=False).stderr
     done = subprocess.run([*command, "--import", "half.py"], capture_output=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", ["run", "suite", "predict", "estimate"])
+def test_an_unknown_member_names_the_ways_to_load_one(tmp_path: Path, verb: str):
+    table = 'data = "synthetic-irony"\naggregator = "my-own"\n'
+    path = write(tmp_path / "mine.toml", f"[base]\n{table}[matrix]\nseeds = [0]\n" if verb == "suite" else table)
+    if verb == "predict":  # the run of a plug-in that was not loaded
+        settings = {**Experiment(data="synthetic-irony").dump(), "aggregator": {"name": "my-own"}}
+        path = tmp_path / "run"
+        path.mkdir()
+        head = {"event": "experiment", "run_id": "0" * 12, "settings": settings}
+        (path / "record.jsonl").write_text(json.dumps(head) + "\n")
+        (path / "summary.json").write_text(json.dumps({"rows": []}))
+    words = [verb, str(path), *(["x.csv", "--out", str(tmp_path / "o.csv")] if verb == "predict" else [])]
+    done = CliRunner().invoke(app, words)
+    said = f"{done.output} {done.exception}"
+    assert "'my-own'" in said
+    assert "allowed: " in said
+    assert "--import FILE.py" in said
+    assert "an entry point of the group fedmllm.plugins" in said

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from fedmllm.cli.main import app
 from fedmllm.config.experiment import Experiment
-from fedmllm.core.errors import ConfigError, FedmllmError
+from fedmllm.core.errors import ConfigError, DataError, FedmllmError
 from fedmllm.runs.predict import predict
 from fedmllm.runs.predictions import read_predictions
 from fedmllm.runs.run import run
@@ -88,3 +89,31 @@ def test_what_cannot_be_predicted_is_refused(finished: Path, tmp_path: Path) -> 
     loaded = Experiment.parse(json.loads((finished / "run" / "record.jsonl").read_text().splitlines()[0])["settings"])
     by_adapter = predict(finished / "run" / "adapter", finished / "new.csv", experiment=loaded)
     assert by_adapter == predict(finished / "run", finished / "new.csv")
+
+
+def test_a_folder_of_pictures_is_predicted_as_it_lies_there(tmp_path: Path) -> None:
+    """Its pictures need no answers; the choices are the labels that the run was trained on."""
+    for i in range(8):
+        write_picture(tmp_path / "train" / ("cat" if i % 2 else "dog") / f"{i}.png", i)
+    for i in range(3):
+        write_picture(tmp_path / "new" / f"{i}.png", 40 + i)
+    data = {"name": "table", "root": str(tmp_path), "train": "train", "test": "train", "question": "What is it?"}
+    table: dict[str, Any] = {"data": data, "partition": {"name": "iid", "num_clients": 2}, "num_rounds": 1}
+    run(Experiment.parse({**table, "train": {"max_steps": 1}}), tmp_path / "run")
+    found = predict(tmp_path / "run", tmp_path / "new")
+    assert [row["id"] for row in found] == ["0.png", "1.png", "2.png"]
+    assert all(set(row["p"]) == {"cat", "dog"} for row in found)
+    assert all(row["visible"] == ["image"] for row in found)
+    evaluated = predict(tmp_path / "run", tmp_path / "train")
+    (kept,) = read_predictions(tmp_path / "run" / "predictions.jsonl.gz")
+    best = {one.example.id: one.example.choices[one.scores.index(max(one.scores))] for one in kept.predictions}
+    assert {row["id"]: row["answer"] for row in evaluated} == best
+    with pytest.raises(DataError, match=r"new: a folder of pictures without answers; allowed: one of metadata.jsonl"):
+        Experiment.parse({**table, "data": {**data, "train": "new"}}).data.load("train")
+    with pytest.raises(ConfigError, match=r'data.columns.answer: got ""; .* name their column in .*train'):
+        Experiment.parse({**table, "data": {**data, "columns": {"answer": ""}}}).data.load("train")
+
+
+def write_picture(path: Path, shade: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), (shade * 5, 20, 200 - shade)).save(path)

@@ -11,11 +11,13 @@ import shutil
 import statistics
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from scipy import stats as scipy_stats
 
+from fedmllm.algorithms.privacy.guarantee import Guarantee
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.reports.answers import answers, groups
@@ -396,6 +398,32 @@ def test_every_run_with_privacy_has_all_that_its_claim_needs_beside_its_price_an
     (tmp_path / "noisy" / "audit.json").write_text("{}")
     with pytest.raises(FedmllmError, match=r"audit\.json: not a table of `fedmllm audit`"):
         write_report([tmp_path], tmp_path / "report.html")
+
+
+def test_noise_of_rows_has_no_denominator_of_clients(made_up: Path):
+    dataset = read_results([made_up]).datasets[0]
+    said = Guarantee(
+        mechanism="row-dp",
+        unit="row",
+        relation="a row added or removed",
+        adversary="the server",
+        epsilon=1.0,
+        delta=1e-5,
+        accountant="closed form",
+        noise_multiplier=1.0,
+        clip=1.0,
+        denominator=0.0,
+        num_releases=3,
+        sampling="all rows",
+        sampling_is_secret=False,
+        noise="keyed",
+        outside=(),
+    )
+    noisy = replace(dataset.runs[0], guarantee=said.to_json())
+    (table,) = privacy_tables(replace(dataset, runs=(noisy,)))
+    assert table.facts["denominator of the mean"] == "\N{EN DASH}"
+    of_clients = replace(noisy, guarantee={**said.to_json(), "denominator": 4.0})
+    assert privacy_tables(replace(dataset, runs=(of_clients,)))[0].facts["denominator of the mean"] == "4"
 
 
 PRICE = {"utility", "audit"}

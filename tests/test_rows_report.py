@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedmllm.cli.display import show_table
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.types import Example, Prediction
 from fedmllm.reports.answers import answers, groups
 from fedmllm.reports.comparisons import all_pairs
 from fedmllm.reports.reading import read_results
 from fedmllm.reports.rows import row_results
-from fedmllm.reports.tables import result_table
+from fedmllm.reports.tables import matrices, result_table
+from fedmllm.reports.texts import matrix_markdown
 from fedmllm.reports.write import write_report
 from fedmllm.runs.predictions import PredictionFile
 from fedmllm.runs.result import load_run
@@ -122,3 +125,41 @@ def test_a_finished_run_answers_in_python(runs: Path) -> None:
         result.rows_by("shows", visible="text")
     with pytest.raises(FedmllmError, match="metric: got 'acc'; allowed: accuracy"):
         result.rows_by("shows", "acc")
+
+
+def test_rows_with_gaps_are_called_rows_as_they_are(runs: Path, tmp_path: Path) -> None:
+    page, text, *_ = (path.read_text() for path in write_report([runs], tmp_path / "report.html"))
+    dataset = read_results([runs]).datasets[0]
+    assert dataset.has_gaps
+    assert "| rows as they are | by-column |" in text
+    assert "| trained on | rows as they are | image only |" in text
+    assert '<td class="word">rows as they are</td>' in page
+    assert "test: rows as they are" in page
+    for one in (page, text):
+        assert "everything |" not in one
+        assert "| aligned" not in one
+        assert ">aligned<" not in one
+    assert "by-column: nothing is hidden; each row names its site" in text
+    whole = [replace(run, heading={**run.heading, "clients": [{"shows": {"image+text": 5}}]}) for run in dataset.runs]
+    complete = replace(dataset, runs=tuple(whole))
+    assert {row.scenario for row in result_table(complete).rows} == {"aligned"}
+    assert matrix_markdown(matrices(complete)[0], result_table(complete).scale).startswith(
+        "| trained on | everything |"
+    )
+
+
+def test_a_table_leaves_out_metrics_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"run_id": "a", "seed": 0, "scenario": "aligned", "setting": "x", "method": "fedavg", "prompt": "plain"}
+    about |= {"visible": "all", "std": None, "num_rounds": 1, "up_bytes": 1, "down_bytes": 1, "wall_s": 1.0}
+    values = {"accuracy": 0.5, "token_f1": None, "unparsed": 0.0}
+
+    def printed(**changed: float | None) -> str:
+        show_table([{**about, "metric": name, "value": value} for name, value in {**values, **changed}.items()])
+        return capsys.readouterr().out
+
+    assert "accuracy" in printed()
+    assert "token_f1" not in printed()
+    assert "unparsed" not in printed()
+    assert "token_f1" in printed(token_f1=0.0)  # a value, though it is 0
+    assert "unparsed" in printed(unparsed=2.0)
+    assert "accuracy" in printed(accuracy=None)  # the main metric says that it is not defined

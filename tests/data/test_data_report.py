@@ -49,6 +49,22 @@ def test_show_as_json_needs_no_image(tmp_path: Path) -> None:
     assert [c["ids"] for c in other["clients"]] == [c["ids"] for c in found["clients"]]
 
 
+def test_show_does_not_call_rows_with_gaps_aligned(tmp_path: Path) -> None:
+    """The title says what the rows show, and the scenario's own name where every row is complete."""
+    columns = {"id": "case", "text": "note", "image": "scan", "answer": "ill"}
+    tail = '[partition]\nname = "iid"\nnum_clients = 2\n[data.columns]\n' + "".join(
+        f"{key} = {json.dumps(column)}\n" for key, column in columns.items()
+    )
+    for gap, title in (("", "iid partition, rows as they are"), ("cough", "iid partition, aligned")):
+        lines = ["case,note,scan,ill", "1,fever,1.png,yes", f"2,{gap},2.png,no", "3,well,3.png,no", "4,ill,4.png,yes"]
+        (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+        data = {"train": "rows.csv", "test": "rows.csv", "question": "Is it ill?", "choices": ["no", "yes"]}
+        toml = experiment(tmp_path, "table", tail, **data)
+        assert (
+            title in CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(toml)], catch_exceptions=False).output
+        )
+
+
 def test_show_counts_rows_labels_and_modalities(tmp_path: Path) -> None:
     rawsets.hateful_memes(tmp_path, 30)
     toml = experiment(

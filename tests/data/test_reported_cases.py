@@ -233,7 +233,10 @@ def test_folder_names_are_no_answers_if_an_answer_column_or_two_metadata_files_a
     for name in ("cat/1.png", "dog/1.png"):
         rawsets.write_lines(tmp_path / "train" / name, [])
     data = rawsets.dataset("table", tmp_path, train="train", question="?", columns={"answer": "label"})
-    with pytest.raises(DataError, match=r"train: has none of metadata.jsonl, .* names the column 'label'"):
+    with pytest.raises(
+        DataError,
+        match=r"train: .* has none of metadata.jsonl, .* no column 'label' .* file_name and label, or a subfolder",
+    ):
         data.load("train")
     rawsets.write_lines(tmp_path / "train" / "metadata.csv", ["file_name,label", "cat/1.png,A"])
     rows = data.load("train")

@@ -109,7 +109,10 @@ def test_an_imagefolder_with_a_subfolder_for_each_label(tmp_path: Path) -> None:
     assert [e.id for e in examples] == ["cat/1.png", "cat/deep/2.JPG", "dog/1.jpeg"]
     assert [e.answer for e in examples] == ["cat", "cat", "dog"]
     assert examples[0].choices == ("cat", "dog")
-    with pytest.raises(DataError, match=r"neither metadata.jsonl, .* nor images in two or more subfolders"):
+    with pytest.raises(
+        DataError,
+        match=r"pictures without answers; allowed: one of metadata.jsonl, .* file_name and answer, or its pictures in two",
+    ):
         rawsets.dataset("table", tmp_path, train="train/cat", question="?").load("train")
 
 

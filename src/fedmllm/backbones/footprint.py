@@ -86,7 +86,7 @@ def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
         FedmllmError: config.json is not that of an image-text-to-text model.
     """
     family = family_of(folder)
-    model = _empty(folder, family)
+    model = empty_model(folder, family)
     parts = _parts(model, family, spec)
     dtype = (
         nf4.compute_dtype(device_named(spec.device)) if spec.precision.base == "nf4" else DTYPES[spec.precision.base]
@@ -117,8 +117,16 @@ def footprint(folder: Path, spec: BackboneSpec) -> Footprint:
     )
 
 
-def _empty(folder: Path, family: str) -> PreTrainedModel:
-    """The model without weights."""
+def empty_model(folder: Path, family: str) -> PreTrainedModel:
+    """Build the model on the meta device, without weights.
+
+    Args:
+        folder: A model folder; config.json alone is read.
+        family: As `family_of` names it.
+
+    Raises:
+        FedmllmError: config.json is not that of an image-text-to-text model.
+    """
     try:
         with torch.device("meta"), quiet():
             if family in OURS:

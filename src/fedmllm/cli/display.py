@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedmllm.core.text import bytes_text
+from fedmllm.reports.numerals import COUNTS
 from fedmllm.runs.events import Evaluated, Event, Learned, RoundEnd, Started
 from fedmllm.runs.record import read
 
@@ -50,11 +51,14 @@ class Bars:
 
 def learned_text(record: Path) -> str:
     """One or more lines on whether a run's result is better than its baselines; "" if the record does not have it."""
-    lines = [line for line in read(record) if line["event"] == "learned"]
+    events = list(read(record))
+    lines = [line for line in events if line["event"] == "learned"]
     event = Learned.from_json(lines[-1]) if lines else None
     if not isinstance(event, Learned):
         return ""
-    names = {"start": "the model before training", "majority": "the most frequent answer"}
+    settings: dict[str, Any] = next((one["settings"] for one in events if one["event"] == "experiment"), {})
+    start = "the start adapter" if settings.get("backbone", {}).get("adapter") else "the model before training"
+    names = {"start": start, "majority": "the most frequent answer"}
     parts = []
     for b in event.baselines:
         interval = "" if b["low"] is None else f", 95 % interval {b['low']:+.3f} to {b['high']:+.3f}"
@@ -70,8 +74,10 @@ def learned_text(record: Path) -> str:
 def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> None:
     """The summary rows as a table; `headline_only` keeps the first metric of each run.
 
-    What all rows share stands once, above the table, so that it fits a terminal of 80 columns.
+    What all rows share stands once, above the table, so that it fits a terminal of 80 columns. A further metric that no row
+    defines is left out, as is a count of rows that is 0 everywhere: closed questions have no token F1 and nothing to parse.
     """
+    rows = _with_values(rows)
     seen: set[tuple[str, str, int]] = set()
     kept = []
     for row in rows:
@@ -95,6 +101,11 @@ def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> N
     if shared:
         print("; ".join(f"{k}: {', '.join(v.splitlines())}" for k, v in shared.items()))
     Console().print(table)
+
+
+def _with_values(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    says = {row["metric"] for row in rows if row["value"] or (row["value"] is not None and row["metric"] not in COUNTS)}
+    return [row for row in rows if row["metric"] in says or row["metric"] == rows[0]["metric"]]
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

@@ -46,7 +46,7 @@ from fedmllm.config.public import Public
 from fedmllm.config.train import USUAL, Checkpointing, Evaluate, Personal, Train, UpdateFilter
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
-from fedmllm.core.plugins import PluginSource, load_entry_points, load_plugins, source_of_import
+from fedmllm.core.plugins import HINT, PluginSource, load_entry_points, load_plugins, source_of_import
 from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec, checked, current_keys, nearest, one_or_several
 from fedmllm.core.types import visible_of
 from fedmllm.data.base import Dataset
@@ -171,7 +171,8 @@ class Experiment(Spec):
     def _metrics_exist(self) -> Experiment:
         for name in self.metrics():
             if name not in METRICS:
-                raise ValueError(f"no metric {name!r}; allowed: {', '.join(sorted(METRICS))}{nearest(name, METRICS)}")
+                known = ", ".join(sorted(METRICS))
+                raise ValueError(f"no metric {name!r}; allowed: {known}{nearest(name, METRICS)}{HINT}")
         return self
 
     @model_validator(mode="after")

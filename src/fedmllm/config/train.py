@@ -20,6 +20,7 @@ from pydantic import (
 
 from fedmllm.algorithms.schedules import Schedule
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
+from fedmllm.core.plugins import HINT
 from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Spec, nearest, one_or_several
 
 GRADED = ("graded", "ungraded")
@@ -161,7 +162,8 @@ class Evaluate(Spec):
     def _metrics_exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if name not in METRICS:
-                raise ValueError(f"no metric {name!r}; allowed: {', '.join(sorted(METRICS))}{nearest(name, METRICS)}")
+                known = ", ".join(sorted(METRICS))
+                raise ValueError(f"no metric {name!r}; allowed: {known}{nearest(name, METRICS)}{HINT}")
         return names
 
     def identity(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic_core import CoreSchema
 
 from fedmllm.core.attribute_docs import attribute_docs
 from fedmllm.core.errors import ConfigError
-from fedmllm.core.plugins import PluginSource, defines_again, source_of_object
+from fedmllm.core.plugins import HINT, PluginSource, defines_again, source_of_object
 
 T = TypeVar("T")
 
@@ -133,7 +133,7 @@ class Named(Spec):
             raise ConfigError(f"{place}: got {table!r}; give a name or a table with a name, one of: {allowed}")
         name = table["name"]
         if name not in cls.members:
-            raise ConfigError(f"{place}.name: got {name!r}; allowed: {allowed}{nearest(name, cls.members)}")
+            raise ConfigError(f"{place}.name: got {name!r}; allowed: {allowed}{nearest(name, cls.members)}{HINT}")
         return cast("Self", validate(cls.members[name], table, place))
 
 

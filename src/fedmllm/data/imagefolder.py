@@ -68,6 +68,12 @@ def contents_of(folder: Path) -> Contents:
     return found
 
 
+def is_bare(path: Path) -> bool:
+    """True for a folder of pictures without metadata."""
+    contents = contents_of(path) if path.is_dir() else None
+    return contents is not None and bool(contents.images) and not contents.metadata
+
+
 def _files_below(top: Path, folder: Path) -> Iterator[Path]:
     """Paths relative to `folder` of all files below `top`; folders may be links."""
     try:
@@ -110,14 +116,16 @@ def label_rows(contents: Contents, answer: str, choices: str, labels: Sequence[s
 
     Args:
         contents: The folder.
-        answer: Column of the label.
+        answer: Column of the label; "" = rows without answers, from any folder.
         choices: Column of the labels of the whole federation.
         labels: These labels, in order.
     """
     for path in contents.images:
         place = f"{contents.folder / path}"
-        if len(path.parts) == 1:
+        name = path.as_posix()
+        if not answer:
+            yield place, {"id": name, "file_name": name}
+        elif len(path.parts) == 1:
             yield place, DataError(f"{place}: an image without a label: it lies in no subfolder")
         else:
-            name = path.as_posix()
             yield place, {"id": name, "file_name": name, answer: label_of(path), choices: list(labels) or None}

@@ -206,7 +206,10 @@ class Table(Dataset):
                 f"data.{split}: missing; name a file or folder under {self.root}, or hold out rows: data.test_rate"
             )
         if split != "test" and not self.columns.answer:
-            raise ConfigError(f'data.columns.answer: got ""; rows of the {split} split need answers')
+            raise ConfigError(
+                f'data.columns.answer: got ""; rows of the {split} split need answers: name their column in '
+                f"{self.root / (own or self.train)}"
+            )
         named = own or self.train
         rows = self._read(named, split == "test" and bool(own), self.on_bad_row)
         rows = self._with_answers(rows, named) if self.columns.answer else rows
@@ -292,20 +295,27 @@ class Table(Dataset):
     def _labels(self, files: Sequence[File], named: str) -> tuple[str, ...]:
         """Labels of the training folders, the choices of every row; () if `choices` names them, or no file is a folder."""
         folders = [file for file in files if file.form == "imagefolder"]
-        if folders and self.columns.answer != Columns().answer:
+        answer = self.columns.answer
+        if folders and answer not in ("", Columns().answer):
             raise DataError(
-                f"{folders[0].path}: has none of {', '.join(METADATA)}, but data.columns.answer names the column "
-                f"{self.columns.answer!r}; leave it out to use the names of the subfolders as labels"
+                f"{folders[0].path}: a folder of pictures that has none of {', '.join(METADATA)}, so there is no column "
+                f"{answer!r} (data.columns.answer); allowed: one of these files with the columns file_name and {answer}, or "
+                "a subfolder of pictures per label, without data.columns.answer"
             )
-        if not folders or self.choices:
+        if not folders or self.choices or not answer:
             return ()
         trained = files_of(self.train, self.root, self.form, self.images) if named != self.train else folders
         labels = sorted({label for file in trained or folders if file.contents for label in file.contents.labels()})
         if len(labels) < 2:
             raise DataError(
-                f"{folders[0].path}: neither {', '.join(METADATA)}, nor images in two or more subfolders called after labels"
+                f"{folders[0].path}: a folder of pictures without answers; allowed: one of {', '.join(METADATA)} in it with "
+                f"the columns file_name and {answer}, or its pictures in two or more subfolders called after their labels"
             )
         return tuple(labels)
+
+    def folder_labels(self) -> tuple[str, ...]:
+        """Return the labels of the training folders, where the choices are the names of subfolders; otherwise ()."""
+        return self._labels(files_of(self.train, self.root, self.form, self.images), self.train)
 
     def _check_columns(self, seen: Mapping[str, str], path: Path, own_test: bool) -> None:
         """Raise DataError if no row has a column that is mapped: a modality's, or one that is not called as by default."""

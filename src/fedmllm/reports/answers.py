@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmllm.reports.comparisons import Comparison, mean_over_settings
-from fedmllm.reports.names import GROUPS, base_of, metric_label, visible_label
+from fedmllm.reports.names import AS_THEY_ARE, GROUPS, base_of, metric_label, visible_label
 from fedmllm.reports.numerals import NO_BREAK, Scale, counted, listed_words
 from fedmllm.reports.reading import BySeed, DatasetResults
 from fedmllm.reports.rows import RowResults
@@ -14,7 +14,7 @@ from fedmllm.reports.stats import LEVEL, Paired, Spread, mean_of, paired
 from fedmllm.reports.tables import ResultTable
 from fedmllm.runs.slices import BY_SHOWS
 
-AS_THEY_ARE = "Rows as they are"  # of data with real gaps, which are never called complete
+_GAPS = AS_THEY_ARE.capitalize()
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def groups(dataset: DatasetResults) -> list[Group]:
         federated = mean_of(list(of_method.values()))
         if federated:
             baselines = {m: mean_over_settings(values, m, settings) for m in plain.methods if m not in plain.federated}
-            name = GROUPS.get(scenario, scenario) if scenario != "aligned" or scenario == complete else AS_THEY_ARE
-            whole = found[0].federated if found and (found[0].is_complete or found[0].name == AS_THEY_ARE) else None
+            name = GROUPS.get(scenario, scenario) if scenario != "aligned" or scenario == complete else _GAPS
+            whole = found[0].federated if found and (found[0].is_complete or found[0].name == _GAPS) else None
             loss = paired(federated, whole) if whole else None
             baselines = {m: seeds for m, seeds in baselines.items() if seeds}
             found.append(Group(name, tuple(settings), federated, of_method, baselines, scenario == complete, loss))
@@ -181,7 +181,7 @@ def _baselines(dataset: DatasetResults, table: ResultTable, mean: BySeed, pairs:
 
 
 def _costs(scale: Scale, chart: Sequence[Group]) -> str:
-    complete = next((group for group in chart if group.is_complete or group.name == AS_THEY_ARE), None)
+    complete = next((group for group in chart if group.is_complete or group.name == _GAPS), None)
     if complete is None:
         return ""
     found = []

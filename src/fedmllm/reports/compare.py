@@ -80,6 +80,7 @@ def compare(a: str | Path | Sequence[str | Path], b: str | Path | Sequence[str |
     pairs = [(left[key], right[key]) for key in shared if not unequal[key]]
     kinds = dict.fromkeys((r["metric"], r["visible"]) for run in (*runs_a, *runs_b) for r in run.rows)
     rows = [row for kind in kinds if (row := _row(*kind, runs_a, runs_b, pairs))]
+    rows = [row for row in rows if not row.a is row.b is None] or rows  # a metric that no row of either side defines
     if not rows:
         raise FedmllmError("the two sides share no metric; compare runs on the same data set")
     execution = {key: words for key, words in differing.items() if f"{key}.".startswith(EXECUTION_KEYS)}

@@ -26,6 +26,7 @@ from fedmllm.data.base import Dataset
 from fedmllm.data.marks import MARK
 from fedmllm.data.overlap import overlap
 from fedmllm.data.reading import is_there, listed
+from fedmllm.reports.names import scenario_label
 from fedmllm.scenarios.assign import assign, digest_of_ids
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Federation:
         columns = [label for label, _ in total.most_common(8)]
         patterns = self._patterns(modalities)
         e = self.experiment
-        table = Table(title=f"{e.data.name}: {e.partition.name} partition, {e.scenario.name}", caption=self._caption())
+        table = Table(title=f"{e.data.name}: {e.partition.name} partition, {self._scenario()}", caption=self._caption())
         for name in ("client", "rows", *columns, *(["other"] if len(total) > 8 else []), *patterns):
             table.add_column(name, justify="right", overflow="fold")
 
@@ -141,6 +142,12 @@ class Federation:
             sizes = [len(shard.rows) for shard in others]
             add(f"{len(others):,} others, {min(sizes):,} to {max(sizes):,} rows each", others)
         return table
+
+    def _scenario(self) -> str:
+        """The scenario's name; that of rows with gaps if nothing is hidden and some row lacks a modality."""
+        whole = frozenset(self.experiment.data.modalities())
+        gaps = any(visible != whole for shard in self.shards for visible in shard.visible)
+        return scenario_label(self.experiment.scenario.name, gaps)
 
     def _patterns(self, modalities: tuple[Modality, ...]) -> dict[str, list[Visible]]:
         """Heading -> masks that it counts: "image+text", "image only", "none"; with many modalities, one each, all, none."""
@@ -200,7 +207,7 @@ def plot(federation: Federation, path: Path) -> None:
     top.set_ylabel("rows")
     e = federation.experiment
     top.set_title(
-        f"{e.data.name}: {e.partition.name} partition, {e.scenario.name}; digest {federation.digest}", fontsize=9
+        f"{e.data.name}: {e.partition.name} partition, {federation._scenario()}; digest {federation.digest}", fontsize=9
     )
     top.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     share = [

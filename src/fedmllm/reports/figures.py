@@ -235,7 +235,12 @@ def panels(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look
             f"{row.setting}: " + _text(scale, {m: c.spread for m, c in row.cells.items()}) for row in rows
         )
         found.append(
-            draw_figure(scenario, f"Means and standard deviations over seeds. {words}", f"{key}-{scenario}", paint)
+            draw_figure(
+                scenario,
+                f"Means and standard deviations over seeds. {words}",
+                f"{key}-{scenario.replace(' ', '-')}",
+                paint,
+            )
         )
     return found
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedmllm.core.errors import FedmllmError
 from fedmllm.reports.names import metric_label
-from fedmllm.reports.numerals import counted
+from fedmllm.reports.numerals import DASH, counted
 from fedmllm.reports.reading import DatasetResults, RunRecord
 
 AUDITS = "audit*.json"  # as `fedmllm audit --out` writes them, in the folder of a run or above it
@@ -75,7 +75,9 @@ def _table(dataset: DatasetResults, runs: Sequence[RunRecord]) -> PrivacyTable:
     claim = str(worst["claim"])
     facts = {"claim": claim}
     for key, label in _FACTS.items():
-        facts[label] = _joined(_text(one.get(key)) for one in stated)
+        facts[label] = _joined(
+            DASH if key == "denominator" and not one.get(key) else _text(one.get(key)) for one in stated
+        )  # row-dp has no mean of clients
     facts["who knows the draw"] = _joined(
         "the one who draws, and epsilon counts that" if one["sampling_is_secret"] else "everyone; it does not help"
         for one in stated

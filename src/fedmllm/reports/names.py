@@ -12,6 +12,7 @@ SCENARIOS = {
     "cross": "Clients see different modalities, most often one each",
     "hybrid": "Each client keeps each modality with some probability",
 }
+AS_THEY_ARE = "rows as they are"  # of data with real gaps, which are never called complete
 GROUPS = {  # scenario -> its name on the first screen
     "aligned": "Complete rows",
     "missing": "Random rows lack a modality",
@@ -69,8 +70,22 @@ def _listed(values: Mapping[str, object]) -> str:
     return ", ".join(f"{modality} {value}" for modality, value in values.items())
 
 
-def visible_label(visible: str) -> str:
-    """Return the visible modalities of test rows in words: "labs only", "image, text and labs", "everything but genes"."""
+def scenario_label(scenario: str, gaps: bool = False) -> str:
+    """Return the scenario's name in tables; where rows lack something by themselves, "rows as they are" for "aligned"."""
+    return AS_THEY_ARE if gaps and scenario == "aligned" else scenario
+
+
+def visible_label(visible: str, gaps: bool = False) -> str:
+    """Return the visible modalities of test rows in words: "labs only", "image, text and labs", "everything but genes".
+
+    Args:
+        visible: As in `evaluate.visible`.
+        gaps: Whether the rows lack modalities by themselves: then no row is said to show everything.
+    """
+    if gaps and visible == "all":
+        return AS_THEY_ARE
+    if gaps and visible.startswith("all-"):
+        return f"{AS_THEY_ARE}, but no {_and(visible.removeprefix('all-').split('-'))}"
     if visible in VISIBLE:
         return VISIBLE[visible]
     if visible.startswith("all-"):
@@ -109,7 +124,10 @@ def setting_meaning(settings: Mapping[str, Any], modalities: tuple[str, ...] = T
             f"{n} site{'s' if n > 1 else ''} with {visible_label(m)}" for m, n in scenario["clients"].items() if n
         )
     rates = _listed(scenario.get("rates") or {})
-    return f"{name}{f' ({rates})' if rates else ''}; rows are assigned to sites by the {partition['name']} partition"
+    hidden = "nothing is hidden" if name == "aligned" else f"{name}{f' ({rates})' if rates else ''}"
+    if partition["name"] == "by-column":
+        return f"{hidden}; each row names its site"
+    return f"{hidden}; rows are assigned to sites by the {partition['name']} partition"
 
 
 def method_label(settings: Mapping[str, Any], method: str, prompt: str) -> str:

@@ -183,6 +183,11 @@ class DatasetResults:
         return {scenario: list(settings) for scenario, settings in found.items()}
 
     @cached_property
+    def has_gaps(self) -> bool:
+        """Return whether rows lack modalities by themselves: training rows do though nothing is hidden from them."""
+        return any(run.is_complete is False for run in self.runs if run.scenario == "aligned")
+
+    @cached_property
     def num_test(self) -> int | None:
         """Test rows; None if runs differ in it."""
         found = {run.heading.get("num_test") for run in self.runs}

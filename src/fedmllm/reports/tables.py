@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from fedmllm.reports.comparisons import mean_over_settings
+from fedmllm.reports.names import scenario_label
 from fedmllm.reports.numerals import Scale, scale_of
 from fedmllm.reports.published import PublishedNumbers, published_for
 from fedmllm.reports.reading import BySeed, DatasetResults, RunRecord
@@ -63,7 +64,9 @@ def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -
     scale = scale_of(metric, [v for seeds in values.values() for v in seeds.values()])
     methods = tuple(m for m in dataset.methods if any((s, m) in values for s in dataset.settings))
     own = {
-        (scenario, setting): {m: values[setting, m] for m in methods if (setting, m) in values}
+        (scenario_label(scenario, dataset.has_gaps), setting): {
+            m: values[setting, m] for m in methods if (setting, m) in values
+        }
         for scenario, settings in dataset.scenarios.items()
         for setting in settings
     }
@@ -252,6 +255,7 @@ class Matrix:
     method: str
     columns: tuple[str, ...]
     rows: Mapping[str, Mapping[str, Spread]]
+    gaps: bool = False  # whether rows lack modalities by themselves
 
 
 def matrices(dataset: DatasetResults) -> list[Matrix]:
@@ -268,5 +272,5 @@ def matrices(dataset: DatasetResults) -> list[Matrix]:
             if all(own.values()):
                 rows[setting] = {v: Spread.of(seeds.values()) for v, seeds in own.items() if seeds}
         if rows:
-            found.append(Matrix(method, columns, rows))
+            found.append(Matrix(method, columns, rows, dataset.has_gaps))
     return found

@@ -191,7 +191,7 @@ def importance_markdown(table: Importance, scale: Scale) -> str:
 
 def matrix_markdown(matrix: Matrix, scale: Scale) -> str:
     """Train setting x test modalities of one method."""
-    lines = _head(["trained on"], [visible_label(c) for c in matrix.columns])
+    lines = _head(["trained on"], [visible_label(c, matrix.gaps) for c in matrix.columns])
     for setting, cells in matrix.rows.items():
         lines.append(_line([setting, *(scale.spread(cells[c].mean, cells[c].std) for c in matrix.columns)]))
     return "\n".join(lines) + "\n"

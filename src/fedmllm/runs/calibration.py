@@ -2,7 +2,8 @@
 
 A pass over a batch costs a fixed time and a time per token, which are measured on the model itself; so the figures hold for
 other numbers of clients, rows and steps. For a model that was not measured, the device's rate of matrix products gives a
-lower bound. Everything is kept in one file in the user's cache folder.
+lower bound. Rows that were not measured are counted in tokens by the model's processor, which needs no weights. Everything
+measured is kept in one file in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from typing import Any
 import torch
 
 from fedmllm.backbones.base import Backbone, Row
+from fedmllm.backbones.encode import Encoder
+from fedmllm.backbones.folder import family_of, load_processor
+from fedmllm.backbones.footprint import empty_model
+from fedmllm.backbones.places import base_folder
 from fedmllm.config.engine import Stacked
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
@@ -176,12 +181,10 @@ def round_time(experiment: Experiment, num_weights: int, device: torch.device) -
         sizes = _rows_of_clients(e)
     except FedmllmError as error:
         return RoundTime(None, None, f"the rows cannot be read: {str(error).splitlines()[0]}")
-    tokens, note = found.tokens.get(rows_key(e)), ""
+    tokens, note = found.tokens.get(rows_key(e)), "as calibrated"
     if tokens is None:
-        tokens = float(e.backbone.max_tokens)
-        note = (
-            f"; rows of {e.backbone.max_tokens} tokens, the most that are allowed, because these rows were not measured"
-        )
+        tokens, note = _row_tokens(e)
+    note = f"; rows of {tokens:.0f} tokens, {note}"
     num_passes, num_rows = _passes_of_a_round(e, sizes, tokens, device)
     if speed := found.models.get(model_key(e)):
         seconds = num_passes * speed.pass_s + num_rows * tokens * speed.token_s
@@ -190,6 +193,24 @@ def round_time(experiment: Experiment, num_weights: int, device: torch.device) -
     operations = 4.0 * num_weights * num_rows * tokens  # forward, and backward to the activations: no frozen gradient
     about = f"at least, by matrix products on {found.device}: this model was not measured{note}"
     return RoundTime(operations / rate, None, about)
+
+
+def _row_tokens(e: Experiment) -> tuple[float, str]:
+    """(mean tokens of a training row, how they are known): of a sample, or the most that are allowed."""
+    try:
+        examples = e.data.load("train").examples
+        sample = examples[:: math.ceil(len(examples) / SAMPLE)]
+        folder = base_folder(e.backbone, config_only=True)
+        family = family_of(folder)
+        model, processor = empty_model(folder, family), load_processor(folder, family)
+        encoder = Encoder(model, processor, e.backbone.max_tokens, lambda _: False)
+        present = visible_of("all", e.data.modalities())
+        rows = [encoder.encode(e.prompt.render(example, present), e.prompt.target(example)) for example in sample]
+        mean = statistics.fmean(row.num_tokens for row in rows)
+        return mean, f"the mean of {len(rows)} of {len(examples)} training rows, tokenized now"
+    except FedmllmError as error:
+        reason = str(error).splitlines()[0]
+        return float(e.backbone.max_tokens), f"the most that are allowed, because no sample can be tokenized: {reason}"
 
 
 def _measured_on(device: torch.device) -> DeviceSpeed | None:

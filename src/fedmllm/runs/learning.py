@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedmllm.config.experiment import Experiment
 from fedmllm.core.metrics import METRICS
 from fedmllm.federation.baselines import majority_predictions
 from fedmllm.federation.client import planned_steps
@@ -43,7 +42,8 @@ def learned(inputs: Inputs, evaluator: Evaluator, predictions: Path) -> Learned 
     frozen = evaluator.predict(inputs.start, inputs.test, visible)
     groups = groups_of(result[0], e.data.group_column())
     value, baselines = 0.0, []
-    for name, predicted in (("start", frozen), ("majority", majority_predictions(train, inputs.test))):
+    most_frequent = majority_predictions(train, inputs.test)
+    for name, predicted in (("start", frozen), ("majority", most_frequent)):
         test, base = paired_rows(metric, result, [predicted], groups), METRICS[metric](predicted)
         if test is None or base is None:
             return None
@@ -52,13 +52,35 @@ def learned(inputs: Inputs, evaluator: Evaluator, predictions: Path) -> Learned 
             {"name": name, "value": base, "difference": test.difference, "low": test.low, "high": test.high}
         )
     found = Learned(metric, visible, len(inputs.test), value, baselines, [])
-    return replace(found, advice=advice(e, inputs)) if found.nothing else found
+    if not found.nothing:
+        return found
+    ahead = paired_rows(metric, [frozen], [most_frequent], groups) if e.backbone.adapter else None
+    return replace(found, advice=advice(inputs, found, bool(ahead and ahead.low is not None and ahead.low > 0)))
 
 
-def advice(experiment: Experiment, inputs: Inputs) -> list[str]:
-    """Settings that are likely to be the reason that nothing was learned, the likeliest first."""
-    e, found = experiment, []
+def advice(inputs: Inputs, result: Learned, trained: bool) -> list[str]:
+    """Settings that are likely to be the reason that nothing was learned, the likeliest first.
+
+    After a start from a trained adapter, what helps a new one to learn anything at all is not a reason (`backbone.adapter`).
+
+    Args:
+        inputs: Of the run.
+        result: The comparison with the baselines, without advice.
+        trained: Whether the start is an adapter that is better than the most frequent answer by more than its interval.
+    """
+    e, found = inputs.experiment, list[str]()
     usual = e.backbone.usual_lr
+    scores = {baseline["name"]: float(baseline["value"]) for baseline in result.baselines}
+    if e.backbone.adapter:
+        below = "" if trained else f", not clearly above the most frequent answer ({scores['majority']:.3f})"
+        found.append(f"the start adapter ({e.backbone.adapter}) already scores {scores['start']:.3f} here{below}")
+    if trained:
+        if result.value < scores["start"]:
+            found.append(f"training lost {scores['start'] - result.value:.3f}: try a train.lr below {e.train.lr:g}")
+        found.append(
+            "these rows may hold little that the start adapter has not learned: add rows of the kind it answers wrong"
+        )
+        return found
     if e.train.lr * 3 < usual:
         found.append(f'train.lr = {e.train.lr:g} is low for this model: try {usual:g}, which "usual" stands for')
     members = [shard for shard in inputs.shards if shard.rows]
@@ -66,7 +88,8 @@ def advice(experiment: Experiment, inputs: Inputs) -> list[str]:
     mean = sum(planned_steps(e.train, len(shard.rows)) for shard in members) / len(members)
     steps = round(mean * e.num_rounds * (cohort if e.federates else 1))
     if steps < FEW_STEPS:
-        found.append(f"about {steps} optimizer steps in all: raise num_rounds = {e.num_rounds} or train.epochs")
+        length = f"train.max_steps = {e.train.max_steps}" if e.train.max_steps else "train.epochs"
+        found.append(f"about {steps} optimizer steps in all: raise num_rounds = {e.num_rounds} or {length}")
     if e.federates and cohort * 2 < len(members):
         found.append(f"cohort_size = {cohort} of {len(members)} sites a round: raise it, or num_rounds")
     server_lr = getattr(e.server(), "lr", None)

@@ -13,6 +13,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, DataError, FedmllmError
 from fedmllm.core.storage import check_writable, write_atomically, writing
 from fedmllm.core.types import Example, Prediction, Visible, visible_of
+from fedmllm.data.imagefolder import is_bare
 from fedmllm.data.table import Table
 from fedmllm.federation.evaluation import predict as predict_rows
 from fedmllm.runs.checkpoint import read_adapter
@@ -119,7 +120,8 @@ def adapter_of(source: Path, experiment: Experiment | None, client: int | str | 
 def table_of(experiment: Experiment, rows: Path, changed: Mapping[str, Any]) -> Table:
     """Return the rows of a file as a table, with the columns of the experiment where its data is a table, too.
 
-    Otherwise the columns have the names of the modalities, and `question` and `choices`.
+    Otherwise the columns have the names of the modalities, and `question` and `choices`. A folder of pictures without metadata
+    has a row per picture.
     """
     own = experiment.data
     if isinstance(own, Table):
@@ -129,6 +131,10 @@ def table_of(experiment: Experiment, rows: Path, changed: Mapping[str, Any]) -> 
         table = {"name": "table", **own.table_settings()}
         columns = table["columns"]
     columns = {**columns, "answer": "", **changed}
+    if is_bare(rows):  # its files have a name and nothing else
+        columns = {**columns, "id": "", "image": "file_name", "text": "", **changed}
+        if isinstance(own, Table) and not own.choices:
+            table["choices"] = own.folder_labels()
     folder = rows.parent
     images_at = {"images": str(table["images"])} if table.get("images") else {}
     place = {"root": str(folder), "train": rows.name, "test": rows.name, "validation": "", **images_at}
