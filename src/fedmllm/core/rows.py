@@ -47,6 +47,15 @@ class Coded(Generic[_T]):
     def __iter__(self) -> Iterator[_T]:
         return map(self.values.__getitem__, self.codes.tolist())
 
+    def first_rows(self) -> list[int]:
+        """Return the first row of each value that a row has, ascending."""
+        rows: list[int] = np.sort(np.unique(self.codes, return_index=True)[1]).tolist()
+        return rows
+
+    def used(self) -> list[_T]:
+        """Return the values that a row has, in the order of the rows."""
+        return [self[row] for row in self.first_rows()]
+
     def of_values(self, function: Callable[[_T], _U]) -> Coded[_U]:
         """Return the column of what a function makes of each value."""
         return Coded(list(map(function, self.values)), self.codes)
@@ -167,6 +176,16 @@ def row_fields(rows: Sequence[Example]) -> Coded[Mapping[Modality, Content]]:
 def columns_of_rows(rows: Sequence[Example]) -> Coded[Mapping[str, str]]:
     """The columns of each row."""
     return rows.columns if isinstance(rows, LazyRows) else Coded.of(row.columns for row in rows)
+
+
+def different_endings(rows: Sequence[Example]) -> list[Example]:
+    """Return one row for each answer with its choices, in the order of the rows."""
+    if isinstance(rows, LazyRows):
+        return [rows[row] for row in rows.endings.first_rows()]
+    first: dict[tuple[str, tuple[str, ...]], Example] = {}
+    for row in rows:
+        first.setdefault((row.answer, row.choices), row)
+    return list(first.values())
 
 
 def row_labels(rows: Sequence[Example]) -> Coded[str]:

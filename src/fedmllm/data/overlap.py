@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from fedmllm.core.rows import columns_of_rows, row_fields
 from fedmllm.core.types import Content, Example, Modality
 from fedmllm.data.reading import listed
 
@@ -24,7 +27,9 @@ def overlap(train: Sequence[Example], test: Sequence[Example], group: str = "") 
     notes = []
     asked, outlines = {_asked(e) for e in test}, {_shown(e.fields) for e in test}
     alike = {key for key, fields in _different(train).items() if _shown(fields) in outlines}
-    known = {_content(e) for e in train if id(e.fields) in alike and _asked(e) in asked}
+    has = row_fields(train)
+    shown = np.array([id(fields) in alike for fields in has.values], bool)[has.codes]
+    known = {_content(e) for row in np.flatnonzero(shown).tolist() if _asked(e := train[row]) in asked}
     if equal := [e for e in test if _content(e) in known]:
         notes.append(f"{_of(equal, test)} are also training rows: {listed(e.id for e in equal)}")
     pictures = _pictures(train)
@@ -32,7 +37,7 @@ def overlap(train: Sequence[Example], test: Sequence[Example], group: str = "") 
         notes.append(
             f"{_of(shared, test)} have a picture that is also in a training row: {listed(e.id for e in shared)}"
         )
-    groups = {e.columns[group] for e in train if group in e.columns}
+    groups = {columns[group] for columns in columns_of_rows(train).used() if group in columns}
     if group and (shared := [e for e in test if e.columns.get(group) in groups]):
         common = dict.fromkeys(e.columns[group] for e in shared)
         notes.append(f"{_of(shared, test)} have a {group!r} that is also in training rows: {listed(common)}")
@@ -55,12 +60,12 @@ def _shown(fields: Mapping[Modality, Content]) -> Hashable:
     return tuple(fields.items())
 
 
-def _different(rows: Iterable[Example]) -> dict[int, Mapping[Modality, Content]]:
+def _different(rows: Sequence[Example]) -> dict[int, Mapping[Modality, Content]]:
     """The fields of the rows, each once where rows share them, as those of a keyframe do."""
-    return {id(row.fields): row.fields for row in rows}
+    return {id(fields): fields for fields in row_fields(rows).used()}
 
 
-def _pictures(rows: Iterable[Example]) -> set[Path]:
+def _pictures(rows: Sequence[Example]) -> set[Path]:
     fields = _different(rows).values()
     paths = {path for field in fields for content in field.values() if isinstance(content, tuple) for path in content}
     return {Path(os.path.normpath(path)) if ".." in path.parts else path for path in paths}  # "a/../b" is "b"

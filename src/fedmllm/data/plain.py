@@ -153,7 +153,8 @@ class _Columns:
     def rows(self) -> LazyRows:
         """The rows."""
         kept = np.array([index for index in range(len(self.ids)) if index not in self.left_out], np.int64)
-        ids, numbers = [self.ids[index] for index in kept], np.array(self.numbers, np.int32)[kept]
+        ids = [self.ids[index] for index in kept.tolist()] if self.left_out else self.ids
+        numbers = np.array(self.numbers, np.int32)[kept]
         texts = [id_ for id_ in ids if isinstance(id_, str)]
         return LazyRows(
             Texts.of(texts) if len(texts) == len(ids) else ids,
@@ -163,7 +164,7 @@ class _Columns:
             self.columns.column(kept),
             partial(_place, self.plan.file, numbers),
             self.plan.announced,
-            {place: self.odd[index] for place, index in enumerate(kept.tolist()) if index in self.odd},
+            {place: self.odd[row] for place, row in enumerate(kept.tolist()) if row in self.odd} if self.odd else {},
         )
 
 

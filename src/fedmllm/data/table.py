@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fedmllm.core.errors import ConfigError, DataError
+from fedmllm.core.rows import columns_of_rows, different_endings, row_fields
 from fedmllm.core.spec import ADDED_LATER, Spec
 from fedmllm.core.types import Content, Example, Modality
 from fedmllm.data.answers import as_choice, as_word, is_ambiguous, read_answer, reading_of
@@ -339,13 +340,12 @@ class Table(Dataset):
         """The rows with their answers as choices, in one reading for all splits."""
         reading = self.answers
         if reading == "auto":
-            examples = list(rows.examples)
+            examples = different_endings(rows.examples)
             if is_ambiguous(examples):
                 for other in sorted({self.train, self.validation, self.test} - {named, ""}):
                     examples += self._read(other, other == self.test, "skip").examples
             reading = reading_of(examples)
-        different = {(e.answer, e.choices): e for e in rows.examples}.values()
-        if all(as_choice(e.answer, e.choices, reading) == e.answer for e in different):
+        if all(as_choice(e.answer, e.choices, reading) == e.answer for e in different_endings(rows.examples)):
             return rows
         placed = ((example.where, example) for example in rows.examples)
         read = collect(placed, lambda _, example: read_answer(example, reading), self.on_bad_row)
@@ -355,7 +355,7 @@ class Table(Dataset):
         """Notes on short texts that fill many cells: they may stand for a missing one."""
         notes = []
         for modality, column in by_modality(self.columns.text, "text").items():
-            written = Counter(text for e in examples if isinstance(text := e.fields.get(modality), str))
+            written = Counter(text for has in row_fields(examples) if isinstance(text := has.get(modality), str))
             short, number = Counter[str](), written.total()
             for text, count in written.items():
                 if len(text.strip()) <= SHORT_TEXT:
@@ -373,7 +373,7 @@ class Table(Dataset):
         notes = []
         for column, key in ((self.columns.client, "client"), (self.group, self.group)):
             spellings: dict[str, str] = {}
-            different = {id(e.columns): e.columns for e in examples}.values() if column else ()
+            different = columns_of_rows(examples).used() if column else ()
             for name in dict.fromkeys(columns[key] for columns in different if key in columns):
                 if (first := spellings.setdefault(name.casefold(), name)) != name:
                     notes.append(

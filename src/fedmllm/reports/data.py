@@ -70,7 +70,7 @@ class Federation:
             test = data.load("test")
         except FedmllmError as error:
             return replace(self, notes=(*self.notes, f"no test rows: {error}"))
-        fields = (*row_fields(self.examples).values, *row_fields(test.examples).values)
+        fields = (*row_fields(self.examples).used(), *row_fields(test.examples).used())
         paths = dict.fromkeys(path for several in fields for path in _paths(several))
         missing = [path for path in paths if not is_there(path)]
         lost = f"{len(missing)} of {len(paths)} image files are not there: {listed(missing[:5])}"

@@ -60,7 +60,7 @@ def assign(
     """
     if not examples:
         raise DataError("the training split is empty: there are no rows to partition")
-    if any("client" in columns for columns in columns_of_rows(examples).values):
+    if any("client" in columns for columns in columns_of_rows(examples).used()):
         refuse_simulation(partition)
     if isinstance(partition, Published):
         rows, masks = partition.assign(examples, modalities, scenario)
