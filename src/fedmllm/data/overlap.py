@@ -28,8 +28,8 @@ def overlap(train: Sequence[Example], test: Sequence[Example], group: str = "") 
     asked, outlines = {_asked(e) for e in test}, {_shown(e.fields) for e in test}
     alike = {key for key, fields in _different(train).items() if _shown(fields) in outlines}
     has = row_fields(train)
-    shown = np.array([id(fields) in alike for fields in has.values], bool)[has.codes]
-    known = {_content(e) for row in np.flatnonzero(shown).tolist() if _asked(e := train[row]) in asked}
+    visible = np.array([id(fields) in alike for fields in has.values], bool)[has.codes]
+    known = {_content(e) for row in np.flatnonzero(visible).tolist() if _asked(e := train[row]) in asked}
     if equal := [e for e in test if _content(e) in known]:
         notes.append(f"{_of(equal, test)} are also training rows: {listed(e.id for e in equal)}")
     pictures = _pictures(train)
