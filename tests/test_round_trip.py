@@ -75,6 +75,9 @@ OTHER: dict[str, dict[str, Any]] = {
     "imagine.components": {"kind": "flow", "components": 33},
     "imagine.ridge": {"kind": "mean", "ridge": 0.2},
     "flower-sites.secure": {"secure": {"drop_outs": "recover", "bits": 20}},
+    "tiny.device_map": {"device_map": ["cuda:0", "cuda:1"]},
+    "hf.device_map": {"device_map": ["cuda:0", "cuda:1"]},
+    "stacked.devices": {"devices": ["cpu", "cpu"]},
     "lora.ranks": {"ranks": [8, 4]},
     "lora.train_extra": {"train_extra": ["resampler"]},
     "columns.image": {"image": {"CAM_FRONT": "front", "CAM_BACK": "back"}},
@@ -105,6 +108,7 @@ WITH: dict[str, dict[str, Any]] = {
     "client-dp": {"update_filter": {"on_bad_update": "drop_client"}},
     "row-dp": {"train": {"clip_norm": 0}},
     "retrieve": {"public": {"rows": 4}},
+    "graph-attention": {"public": {"rows": 4}},
 }
 SPECS: dict[str, type[Spec]] = {
     "train": Train, "evaluate": Evaluate, "update_filter": UpdateFilter, "personal": Personal, "checkpoint": Checkpointing,

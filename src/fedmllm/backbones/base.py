@@ -181,7 +181,8 @@ class BackboneSpec(Named):
     @model_validator(mode="after")
     def _layers_can_be_spread(self) -> BackboneSpec:
         check_device_map(self)
-        if self.device_map and "device" in self.model_fields_set:
+        # A full dump names every default, so `device` counts as given if it is another one.
+        if self.device_map and self.device != type(self).model_fields["device"].default:
             raise ValueError(f"device_map: got {list(self.device_map)} with device = {self.device!r}; give one of them")
         return self
 
