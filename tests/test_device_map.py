@@ -136,3 +136,15 @@ def test_a_suite_leaves_such_cells_on_their_devices(monkeypatch: pytest.MonkeyPa
     assert find_devices([], [cell], 0) == []
     with pytest.raises(ConfigError, match=r"^--device: cells have backbone.device_map, which names their devices"):
         find_devices(["cuda"], [cell], 0)
+
+
+def test_cells_on_the_same_cards_are_not_run_at_a_time() -> None:
+    cells = [spread(["cuda:0", "cuda:1"])]
+    with pytest.raises(ConfigError, match=r"--jobs: got 2; cells have backbone.device_map = \['cuda:0', 'cuda:1'\]"):
+        find_devices([], cells, 2)
+    assert find_devices([], cells, 1) == find_devices([], [spread()], 2) == []
+
+
+def test_a_record_with_every_default_is_read_back() -> None:
+    made = spread(["cuda:0", "cuda:1"])
+    assert Experiment.parse(made.model_dump(mode="json")) == made

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fedmllm.cli.main import app
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, DataError, FedmllmError
-from fedmllm.runs.predict import predict
+from fedmllm.runs.predict import predict, table_of
 from fedmllm.runs.predictions import read_predictions
 from fedmllm.runs.run import run
 
@@ -108,6 +108,21 @@ def test_a_folder_of_pictures_is_predicted_as_it_lies_there(tmp_path: Path) -> N
     (kept,) = read_predictions(tmp_path / "run" / "predictions.jsonl.gz")
     best = {one.example.id: one.example.choices[one.scores.index(max(one.scores))] for one in kept.predictions}
     assert {row["id"]: row["answer"] for row in evaluated} == best
+    (tmp_path / "rows.csv").write_text(
+        "scan,ill\n" + "".join(f"train/dog/{i}.png,{['no', 'yes'][i // 2 % 2]}\n" for i in (0, 2, 4, 6))
+    )
+    own = {**data, "train": "rows.csv", "test": "rows.csv", "choices": ["no", "yes"], "images": str(tmp_path)}
+    for image, places in (({"xray": "scan"}, ["0.png", "1.png", "2.png"]), ("", None)):
+        columns = {"image": image, "answer": "ill", "text": "" if image else "scan"}
+        experiment = Experiment.parse({**table, "data": {**own, "columns": columns}})
+        if places is None:
+            with pytest.raises(
+                ConfigError, match=r"new: a folder of pictures, one a row, and the experiment reads no pictures;"
+            ):
+                table_of(experiment, tmp_path / "new", {})
+            continue
+        rows = table_of(experiment, tmp_path / "new", {}).load("test").examples
+        assert [row.fields["xray"] for row in rows] == [(tmp_path / "new" / place,) for place in places]
     with pytest.raises(DataError, match=r"new: a folder of pictures without answers; allowed: one of metadata.jsonl"):
         Experiment.parse({**table, "data": {**data, "train": "new"}}).data.load("train")
     with pytest.raises(ConfigError, match=r'data.columns.answer: got ""; .* name their column in .*train'):

@@ -111,3 +111,9 @@ def test_files_that_need_a_closer_look(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.csv").write_bytes(data)
     with pytest.raises(ValueError, match=r"."):
         list(csv_blocks(tmp_path / "x.csv", "", 4))
+
+
+@pytest.mark.parametrize("on_bad_row", ["fail", "skip"])
+def test_a_file_whose_first_rows_are_all_bad(tmp_path: Path, on_bad_row: str) -> None:
+    bad = dict.fromkeys(CELLS, "") | {"front": "../x\0.png", "report": "", "label": "yes", "site": "x"}
+    assert "../x" in str(loaded(tmp_path, "bad", [{"id": f"r{i}", **bad} for i in range(3)], on_bad_row=on_bad_row))

@@ -105,7 +105,8 @@ def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> N
 
 def _with_values(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     says = {row["metric"] for row in rows if row["value"] or (row["value"] is not None and row["metric"] not in COUNTS)}
-    return [row for row in rows if row["metric"] in says or row["metric"] == rows[0]["metric"]]
+    headlines = {row["run_id"]: row["metric"] for row in reversed(rows)}  # the first row of each run
+    return [row for row in rows if row["metric"] in says or row["metric"] == headlines[row["run_id"]]]
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

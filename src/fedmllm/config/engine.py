@@ -66,7 +66,8 @@ class InProcess(Engine):
     supports = ALL
 
 
-_DEVICE = r"all|cpu|cuda(:[0-9]+)?"
+_DEVICE = r"all|cpu|cuda(:(0|[1-9][0-9]?))?"
+_DEVICES = "allowed: 'all' by itself, or CUDA devices by number such as ['cuda:0', 'cuda:1']"
 
 
 def _numbered(device: str) -> str:
@@ -95,14 +96,14 @@ class Stacked(Engine):
     def _are_devices_of_one_kind(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if not re.fullmatch(_DEVICE, name):
-                raise ValueError(f"got {name!r}; allowed: 'all', 'cpu', or CUDA devices by number such as 'cuda:1'")
+                raise ValueError(f"{name!r} is not a known device; {_DEVICES}")
         numbers = [_numbered(name) for name in names]
         if "all" in names and len(names) > 1:
-            raise ValueError(f"got {list(names)}; 'all' stands alone")
+            raise ValueError(f"'all' with other names; {_DEVICES}")
         if "cpu" in names and set(names) != {"cpu"}:
-            raise ValueError(f"got {list(names)}; CPU and CUDA differ too much in speed to divide a round")
+            raise ValueError(f"a CPU is too slow to divide a round with CUDA devices; {_DEVICES}")
         if twice := [name for name in numbers if name != "cpu" and numbers.count(name) > 1]:
-            raise ValueError(f"got {twice[0]!r} twice; one copy of the model a device")
+            raise ValueError(f"{twice[0]!r} is named twice, and a device has one copy of the model; {_DEVICES}")
         return names
 
     def includes(self, device: str) -> bool:

@@ -26,7 +26,7 @@ from fedmllm.core.code_digest import bytes_digest, file_digest, helper_files, ob
 from fedmllm.core.errors import ConfigError, FedmllmError
 
 GROUP = "fedmllm.plugins"
-HINT = f'; one of your own: --import FILE.py, or imports = ["FILE.py"], or an entry point of the group {GROUP}'  # of a name
+HINT = f'; for one of your own give --import FILE.py, imports = ["FILE.py"], or an entry point of the group {GROUP}'
 PREFIX = "fedmllm_plugin_"  # of the module name of a plug-in that is loaded from a path
 
 

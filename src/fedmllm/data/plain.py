@@ -124,6 +124,8 @@ class _Columns:
         self.endings, self.columns = _Part(plan.answer), _Part(plan.columns)
         self.odd: dict[int, Example] = {}
         self.left_out: set[int] = set()
+        self._silent: list[bool] = []  # of each part of `fields`: it has no text
+        self._asked: list[bool] = []  # of each part of `questions`
 
     def add(self, ids: Sequence[str | int], numbers: Sequence[int], cells: Mapping[str, Sequence[str]]) -> list[int]:
         """Add rows; return the indices of those that have to be read as a whole."""
@@ -131,11 +133,16 @@ class _Columns:
         self.numbers.extend(numbers)
         parts = [part.add(cells, len(ids)) for part in (self.fields, self.questions, self.endings, self.columns)]
         whole = {index for codes in parts if -1 in codes for index, code in enumerate(codes) if code < 0}
-        if "" in self.questions.parts:  # a row asks something, or has a text
-            silent = [not any(isinstance(content, str) for content in has.values()) for has in self.fields.parts]
-            asked = [question != "" for question in self.questions.parts]
+        for has in self.fields.parts[len(self._silent) :]:
+            self._silent.append(not any(isinstance(content, str) for content in has.values()))
+        self._asked += [question != "" for question in self.questions.parts[len(self._asked) :]]
+        if not all(self._asked):  # a row asks something, or has a text
             codes = enumerate(zip(parts[0], parts[1], strict=True))
-            whole |= {index for index, (has, question) in codes if silent[has] and not asked[question]}
+            whole |= {
+                i
+                for i, (has, question) in codes
+                if has >= 0 <= question and self._silent[has] and not self._asked[question]
+            }
         return sorted(whole)
 
     def replace(self, index: int, row: Example) -> None:

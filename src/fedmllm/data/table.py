@@ -183,9 +183,10 @@ class Table(Dataset):
 
     def modalities(self) -> tuple[Modality, ...]:
         c = self.columns
-        return (*self._image_columns(), *by_modality(c.text, "text"), *c.series, *c.variants)
+        return (*self.image_columns(), *by_modality(c.text, "text"), *c.series, *c.variants)
 
-    def _image_columns(self) -> dict[Modality, str]:
+    def image_columns(self) -> dict[Modality, str]:
+        """Return the columns of pictures, by modality."""
         return by_modality(self.columns.image or IMAGE_COLUMN.get(form_of(self.train, self.form), ""), "image")
 
     def metrics(self) -> Sequence[str]:
@@ -269,7 +270,7 @@ class Table(Dataset):
 
     def _options(self, files: Sequence[File], named: str) -> Options:
         c = self.columns
-        images = tuple(self._image_columns().values())
+        images = tuple(self.image_columns().values())
         mapped = {
             *images,
             *by_modality(c.text, "text").values(),
@@ -324,7 +325,7 @@ class Table(Dataset):
         default = Columns()
         named = {key: getattr(self.columns, key) for key in sorted(Columns.model_fields) if key not in optional}
         named = {key: column for key, column in named.items() if column != getattr(default, key)}
-        mapped = {**self._image_columns(), **by_modality(self.columns.text, "text"), **named}
+        mapped = {**self.image_columns(), **by_modality(self.columns.text, "text"), **named}
         groups = {"series": self.columns.numbers(), "variants": self.columns.genes()}
         placed = [
             (f"{key}.{m}", name) for key, columns in groups.items() for m, names in columns.items() for name in names
@@ -408,7 +409,7 @@ class Table(Dataset):
         """Return how a CSV file is read column by column: by the methods that read a row, with a few of its cells."""
         if file.form != "csv" or file.contents or self._readings():
             return None
-        c, images, texts = self.columns, self._image_columns(), by_modality(self.columns.text, "text")
+        c, images, texts = self.columns, self.image_columns(), by_modality(self.columns.text, "text")
 
         @lru_cache(MOST_KEPT)
         def pictures(*cells: str) -> dict[Modality, Content]:
@@ -461,7 +462,7 @@ class Table(Dataset):
             marks = marks_in(text, place)
             question, pieces = split_at_marks(text)
         fields = self._images(row, place, file, marks)
-        if pieces and len(self._image_columns()) > 1:
+        if pieces and len(self.image_columns()) > 1:
             raise DataError(f"{place}: {MARK} in the middle of a text is read for rows with one image column only")
         for modality, name in by_modality(self.columns.text, "text").items():
             if not file.is_empty(row.get(name), self.na_values):
@@ -474,7 +475,7 @@ class Table(Dataset):
         return question, fields, pieces
 
     def _images(self, row: RawRow, place: str, file: File, marks: list[str]) -> dict[Modality, Content]:
-        columns, fields = self._image_columns(), dict[Modality, Content]()
+        columns, fields = self.image_columns(), dict[Modality, Content]()
         for modality, column in columns.items():
             cell = row.get(column)
             if isinstance(cell, list):

@@ -73,7 +73,8 @@ def advice(inputs: Inputs, result: Learned, trained: bool) -> list[str]:
     scores = {baseline["name"]: float(baseline["value"]) for baseline in result.baselines}
     if e.backbone.adapter:
         below = "" if trained else f", not clearly above the most frequent answer ({scores['majority']:.3f})"
-        found.append(f"the start adapter ({e.backbone.adapter}) already scores {scores['start']:.3f} here{below}")
+        already = "already " if trained else ""
+        found.append(f"the start adapter ({e.backbone.adapter}) {already}scores {scores['start']:.3f} here{below}")
     if trained:
         if result.value < scores["start"]:
             found.append(f"training lost {scores['start'] - result.value:.3f}: try a train.lr below {e.train.lr:g}")

@@ -14,7 +14,7 @@ from fedmllm.core.errors import ConfigError, DataError, FedmllmError
 from fedmllm.core.storage import check_writable, write_atomically, writing
 from fedmllm.core.types import Example, Prediction, Visible, visible_of
 from fedmllm.data.imagefolder import is_bare
-from fedmllm.data.table import Table
+from fedmllm.data.table import Table, by_modality
 from fedmllm.federation.evaluation import predict as predict_rows
 from fedmllm.runs.checkpoint import read_adapter
 from fedmllm.runs.folder import RunFolder
@@ -122,8 +122,11 @@ def table_of(experiment: Experiment, rows: Path, changed: Mapping[str, Any]) -> 
 
     Otherwise the columns have the names of the modalities, and `question` and `choices`. A folder of pictures without metadata
     has a row per picture.
+
+    Raises:
+        ConfigError: The rows are a folder of pictures, and the experiment does not read one picture a row.
     """
-    own = experiment.data
+    own, rows = experiment.data, rows.absolute()
     if isinstance(own, Table):
         table = own.dump()
         columns = {**table.get("columns", {}), "client": "", "keep": ()}
@@ -132,7 +135,16 @@ def table_of(experiment: Experiment, rows: Path, changed: Mapping[str, Any]) -> 
         columns = table["columns"]
     columns = {**columns, "answer": "", **changed}
     if is_bare(rows):  # its files have a name and nothing else
-        columns = {**columns, "id": "", "image": "file_name", "text": "", **changed}
+        pictures = own.image_columns() if isinstance(own, Table) else by_modality(columns.get("image", ""), "image")
+        if len(pictures) != 1:
+            reads = f"the pictures {', '.join(pictures)}" if pictures else "no pictures"
+            raise ConfigError(
+                f"{rows}: a folder of pictures, one a row, and the experiment reads {reads}; allowed: a table of rows, or a "
+                "folder with metadata.csv or metadata.jsonl"
+            )
+        image = dict.fromkeys(pictures, "file_name")
+        columns = {"answer": "", "image": image, **changed}
+        table = {key: value for key, value in table.items() if key != "images"} | {"form": "imagefolder"}
         if isinstance(own, Table) and not own.choices:
             table["choices"] = own.folder_labels()
     folder = rows.parent

@@ -103,8 +103,14 @@ def find_devices(names: Sequence[str], experiments: Sequence[Experiment], num_jo
     Raises:
         ConfigError: This machine has no such device, or a cell that has all devices would share them.
     """
-    if names and any(getattr(experiment.backbone, "device_map", ()) for experiment in experiments):
+    maps = [list(layout) for e in experiments if (layout := getattr(e.backbone, "device_map", ()))]
+    if maps and names:
         raise ConfigError("--device: cells have backbone.device_map, which names their devices; leave out --device")
+    if num_jobs > 1 and any(not name.startswith("cpu") for spread_over in maps for name in spread_over):
+        raise ConfigError(
+            f"--jobs: got {num_jobs}; cells have backbone.device_map = {maps[0]} and would be on the same devices; "
+            "allowed: 1"
+        )
     spread = [devices for e in experiments if (devices := getattr(e.engine, "devices", ()))]
     if spread and names:
         raise ConfigError("--device: cells have engine.devices, which names their devices; leave out one of the two")

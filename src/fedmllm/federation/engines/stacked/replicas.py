@@ -169,5 +169,9 @@ class ReplicaEngine:
                 "engine.devices: these clients belong to no experiment, so a copy of the model cannot be loaded"
             )
         backbone = experiment.backbone.model_copy(update={"device": str(device)}).load(experiment.seed)
+        if backbone.digest != self._clients.backbone.digest:
+            raise FedmllmError(
+                f"engine.devices: the model's files have changed since it was loaded first; {device}: {backbone.digest}"
+            )
         clients = replace(self._clients, backbone=backbone, store=self._clients.store.on(backbone))
         return StackedEngine(self._settings, clients, self._halt)
