@@ -95,6 +95,7 @@ NEEDS: dict[tuple[str, str], Callable[[Path], dict[str, Any]]] = {
         "completion": "retrieve",
         "public": {"rows": 4},
     },
+    ("relation", "graph-attention"): lambda _: {"relation": "graph-attention", "public": {"rows": 4}},
 }
 OTHER_TESTS = {  # where what needs processes of its own is compared byte for byte with in-process, which is tried here
     (
