@@ -117,9 +117,11 @@ def test_a_site_gets_an_adapter_of_its_own_limit_or_its_assigned_rank(
     else:
         in_process(rows, tmp_path, [aggregator, f"backbone.lora.ranks={ranks}"])
         one, two = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("out", "one"))
-        # A site trains its own rank, one process pads it to 8, and a product of another width rounds otherwise, which AdamW
-        # amplifies: 3e-5 was seen on an AMD EPYC, below 1e-5 on an Intel Xeon.
-        assert max(float((one[n] - two[n]).abs().max()) for n in two) < 1e-4
+        # A site trains its own rank, one process pads it to 8, and a product of another width rounds otherwise. AdamW amplifies
+        # that where a gradient is near 0: in three weights of 32,768 on an AMD EPYC, in none on an Intel Xeon.
+        apart = torch.cat([(one[n] - two[n]).flatten() for n in two])
+        assert int((apart.abs() > 1e-5).sum()) <= 3
+        assert float(apart.norm()) < 1e-5 * float(torch.cat([t.flatten() for t in two.values()]).norm())
         assert max(float(t.abs().max()) for t in two.values()) > 0.05
     if "hetlora" in name:
         assert min(c["rank"] for event in rounds for c in event["clients"]) < 3
