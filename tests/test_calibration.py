@@ -109,6 +109,19 @@ def test_rows_that_were_not_measured_are_counted_by_a_sample(tmp_path: Path) -> 
     assert "rows of 40 tokens, the most that are allowed, because no sample can be tokenized: a row has" in long.about
 
 
+def test_a_row_that_cannot_be_tokenized_is_left_out_of_the_sample(tmp_path: Path) -> None:
+    calibrate(experiment())
+    texts = ["short", "long " * 2000, "short", "short"]
+    lines = [f"{text},{('no', 'yes')[i % 2]}" for i, text in enumerate(texts)]
+    (tmp_path / "rows.csv").write_text("\n".join(["note,ill", *lines]) + "\n")
+    data = {
+        "name": "table", "root": str(tmp_path), "train": "rows.csv", "test": "rows.csv", "question": "Is it ill?",
+        "choices": ["no", "yes"], "columns": {"text": "note", "answer": "ill"},
+    }  # fmt: skip
+    about = round_time(experiment(data=data), TINY_WEIGHTS, CPU).about
+    assert "the mean of 3 of 4 training rows, tokenized now, nothing hidden" in about
+
+
 def test_the_command_line_measures_and_estimates(tmp_path: Path) -> None:
     (tmp_path / "e.toml").write_text(
         'data = { name = "synthetic-irony", num_train = 40, num_test = 8 }\npartition = { name = "iid", num_clients = 2 }\n'

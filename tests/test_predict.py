@@ -100,7 +100,10 @@ def test_a_folder_of_pictures_is_predicted_as_it_lies_there(tmp_path: Path) -> N
     data = {"name": "table", "root": str(tmp_path), "train": "train", "test": "train", "question": "What is it?"}
     table: dict[str, Any] = {"data": data, "partition": {"name": "iid", "num_clients": 2}, "num_rounds": 1}
     run(Experiment.parse({**table, "train": {"max_steps": 1}}), tmp_path / "run")
-    found = predict(tmp_path / "run", tmp_path / "new")
+    (tmp_path / "new" / "scan.dcm").write_text("")
+    said: list[str] = []
+    found = predict(tmp_path / "run", tmp_path / "new", notice=said.append)
+    assert any("scan.dcm" in text for text in said)
     assert [row["id"] for row in found] == ["0.png", "1.png", "2.png"]
     assert all(set(row["p"]) == {"cat", "dog"} for row in found)
     assert all(row["visible"] == ["image"] for row in found)

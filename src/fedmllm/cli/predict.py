@@ -51,12 +51,14 @@ def predict(
 
     from fedmllm.runs.predict import predict as start
 
-    began = time.perf_counter()
+    began, notices = time.perf_counter(), list[str]()
     with Progress(transient=True) as bar:
         task = bar.add_task("loading", total=None)
 
         def show(done: int, total: int) -> None:
             bar.update(task, description="rows", completed=done, total=total)
 
-        found = start(source, rows, out, settings, visible, columns, client, show)
+        found = start(source, rows, out, settings, visible, columns, client, show, notices.append)
+    for text in notices:
+        typer.echo(text, err=True)
     typer.echo(f"{len(found)} rows in {time.perf_counter() - began:.1f} s: {out}")

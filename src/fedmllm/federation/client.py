@@ -74,7 +74,11 @@ class RowStore:
         return store
 
     def complete(self, shards: Sequence[Shard]) -> None:
-        """Fill or convert the rows of these clients and keep the result: a completion may use the model of one thread."""
+        """Fill or convert the rows of these clients, and keep those until the next call.
+
+        A completion may use the model, which belongs to one thread.
+        """
+        self._completed.clear()
         for shard in shards if self._completer else ():
             for index, visible in zip(shard.rows, shard.visible, strict=True):
                 self._completed[index, visible] = self._filled(index, visible)

@@ -31,7 +31,7 @@ from fedmllm.config.engine import Stacked
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import make_folder, write_atomically, writing
-from fedmllm.core.types import visible_of
+from fedmllm.core.types import Example, visible_of
 from fedmllm.federation.client import planned_steps
 from fedmllm.federation.engines.stacked.memory import CPU_TOKENS
 from fedmllm.scenarios.assign import assign
@@ -178,12 +178,13 @@ def round_time(experiment: Experiment, num_weights: int, device: torch.device) -
     if found is None:
         return RoundTime(None, None, "this device is not calibrated; run `fedmllm calibrate EXPERIMENT.toml`")
     try:
-        sizes = _rows_of_clients(e)
+        examples = e.data.load("train").examples
+        sizes = _rows_of_clients(e, examples)
     except FedmllmError as error:
         return RoundTime(None, None, f"the rows cannot be read: {str(error).splitlines()[0]}")
     tokens, note = found.tokens.get(rows_key(e)), "as calibrated"
     if tokens is None:
-        tokens, note = _row_tokens(e)
+        tokens, note = _row_tokens(e, examples)
     note = f"; rows of {tokens:.0f} tokens, {note}"
     num_passes, num_rows = _passes_of_a_round(e, sizes, tokens, device)
     if speed := found.models.get(model_key(e)):
@@ -195,22 +196,28 @@ def round_time(experiment: Experiment, num_weights: int, device: torch.device) -
     return RoundTime(operations / rate, None, about)
 
 
-def _row_tokens(e: Experiment) -> tuple[float, str]:
-    """(mean tokens of a training row, how they are known): of a sample, or the most that are allowed."""
+def _row_tokens(e: Experiment, examples: Sequence[Example]) -> tuple[float, str]:
+    """(mean tokens of a training row, how they are known): of a sample that shows all it has, or the most that are allowed."""
+    sample, counts, fault = examples[:: math.ceil(len(examples) / SAMPLE)], list[int](), "there are no rows"
     try:
-        examples = e.data.load("train").examples
-        sample = examples[:: math.ceil(len(examples) / SAMPLE)]
         folder = base_folder(e.backbone, config_only=True)
         family = family_of(folder)
         model, processor = empty_model(folder, family), load_processor(folder, family)
         encoder = Encoder(model, processor, e.backbone.max_tokens, lambda _: False)
-        present = visible_of("all", e.data.modalities())
-        rows = [encoder.encode(e.prompt.render(example, present), e.prompt.target(example)) for example in sample]
-        mean = statistics.fmean(row.num_tokens for row in rows)
-        return mean, f"the mean of {len(rows)} of {len(examples)} training rows, tokenized now"
     except FedmllmError as error:
-        reason = str(error).splitlines()[0]
-        return float(e.backbone.max_tokens), f"the most that are allowed, because no sample can be tokenized: {reason}"
+        sample, fault = (), str(error).splitlines()[0]
+    present = visible_of("all", e.data.modalities())
+    for example in sample:
+        try:
+            row = encoder.encode(e.prompt.render(example, present), e.prompt.target(example))
+            counts.append(row.num_tokens)
+        except FedmllmError as error:  # a picture that cannot be read, or a row that is too long
+            fault = str(error).splitlines()[0]
+    if not counts:
+        return float(e.backbone.max_tokens), f"the most that are allowed, because no sample can be tokenized: {fault}"
+    return statistics.fmean(
+        counts
+    ), f"the mean of {len(counts)} of {len(examples)} training rows, tokenized now, nothing hidden"
 
 
 def _measured_on(device: torch.device) -> DeviceSpeed | None:
@@ -220,8 +227,8 @@ def _measured_on(device: torch.device) -> DeviceSpeed | None:
     return known.get(key) or next(iter(alike), None)
 
 
-def _rows_of_clients(e: Experiment) -> list[int]:
-    shards = assign(e.data.load("train").examples, e.data.modalities(), e.partition, e.scenario, e.seed)
+def _rows_of_clients(e: Experiment, examples: Sequence[Example]) -> list[int]:
+    shards = assign(examples, e.data.modalities(), e.partition, e.scenario, e.seed)
     sizes = [len(shard.rows) for shard in shards if shard.rows]
     return [sum(sizes)] if e.method == "centralised" else sizes
 

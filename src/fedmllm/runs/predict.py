@@ -35,6 +35,7 @@ def predict(
     columns: Mapping[str, Any] | None = None,
     client: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Predict the answers of rows, which need none of their own.
 
@@ -47,6 +48,8 @@ def predict(
         columns: Keys of `data.columns` that differ from those of the experiment, such as {"image": "scan"}.
         client: Whose adapter to take, for a run of method "local": a number, or the name of a site.
         progress: Called with (rows done, rows in all).
+        notice: Called with each finding about the files, such as one that was left out, and with what was wrong with each row
+            that `data.on_bad_row = "skip"` has left out.
 
     Returns:
         One dictionary per row in the order of the file: id, answer, visible; for closed questions `p`, choice ->
@@ -65,7 +68,11 @@ def predict(
     place, settings = adapter_of(Path(source), experiment, client)
     if not Path(rows).exists():
         raise DataError(f"{rows}: no such file or folder")
-    examples = table_of(settings, Path(rows), columns or {}).load("test").examples
+    found = table_of(settings, Path(rows), columns or {}).load("test")
+    if notice:
+        for text in (*found.notes, *found.skipped):
+            notice(text)
+    examples = found.examples
     kept = visible_of(visible, settings.data.modalities())
     backbone = settings.backbone.load(settings.seed)
     if place:
@@ -79,10 +86,10 @@ def predict(
         chunk = order[start : start + CHUNK]
         if completer:
             completer.warm([(examples[i], kept) for i in chunk], training=False)
-        found = predict_rows(
+        answered = predict_rows(
             backbone, settings.prompt, [examples[i] for i in chunk], kept, settings.evaluate, completer
         )
-        made |= dict(zip(chunk, found, strict=True))
+        made |= dict(zip(chunk, answered, strict=True))
         if progress:
             progress(len(made), len(order))
     result = [as_row(made[i], kept) for i in range(len(examples))]

@@ -133,8 +133,7 @@ class ReplicaEngine:
         """Train one part on each device at the same time; raises the first device's error once all have stopped."""
         while len(self._engines) < len(parts):
             self._engines.append(self._replica(self._devices[len(self._engines)]))
-        for part in parts:
-            self._clients.store.complete([self._clients.shards[client] for client in part])
+        self._clients.store.complete([self._clients.shards[client] for part in parts for client in part])
 
         def train(engine: StackedEngine, device: torch.device, part: Mapping[int, Sent]) -> list[ClientUpdate]:
             try:
