@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -236,6 +237,21 @@ def test_a_whole_federation(tmp_path: Path, more: dict[str, Any]) -> None:
         for name in ("stopped", "two")
     )
     assert ours == theirs
+
+
+def test_a_run_that_is_resumed_on_other_devices_says_so(tmp_path: Path) -> None:
+    """The record has the devices of the copies, and `resumed` names a change."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    with pytest.raises(KeyboardInterrupt):
+        whole_run(two, CPUS, [Stop("round", 2)])
+    assert events(two)[0]["device"]["name"] == "cpu, cpu"
+    shutil.copytree(two, one)
+    whole_run(two, CPUS, resume=True)
+    whole_run(one, (), resume=True)
+    same, other = (events(folder, "resumed")[0] for folder in (two, one))
+    assert not same["changed"]
+    assert other["device"]["name"] == "cpu"
+    assert "cpu, cpu" in str(other["changed"])
 
 
 def test_rows_are_filled_before_the_threads_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedmllm.algorithms.relations import Matrix
 
 SLOPE = 0.2  # of LeakyReLU below 0, as in graph attention networks
-TAU = 1e-6  # of Adam: gradients are far below 1, and their size should not count
+TAU = 1e-6  # added to Adam's denominator: gradients are far below 1, and their size should not count
 
 
 class GraphAttention(LearnedRelation):
@@ -36,7 +36,8 @@ class GraphAttention(LearnedRelation):
     In each round the server trains W, V and a by Adam on the mean, over the clients that trained, of the loss of row i's
     mixture on the public rows, masked as the client's own are. Its slope along R_ij is <gradient, theta_j>: one backward pass
     of the adapter a client. a starts at 0: without training each round is FedAvg's. `static` attention is that of the paper,
-    LeakyReLU(a . [W h_i, W h_j]), which ranks the clients alike for everyone (arXiv:2105.14491).
+    LeakyReLU(a . [W h_i, W h_j]), which ranks the clients alike for everyone (arXiv:2105.14491). W, V and the sketch are drawn
+    once, the same for each seed of an experiment.
 
     The server needs single deltas, the profiles, the public rows and a model to train.
     """
@@ -53,7 +54,7 @@ class GraphAttention(LearnedRelation):
     steps: NonNegativeInt = 1
     """Training steps a round, each of one pass over the public rows for each client that trained."""
     lr: NonNegativeFloat = 0.1
-    """Learning rate of Adam, about the largest step of a weight."""
+    """Learning rate of Adam without bias correction: steps of a weight of up to twice this."""
     keep: NonNegativeFloat = 0.0
     """Factor of the own adapter's prior weight for a client that did not train in a round."""
     static: bool = False

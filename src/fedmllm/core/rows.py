@@ -41,7 +41,7 @@ class Coded(Generic[_T]):
         return cls(list(different.values()), np.fromiter(map(number.__getitem__, keys), np.int32, len(keys)))
 
     def __getitem__(self, row: int) -> _T:
-        value: _T = self.values[self.codes[row]]
+        value: _T = self.values[self.codes.item(row)]
         return value
 
     def __iter__(self) -> Iterator[_T]:
@@ -87,7 +87,7 @@ class Texts:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        return self._text[self._ends[index] : self._ends[index + 1]]
+        return self._text[self._ends.item(index) : self._ends.item(index + 1)]
 
     def at(self, places: Sequence[int]) -> list[str]:
         """Return the texts at some places."""

@@ -169,14 +169,14 @@ class _Columns:
             self.questions.column(kept),
             self.endings.column(kept),
             self.columns.column(kept),
-            partial(_place, self.plan.file, numbers),
+            partial(_place, f"{self.plan.file}:", numbers),
             self.plan.announced,
             {place: self.odd[row] for place, row in enumerate(kept.tolist()) if row in self.odd} if self.odd else {},
         )
 
 
-def _place(file: Path, numbers: np.ndarray[Any, Any], row: int) -> str:
-    return f"{file}:{numbers[row]}"
+def _place(before: str, numbers: np.ndarray[Any, Any], row: int) -> str:
+    return f"{before}{numbers.item(row)}"
 
 
 class _Part(dict[tuple[str | None, ...], int], Generic[_T]):

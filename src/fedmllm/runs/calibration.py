@@ -215,9 +215,8 @@ def _row_tokens(e: Experiment, examples: Sequence[Example]) -> tuple[float, str]
             fault = str(error).splitlines()[0]
     if not counts:
         return float(e.backbone.max_tokens), f"the most that are allowed, because no sample can be tokenized: {fault}"
-    return statistics.fmean(
-        counts
-    ), f"the mean of {len(counts)} of {len(examples)} training rows, tokenized now, nothing hidden"
+    about = f"the mean of {len(counts)} of {len(examples)} training rows, tokenized now, nothing hidden"
+    return statistics.fmean(counts), about
 
 
 def _measured_on(device: torch.device) -> DeviceSpeed | None:

@@ -62,7 +62,7 @@ class Checkpointer:
             settings=self._identity,
             digests=self._inputs.digests,
             versions=versions(),
-            device=device(self._inputs.backbone),
+            device=device(self._inputs),
         )
         self._checkpoints.save(run_state, progress.params, progress.state)
 

@@ -317,10 +317,14 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("fedmllm", "torch", "transformers", "peft", "numpy")}
 
 
-def device(backbone: Backbone) -> dict[str, Any]:
-    """Return the device of the computation."""
+def device(inputs: Inputs) -> dict[str, Any]:
+    """Return the device of the computation, or the devices."""
+    from fedmllm.federation.engines.stacked.replicas import find_replica_devices
+
+    backbone, engine = inputs.backbone, inputs.experiment.engine
+    copies = find_replica_devices(getattr(engine, "devices", ()), backbone.device)
     return {
-        "name": ", ".join(backbone.devices) or str(backbone.device),
+        "name": ", ".join(backbone.devices or map(str, copies)),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
@@ -339,7 +343,7 @@ def heading(inputs: Inputs) -> Started:
         run_id=e.run_id(),
         settings=e.model_dump(mode="json"),
         versions=versions(),
-        device=device(inputs.backbone),
+        device=device(inputs),
         digests=inputs.digests,
         num_train=sum(len(shard.rows) for shard in inputs.shards),
         num_test=len(inputs.test),

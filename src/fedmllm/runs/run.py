@@ -107,7 +107,7 @@ def execute(
         state = start.run_state
         before = {"versions": state.versions, "device": state.device}
         sent = state.totals.up_bytes + state.totals.down_bytes
-        now: dict[str, Any] = {"versions": versions(), "device": device(inputs.backbone)}
+        now: dict[str, Any] = {"versions": versions(), "device": device(inputs)}
         session.emit(
             Resumed(state.round, state.totals.num_rounds, **now, changed=differences(before, now), sent_bytes=sent)
         )

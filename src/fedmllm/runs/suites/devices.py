@@ -103,23 +103,18 @@ def find_devices(names: Sequence[str], experiments: Sequence[Experiment], num_jo
     Raises:
         ConfigError: This machine has no such device, or a cell that has all devices would share them.
     """
-    maps = [list(layout) for e in experiments if (layout := getattr(e.backbone, "device_map", ()))]
-    if maps and names:
-        raise ConfigError("--device: cells have backbone.device_map, which names their devices; leave out --device")
-    if num_jobs > 1 and any(not name.startswith("cpu") for spread_over in maps for name in spread_over):
-        raise ConfigError(
-            f"--jobs: got {num_jobs}; cells have backbone.device_map = {maps[0]} and would be on the same devices; "
-            "allowed: 1"
-        )
-    spread = [devices for e in experiments if (devices := getattr(e.engine, "devices", ()))]
-    if spread and names:
-        raise ConfigError("--device: cells have engine.devices, which names their devices; leave out one of the two")
-    if any("cpu" not in devices for devices in spread):
-        if num_jobs > 1:
-            raise ConfigError(
-                f"--jobs: got {num_jobs}; cells have engine.devices = {list(spread[0])} and would be on the same devices; "
-                "allowed: 1, or leave out engine.devices and let --device give each cell a device"
-            )
+    maps = [("backbone.device_map", list(own)) for e in experiments if (own := getattr(e.backbone, "device_map", ()))]
+    spread = [("engine.devices", list(own)) for e in experiments if (own := getattr(e.engine, "devices", ()))]
+    if maps or spread:
+        place, _ = (maps + spread)[0]
+        if names:
+            raise ConfigError(f"--device: cells have {place}, which names their devices; leave out one of the two")
+        for place, own in maps + spread:
+            if num_jobs > 1 and any(not name.startswith("cpu") for name in own):
+                raise ConfigError(
+                    f"--jobs: got {num_jobs}; cells have {place} = {own} and would be on the same devices; "
+                    f"allowed: 1, or leave out {place} and let --device give each cell a device"
+                )
         return []
     asked = {getattr(experiment.backbone, "device", None) for experiment in experiments}
     if not names and not asked <= {"auto", "cuda"}:
