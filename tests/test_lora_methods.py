@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -548,6 +548,18 @@ def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
         assert torch.allclose(after[a], wanted, atol=1e-12)
 
 
+def test_hetlora_keeps_a_direction_trainable_that_every_client_of_a_round_lacks() -> None:
+    params, aggregator = adapter(1, zero_b=True), pick("hetlora")
+    small = replace(at(ranks=(2, 4, 3)), cohort=(0, 2))
+    after, _ = aggregator.apply(params, {}, small, [u for u in trained(aggregator, params, {}, small) if u.client != 1])
+    for b, a in pairs(after).values():
+        assert bool((b[:, 3:] == 0).all())  # the model is the published mean
+        assert bool((a[:3].norm(dim=1) > 0).all())
+        assert bool((a[3:].norm(dim=1) > 0.1).all())
+    large = aggregator.sends(after, {}, at(2, ranks=(2, 4, 3)), 1).start
+    assert all(bool((a.norm(dim=1) > 0).all()) for _, a in pairs(large).values())
+
+
 def fallen(update: ClientUpdate, start: Params, first: int, factor: float) -> ClientUpdate:
     """The update of a client whose directions from `first` on end at `factor` times their start."""
     delta = dict(update.delta)
@@ -899,11 +911,45 @@ DATA = {"data": "synthetic-irony", "partition": {"name": "iid", "num_clients": 4
             {"backbone": {"name": "tiny", "lora": {"init": "principal"}}},
             r'lora\.init: got "principal"; fedavg starts from "kaiming"',
         ),
+        (
+            {"method": "local", "aggregator": "flexlora", "backbone": {"name": "tiny", "lora": {"ranks": [4, 8]}}},
+            r'lora\.ranks: got \[4, 8\]; no effect with method = "local"',
+        ),
+        (
+            {"method": "personal", "aggregator": "hetlora", "backbone": {"name": "tiny", "lora": {"ranks": [4, 8]}}},
+            r'lora\.ranks: got \[4, 8\]; no effect with method = "personal", which trains adapters of rank lora\.r',
+        ),
+        (
+            {"aggregator": {"name": "hetlora", "tail_from": 0.5}},
+            r"tail_from: got 0\.5; no effect with tail_penalty = 0",
+        ),
     ],
 )
 def test_combinations_without_meaning_are_refused(table: dict, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         Experiment.parse({**DATA, **table})
+
+
+def test_ranks_that_are_equal_are_no_mixture() -> None:
+    assert (
+        Experiment.parse({**DATA, "backbone": {"name": "tiny", "lora": {"ranks": [8, 8]}}}).aggregator.name == "fedavg"
+    )
+
+
+OPTIMIZERS = sorted(name for name, member in Aggregator.members.items() if cast("type[Aggregator]", member).optimizes)
+
+
+@pytest.mark.parametrize("server", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["rolora", "ffa-lora", "fedsa-lora", "fedilora", "fed-plora"])
+def test_every_optimizer_steps_under_a_method_whose_factors_rest_in_turn(name: str, server: str) -> None:
+    aggregator, params = pick(name, server=server), adapter(1)
+    state = aggregator.init(params)
+    for number in (1, 2, 3):
+        before = params
+        ranks = RANKS if aggregator.mixed_ranks else ()
+        params, state, _ = step(aggregator, params, state, at(number, ranks))
+        assert any(not torch.equal(params[n], before[n]) for n in params)
+    assert params.keys() == adapter(1).keys()
 
 
 def row_of(number: int, **columns: str) -> Example:

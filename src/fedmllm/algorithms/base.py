@@ -285,7 +285,8 @@ class WithServer(Aggregator):
             return added(params, delta, lr), state
         mine = {k.removeprefix("server."): tree for k, tree in state.items() if k.startswith("server.")}
         moving = _moving(params, delta)
-        inner = {k: {n: tree[n] for n in moving} for k, tree in mine.items()}
+        # a tree made in the first round lacks the factor that rested then, whose own first round is now
+        inner = {k: {n: tree[n] for n in moving} for k, tree in mine.items() if moving.keys() <= tree.keys()}
         whole = ClientUpdate(0, {n: delta[n] for n in moving}, 1, {})
         moved, after = self.server.apply(moving, inner, at, [whole])
         merged = {f"server.{k}": {**mine.get(k, {}), **tree} for k, tree in after.items()}

@@ -181,17 +181,24 @@ def _appended(t: Tensor, number: int, dim: int) -> Tensor:
     return torch.cat([t, t.new_zeros(shape)], dim=dim)
 
 
-def revived(params: Params, seed: int, round_: int) -> Params:
+def revived(params: Params, seed: int, round_: int, least: float = DEAD) -> Params:
     """`params` with every dead direction made trainable: B's column 0, A's row drawn uniformly from +-1 / sqrt C.
 
-    A direction of zero in both factors has zero gradients for ever. The product changes by less than DEAD.
+    A direction of zero in both factors has zero gradients for ever.
+
+    Args:
+        params: An adapter.
+        seed: Of the experiment.
+        round_: Number of the round.
+        least: A direction of at most this share of the largest one's size is dead: its product is lost. 0 = only one that is
+            zero in both factors, so that the product is untouched and a B that has not been trained yet keeps its A.
     """
     import torch
 
     out = dict(params)
     for name, (b, a) in pairs(params).items():
         size = b.norm(dim=0).double() * a.norm(dim=1).double()
-        dead = size <= DEAD * size.max()
+        dead = size <= least * size.max() if least else (b == 0).all(dim=0) & (a == 0).all(dim=1)
         if bool(dead.any()):
             bound = 1 / math.sqrt(a.shape[1])
             fresh = torch.empty(a.shape, dtype=a.dtype)

@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, model_validator
 
 from fedmllm.algorithms.base import Aggregator, WithServer
-from fedmllm.algorithms.lowrank import A, B, names_of, of_rank, others, pairs, product_norm, rank_of, rebuilt
+from fedmllm.algorithms.lowrank import A, B, names_of, of_rank, others, pairs, product_norm, rank_of, rebuilt, revived
 from fedmllm.algorithms.objectives import ClientView
 from fedmllm.core.errors import FedmllmError, NothingToAverage
 from fedmllm.core.rng import stream
@@ -181,7 +181,8 @@ class HetLora(Aggregator):
     """Zero-padded factors are averaged with weights |B_k A_k|_F / sum, over all modules together (HetLoRA, arXiv:2401.06432).
 
     A baseline: every round shrinks the directions above a rank by the weight of the clients that lack them, also if no
-    client learns anything.
+    client learns anything. A direction that every client of a round lacks becomes zero; A is then drawn anew, or no client
+    could ever train the direction again.
 
     Self-pruning of ranks, the paper's second part, is off unless `tail_penalty` is set: a client of rank r has the term
     tail_penalty * sum over modules of |B[:, f:]| |A[f:]| with f = floor(tail_from * r), Frobenius norms. If that sum fell in a
@@ -196,6 +197,12 @@ class HetLora(Aggregator):
     tail_from: Annotated[float, Field(gt=0, lt=1), ADDED_LATER] = 0.99
     """Share of a client's directions that are not in the tail; 0.99 is published, and leaves one direction to the tail of
     every rank from 2 to 100."""
+
+    @model_validator(mode="after")
+    def _tail_is_penalized(self) -> HetLora:
+        if not self.tail_penalty and self.tail_from != type(self).model_fields["tail_from"].default:
+            raise ValueError(f"tail_from: got {self.tail_from}; no effect with tail_penalty = 0; set tail_penalty")
+        return self
 
     def init(self, params: Params) -> State:
         import torch
@@ -245,7 +252,7 @@ class HetLora(Aggregator):
         for update, local, share in zip(used, locals_, shares, strict=True):
             for name, t in padded(local, params).items():
                 after[name] += (update.num_examples / rows if name in plain else share) * t
-        return after, _with_ranks(state, pruned)
+        return revived(after, at.seed, at.number, least=0.0), _with_ranks(state, pruned)
 
     def _first(self, rank: int) -> int:
         """The first direction of the tail; `rank` = there is no tail."""

@@ -101,7 +101,7 @@ class Lora(Spec):
         """
         if self.rank_column:
             return f'backbone.lora.rank_column: got "{self.rank_column}"'
-        return f"backbone.lora.ranks: got {list(self.ranks)}" if self.ranks else ""
+        return f"backbone.lora.ranks: got {list(self.ranks)}" if len(set(self.ranks)) > 1 else ""
 
     def at_most(self, rank: int) -> Lora:
         """Limit the rank, at the same scaling.

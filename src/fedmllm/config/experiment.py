@@ -205,7 +205,12 @@ class Experiment(Spec):
     @model_validator(mode="after")
     def _engine_and_settings_suit_the_aggregator(self) -> Experiment:
         aggregator = self.server()
-        check_engine_carries(aggregator, self.engine, self.backbone.lora.unequal() if self.federates else "")
+        unequal = self.backbone.lora.unequal()
+        if unequal and self.method != "federated":
+            raise ValueError(
+                f'{unequal}; no effect with method = "{self.method}", which trains adapters of rank lora.r; leave it out'
+            )
+        check_engine_carries(aggregator, self.engine, unequal)
         if isinstance(self.engine, FlowerSites) and self.engine.secure:
             check_secure(self, self.engine.secure, self.cohort_size)
         if aggregator.one_round and self.num_rounds > 1:
