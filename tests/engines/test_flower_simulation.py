@@ -74,22 +74,39 @@ METHODS = [
     "flora",
     "hetlora",
     "fedalt",
+    "rolora",
+    "fedrot-lora",
+    "lora-fair",
+    "flexlora",
+    "raflora",
+    "florist",
+    "fedsvd",
+    "fedilora",
+    "yoco",
 ]
+RANKED = ("fed-plora", "flora", "hetlora", "flexlora", "raflora", "florist", "fedilora")
 
 
 @pytest.mark.parametrize("aggregator", METHODS)
 def test_three_rounds_give_the_bytes_of_in_process(tmp_path, aggregator):
-    ranks = {"ranks": [2, 8, 4]} if aggregator in ("fed-plora", "flora", "hetlora") else {}
+    lora = {"ranks": [2, 8, 4]} if aggregator in RANKED else {"init": "principal"} if aggregator == "yoco" else {}
     prunes = {"tail_penalty": 10.0, "tail_from": 0.7} if aggregator == "hetlora" else {}
-    table = {**TABLE, "aggregator": {"name": aggregator, **prunes}, "backbone": {"name": "tiny", "lora": ranks}}
+    table = {**TABLE, "aggregator": {"name": aggregator, **prunes}, "backbone": {"name": "tiny", "lora": lora}}
+    table["num_rounds"] = num_rounds = 1 if aggregator == "yoco" else 3
     if aggregator == "fedavg":  # actors complete rows by themselves
         table |= {"completion": {"name": "retrieve", "test": True}, "public": {"rows": 6}}
     simulated = adapter({**table, "engine": SIMULATION}, tmp_path / "simulation")
     assert simulated == adapter({**table, "engine": "in-process"}, tmp_path / "in-process")
     rounds = [event for event in read(tmp_path / "simulation" / "record.jsonl") if event["event"] == "round"]
-    assert [len(event["clients"]) for event in rounds] == [3, 3, 3]
+    assert [len(event["clients"]) for event in rounds] == [3] * num_rounds
     if prunes:
         assert len({(c["client"], c["rank"]) for event in rounds for c in event["clients"]}) > 4
+
+
+def test_models_that_are_fine_tuned_are_those_of_in_process(tmp_path):
+    table = {**TABLE, "method": "personal", "personal": {"mu": 0.1}, "num_rounds": 2}
+    simulated = adapter({**table, "engine": SIMULATION}, tmp_path / "simulation")
+    assert simulated == adapter({**table, "engine": "in-process"}, tmp_path / "in-process")
 
 
 def test_a_graph_that_the_server_learns_is_that_of_in_process(tmp_path):

@@ -70,6 +70,13 @@ def test_engines_agree_in_two_rounds(load: Load, examples: list[Example], name: 
                 params, state = aggregator.apply(params, state, at, iter(updates))
         return updates, params, state
 
+    first = Round(1, 0, 4, tuple(COHORT), len(SIZES), ranks)
+    begin, state = start, aggregator.init(start)
+    clients = replace(plain, aggregator=aggregator, state=ClientStateStore(tmp_path / "c"))
+    sents = {client: aggregator.sends(begin, state, first, client) for client in COHORT}
+    if name not in ONE_ROUND:  # see below
+        alone, stacked = (engine(clients, sents, round_=1) for engine in (one_after_another, together))
+        assert_same(alone, stacked, largest=1e-12)
     # The second round starts from one engine's first, so that only a round's own rounding counts.
     expected, params, state = rounds(one_after_another, tmp_path / "a")
     if name == PRUNED:
