@@ -106,7 +106,7 @@ class FLora(Growing):
     mixed_ranks: ClassVar[bool] = True
     warm_start: ClassVar[bool] = False
     lr: PositiveFloat = 1.0
-    """Factor of a round's increment."""
+    """Factor of a round's increment, and of the mean delta of other tensors."""
 
     def sends(self, params: Params, state: State, at: Round, client: int) -> Sent:
         start = of_rank(self._fresh(params, at), at.rank(client))

@@ -25,6 +25,7 @@ class FedAlt(Aggregator):
     name: Literal["fedalt"] = "fedalt"
     needs: ClassVar[frozenset[str]] = frozenset({"frozen-adapter", "scale"})
     global_model: ClassVar[bool] = False
+    no_server: ClassVar[str] = "has no global adapter that a server optimizer could move"
     own: Annotated[float, Field(gt=0, le=1)] = 0.5
     """a: weight of the client's own adapter."""
 

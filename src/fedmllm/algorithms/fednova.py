@@ -24,6 +24,7 @@ class FedNova(Aggregator):
 
     name: Literal["fednova"] = "fednova"
     needs: ClassVar[frozenset[str]] = frozenset({"extra"})
+    no_server: ClassVar[str] = "applies its normalized mean with its own lr"
     lr: PositiveFloat = 1.0
     """Factor of the normalized mean delta."""
 

@@ -225,7 +225,8 @@ class Experiment(Spec):
             )
         if self.method == "personal" and (aggregator.grows or aggregator.one_round or not aggregator.global_model):
             raise ValueError(
-                f'method: got "personal", which fine-tunes a global adapter of rank lora.r; {aggregator.name} has none'
+                f'method: got "personal", which fine-tunes a global adapter of rank lora.r; {aggregator.name} has '
+                f"{'one of another rank' if aggregator.global_model else 'none'}"
             )
         if self.method != "personal" and self.personal != Personal():
             raise ValueError(f'personal: no effect with method = "{self.method}"; set method = "personal"')
