@@ -181,7 +181,7 @@ class HetLora(Aggregator):
     """Zero-padded factors are averaged with weights |B_k A_k|_F / sum, over all modules together (HetLoRA, arXiv:2401.06432).
 
     A baseline: every round shrinks the directions above a rank by the weight of the clients that lack them, also if no
-    client learns anything. A direction that every client of a round lacks becomes zero; A is then drawn anew, or no client
+    client learns anything. A direction that every client of a round lacks becomes zero; A is then drawn again, or no client
     could ever train the direction again.
 
     Self-pruning of ranks, the paper's second part, is off unless `tail_penalty` is set: a client of rank r has the term
