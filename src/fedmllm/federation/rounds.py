@@ -38,15 +38,22 @@ class Progress:
 
 
 class Sends(Mapping[int, Sent]):
-    """Tensors for each client of a cohort. Made when they are read, so those of a large cohort are not all in memory."""
+    """Tensors for each client of a cohort. Made when they are read, so those of a large cohort are not all in memory.
+
+    The last client's are kept: an engine, the round and its record read them one after another.
+    """
 
     def __init__(self, aggregator: Aggregator, params: Params, state: State, at: Round, asked: Sequence[int]) -> None:
         self._aggregator, self._params, self._state, self._at, self._asked = aggregator, params, state, at, asked
+        self._last: tuple[int, Sent] | None = None
 
     def __getitem__(self, client: int) -> Sent:
         if client not in self._asked:
             raise KeyError(client)
-        return self._aggregator.sends(self._params, self._state, self._at, client)
+        last = self._last
+        if last is None or last[0] != client:
+            last = self._last = (client, self._aggregator.sends(self._params, self._state, self._at, client))
+        return last[1]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._asked)
