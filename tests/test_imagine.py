@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fedmllm.backbones.base import Tiny
 from fedmllm.config.experiment import Experiment
@@ -169,9 +170,64 @@ def test_the_model_reads_imagined_vectors(site, drawn):
     real = site.model.encode(Plain().render(drawn[60], present), "yes")  # type: ignore[attr-defined]
     assert row.num_tokens == real.num_tokens  # it takes the place of a picture
     assert row.image_key != real.image_key
-    assert torch.equal(site.model.picture_vectors(path), row.imagined)
+    assert torch.equal(site.model.picture_vectors(path), row.imagined[0])
     losses = [site.model.loss(site.model.collate([r]))[0].detach() for r in (row, real)]  # type: ignore[attr-defined]
     assert float((losses[0] - losses[1]).abs()) > 1e-4
+
+
+def two_pictures(folder: Path, rows: int = 16) -> dict[str, Any]:
+    """A table whose rows have two pictures and a note, as an experiment reads it."""
+    for i, colour in enumerate(("red", "blue", "white", "black")):
+        Image.new("RGB", (40, 30 + 10 * i), colour).save(folder / f"{i}.png")
+    for split in ("train", "test"):
+        lines = [f"{i},{i % 4}.png,{(i + 1) % 4}.png,note {i},{('no', 'yes')[i % 2]}" for i in range(rows)]
+        (folder / f"{split}.csv").write_text("\n".join(["id,mri,xray,note,label", *lines]))
+    columns = {"id": "id", "image": {"mri": "mri", "xray": "xray"}, "text": "note", "answer": "label"}
+    splits = {split: f"{split}.csv" for split in ("train", "test")}
+    return {
+        "name": "table",
+        "root": str(folder),
+        **splits,
+        "question": "Is it so?",
+        "choices": ["no", "yes"],
+        "columns": columns,
+    }
+
+
+def test_one_of_two_pictures_is_imagined(site, tmp_path: Path):
+    """The other one stays what the tower gives for it, before and behind the imagined one."""
+    data = Experiment.parse({"data": two_pictures(tmp_path)}).data
+    rows, three = data.load("train").examples, ("mri", "xray", "text")
+    completion = Imagine(kind="mean", picture="mri")
+    completer = Completer(completion, learned(completion, replace(site, modalities=three), tuple(rows)))
+    filled, present = completer(rows[0], frozenset({"xray", "text"}), True)
+    assert present == set(three)
+    (made,), (real,) = filled.fields["mri"], filled.fields["xray"]
+    assert real == rows[0].fields["xray"][0]
+    row = site.model.encode(Plain().render(filled, present), "yes")  # type: ignore[attr-defined]
+    both = site.model.features.vectors(row)  # type: ignore[attr-defined]
+    own = [site.model.picture_vectors(path) for path in (made, real)]
+    assert torch.equal(both[: len(own[0])], own[0])
+    assert torch.allclose(both[len(own[0]) :], own[1], rtol=0, atol=1e-4)  # computed in one pass with a blank picture
+
+
+@pytest.mark.parametrize("picture", ["mri", "xray"])
+def test_rows_of_two_pictures_train_by_both_engines(picture: str, tmp_path: Path):
+    table = {**TABLE, "num_rounds": 1, "data": two_pictures(tmp_path), "completion": {**CVAE, "picture": picture}}
+    table["train"] = {"lr": 1e-3, "batch_size": 4, "accumulation": 1, "max_steps": 4}
+    runs = [run(experiment(**table, engine=name), tmp_path / name) for name in ("stacked", "in-process")]
+    hidden = next(note for note in events(tmp_path / "stacked", "experiment")[0]["notes"] if "hidden" in note)
+    assert all(f"x {modality}" in hidden for modality in ("mri", "xray", "text"))
+    stacked, other = (result.adapter.tensors for result in runs)
+    assert all(torch.allclose(t, other[n], rtol=0, atol=1e-4) for n, t in stacked.items())
+
+
+def test_one_camera_of_six_is_imagined(tmp_path: Path):
+    driving = {"name": "synthetic-driving", "num_train": 24, "num_validation": 4, "num_test": 4}
+    completion = {**CVAE, "picture": "CAM_FRONT", "text": "speed"}
+    table = {**TABLE, "num_rounds": 1, "data": driving, "completion": completion}
+    result = run(experiment(**{**table, "scenario": {"name": "missing", "rate": 0.1}}), tmp_path / "run")
+    assert all(t.isfinite().all() for t in result.adapter.tensors.values())
 
 
 def test_it_leaks_and_says_so(site, drawn):
