@@ -175,7 +175,7 @@ def test_the_model_reads_imagined_vectors(site, drawn):
     assert float((losses[0] - losses[1]).abs()) > 1e-4
 
 
-def two_pictures(folder: Path, rows: int = 16) -> dict[str, Any]:
+def two_pictures(folder: Path, rows: int = 40) -> dict[str, Any]:
     """A table whose rows have two pictures and a note, as an experiment reads it."""
     for i, colour in enumerate(("red", "blue", "white", "black")):
         Image.new("RGB", (40, 30 + 10 * i), colour).save(folder / f"{i}.png")
@@ -328,18 +328,64 @@ def test_what_cannot_go_together_is_refused_when_it_is_read(changed: dict[str, A
     assert message in str(error.value)
 
 
-def test_one_complete_row_is_not_sent_to_all(monkeypatch):
-    """A generator that is learned from one row is a copy of it."""
-    table = {**TABLE, "scenario": {"name": "missing", "rate": 0.97}}
-    (seed,) = [n for n in range(40) if _complete(experiment(**table, seed=n)) == 1][:1]
+def few_rows(least: int, some: int) -> Experiment:
+    """An experiment of which one client has one complete row and `some` others have more; the first seed that draws it."""
+    table = {**TABLE, "num_rounds": 1, "scenario": {"name": "missing", "rate": 0.5}, "partition": {"name": "iid", "num_clients": 4}}
+    table["completion"] = {**CVAE, "least_rows": least}
+    for seed in range(200):
+        counts = _complete(found := experiment(**table, seed=seed))
+        if counts.count(1) == 1 and sum(count > 1 for count in counts) == some:
+            return found
+    raise AssertionError("no seed draws such clients")
+
+
+def test_a_client_with_one_complete_row_sends_nothing_before_training(tmp_path: Path):
+    """Its moments would be those of the row itself. The others learn the generator, and the record says who does not."""
+    e = few_rows(2, some=3)
+    run(e, tmp_path / "run")
+    rounds = events(tmp_path / "run", "completion_round")
+    left_out = _complete(e).index(1)
+    assert all(left_out not in [c["client"] for c in r["clients"]] and len(r["clients"]) == 3 for r in rounds)
+    note = "completion imagine: 1 of 4 clients with complete rows have fewer than 2 and take no part in learning it"
+    assert note in events(tmp_path / "run", "experiment")[0]["notes"]
+
+
+def test_the_least_number_of_rows_is_a_setting(tmp_path: Path):
+    run(few_rows(1, some=3), tmp_path / "run")
+    assert {len(r["clients"]) for r in events(tmp_path / "run", "completion_round")} == {4}
+    assert not any("take no part" in note for note in events(tmp_path / "run", "experiment")[0]["notes"])
+    assert "least_rows" not in Imagine().identity()  # which the run ids of earlier experiments do not know
+
+
+def test_a_client_below_the_least_number_returns_no_change(site, drawn):
+    start = Imagine(kind="mean").start(site)
+    delta, count, _ = Imagine(kind="mean").learn(site, drawn[:1], start, AT, 0)
+    assert count == 0
+    assert not any(t.any() for t in delta.values())
+    assert Imagine(kind="mean", least_rows=1).learn(site, drawn[:1], start, AT, 0)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("least", "fault"),
+    [
+        (20, r"no client has 20 complete rows; the most is \d+, and what fewer rows send gives them away"),
+        (1, "one complete row together, and what is learned from it is a copy of it"),
+    ],
+)
+def test_too_few_complete_rows_are_refused(least: int, fault: str, monkeypatch):
+    table = {**TABLE, "completion": {**CVAE, "least_rows": least}}
+    if least == 1:
+        table["scenario"] = {"name": "missing", "rate": 0.97}
+        table["seed"] = next(n for n in range(40) if sum(_complete(experiment(**table, seed=n))) == 1)
     monkeypatch.setattr(Tiny, "load", lambda self, seed: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match="one complete row together, and what is learned from it is a copy of it"):
-        Inputs.load(experiment(**table, seed=seed))
+    with pytest.raises(ConfigError, match=fault):
+        Inputs.load(experiment(**table))
 
 
-def _complete(e: Experiment) -> int:
+def _complete(e: Experiment) -> list[int]:
+    """Complete rows of each client."""
     shards = assign(e.data.load("train").examples, e.data.modalities(), e.partition, e.scenario, e.seed)
-    return sum(len(visible) == 2 for shard in shards for visible in shard.visible)
+    return [sum(len(visible) == 2 for visible in shard.visible) for shard in shards]
 
 
 def test_without_a_complete_row_nothing_is_loaded():

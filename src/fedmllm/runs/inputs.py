@@ -35,7 +35,13 @@ from fedmllm.runs.fingerprint import rows_digest
 from fedmllm.runs.own_rows import OwnRows, split_test_rows
 from fedmllm.scenarios.assign import assign, shards_digest
 from fedmllm.scenarios.availability import Always
-from fedmllm.scenarios.modalities.completion import Completer, CompletionSite, Nothing, hidden_slots
+from fedmllm.scenarios.modalities.completion import (
+    Completer,
+    CompletionSite,
+    Nothing,
+    hidden_slots,
+    rows_to_learn_from,
+)
 from fedmllm.scenarios.partitions import value_of
 
 
@@ -74,8 +80,9 @@ class Inputs:
         read = [unmasked(shard, modalities) for shard in shards] if experiment.completion.sees_hidden else shards
         checked, bad_train, of_train = check_shards(train.examples, read, data.on_bad_row)
         shards = checked if read is shards else masked_as(shards, checked)
+        of_learning = ""
         if experiment.completion.learns:
-            _check_complete_rows(experiment, shards, modalities)
+            of_learning = clients_left_out(experiment, shards, train.examples)
         public = experiment.public.load(data) if experiment.public.rows else ()
         of_public = public_notes(experiment, shards, train.examples, public, test.examples[:limit])
         test_rows, bad_test, of_test = check_rows(test.examples[:limit], evaluated, data.on_bad_row)
@@ -101,7 +108,7 @@ class Inputs:
             skipped=(*train.skipped, *test.skipped, *bad_train, *bad_test, *bad_validation),
             notes=tuple(
                 dict.fromkeys(
-                    (*train.notes, *test.notes, *of_train, *of_test, *shared, *of_public, *filter(None, [no_own]))
+                    (*train.notes, *test.notes, *of_train, *of_test, *shared, *of_public, *filter(None, [of_learning, no_own]))
                 )
             ),
             shards=shards,
@@ -214,17 +221,39 @@ def stated_rank(rows: Sequence[Example], column: str, most: int, client: int) ->
     return min(most, int(first))
 
 
-def _check_complete_rows(e: Experiment, shards: Sequence[Shard], modalities: Sequence[str]) -> None:
-    """Refuse to learn a completion from no row, or from one row, of which it would send a copy to all clients."""
-    own = sum(frozenset(modalities) <= visible for shard in shards for visible in shard.visible)
-    if own + (e.public.rows if e.public.client else 0) >= 2:
-        return
-    fault = "no client has a complete row to learn it from"
-    if own:
-        fault = "the clients have one complete row together, and what is learned from it is a copy of it"
-    raise ConfigError(
-        f"completion: got {e.completion.name!r}, but {fault}; set public.rows and public.client = true, or choose another "
-        "scenario"
+def clients_left_out(experiment: Experiment, shards: Sequence[Shard], train: Sequence[Example]) -> str:
+    """Say how many clients have too few complete rows to take part in learning a completion.
+
+    Args:
+        experiment: One whose completion learns.
+        shards: All clients without the public one.
+        train: Training rows.
+
+    Returns:
+        A note for the record; "" if each client with complete rows takes part.
+
+    Raises:
+        ConfigError: Nothing can be learned, or from one row alone, of which it would send a copy to all clients.
+    """
+    e, least = experiment, experiment.completion.min_rows()
+    own = [len(rows) for rows in rows_to_learn_from(e.completion, train, shards, e.data.modalities()).values()]
+    counts = [*own, *([e.public.rows] if e.public.client else [])]
+    if sum(count for count in counts if count >= least) < 2:
+        fault = "no client has a complete row to learn it from"
+        if any(counts) and max(counts) < least:
+            fault = f"no client has {least} complete rows; the most is {max(counts)}, and what fewer rows send gives them away"
+        elif any(counts):
+            fault = "the clients have one complete row together, and what is learned from it is a copy of it"
+        raise ConfigError(
+            f"completion: got {e.completion.name!r}, but {fault}; set public.rows and public.client = true, or choose another "
+            "scenario"
+        )
+    few, with_rows = sum(0 < count < least for count in counts), sum(count > 0 for count in counts)
+    if not few:
+        return ""
+    return (
+        f"completion {e.completion.name}: {few} of {with_rows} clients with complete rows have fewer than {least} and take no "
+        "part in learning it"
     )
 
 

@@ -158,6 +158,25 @@ class Completion(Named):
         """
         return 0
 
+    def learns_from(self, example: Example) -> bool:
+        """Return whether a complete row can be learned from.
+
+        Args:
+            example: The row.
+
+        Returns:
+            True unless a member says otherwise.
+        """
+        return True
+
+    def min_rows(self) -> int:
+        """Rows that a client needs to take part in learning.
+
+        Returns:
+            1 unless a member says otherwise.
+        """
+        return 1
+
     def start(self, site: CompletionSite) -> Params:
         """Weights before the first of these rounds.
 
@@ -176,7 +195,7 @@ class Completion(Named):
 
         Args:
             site: Frozen model and seed.
-            rows: The client's complete rows.
+            rows: The client's complete rows that can be learned from, at least `min_rows()`.
             params: The weights.
             at: The round.
             client: Its number, for random streams.
@@ -283,6 +302,31 @@ class Completer:
         fields = example.fields if self._completion.sees_hidden else present
         given = replace(example, fields=fields)
         return given if training else replace(given, answer="", columns={})
+
+
+def rows_to_learn_from(
+    completion: Completion, train: Sequence[Example], shards: Sequence[Shard], modalities: Sequence[Modality]
+) -> dict[int, list[Example]]:
+    """Find each client's complete rows from which a completion is learned.
+
+    Args:
+        completion: One that learns.
+        train: Training rows.
+        shards: All clients.
+        modalities: Of the data set.
+
+    Returns:
+        Client -> rows, [] where it has none.
+    """
+    whole = frozenset(modalities)
+    return {
+        shard.client: [
+            train[row]
+            for row, visible in zip(shard.rows, shard.visible, strict=True)
+            if visible >= whole and completion.learns_from(train[row])
+        ]
+        for shard in shards
+    }
 
 
 def hidden_slots(shards: Sequence[Shard], modalities: Sequence[Modality]) -> dict[Modality, int]:

@@ -52,6 +52,8 @@ class Imagine(Completion):
     in the space of the features' principal components, which the clients find first.
 
     What leaves a client in addition: moments of its complete rows' features, or generator weights, which can memorize them.
+    Moments of few rows give these rows away: those of one row are the row, and "mean" sends enough to solve for fewer rows
+    than the condition has values (138 for tiny). Twice as many are safe; `least_rows` is not that high by default.
     """
 
     learns: ClassVar[bool] = True
@@ -78,6 +80,8 @@ class Imagine(Completion):
     """Weight of the latent's divergence from the standard normal, of "cvae"."""
     ridge: PositiveFloat = 0.1
     """Penalty of "mean", for a condition of mean square 1."""
+    least_rows: Annotated[PositiveInt, ADDED_LATER] = 2
+    """Complete rows, each with one picture, that a client needs to take part: with fewer it sends nothing before training."""
     picture: str = "image"
     """Modality that is imagined."""
     text: str = "text"
@@ -103,6 +107,12 @@ class Imagine(Completion):
         generator = GENERATORS[self.kind]
         return generator.measured_rounds + (self.rounds if issubclass(generator, Trained) else 0)
 
+    def learns_from(self, example: Example) -> bool:
+        return len(example.fields.get(self.picture, ())) == 1
+
+    def min_rows(self) -> int:
+        return self.least_rows
+
     def start(self, site: CompletionSite) -> Params:
         return self._generator(site).start(site.seed)
 
@@ -115,7 +125,7 @@ class Imagine(Completion):
         pairs = [(self._condition(site, row, True), _vectors(site, row, self.picture)) for row in rows]
         count = self._sizes(site)[1]
         usable = [(c, v.flatten()) for c, v in pairs if v.numel() == count]
-        if not usable:
+        if len(usable) < self.least_rows:  # pictures of which the tower gives another number of vectors
             return zero, 0, 0.0
         c_BC, f_BF = torch.stack([c for c, _ in usable]), torch.stack([v for _, v in usable])
         generator = self._generator(site)
