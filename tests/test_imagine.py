@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_the_regression_recovers_what_is_linear(site, drawn, monkeypatch):
     completion = Imagine(kind="mean", ridge=1e-6)
     c, f = completion._sizes(site)
     matrix = torch.randn(c, f, generator=torch.Generator().manual_seed(0))
-    real = {row.id: completion._condition(site, row, True) @ matrix for row in drawn[:200]}
+    real = {row.id: completion._condition(site, row, row.answer) @ matrix for row in drawn[:200]}
     monkeypatch.setattr(
         "fedmllm.scenarios.modalities.imagine._vectors", lambda site, row, modality: real[row.id].view(8, -1)
     )
@@ -118,7 +119,7 @@ def test_a_flow_without_velocity_draws_normal_noise(site, drawn):
     params = learned(Imagine(kind="flow", rounds=1, steps=1), site, drawn[:60]).learned
     still = {n: torch.zeros_like(t) if n.startswith("velocity") else t for n, t in params.items()}
     flow = Imagine(kind="flow")._generator(site)
-    condition = Imagine()._condition(site, drawn[0], True)
+    condition = Imagine()._condition(site, drawn[0], drawn[0].answer)
     draws = torch.stack([flow.component(still, condition, torch_stream(0, "row", i)) for i in range(500)])  # type: ignore[attr-defined]
     assert torch.equal(draws[7], torch.randn(32, generator=torch_stream(0, "row", 7)))
     whole = flow.drawing(still)(condition, torch_stream(0, "row", 7))
@@ -133,7 +134,7 @@ def test_pictures_that_do_not_differ_are_what_is_drawn(kind, site, drawn):
     completion = Imagine(kind=kind, **({} if kind == "mean" else {"rounds": 1, "steps": 3}))
     draw = completion._generator(site).drawing(learned(completion, site, tuple(rows)).learned)
     real = _vectors(site, drawn[0], "image").flatten()
-    made = [draw(completion._condition(site, rows[0], True), torch_stream(0, "row", i)) for i in range(5)]
+    made = [draw(completion._condition(site, rows[0], rows[0].answer), torch_stream(0, "row", i)) for i in range(5)]
     spread = torch.stack(made).std(0).max()
     assert spread <= 1e-2 * real.std()
     assert all(torch.allclose(f, real, rtol=0, atol=1e-2 * float(real.std())) for f in made if kind != "mean")
@@ -145,7 +146,7 @@ def test_draws_follow_the_condition(kind, site, drawn):
     completion = Imagine(kind=kind, rounds=2, steps=60, components=8)
     draw = completion._generator(site).drawing(learned(completion, site, drawn[:200]).learned)
     real = {row.id: _vectors(site, row, "image").flatten() for row in drawn}
-    made = {row.id: draw(completion._condition(site, row, True), torch_stream(0, "row", row.id)) for row in drawn[200:]}
+    made = {row.id: draw(completion._condition(site, row, row.answer), torch_stream(0, "row", row.id)) for row in drawn[200:]}
 
     def means(features: dict[Any, torch.Tensor], rows: tuple[Example, ...]) -> torch.Tensor:
         yes, no = ([features[r.id] for r in rows if (r.answer == r.choices[0]) == first] for first in (True, False))
@@ -228,6 +229,35 @@ def test_one_camera_of_six_is_imagined(tmp_path: Path):
     table = {**TABLE, "num_rounds": 1, "data": driving, "completion": completion}
     result = run(experiment(**{**table, "scenario": {"name": "missing", "rate": 0.1}}), tmp_path / "run")
     assert all(t.isfinite().all() for t in result.adapter.tensors.values())
+
+
+def test_the_answer_counts_only_where_it_should(site, drawn):
+    """`own` draws for the row's answer, `any` reads it neither in learning nor in drawing, `random` draws one for each row."""
+    other = [replace(row, answer=next(c for c in row.choices if c != row.answer)) for row in drawn]
+
+    def pictures(answer: str, rows: Sequence[Example], known: Sequence[Example] = drawn[:60]) -> list[Any]:
+        completion = Imagine(kind="mean", answer=answer)  # type: ignore[arg-type]
+        completer = Completer(completion, learned(completion, site, tuple(known)))
+        return [completer(row, TEXT, True)[0].fields["image"] for row in rows]
+
+    rows, others = drawn[60:80], other[60:80]
+    assert all(a != b for a, b in zip(pictures("own", rows), pictures("own", others), strict=True))
+    assert pictures("any", rows) == pictures("any", others)
+    assert pictures("any", rows) == pictures("any", rows, other[:60])  # learned without the answers
+    random = pictures("random", rows)
+    assert random == pictures("random", others)
+    assert random == pictures("random", rows[::-1])[::-1]  # of the row's own stream
+    same = [a == b for a, b in zip(random, pictures("own", rows), strict=True)]
+    assert 0 < sum(same) < len(same)  # some draws are the row's own answer
+
+
+def test_controls_of_the_answer_have_names_and_run_ids(tmp_path: Path):
+    assert "answer" not in Imagine().identity()  # which the run ids of earlier experiments do not know
+    assert Imagine(answer="any").label() == "imagine(answer=any)"
+    for answer in ("any", "random"):
+        table = {**TABLE, "num_rounds": 1, "completion": {**CVAE, "answer": answer}}
+        result = run(experiment(**table), tmp_path / answer)
+        assert all(t.isfinite().all() for t in result.adapter.tensors.values())
 
 
 def test_it_leaks_and_says_so(site, drawn):

@@ -15,7 +15,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.images import CANVAS, FEATURES
-from fedmllm.core.rng import torch_stream
+from fedmllm.core.rng import stream, torch_stream
 from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.storage import write_tensors
 from fedmllm.core.types import Example, Modality, Params, Round
@@ -82,6 +82,9 @@ class Imagine(Completion):
     """Penalty of "mean", for a condition of mean square 1."""
     least_rows: Annotated[PositiveInt, ADDED_LATER] = 2
     """Complete rows, each with one picture, that a client needs to take part: with fewer it sends nothing before training."""
+    answer: Annotated[Literal["own", "any", "random"], ADDED_LATER] = "own"
+    """Answer in the condition: the training row's own; none, in learning as in drawing (a control); or, drawn for each filled
+    row, one of its choices (a control)."""
     picture: str = "image"
     """Modality that is imagined."""
     text: str = "text"
@@ -122,7 +125,7 @@ class Imagine(Completion):
         import torch
 
         zero = {name: torch.zeros_like(t) for name, t in params.items()}
-        pairs = [(self._condition(site, row, True), _vectors(site, row, self.picture)) for row in rows]
+        pairs = [(self._condition(site, row, self._known(row)), _vectors(site, row, self.picture)) for row in rows]
         count = self._sizes(site)[1]
         usable = [(c, v.flatten()) for c, v in pairs if v.numel() == count]
         if len(usable) < self.least_rows:  # pictures of which the tower gives another number of vectors
@@ -156,7 +159,17 @@ class Imagine(Completion):
             )
         return channels + LABELS + 2, values
 
-    def _condition(self, site: CompletionSite, example: Example, labelled: bool) -> Tensor:
+    def _known(self, example: Example) -> str | None:
+        """The answer that is part of a real row's condition; None = none is."""
+        return None if self.answer == "any" else example.answer
+
+    def _asked(self, example: Example, seed: int) -> str | None:
+        """The answer for which a training row's picture is drawn; None = none is given."""
+        if self.answer != "random" or not example.choices:
+            return self._known(example)
+        return example.choices[int(stream(seed, "imagine-answer", str(example.id)).integers(len(example.choices)))]
+
+    def _condition(self, site: CompletionSite, example: Example, answer: str | None) -> Tensor:
         """[C]: text embedding, whether there is a text, the answer's place, whether it is given."""
         import torch
 
@@ -164,7 +177,7 @@ class Imagine(Completion):
         ids, vectors_LD = site.model.token_vectors(str(text) if text else "a")
         shape = torch.zeros(vectors_LD.shape[1])
         embedding = vectors_LD.mean(0) * shape.numel() ** 0.5 if text and ids else shape
-        place = example.choices.index(example.answer) if labelled and example.answer in example.choices else LABELS
+        place = example.choices.index(answer) if answer is not None and answer in example.choices else LABELS
         if place < LABELS:
             label[[place, LABELS]] = 1.0
         return torch.cat([embedding, torch.tensor([1.0 if text else 0.0]), label])
@@ -182,7 +195,7 @@ class _Imagining(Filling):
         import torch
 
         with torch.no_grad():
-            c = s._condition(site, example, training)
+            c = s._condition(site, example, s._asked(example, site.seed) if training else None)
             made_F = self._draw(c, torch_stream(site.seed, "imagine-row", str(example.id)))
         like = site.model.picture_vectors(_canvas(site.folder))
         return replace(example, fields={**example.fields, s.picture: (_stored(site.folder, made_F.view_as(like)),)})
