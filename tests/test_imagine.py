@@ -398,7 +398,7 @@ def test_a_client_below_the_least_number_returns_no_change(site, drawn):
 @pytest.mark.parametrize(
     ("least", "fault"),
     [
-        (20, r"no client has 20 complete rows; the most is \d+, and what fewer rows send gives them away"),
+        (20, r"no client has 20 complete rows to learn it from; the most is \d+, and fewer rows are given away"),
         (1, "one complete row together, and what is learned from it is a copy of it"),
     ],
 )

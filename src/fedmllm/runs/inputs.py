@@ -24,7 +24,7 @@ from fedmllm.config.train import Train
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.tensors import params_digest as tensors_digest
 from fedmllm.core.types import Example, Params, Shard, State, answer_label, visible_of
-from fedmllm.data.overlap import overlap
+from fedmllm.data.overlap import overlap, twins
 from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.federation.client import Clients, RowStore, planned_steps
 from fedmllm.federation.public_loss import MeanLoss, masks_like
@@ -241,7 +241,7 @@ def clients_left_out(experiment: Experiment, shards: Sequence[Shard], train: Seq
     if sum(count for count in counts if count >= least) < 2:
         fault = "no client has a complete row to learn it from"
         if any(counts) and max(counts) < least:
-            fault = f"no client has {least} complete rows; the most is {max(counts)}, and what fewer rows send gives them away"
+            fault = f"no client has {least} complete rows to learn it from; the most is {max(counts)}, and fewer rows are given away"
         elif any(counts):
             fault = "the clients have one complete row together, and what is learned from it is a copy of it"
         raise ConfigError(
@@ -279,9 +279,20 @@ def public_notes(
     public: Sequence[Example],
     test: Sequence[Example],
 ) -> list[str]:
-    """Return findings about completion and public rows for the record."""
+    """Return findings about completion and public rows for the record.
+
+    Raises:
+        DataError: Rows of `public.data` are the clients' own.
+    """
     e = experiment
     notes = [f"public rows: {note}" for note in overlap(public, test, e.data.group_column())]
+    if own := twins(public, train):
+        row, twin = own[0]
+        found = f"{len(own)} of {len(public)} public rows are also training rows"
+        first = f"the first is {row.where}, id {row.id}, which is {twin.where}, id {twin.id}"
+        if e.public.data not in (None, e.data):
+            raise DataError(f"public.data: {found} of the clients; {first}. allowed: rows that no client holds")
+        notes.append(f"public rows: {found}; {first}")
     if e.completion.name == "none":
         return notes
     hidden = hidden_slots(shards, e.data.modalities())
@@ -290,7 +301,7 @@ def public_notes(
     notes.append(f"completion {e.completion.label()}{source}; hidden in the training rows: {slots}")
     if e.completion.sees_hidden:
         notes.append(f"completion {e.completion.name} gets what the masks hide: a bound, not a method")
-    if e.completion.leaks:
+    if e.completion.may_leak():
         notes.append(f"completion {e.completion.name}: what it fills into training rows can give their answers away")
     return [*notes, *e.completion.notes(train, public)]
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import Named
 from fedmllm.core.types import Conversation, Example, Modality, Params, Round, Shard, Visible
 
@@ -32,6 +32,23 @@ class FrozenModel(Protocol):
 
     def generate_frozen(self, prompts: Sequence[Conversation], max_new_tokens: int) -> list[str]:
         """Return greedy answers of the model without its adapter."""
+
+
+def require_kind(key: str, modality: Modality, kind: str, allowed: frozenset[Modality]) -> None:
+    """Refuse a setting that names a modality of another kind.
+
+    Args:
+        key: The setting, as in "completion.to".
+        modality: Its value.
+        kind: The kind that is needed: "pictures" or "text".
+        allowed: Modalities of that kind.
+
+    Raises:
+        ConfigError: The modality is not among them.
+    """
+    if modality not in allowed:
+        listed = ", ".join(sorted(allowed)) or f"none, as the rows have no {kind}"
+        raise ConfigError(f"{key}: got {modality!r}, which has no {kind}; allowed: {listed}")
 
 
 @cache
@@ -137,6 +154,25 @@ class Completion(Named):
         Raises:
             ConfigError: A setting does not fit.
         """
+
+    def check_kinds(self, pictures: frozenset[Modality], texts: frozenset[Modality]) -> None:
+        """Check settings that name modalities, after `check`. Called if the data set knows its kinds before it is read.
+
+        Args:
+            pictures: Modalities of the data set whose content is pictures.
+            texts: All others.
+
+        Raises:
+            ConfigError: A setting names a modality of the other kind.
+        """
+
+    def may_leak(self) -> bool:
+        """Return whether the settings let filled content give the answer away.
+
+        Returns:
+            `leaks` unless a member says otherwise.
+        """
+        return self.leaks
 
     def notes(self, train: Sequence[Example], public: Sequence[Example]) -> Sequence[str]:
         """Findings about the rows for the record.

@@ -19,7 +19,7 @@ from fedmllm.core.rng import stream, torch_stream
 from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.storage import write_tensors
 from fedmllm.core.types import Example, Modality, Params, Round
-from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling
+from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling, require_kind
 from fedmllm.scenarios.modalities.generators import GENERATORS, Generator, GeneratorSizes, Trained
 
 if TYPE_CHECKING:
@@ -95,6 +95,16 @@ class Imagine(Completion):
             if getattr(self, key) not in modalities:
                 allowed = ", ".join(modalities)
                 raise ConfigError(f"completion.{key}: got {getattr(self, key)!r}; the rows have {allowed}")
+        if self.picture == self.text:
+            others = ", ".join(m for m in modalities if m != self.picture) or "none"
+            raise ConfigError(f"completion.text: got {self.text!r}, which is also `picture`; allowed: {others}")
+
+    def check_kinds(self, pictures: frozenset[Modality], texts: frozenset[Modality]) -> None:
+        require_kind("completion.picture", self.picture, "pictures", pictures)
+        require_kind("completion.text", self.text, "text", texts)
+
+    def may_leak(self) -> bool:
+        return self.answer == "own"
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Imagine:
