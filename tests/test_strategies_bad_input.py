@@ -246,3 +246,22 @@ def test_other_public_rows_are_read(tmp_path: Path):
     other = {**data, "question": "Another?", "validation": "other.jsonl"}
     run(experiment(data, "retrieve", public={"rows": 3, "data": other}), tmp_path / "run")
     assert not any("public rows are also" in note for note in events(tmp_path / "run", "experiment")[0]["notes"])
+
+
+CROSS = {"name": "cross", "clients": {"image": 1, "text+labs": 1}}
+
+
+@pytest.mark.parametrize(("dropout", "measures"), [("importance", True), ("uniform", False), ("none", None)])
+def test_a_dropout_without_a_complete_row_is_noted(dropout: str, measures: bool | None, tmp_path: Path):
+    changed: dict[str, Any] = {"scenario": CROSS, "modality_dropout": dropout}
+    run(experiment(table(tmp_path, "one class"), "uniform", **changed), tmp_path / "run")
+    notes = [n for n in events(tmp_path / "run", "experiment")[0]["notes"] if "modality_dropout" in n]
+    text = f"modality_dropout {dropout}: no client has a complete row, so no row loses a modality"
+    assert notes == ([] if measures is None else [text + ", and no importance is measured" * measures])
+
+
+def test_a_dropout_with_complete_rows_is_not_noted(tmp_path: Path):
+    data = table(tmp_path, "one class")
+    changed: dict[str, Any] = {"scenario": CROSS, "modality_dropout": "uniform", "public": {"rows": 3, "client": True}}
+    run(experiment(data, "uniform", **changed), tmp_path / "run")
+    assert not any("modality_dropout" in note for note in events(tmp_path / "run", "experiment")[0]["notes"])

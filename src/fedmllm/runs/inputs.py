@@ -42,6 +42,7 @@ from fedmllm.scenarios.modalities.completion import (
     hidden_slots,
     rows_to_learn_from,
 )
+from fedmllm.scenarios.modalities.dropout import NoDropout
 from fedmllm.scenarios.partitions import value_of
 
 
@@ -94,6 +95,7 @@ class Inputs:
             mask = frozenset(modalities)
             shards = (*shards, Shard(len(shards), tuple(held), (mask,) * len(public), "public"))
             rows = (*rows, *public)
+        of_dropout = dropout_note(experiment, shards)
         own_rows, no_own = split_test_rows(experiment, shards, train.examples, test_rows)
         if not test_rows and experiment.metrics():  # a server of real sites may have no test rows
             raise DataError(f"{data.name}: no usable test row")
@@ -108,7 +110,7 @@ class Inputs:
             skipped=(*train.skipped, *test.skipped, *bad_train, *bad_test, *bad_validation),
             notes=tuple(
                 dict.fromkeys(
-                    (*train.notes, *test.notes, *of_train, *of_test, *shared, *of_public, *filter(None, [of_learning, no_own]))
+                    (*train.notes, *test.notes, *of_train, *of_test, *shared, *of_public, *filter(None, [of_learning, of_dropout, no_own]))
                 )
             ),
             shards=shards,
@@ -255,6 +257,23 @@ def clients_left_out(experiment: Experiment, shards: Sequence[Shard], train: Seq
         f"completion {e.completion.name}: {few} of {with_rows} clients with complete rows have fewer than {least} and take no "
         "part in learning it"
     )
+
+
+def dropout_note(experiment: Experiment, shards: Sequence[Shard]) -> str:
+    """Say that a modality dropout has no effect, because no client has a complete row.
+
+    Args:
+        experiment: Its modality dropout and data set.
+        shards: All clients, the public one included.
+
+    Returns:
+        A note for the record; "" if there is a complete row, or no dropout.
+    """
+    dropout, modalities = experiment.modality_dropout, frozenset(experiment.data.modalities())
+    if dropout == NoDropout() or any(modalities <= visible for shard in shards for visible in shard.visible):
+        return ""
+    measured = ", and no importance is measured" if dropout.measured_rows() else ""
+    return f"modality_dropout {dropout.name}: no client has a complete row, so no row loses a modality{measured}"
 
 
 def completer_of(experiment: Experiment, backbone: Backbone, public: tuple[Example, ...]) -> Completer | None:
