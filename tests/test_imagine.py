@@ -146,7 +146,10 @@ def test_draws_follow_the_condition(kind, site, drawn):
     completion = Imagine(kind=kind, rounds=2, steps=60, components=8)
     draw = completion._generator(site).drawing(learned(completion, site, drawn[:200]).learned)
     real = {row.id: _vectors(site, row, "image").flatten() for row in drawn}
-    made = {row.id: draw(completion._condition(site, row, row.answer), torch_stream(0, "row", row.id)) for row in drawn[200:]}
+    made = {
+        row.id: draw(completion._condition(site, row, row.answer), torch_stream(0, "row", row.id))
+        for row in drawn[200:]
+    }
 
     def means(features: dict[Any, torch.Tensor], rows: tuple[Example, ...]) -> torch.Tensor:
         yes, no = ([features[r.id] for r in rows if (r.answer == r.choices[0]) == first] for first in (True, False))
@@ -360,7 +363,12 @@ def test_what_cannot_go_together_is_refused_when_it_is_read(changed: dict[str, A
 
 def few_rows(least: int, some: int) -> Experiment:
     """An experiment of which one client has one complete row and `some` others have more; the first seed that draws it."""
-    table = {**TABLE, "num_rounds": 1, "scenario": {"name": "missing", "rate": 0.5}, "partition": {"name": "iid", "num_clients": 4}}
+    table = {
+        **TABLE,
+        "num_rounds": 1,
+        "scenario": {"name": "missing", "rate": 0.5},
+        "partition": {"name": "iid", "num_clients": 4},
+    }
     table["completion"] = {**CVAE, "least_rows": least}
     for seed in range(200):
         counts = _complete(found := experiment(**table, seed=seed))
@@ -398,7 +406,10 @@ def test_a_client_below_the_least_number_returns_no_change(site, drawn):
 @pytest.mark.parametrize(
     ("least", "fault"),
     [
-        (20, r"no client has 20 complete rows to learn it from; the most is \d+, and fewer rows are given away"),
+        (
+            20,
+            r"no client has 20 complete rows to learn it from, the least that may take part \(least_rows\); the most is \d+;",
+        ),
         (1, "one complete row together, and what is learned from it is a copy of it"),
     ],
 )

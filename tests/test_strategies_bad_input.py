@@ -22,7 +22,10 @@ GATED = {"name": "tiny", "lora": {"modality_gate": True}}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "retrieve": {"completion": {"name": "retrieve", "neighbours": 2}, "public": PUBLIC},
     "retrieve, any answer": {"completion": {"name": "retrieve", "answer": "any", "test": True}, "public": PUBLIC},
-    "imagine": {"completion": {"name": "imagine", "kind": "cvae", "rounds": 1, "steps": 2}, "scenario": {"name": "missing", "rate": 0.1}},
+    "imagine": {
+        "completion": {"name": "imagine", "kind": "cvae", "rounds": 1, "steps": 2},
+        "scenario": {"name": "missing", "rate": 0.1},
+    },
     "describe": {"completion": {"name": "describe", "max_new_tokens": 2}},
     "profile": {"relation": "profile"},
     "similarity": {"relation": "similarity"},
@@ -199,7 +202,7 @@ def test_a_setting_that_names_the_wrong_modality_is_refused_when_it_is_read(
 
 def test_a_text_that_is_another_camera_is_refused():
     completion = {**IMAGINE, "picture": "CAM_FRONT", "text": "CAM_BACK"}
-    with pytest.raises(ConfigError, match="completion.text: got 'CAM_BACK', which has no text; allowed: range, speed"):
+    with pytest.raises(ConfigError, match=r"completion.text: got 'CAM_BACK', which has no text; allowed: range, speed"):
         Experiment.parse({"data": "synthetic-driving", "completion": completion})
 
 
@@ -236,7 +239,9 @@ def test_validation_rows_that_are_also_training_rows_are_noted(tmp_path: Path):
     """They are the set's own: no other setting would help, and the record says so."""
     run(experiment(table(tmp_path, "one class"), "retrieve"), tmp_path / "run")
     notes = events(tmp_path / "run", "experiment")[0]["notes"]
-    assert any(note.startswith("public rows: 3 of 3 public rows are also training rows; the first is") for note in notes)
+    assert any(
+        note.startswith("public rows: 3 of 3 public rows are also training rows; the first is") for note in notes
+    )
 
 
 def test_other_public_rows_are_read(tmp_path: Path):

@@ -233,7 +233,7 @@ def test_no_mask_is_needed_because_padding_is_never_seen(
 def test_each_picture_of_a_prompt_may_be_imagined(
     backbone: TransformersBackbone, pictures: tuple[Picture, Picture], order: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """The tower's output is replaced where a picture is imagined (1), and is that of the blank prompt elsewhere (0)."""
+    """The tower's output is replaced where a picture is imagined (1), and is the tower's own otherwise (0)."""
     blank = tmp_path / "blank.png"
     Image.new("RGB", (CANVAS, CANVAS), "white").save(blank)
     paths = [tmp_path / f"made{i}{FEATURES}" if made else pictures[0].path for i, made in enumerate(order)]

@@ -70,12 +70,17 @@ def twins(rows: Sequence[Example], train: Sequence[Example]) -> list[tuple[Examp
 
 
 def _names(row: Example) -> tuple[Hashable, Hashable]:
-    return (_located(row.fields), _asked(row)), (_located(row.fields), os.path.abspath(row.where))
+    content = _located(row.fields)
+    return (content, _asked(row)), (content, _whole(row.where))
 
 
 def _located(fields: Mapping[Modality, Content]) -> Hashable:
     """Content with whole paths, whatever folder the settings name."""
-    return tuple((m, c if isinstance(c, str) else tuple(map(os.path.abspath, c))) for m, c in sorted(fields.items()))
+    return tuple((m, c if isinstance(c, str) else tuple(map(_whole, c))) for m, c in sorted(fields.items()))
+
+
+def _whole(path: str | Path) -> str:
+    return os.path.abspath(path)  # noqa: PTH100  # `resolve` would look up each file
 
 
 def _of(some: Sequence[Example], test: Sequence[Example]) -> str:

@@ -110,7 +110,15 @@ class Inputs:
             skipped=(*train.skipped, *test.skipped, *bad_train, *bad_test, *bad_validation),
             notes=tuple(
                 dict.fromkeys(
-                    (*train.notes, *test.notes, *of_train, *of_test, *shared, *of_public, *filter(None, [of_learning, of_dropout, no_own]))
+                    (
+                        *train.notes,
+                        *test.notes,
+                        *of_train,
+                        *of_test,
+                        *shared,
+                        *of_public,
+                        *filter(None, [of_learning, of_dropout, no_own]),
+                    )
                 )
             ),
             shards=shards,
@@ -243,7 +251,10 @@ def clients_left_out(experiment: Experiment, shards: Sequence[Shard], train: Seq
     if sum(count for count in counts if count >= least) < 2:
         fault = "no client has a complete row to learn it from"
         if any(counts) and max(counts) < least:
-            fault = f"no client has {least} complete rows to learn it from; the most is {max(counts)}, and fewer rows are given away"
+            fault = (
+                f"no client has {least} complete rows to learn it from, the least that may take part (least_rows); the most is "
+                f"{max(counts)}"
+            )
         elif any(counts):
             fault = "the clients have one complete row together, and what is learned from it is a copy of it"
         raise ConfigError(
