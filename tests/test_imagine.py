@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fedmllm.backbones.base import Tiny
 from fedmllm.config.experiment import Experiment
@@ -81,7 +83,7 @@ def test_the_regression_recovers_what_is_linear(site, drawn, monkeypatch):
     completion = Imagine(kind="mean", ridge=1e-6)
     c, f = completion._sizes(site)
     matrix = torch.randn(c, f, generator=torch.Generator().manual_seed(0))
-    real = {row.id: completion._condition(site, row, True) @ matrix for row in drawn[:200]}
+    real = {row.id: completion._condition(site, row, row.answer) @ matrix for row in drawn[:200]}
     monkeypatch.setattr(
         "fedmllm.scenarios.modalities.imagine._vectors", lambda site, row, modality: real[row.id].view(8, -1)
     )
@@ -117,7 +119,7 @@ def test_a_flow_without_velocity_draws_normal_noise(site, drawn):
     params = learned(Imagine(kind="flow", rounds=1, steps=1), site, drawn[:60]).learned
     still = {n: torch.zeros_like(t) if n.startswith("velocity") else t for n, t in params.items()}
     flow = Imagine(kind="flow")._generator(site)
-    condition = Imagine()._condition(site, drawn[0], True)
+    condition = Imagine()._condition(site, drawn[0], drawn[0].answer)
     draws = torch.stack([flow.component(still, condition, torch_stream(0, "row", i)) for i in range(500)])  # type: ignore[attr-defined]
     assert torch.equal(draws[7], torch.randn(32, generator=torch_stream(0, "row", 7)))
     whole = flow.drawing(still)(condition, torch_stream(0, "row", 7))
@@ -132,7 +134,7 @@ def test_pictures_that_do_not_differ_are_what_is_drawn(kind, site, drawn):
     completion = Imagine(kind=kind, **({} if kind == "mean" else {"rounds": 1, "steps": 3}))
     draw = completion._generator(site).drawing(learned(completion, site, tuple(rows)).learned)
     real = _vectors(site, drawn[0], "image").flatten()
-    made = [draw(completion._condition(site, rows[0], True), torch_stream(0, "row", i)) for i in range(5)]
+    made = [draw(completion._condition(site, rows[0], rows[0].answer), torch_stream(0, "row", i)) for i in range(5)]
     spread = torch.stack(made).std(0).max()
     assert spread <= 1e-2 * real.std()
     assert all(torch.allclose(f, real, rtol=0, atol=1e-2 * float(real.std())) for f in made if kind != "mean")
@@ -144,7 +146,10 @@ def test_draws_follow_the_condition(kind, site, drawn):
     completion = Imagine(kind=kind, rounds=2, steps=60, components=8)
     draw = completion._generator(site).drawing(learned(completion, site, drawn[:200]).learned)
     real = {row.id: _vectors(site, row, "image").flatten() for row in drawn}
-    made = {row.id: draw(completion._condition(site, row, True), torch_stream(0, "row", row.id)) for row in drawn[200:]}
+    made = {
+        row.id: draw(completion._condition(site, row, row.answer), torch_stream(0, "row", row.id))
+        for row in drawn[200:]
+    }
 
     def means(features: dict[Any, torch.Tensor], rows: tuple[Example, ...]) -> torch.Tensor:
         yes, no = ([features[r.id] for r in rows if (r.answer == r.choices[0]) == first] for first in (True, False))
@@ -169,9 +174,93 @@ def test_the_model_reads_imagined_vectors(site, drawn):
     real = site.model.encode(Plain().render(drawn[60], present), "yes")  # type: ignore[attr-defined]
     assert row.num_tokens == real.num_tokens  # it takes the place of a picture
     assert row.image_key != real.image_key
-    assert torch.equal(site.model.picture_vectors(path), row.imagined)
+    assert torch.equal(site.model.picture_vectors(path), row.imagined[0])
     losses = [site.model.loss(site.model.collate([r]))[0].detach() for r in (row, real)]  # type: ignore[attr-defined]
     assert float((losses[0] - losses[1]).abs()) > 1e-4
+
+
+def two_pictures(folder: Path, rows: int = 40) -> dict[str, Any]:
+    """A table whose rows have two pictures and a note, as an experiment reads it."""
+    for i, colour in enumerate(("red", "blue", "white", "black")):
+        Image.new("RGB", (40, 30 + 10 * i), colour).save(folder / f"{i}.png")
+    for split in ("train", "test"):
+        lines = [f"{i},{i % 4}.png,{(i + 1) % 4}.png,note {i},{('no', 'yes')[i % 2]}" for i in range(rows)]
+        (folder / f"{split}.csv").write_text("\n".join(["id,mri,xray,note,label", *lines]))
+    columns = {"id": "id", "image": {"mri": "mri", "xray": "xray"}, "text": "note", "answer": "label"}
+    splits = {split: f"{split}.csv" for split in ("train", "test")}
+    return {
+        "name": "table",
+        "root": str(folder),
+        **splits,
+        "question": "Is it so?",
+        "choices": ["no", "yes"],
+        "columns": columns,
+    }
+
+
+def test_one_of_two_pictures_is_imagined(site, tmp_path: Path):
+    """The other one stays what the tower gives for it, before and behind the imagined one."""
+    data = Experiment.parse({"data": two_pictures(tmp_path)}).data
+    rows, three = data.load("train").examples, ("mri", "xray", "text")
+    completion = Imagine(kind="mean", picture="mri")
+    completer = Completer(completion, learned(completion, replace(site, modalities=three), tuple(rows)))
+    filled, present = completer(rows[0], frozenset({"xray", "text"}), True)
+    assert present == set(three)
+    (made,), (real,) = filled.fields["mri"], filled.fields["xray"]
+    assert real == rows[0].fields["xray"][0]
+    row = site.model.encode(Plain().render(filled, present), "yes")  # type: ignore[attr-defined]
+    both = site.model.features.vectors(row)  # type: ignore[attr-defined]
+    own = [site.model.picture_vectors(path) for path in (made, real)]
+    assert torch.equal(both[: len(own[0])], own[0])
+    assert torch.allclose(both[len(own[0]) :], own[1], rtol=0, atol=1e-4)  # computed in one pass with a blank picture
+
+
+@pytest.mark.parametrize("picture", ["mri", "xray"])
+def test_rows_of_two_pictures_train_by_both_engines(picture: str, tmp_path: Path):
+    table = {**TABLE, "num_rounds": 1, "data": two_pictures(tmp_path), "completion": {**CVAE, "picture": picture}}
+    table["train"] = {"lr": 1e-3, "batch_size": 4, "accumulation": 1, "max_steps": 4}
+    runs = [run(experiment(**table, engine=name), tmp_path / name) for name in ("stacked", "in-process")]
+    hidden = next(note for note in events(tmp_path / "stacked", "experiment")[0]["notes"] if "hidden" in note)
+    assert all(f"x {modality}" in hidden for modality in ("mri", "xray", "text"))
+    stacked, other = (result.adapter.tensors for result in runs)
+    assert all(torch.allclose(t, other[n], rtol=0, atol=1e-4) for n, t in stacked.items())
+
+
+def test_one_camera_of_six_is_imagined(tmp_path: Path):
+    driving = {"name": "synthetic-driving", "num_train": 24, "num_validation": 4, "num_test": 4}
+    completion = {**CVAE, "picture": "CAM_FRONT", "text": "speed"}
+    table = {**TABLE, "num_rounds": 1, "data": driving, "completion": completion}
+    result = run(experiment(**{**table, "scenario": {"name": "missing", "rate": 0.1}}), tmp_path / "run")
+    assert all(t.isfinite().all() for t in result.adapter.tensors.values())
+
+
+def test_the_answer_counts_only_where_it_should(site, drawn):
+    """`own` draws for the row's answer, `any` reads it neither in learning nor in drawing, `random` draws one for each row."""
+    other = [replace(row, answer=next(c for c in row.choices if c != row.answer)) for row in drawn]
+
+    def pictures(answer: str, rows: Sequence[Example], known: Sequence[Example] = drawn[:60]) -> list[Any]:
+        completion = Imagine(kind="mean", answer=answer)  # type: ignore[arg-type]
+        completer = Completer(completion, learned(completion, site, tuple(known)))
+        return [completer(row, TEXT, True)[0].fields["image"] for row in rows]
+
+    rows, others = drawn[60:80], other[60:80]
+    assert all(a != b for a, b in zip(pictures("own", rows), pictures("own", others), strict=True))
+    assert pictures("any", rows) == pictures("any", others)
+    assert pictures("any", rows) == pictures("any", rows, other[:60])  # learned without the answers
+    random = pictures("random", rows)
+    assert random == pictures("random", others)
+    assert random == pictures("random", rows[::-1])[::-1]  # of the row's own stream
+    same = [a == b for a, b in zip(random, pictures("own", rows), strict=True)]
+    assert 0 < sum(same) < len(same)  # some draws are the row's own answer
+
+
+def test_controls_of_the_answer_have_names_and_run_ids(tmp_path: Path):
+    assert "answer" not in Imagine().identity()  # which the run ids of earlier experiments do not know
+    assert Imagine(answer="any").label() == "imagine(answer=any)"
+    for answer in ("any", "random"):
+        table = {**TABLE, "num_rounds": 1, "completion": {**CVAE, "answer": answer}}
+        result = run(experiment(**table), tmp_path / answer)
+        assert all(t.isfinite().all() for t in result.adapter.tensors.values())
 
 
 def test_it_leaks_and_says_so(site, drawn):
@@ -272,18 +361,72 @@ def test_what_cannot_go_together_is_refused_when_it_is_read(changed: dict[str, A
     assert message in str(error.value)
 
 
-def test_one_complete_row_is_not_sent_to_all(monkeypatch):
-    """A generator that is learned from one row is a copy of it."""
-    table = {**TABLE, "scenario": {"name": "missing", "rate": 0.97}}
-    (seed,) = [n for n in range(40) if _complete(experiment(**table, seed=n)) == 1][:1]
+def few_rows(least: int, some: int) -> Experiment:
+    """An experiment of which one client has one complete row and `some` others have more; the first seed that draws it."""
+    table = {
+        **TABLE,
+        "num_rounds": 1,
+        "scenario": {"name": "missing", "rate": 0.5},
+        "partition": {"name": "iid", "num_clients": 4},
+    }
+    table["completion"] = {**CVAE, "least_rows": least}
+    for seed in range(200):
+        counts = _complete(found := experiment(**table, seed=seed))
+        if counts.count(1) == 1 and sum(count > 1 for count in counts) == some:
+            return found
+    raise AssertionError("no seed draws such clients")
+
+
+def test_a_client_with_one_complete_row_sends_nothing_before_training(tmp_path: Path):
+    """Its moments would be those of the row itself. The others learn the generator, and the record says who does not."""
+    e = few_rows(2, some=3)
+    run(e, tmp_path / "run")
+    rounds = events(tmp_path / "run", "completion_round")
+    left_out = _complete(e).index(1)
+    assert all(left_out not in [c["client"] for c in r["clients"]] and len(r["clients"]) == 3 for r in rounds)
+    note = "completion imagine: 1 of 4 clients with complete rows have fewer than 2 and take no part in learning it"
+    assert note in events(tmp_path / "run", "experiment")[0]["notes"]
+
+
+def test_the_least_number_of_rows_is_a_setting(tmp_path: Path):
+    run(few_rows(1, some=3), tmp_path / "run")
+    assert {len(r["clients"]) for r in events(tmp_path / "run", "completion_round")} == {4}
+    assert not any("take no part" in note for note in events(tmp_path / "run", "experiment")[0]["notes"])
+    assert "least_rows" not in Imagine().identity()  # which the run ids of earlier experiments do not know
+
+
+def test_a_client_below_the_least_number_returns_no_change(site, drawn):
+    start = Imagine(kind="mean").start(site)
+    delta, count, _ = Imagine(kind="mean").learn(site, drawn[:1], start, AT, 0)
+    assert count == 0
+    assert not any(t.any() for t in delta.values())
+    assert Imagine(kind="mean", least_rows=1).learn(site, drawn[:1], start, AT, 0)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("least", "fault"),
+    [
+        (
+            20,
+            r"no client has 20 complete rows to learn it from, the least that may take part \(least_rows\); the most is \d+;",
+        ),
+        (1, "one complete row together, and what is learned from it is a copy of it"),
+    ],
+)
+def test_too_few_complete_rows_are_refused(least: int, fault: str, monkeypatch):
+    table = {**TABLE, "completion": {**CVAE, "least_rows": least}}
+    if least == 1:
+        table["scenario"] = {"name": "missing", "rate": 0.97}
+        table["seed"] = next(n for n in range(40) if sum(_complete(experiment(**table, seed=n))) == 1)
     monkeypatch.setattr(Tiny, "load", lambda self, seed: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match="one complete row together, and what is learned from it is a copy of it"):
-        Inputs.load(experiment(**table, seed=seed))
+    with pytest.raises(ConfigError, match=fault):
+        Inputs.load(experiment(**table))
 
 
-def _complete(e: Experiment) -> int:
+def _complete(e: Experiment) -> list[int]:
+    """Complete rows of each client."""
     shards = assign(e.data.load("train").examples, e.data.modalities(), e.partition, e.scenario, e.seed)
-    return sum(len(visible) == 2 for shard in shards for visible in shard.visible)
+    return [sum(len(visible) == 2 for visible in shard.visible) for shard in shards]
 
 
 def test_without_a_complete_row_nothing_is_loaded():

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 
 from fedmllm.backbones.base import FromFolder, Row
 from fedmllm.backbones.folder import load_base
 from fedmllm.backbones.hf import CAUSAL, TransformersBackbone, load_folder
 from fedmllm.core.errors import FedmllmError
-from fedmllm.core.types import Conversation
+from fedmllm.core.images import CANVAS, FEATURES
+from fedmllm.core.storage import write_tensors
+from fedmllm.core.types import Conversation, Picture
 from support.tiny_families import FAMILIES, PORTS, stirred
 
 ALL = [*FAMILIES, *PORTS]
@@ -224,3 +227,31 @@ def test_no_mask_is_needed_because_padding_is_never_seen(
     masked = backbone.collate(rows)
     assert masked["attention_mask"].sum(dim=1).tolist() == [row.num_tokens for row in rows]
     torch.testing.assert_close(backbone.loss(without)[0], backbone.loss(masked)[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 0, 1), (1, 1)], ids=lambda order: "".join(map(str, order)))
+def test_each_picture_of_a_prompt_may_be_imagined(
+    backbone: TransformersBackbone, pictures: tuple[Picture, Picture], order: tuple[int, ...], tmp_path: Path
+) -> None:
+    """The tower's output is replaced where a picture is imagined (1), and is the tower's own otherwise (0)."""
+    blank = tmp_path / "blank.png"
+    Image.new("RGB", (CANVAS, CANVAS), "white").save(blank)
+    paths = [tmp_path / f"made{i}{FEATURES}" if made else pictures[0].path for i, made in enumerate(order)]
+    own = backbone.picture_vectors(blank)
+    for i, path in enumerate(paths):
+        if path.suffix == FEATURES:
+            write_tensors(path, {"vectors": torch.full_like(own, float(i + 1))})
+    row = backbone.encode(Conversation((*map(Picture, paths), "Which?")), "yes")
+    real = [Picture(blank) if path.suffix == FEATURES else Picture(path) for path in paths]
+    with_blanks = backbone.encode(Conversation((*real, "Which?")), "yes")
+    assert row.input_ids.tolist() == with_blanks.input_ids.tolist()
+    expected, left = backbone.features.vectors(with_blanks).clone(), 0
+    for i, path in enumerate(paths):
+        count = len(own) if path.suffix == FEATURES else len(backbone.picture_vectors(path))
+        if path.suffix == FEATURES:
+            expected[left : left + count] = float(i + 1)
+        left += count
+    assert torch.equal(backbone.features.vectors(row), expected)
+    nll_B, _ = backbone.loss(backbone.collate([row, with_blanks]))
+    assert torch.isfinite(nll_B).all()
+    assert nll_B[0] != nll_B[1]

@@ -30,7 +30,8 @@ class Row:
         images: Inputs of this family's vision tower: pixels, grids.
         image_key: Digest of `images`; "" without pictures.
         per_token: Further inputs of the language model, [..., L]: token types, M-RoPE positions.
-        imagined: Features that replace the tower's output for `images`; None = the tower's own.
+        imagined: For each picture the features [Q, D] that replace the tower's output, or the number Q of the tower's own;
+            () = all are the tower's own.
     """
 
     input_ids: Tensor
@@ -38,7 +39,7 @@ class Row:
     images: dict[str, Tensor] = field(default_factory=dict)
     image_key: str = ""
     per_token: dict[str, Tensor] = field(default_factory=dict)
-    imagined: Tensor | None = None
+    imagined: tuple[Tensor | int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -48,7 +49,7 @@ class Row:
     @property
     def num_bytes(self) -> int:
         """Memory of all tensors."""
-        own = () if self.imagined is None else (self.imagined,)
+        own = (part for part in self.imagined if not isinstance(part, int))
         tensors = (self.input_ids, self.labels, *self.images.values(), *self.per_token.values(), *own)
         return sum(t.numel() * t.element_size() for t in tensors)
 

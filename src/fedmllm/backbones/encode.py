@@ -22,7 +22,7 @@ from fedmllm.backbones.cache.prompt_memory import PromptMemory
 from fedmllm.backbones.plain_text import PlainText
 from fedmllm.core.errors import DataError, FedmllmError
 from fedmllm.core.images import CANVAS, FEATURES, open_image
-from fedmllm.core.types import Conversation
+from fedmllm.core.types import Conversation, Picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,15 +40,21 @@ class Encoder:
         processor: The family's processor, with a tokenizer and a chat template.
         max_tokens: Longest row.
         has_features: True for a row whose image features are cached, so that its pixels may be evicted.
+        num_vectors: Number of vectors that the tower gives for a row's pictures.
 
     Raises:
         FedmllmError: The chat template and the tokenizer have no token that ends an answer.
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, max_tokens: int, has_features: Callable[[Row], bool]
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        max_tokens: int,
+        has_features: Callable[[Row], bool],
+        num_vectors: Callable[[Row], int],
     ) -> None:
-        self.processor, self.max_tokens = processor, max_tokens
+        self.processor, self.max_tokens, self._num_vectors = processor, max_tokens, num_vectors
         self.tokenizer = processor.tokenizer
         self.family = str(model.config.model_type)
         inner = model.base_model
@@ -77,8 +83,8 @@ class Encoder:
         return self._memory.row(prompt, self._prompt)
 
     def _prompt(self, prompt: Conversation) -> Row:
-        imagined = _imagined([picture.path for picture in prompt.pictures])
-        pictures = [_canvas() if imagined is not None else open_image(picture.path) for picture in prompt.pictures]
+        paths = [picture.path for picture in prompt.pictures]
+        pictures = [_canvas() if _is_imagined(path) else open_image(path) for path in paths]
         output = self._process(prompt, pictures)
         ids = output["input_ids"][0]
         images = {k: v for k, v in output.items() if k in self.image_arguments and isinstance(v, Tensor)}
@@ -90,7 +96,9 @@ class Encoder:
         if self.rope_index is not None:
             per_token["position_ids"] = self._positions(ids, images, per_token)
         self._check_length(len(ids), prompt)
-        digest = _digest(images if imagined is None else {**images, "imagined": imagined})
+        imagined = self._imagined(paths)
+        made = {f"imagined.{i}": part for i, part in enumerate(imagined) if isinstance(part, Tensor)}
+        digest = _digest({**images, **made})
         return Row(ids, torch.full_like(ids, IGNORED), images, digest, per_token, imagined)
 
     def answered(self, row: Row, answer_ids: list[int]) -> Row:
@@ -120,6 +128,17 @@ class Encoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     # --- the parts
+
+    def _imagined(self, paths: Sequence[Path]) -> tuple[Tensor | int, ...]:
+        """For each picture its imagined features [Q, D], or the number of its own; () if none is imagined."""
+        if not any(map(_is_imagined, paths)):
+            return ()
+        return tuple(
+            load_file(path)["vectors"]
+            if _is_imagined(path)
+            else self._num_vectors(self.prompt(Conversation((Picture(path), "?"))))
+            for path in paths
+        )
 
     def _text(self, prompt: Conversation) -> str:
         parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in prompt.parts]
@@ -188,11 +207,9 @@ def _extend(key: str, value: Tensor, num: int) -> Tensor:
     return torch.cat([value, tail], dim=-1)
 
 
-def _imagined(paths: Sequence[Path]) -> Tensor | None:
-    """Features [Q, D] of the files that hold them in place of pictures; None if these are pictures."""
-    if not paths or any(path.suffix != FEATURES for path in paths):
-        return None
-    return torch.cat([load_file(path)["vectors"] for path in paths])
+def _is_imagined(path: Path) -> bool:
+    """True for a file that holds features in place of a picture."""
+    return path.suffix == FEATURES
 
 
 def _canvas() -> Image:

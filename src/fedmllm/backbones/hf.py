@@ -88,7 +88,7 @@ class TransformersBackbone(Backbone):
             lambda: f"{self.digest} {spec.precision.base}",
             FeatureFolder(folder, spec.image_features_folder_mb) if folder else None,
         )
-        self.encoder = Encoder(model, processor, spec.max_tokens, self.features.has)
+        self.encoder = Encoder(model, processor, spec.max_tokens, self.features.has, self._num_vectors)
         self._checkpointing = BlockCheckpointing(
             model.get_submodule(self.decoder), self._seeds, spec.precision.gradient_checkpointing
         )
@@ -120,6 +120,10 @@ class TransformersBackbone(Backbone):
     def picture_vectors(self, path: Path) -> Tensor:
         with torch.no_grad():
             return self.features.vectors(self.encoder.prompt(Conversation((Picture(path), "?"))))
+
+    def _num_vectors(self, row: Row) -> int:
+        with torch.no_grad():
+            return len(self.features.vectors(row))
 
     def collate(self, rows: Sequence[Row], left: bool = False) -> Batch:
         """Tokens padded on the right, or on the left if `left`, on the model's device; pictures stay with their rows."""

@@ -379,6 +379,8 @@ class Experiment(Spec):
         if self.completion == Nothing() and not self.public.rows:
             return self
         self.completion.check(self.data.modalities())
+        if (pictures := self.data.picture_modalities()) is not None:
+            self.completion.check_kinds(pictures, frozenset(self.data.modalities()) - pictures)
         if "completion" not in self.engine.supports:
             able = engines_that(["completion"])
             raise ValueError(
@@ -410,8 +412,16 @@ class Experiment(Spec):
 
     @model_validator(mode="after")
     def _visible_modalities_exist(self) -> Experiment:
+        seen: dict[tuple[bool, frozenset[str]], str] = {}
         for text in self.evaluate.visible:
             visible_of(text, self.data.modalities())
+            hides = text.startswith("all-") and text not in self.data.modalities()
+            named = (hides, frozenset(text.split("-" if hides else "+")))
+            if named in seen:
+                raise ValueError(
+                    f"evaluate.visible: got {seen[named]!r} and {text!r}, the same modalities twice; allowed: each set once"
+                )
+            seen[named] = text
         return self
 
     @property

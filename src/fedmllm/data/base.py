@@ -90,6 +90,15 @@ class Dataset(Named):
             At least one name, unless the set has no test rows.
         """
 
+    def picture_modalities(self) -> frozenset[Modality] | None:
+        """Modalities whose content is pictures; all others are texts.
+
+        Returns:
+            Names from `modalities()`; None = not known before the rows are read. By default "image" of image and text.
+        """
+        names = frozenset(self.modalities())
+        return names & {"image"} if names <= {"image", "text"} else None
+
     def ceilings(self, visible: Visible) -> Mapping[str, float]:
         """Metric -> the best expected value that any model can reach on rows of which it sees `visible`.
 

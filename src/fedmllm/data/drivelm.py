@@ -91,6 +91,9 @@ class DriveLM(Dataset):
     def modalities(self) -> tuple[Modality, ...]:
         return (*CAMERAS, *self.sensors)
 
+    def picture_modalities(self) -> frozenset[Modality]:
+        return frozenset(CAMERAS)
+
     def metrics(self) -> Sequence[str]:
         return ANSWER_METRICS
 

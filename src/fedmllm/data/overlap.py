@@ -44,6 +44,45 @@ def overlap(train: Sequence[Example], test: Sequence[Example], group: str = "") 
     return tuple(notes)
 
 
+def twins(rows: Sequence[Example], train: Sequence[Example]) -> list[tuple[Example, Example]]:
+    """Find rows that are also training rows.
+
+    Two rows are equal if they have the same content, and the same question and answer or the same place in a file. Pictures
+    are compared by their paths.
+
+    Args:
+        rows: A few rows.
+        train: Rows that are trained on.
+
+    Returns:
+        Pairs of a row and a training row that equals it.
+    """
+    outlines = {_located(e.fields) for e in rows}
+    has = row_fields(train)
+    alike = {key for key, fields in _different(train).items() if _located(fields) in outlines}
+    near = np.array([id(fields) in alike for fields in has.values], bool)[has.codes]
+    known: dict[Hashable, Example] = {}
+    for row in np.flatnonzero(near).tolist():
+        for key in _names(train[row]):
+            known.setdefault(key, train[row])
+    found = [(e, [known[key] for key in _names(e) if key in known]) for e in rows]
+    return [(e, equal[0]) for e, equal in found if equal]
+
+
+def _names(row: Example) -> tuple[Hashable, Hashable]:
+    content = _located(row.fields)
+    return (content, _asked(row)), (content, _whole(row.where))
+
+
+def _located(fields: Mapping[Modality, Content]) -> Hashable:
+    """Content with whole paths, whatever folder the settings name."""
+    return tuple((m, c if isinstance(c, str) else tuple(map(_whole, c))) for m, c in sorted(fields.items()))
+
+
+def _whole(path: str | Path) -> str:
+    return os.path.abspath(path)  # noqa: PTH100  # `resolve` would look up each file
+
+
 def _of(some: Sequence[Example], test: Sequence[Example]) -> str:
     return f"{len(some)} of {len(test)} test rows"
 

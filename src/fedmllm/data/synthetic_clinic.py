@@ -87,6 +87,9 @@ class SyntheticClinic(Synthetic):
     def modalities(self) -> tuple[Modality, ...]:
         return ("image", "text", "labs", "genes")
 
+    def picture_modalities(self) -> frozenset[Modality]:
+        return frozenset({"image"})
+
     def metrics(self) -> Sequence[str]:
         return ("auc", "auc_hard", "accuracy")
 

@@ -63,6 +63,9 @@ class SyntheticDriving(Synthetic):
     def modalities(self) -> tuple[Modality, ...]:
         return (*CAMERAS, *SENSORS)
 
+    def picture_modalities(self) -> frozenset[Modality]:
+        return frozenset(CAMERAS)
+
     def metrics(self) -> Sequence[str]:
         return ("accuracy",)
 

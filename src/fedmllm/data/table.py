@@ -189,6 +189,9 @@ class Table(Dataset):
         """Return the columns of pictures, by modality."""
         return by_modality(self.columns.image or IMAGE_COLUMN.get(form_of(self.train, self.form), ""), "image")
 
+    def picture_modalities(self) -> frozenset[Modality]:
+        return frozenset(self.image_columns())
+
     def metrics(self) -> Sequence[str]:
         return self.judged_by
 

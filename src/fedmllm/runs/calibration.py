@@ -203,7 +203,7 @@ def _row_tokens(e: Experiment, examples: Sequence[Example]) -> tuple[float, str]
         folder = base_folder(e.backbone, config_only=True)
         family = family_of(folder)
         model, processor = empty_model(folder, family), load_processor(folder, family)
-        encoder = Encoder(model, processor, e.backbone.max_tokens, lambda _: False)
+        encoder = Encoder(model, processor, e.backbone.max_tokens, lambda _: False, lambda _: 0)
     except FedmllmError as error:
         sample, fault = (), str(error).splitlines()[0]
     present = visible_of("all", e.data.modalities())

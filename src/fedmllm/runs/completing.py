@@ -15,6 +15,7 @@ from fedmllm.federation.rounds import Progress, federate
 from fedmllm.runs.events import CompletionRound, Sink
 from fedmllm.runs.folder import RunFolder
 from fedmllm.runs.inputs import Inputs
+from fedmllm.scenarios.modalities.completion import rows_to_learn_from
 
 COSTS = ("completion_up_bytes", "completion_down_bytes", "completion_s")
 
@@ -22,7 +23,7 @@ COSTS = ("completion_up_bytes", "completion_down_bytes", "completion_s")
 def learn_completion(inputs: Inputs, folder: RunFolder, resumed: bool, emit: Sink) -> dict[str, float]:
     """Learn the completion of a run, or read it if the run continues from a checkpoint, and use it for its rows.
 
-    Every client with complete rows takes part in every round. Updates are checked as those of the federation.
+    Every client with enough complete rows takes part in every round. Updates are checked as those of the federation.
 
     Args:
         inputs: The run's inputs, whose completer fills rows with the result.
@@ -43,12 +44,8 @@ def learn_completion(inputs: Inputs, folder: RunFolder, resumed: bool, emit: Sin
             costs: dict[str, float] = json.loads(file.metadata()["costs"])
         completer.with_learned(learned)
         return costs
-    modalities = frozenset(e.data.modalities())
-    complete = {
-        shard.client: [inputs.train[row] for row, v in zip(shard.rows, shard.visible, strict=True) if v >= modalities]
-        for shard in inputs.shards
-    }
-    members = [client for client, rows in complete.items() if rows]
+    complete = rows_to_learn_from(e.completion, inputs.train, inputs.shards, e.data.modalities())
+    members = [client for client, rows in complete.items() if len(rows) >= e.completion.min_rows()]
 
     def engine(at: Round, sents: Mapping[int, Sent]) -> Iterator[ClientUpdate]:
         for client in sorted(sents):

@@ -24,7 +24,7 @@ from fedmllm.config.train import Train
 from fedmllm.core.errors import ConfigError, DataError
 from fedmllm.core.tensors import params_digest as tensors_digest
 from fedmllm.core.types import Example, Params, Shard, State, answer_label, visible_of
-from fedmllm.data.overlap import overlap
+from fedmllm.data.overlap import overlap, twins
 from fedmllm.data.pictures import check_rows, check_shards
 from fedmllm.federation.client import Clients, RowStore, planned_steps
 from fedmllm.federation.public_loss import MeanLoss, masks_like
@@ -35,7 +35,14 @@ from fedmllm.runs.fingerprint import rows_digest
 from fedmllm.runs.own_rows import OwnRows, split_test_rows
 from fedmllm.scenarios.assign import assign, shards_digest
 from fedmllm.scenarios.availability import Always
-from fedmllm.scenarios.modalities.completion import Completer, CompletionSite, Nothing, hidden_slots
+from fedmllm.scenarios.modalities.completion import (
+    Completer,
+    CompletionSite,
+    Nothing,
+    hidden_slots,
+    rows_to_learn_from,
+)
+from fedmllm.scenarios.modalities.dropout import NoDropout
 from fedmllm.scenarios.partitions import value_of
 
 
@@ -74,8 +81,9 @@ class Inputs:
         read = [unmasked(shard, modalities) for shard in shards] if experiment.completion.sees_hidden else shards
         checked, bad_train, of_train = check_shards(train.examples, read, data.on_bad_row)
         shards = checked if read is shards else masked_as(shards, checked)
+        of_learning = ""
         if experiment.completion.learns:
-            _check_complete_rows(experiment, shards, modalities)
+            of_learning = clients_left_out(experiment, shards, train.examples)
         public = experiment.public.load(data) if experiment.public.rows else ()
         of_public = public_notes(experiment, shards, train.examples, public, test.examples[:limit])
         test_rows, bad_test, of_test = check_rows(test.examples[:limit], evaluated, data.on_bad_row)
@@ -87,6 +95,7 @@ class Inputs:
             mask = frozenset(modalities)
             shards = (*shards, Shard(len(shards), tuple(held), (mask,) * len(public), "public"))
             rows = (*rows, *public)
+        of_dropout = dropout_note(experiment, shards)
         own_rows, no_own = split_test_rows(experiment, shards, train.examples, test_rows)
         if not test_rows and experiment.metrics():  # a server of real sites may have no test rows
             raise DataError(f"{data.name}: no usable test row")
@@ -101,7 +110,15 @@ class Inputs:
             skipped=(*train.skipped, *test.skipped, *bad_train, *bad_test, *bad_validation),
             notes=tuple(
                 dict.fromkeys(
-                    (*train.notes, *test.notes, *of_train, *of_test, *shared, *of_public, *filter(None, [no_own]))
+                    (
+                        *train.notes,
+                        *test.notes,
+                        *of_train,
+                        *of_test,
+                        *shared,
+                        *of_public,
+                        *filter(None, [of_learning, of_dropout, no_own]),
+                    )
                 )
             ),
             shards=shards,
@@ -214,18 +231,60 @@ def stated_rank(rows: Sequence[Example], column: str, most: int, client: int) ->
     return min(most, int(first))
 
 
-def _check_complete_rows(e: Experiment, shards: Sequence[Shard], modalities: Sequence[str]) -> None:
-    """Refuse to learn a completion from no row, or from one row, of which it would send a copy to all clients."""
-    own = sum(frozenset(modalities) <= visible for shard in shards for visible in shard.visible)
-    if own + (e.public.rows if e.public.client else 0) >= 2:
-        return
-    fault = "no client has a complete row to learn it from"
-    if own:
-        fault = "the clients have one complete row together, and what is learned from it is a copy of it"
-    raise ConfigError(
-        f"completion: got {e.completion.name!r}, but {fault}; set public.rows and public.client = true, or choose another "
-        "scenario"
+def clients_left_out(experiment: Experiment, shards: Sequence[Shard], train: Sequence[Example]) -> str:
+    """Say how many clients have too few complete rows to take part in learning a completion.
+
+    Args:
+        experiment: One whose completion learns.
+        shards: All clients without the public one.
+        train: Training rows.
+
+    Returns:
+        A note for the record; "" if each client with complete rows takes part.
+
+    Raises:
+        ConfigError: Nothing can be learned, or from one row alone, of which it would send a copy to all clients.
+    """
+    e, least = experiment, experiment.completion.min_rows()
+    own = [len(rows) for rows in rows_to_learn_from(e.completion, train, shards, e.data.modalities()).values()]
+    counts = [*own, *([e.public.rows] if e.public.client else [])]
+    if sum(count for count in counts if count >= least) < 2:
+        fault = "no client has a complete row to learn it from"
+        if any(counts) and max(counts) < least:
+            fault = (
+                f"no client has {least} complete rows to learn it from, the least that may take part (least_rows); the most is "
+                f"{max(counts)}"
+            )
+        elif any(counts):
+            fault = "the clients have one complete row together, and what is learned from it is a copy of it"
+        raise ConfigError(
+            f"completion: got {e.completion.name!r}, but {fault}; set public.rows and public.client = true, or choose another "
+            "scenario"
+        )
+    few, with_rows = sum(0 < count < least for count in counts), sum(count > 0 for count in counts)
+    if not few:
+        return ""
+    return (
+        f"completion {e.completion.name}: {few} of {with_rows} clients with complete rows have fewer than {least} and take no "
+        "part in learning it"
     )
+
+
+def dropout_note(experiment: Experiment, shards: Sequence[Shard]) -> str:
+    """Say that a modality dropout has no effect, because no client has a complete row.
+
+    Args:
+        experiment: Its modality dropout and data set.
+        shards: All clients, the public one included.
+
+    Returns:
+        A note for the record; "" if there is a complete row, or no dropout.
+    """
+    dropout, modalities = experiment.modality_dropout, frozenset(experiment.data.modalities())
+    if dropout == NoDropout() or any(modalities <= visible for shard in shards for visible in shard.visible):
+        return ""
+    measured = ", and no importance is measured" if dropout.measured_rows() else ""
+    return f"modality_dropout {dropout.name}: no client has a complete row, so no row loses a modality{measured}"
 
 
 def completer_of(experiment: Experiment, backbone: Backbone, public: tuple[Example, ...]) -> Completer | None:
@@ -250,9 +309,20 @@ def public_notes(
     public: Sequence[Example],
     test: Sequence[Example],
 ) -> list[str]:
-    """Return findings about completion and public rows for the record."""
+    """Return findings about completion and public rows for the record.
+
+    Raises:
+        DataError: Rows of `public.data` are the clients' own.
+    """
     e = experiment
     notes = [f"public rows: {note}" for note in overlap(public, test, e.data.group_column())]
+    if own := twins(public, train):
+        row, twin = own[0]
+        found = f"{len(own)} of {len(public)} public rows are also training rows"
+        first = f"the first is {row.where}, id {row.id}, which is {twin.where}, id {twin.id}"
+        if e.public.data not in (None, e.data):
+            raise DataError(f"public.data: {found} of the clients; {first}. allowed: rows that no client holds")
+        notes.append(f"public rows: {found}; {first}")
     if e.completion.name == "none":
         return notes
     hidden = hidden_slots(shards, e.data.modalities())
@@ -261,7 +331,7 @@ def public_notes(
     notes.append(f"completion {e.completion.label()}{source}; hidden in the training rows: {slots}")
     if e.completion.sees_hidden:
         notes.append(f"completion {e.completion.name} gets what the masks hide: a bound, not a method")
-    if e.completion.leaks:
+    if e.completion.may_leak():
         notes.append(f"completion {e.completion.name}: what it fills into training rows can give their answers away")
     return [*notes, *e.completion.notes(train, public)]
 

@@ -116,8 +116,7 @@ class ImageFeatures:
 
     def vectors(self, row: Row) -> Tensor:
         """All vectors of a row's pictures behind each other [Q, D], float32, CPU."""
-        output = self._features(row)
-        main = output if isinstance(output, Tensor) else next(iter(output.values()), output)
+        main = _main(self._features(row))
         return torch.cat([t.detach().float().cpu().flatten(0, -2) for t in _tensors(main)])
 
     def _features(self, row: Row) -> Any:
@@ -139,7 +138,7 @@ class ImageFeatures:
         inputs = {name: self._place(tensor) for name, tensor in row.images.items()}
         with without_hub_kernels(), torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             output = _without_hidden_states(self._tower(**inputs))
-        return output if row.imagined is None else _replaced(output, row.imagined)
+        return _replaced(output, row.imagined) if row.imagined else output
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
@@ -164,16 +163,27 @@ def _without_hidden_states(output: Any) -> Any:
     )
 
 
-def _replaced(output: Any, vectors_QD: Tensor) -> Any:
-    """A tower's output with these vectors in the place of its own; other fields stay those of the canvas."""
+def _main(output: Any) -> Any:
+    """The part of a tower's output that takes the places of image tokens."""
+    return output if isinstance(output, Tensor) else next(iter(output.values()), output)
+
+
+def _replaced(output: Any, imagined: Sequence[Tensor | int]) -> Any:
+    """A tower's output with imagined vectors in the place of its own; other fields stay those of the blank pictures."""
     if isinstance(output, dict):
         first = next(iter(output))
-        return type(output)(**{k: _replaced(v, vectors_QD) if k == first else v for k, v in output.items()})
+        return type(output)(**{k: _replaced(v, imagined) if k == first else v for k, v in output.items()})
     sizes = [t.shape[:-1].numel() for t in _tensors(output)]
-    if sum(sizes) != len(vectors_QD):
-        raise FedmllmError(f"imagined features: {len(vectors_QD)} vectors; a blank picture takes {sum(sizes)}")
-    left = iter(torch.split(vectors_QD, sizes))
-    return _map(output, lambda t: next(left).view(t.shape).to(t))
+    counts = [part if isinstance(part, int) else len(part) for part in imagined]
+    if sum(sizes) != sum(counts):
+        raise FedmllmError(
+            f"imagined features: the pictures have {counts} vectors each by itself, and {sum(sizes)} together; this family's "
+            "features depend on the number of pictures, so one of several cannot be imagined"
+        )
+    own = torch.split(torch.cat([t.flatten(0, -2) for t in _tensors(output)]), counts)
+    pieces = [t if isinstance(part, int) else part.to(t) for t, part in zip(own, imagined, strict=True)]
+    left = iter(torch.split(torch.cat(pieces), sizes))
+    return _map(output, lambda t: next(left).view(t.shape))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -40,6 +40,9 @@ class AtSites(Dataset):
     def modalities(self) -> tuple[Modality, ...]:
         return self.own.modalities()
 
+    def picture_modalities(self) -> frozenset[Modality] | None:
+        return self.own.picture_modalities()
+
     def metrics(self) -> Sequence[str]:
         return self.own.metrics() if self.test else ()
 

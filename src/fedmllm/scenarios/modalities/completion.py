@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import Named
 from fedmllm.core.types import Conversation, Example, Modality, Params, Round, Shard, Visible
 
@@ -32,6 +32,23 @@ class FrozenModel(Protocol):
 
     def generate_frozen(self, prompts: Sequence[Conversation], max_new_tokens: int) -> list[str]:
         """Return greedy answers of the model without its adapter."""
+
+
+def require_kind(key: str, modality: Modality, kind: str, allowed: frozenset[Modality]) -> None:
+    """Refuse a setting that names a modality of another kind.
+
+    Args:
+        key: The setting, as in "completion.to".
+        modality: Its value.
+        kind: The kind that is needed: "pictures" or "text".
+        allowed: Modalities of that kind.
+
+    Raises:
+        ConfigError: The modality is not among them.
+    """
+    if modality not in allowed:
+        listed = ", ".join(sorted(allowed)) or f"none, as the rows have no {kind}"
+        raise ConfigError(f"{key}: got {modality!r}, which has no {kind}; allowed: {listed}")
 
 
 @cache
@@ -138,6 +155,25 @@ class Completion(Named):
             ConfigError: A setting does not fit.
         """
 
+    def check_kinds(self, pictures: frozenset[Modality], texts: frozenset[Modality]) -> None:
+        """Check settings that name modalities, after `check`. Called if the data set knows its kinds before it is read.
+
+        Args:
+            pictures: Modalities of the data set whose content is pictures.
+            texts: All others.
+
+        Raises:
+            ConfigError: A setting names a modality of the other kind.
+        """
+
+    def may_leak(self) -> bool:
+        """Return whether the settings let filled content give the answer away.
+
+        Returns:
+            `leaks` unless a member says otherwise.
+        """
+        return self.leaks
+
     def notes(self, train: Sequence[Example], public: Sequence[Example]) -> Sequence[str]:
         """Findings about the rows for the record.
 
@@ -158,6 +194,25 @@ class Completion(Named):
         """
         return 0
 
+    def learns_from(self, example: Example) -> bool:
+        """Return whether a complete row can be learned from.
+
+        Args:
+            example: The row.
+
+        Returns:
+            True unless a member says otherwise.
+        """
+        return True
+
+    def min_rows(self) -> int:
+        """Rows that a client needs to take part in learning.
+
+        Returns:
+            1 unless a member says otherwise.
+        """
+        return 1
+
     def start(self, site: CompletionSite) -> Params:
         """Weights before the first of these rounds.
 
@@ -176,7 +231,7 @@ class Completion(Named):
 
         Args:
             site: Frozen model and seed.
-            rows: The client's complete rows.
+            rows: The client's complete rows that can be learned from, at least `min_rows()`.
             params: The weights.
             at: The round.
             client: Its number, for random streams.
@@ -283,6 +338,31 @@ class Completer:
         fields = example.fields if self._completion.sees_hidden else present
         given = replace(example, fields=fields)
         return given if training else replace(given, answer="", columns={})
+
+
+def rows_to_learn_from(
+    completion: Completion, train: Sequence[Example], shards: Sequence[Shard], modalities: Sequence[Modality]
+) -> dict[int, list[Example]]:
+    """Find each client's complete rows from which a completion is learned.
+
+    Args:
+        completion: One that learns.
+        train: Training rows.
+        shards: All clients.
+        modalities: Of the data set.
+
+    Returns:
+        Client -> rows, [] where it has none.
+    """
+    whole = frozenset(modalities)
+    return {
+        shard.client: [
+            train[row]
+            for row, visible in zip(shard.rows, shard.visible, strict=True)
+            if visible >= whole and completion.learns_from(train[row])
+        ]
+        for shard in shards
+    }
 
 
 def hidden_slots(shards: Sequence[Shard], modalities: Sequence[Modality]) -> dict[Modality, int]:

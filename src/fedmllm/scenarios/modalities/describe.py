@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Conversation, Example, Modality, Picture
-from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling
+from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling, require_kind
 
 BATCH = 32  # pictures that are described at once
 
@@ -42,12 +42,22 @@ class Describe(Completion):
     max_new_tokens: PositiveInt = 48
     """Tokens of an answer at most."""
 
+    @field_validator("ask")
+    @classmethod
+    def _questions_have_words(cls, ask: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(question.strip() for question in ask):
+            raise ValueError("a blank question asks nothing; allowed: questions with words")
+        return ask
+
     def at_test(self) -> bool:
         return True
 
     def check(self, modalities: tuple[Modality, ...]) -> None:
         if self.to not in modalities:
             raise ConfigError(f"completion.to: got {self.to!r}; the rows have {', '.join(modalities)}")
+
+    def check_kinds(self, pictures: frozenset[Modality], texts: frozenset[Modality]) -> None:
+        require_kind("completion.to", self.to, "text", texts)
 
     def prepare(self, site: CompletionSite) -> Filling:
         return _Describing(self, site)

@@ -19,7 +19,7 @@ from fedmllm.core.rng import torch_stream
 from fedmllm.core.spec import EXECUTION_ONLY
 from fedmllm.core.storage import make_folder, writing
 from fedmllm.core.types import Example, Modality
-from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling
+from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling, require_kind
 
 SLOT = "{text}"
 PIPELINE_FILES = ("*.json", "*.safetensors", "*.txt")
@@ -76,6 +76,10 @@ class Diffusion(Completion):
             )
         if importlib.util.find_spec("diffusers") is None:
             raise ConfigError("completion: 'diffusion' needs the package diffusers: pip install 'fedmllm[diffusion]'")
+
+    def check_kinds(self, pictures: frozenset[Modality], texts: frozenset[Modality]) -> None:
+        require_kind("completion.of", self.of, "text", texts)
+        require_kind("completion.to", self.to, "pictures", pictures)
 
     def notes(self, train: Sequence[Example], public: Sequence[Example]) -> Sequence[str]:
         return (f"completion: diffusion pipeline {self.path}, digest {_load(self.path, self.device)[1]}",)

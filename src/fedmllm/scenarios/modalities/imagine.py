@@ -15,11 +15,11 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.images import CANVAS, FEATURES
-from fedmllm.core.rng import torch_stream
+from fedmllm.core.rng import stream, torch_stream
 from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.storage import write_tensors
 from fedmllm.core.types import Example, Modality, Params, Round
-from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling
+from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling, require_kind
 from fedmllm.scenarios.modalities.generators import GENERATORS, Generator, GeneratorSizes, Trained
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Imagine(Completion):
     in the space of the features' principal components, which the clients find first.
 
     What leaves a client in addition: moments of its complete rows' features, or generator weights, which can memorize them.
+    Moments of few rows give these rows away: those of one row are the row, and "mean" sends enough to solve for fewer rows
+    than the condition has values (138 for tiny). Twice as many are safe; `least_rows` is not that high by default.
     """
 
     learns: ClassVar[bool] = True
@@ -78,6 +80,11 @@ class Imagine(Completion):
     """Weight of the latent's divergence from the standard normal, of "cvae"."""
     ridge: PositiveFloat = 0.1
     """Penalty of "mean", for a condition of mean square 1."""
+    least_rows: Annotated[PositiveInt, ADDED_LATER] = 2
+    """Complete rows, each with one picture, that a client needs to take part: with fewer it sends nothing before training."""
+    answer: Annotated[Literal["own", "any", "random"], ADDED_LATER] = "own"
+    """Answer in the condition: the training row's own; none, in learning as in drawing (a control); or, drawn for each filled
+    row, one of its choices (a control)."""
     picture: str = "image"
     """Modality that is imagined."""
     text: str = "text"
@@ -88,6 +95,16 @@ class Imagine(Completion):
             if getattr(self, key) not in modalities:
                 allowed = ", ".join(modalities)
                 raise ConfigError(f"completion.{key}: got {getattr(self, key)!r}; the rows have {allowed}")
+        if self.picture == self.text:
+            others = ", ".join(m for m in modalities if m != self.picture) or "none"
+            raise ConfigError(f"completion.text: got {self.text!r}, which is also `picture`; allowed: {others}")
+
+    def check_kinds(self, pictures: frozenset[Modality], texts: frozenset[Modality]) -> None:
+        require_kind("completion.picture", self.picture, "pictures", pictures)
+        require_kind("completion.text", self.text, "text", texts)
+
+    def may_leak(self) -> bool:
+        return self.answer == "own"
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Imagine:
@@ -103,6 +120,12 @@ class Imagine(Completion):
         generator = GENERATORS[self.kind]
         return generator.measured_rounds + (self.rounds if issubclass(generator, Trained) else 0)
 
+    def learns_from(self, example: Example) -> bool:
+        return len(example.fields.get(self.picture, ())) == 1
+
+    def min_rows(self) -> int:
+        return self.least_rows
+
     def start(self, site: CompletionSite) -> Params:
         return self._generator(site).start(site.seed)
 
@@ -112,10 +135,10 @@ class Imagine(Completion):
         import torch
 
         zero = {name: torch.zeros_like(t) for name, t in params.items()}
-        pairs = [(self._condition(site, row, True), _vectors(site, row, self.picture)) for row in rows]
+        pairs = [(self._condition(site, row, self._known(row)), _vectors(site, row, self.picture)) for row in rows]
         count = self._sizes(site)[1]
         usable = [(c, v.flatten()) for c, v in pairs if v.numel() == count]
-        if not usable:
+        if len(usable) < self.least_rows:  # pictures of which the tower gives another number of vectors
             return zero, 0, 0.0
         c_BC, f_BF = torch.stack([c for c, _ in usable]), torch.stack([v for _, v in usable])
         generator = self._generator(site)
@@ -146,7 +169,17 @@ class Imagine(Completion):
             )
         return channels + LABELS + 2, values
 
-    def _condition(self, site: CompletionSite, example: Example, labelled: bool) -> Tensor:
+    def _known(self, example: Example) -> str | None:
+        """The answer that is part of a real row's condition; None = none is."""
+        return None if self.answer == "any" else example.answer
+
+    def _asked(self, example: Example, seed: int) -> str | None:
+        """The answer for which a training row's picture is drawn; None = none is given."""
+        if self.answer != "random" or not example.choices:
+            return self._known(example)
+        return example.choices[int(stream(seed, "imagine-answer", str(example.id)).integers(len(example.choices)))]
+
+    def _condition(self, site: CompletionSite, example: Example, answer: str | None) -> Tensor:
         """[C]: text embedding, whether there is a text, the answer's place, whether it is given."""
         import torch
 
@@ -154,7 +187,7 @@ class Imagine(Completion):
         ids, vectors_LD = site.model.token_vectors(str(text) if text else "a")
         shape = torch.zeros(vectors_LD.shape[1])
         embedding = vectors_LD.mean(0) * shape.numel() ** 0.5 if text and ids else shape
-        place = example.choices.index(example.answer) if labelled and example.answer in example.choices else LABELS
+        place = example.choices.index(answer) if answer is not None and answer in example.choices else LABELS
         if place < LABELS:
             label[[place, LABELS]] = 1.0
         return torch.cat([embedding, torch.tensor([1.0 if text else 0.0]), label])
@@ -172,7 +205,7 @@ class _Imagining(Filling):
         import torch
 
         with torch.no_grad():
-            c = s._condition(site, example, training)
+            c = s._condition(site, example, s._asked(example, site.seed) if training else None)
             made_F = self._draw(c, torch_stream(site.seed, "imagine-row", str(example.id)))
         like = site.model.picture_vectors(_canvas(site.folder))
         return replace(example, fields={**example.fields, s.picture: (_stored(site.folder, made_F.view_as(like)),)})
