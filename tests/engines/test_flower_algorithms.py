@@ -49,6 +49,31 @@ def test_over_sites_an_algorithm_gives_the_bytes_of_one_process(rows, tmp_path, 
     assert adapter(tmp_path / "out") == in_process(rows, tmp_path, changes)
 
 
+# A = V' of unit rows passes the default limits of a site at every learning rate; sqrt(S) V' does not.
+SPECTRAL = [
+    'aggregator={name="flexlora",split="orthonormal"}',
+    'aggregator={name="raflora",split="orthonormal"}',
+    'aggregator="florist"',
+    'aggregator="fedsvd"',
+]
+
+
+@pytest.mark.parametrize("aggregator", SPECTRAL)
+def test_products_by_svd_pass_the_limits_of_a_site_at_a_small_learning_rate(rows, tmp_path, monkeypatch, aggregator):
+    changes = [aggregator, "train.lr=1e-4"]
+    over_the_wire(rows, tmp_path, changes, monkeypatch, allow="")
+    assert adapter(tmp_path / "out") == in_process(rows, tmp_path, changes)
+    rounds = [event for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "round"]
+    assert [(len(event["clients"]), event["dropped"]) for event in rounds] == [(len(NAMES), [])] * 3
+
+
+def test_a_small_rank_passes_the_limits_of_a_site_too(rows, tmp_path, monkeypatch):
+    changes = [SPECTRAL[0], "backbone.lora.ranks=[2,4,8]"]
+    over_the_wire(rows, tmp_path, changes, monkeypatch, allow="")
+    rounds = [event for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "round"]
+    assert [(len(event["clients"]), event["dropped"]) for event in rounds] == [(len(NAMES), [])] * 3
+
+
 class Stop:
     """Stops a run after a round, once its checkpoint is on the disk."""
 
