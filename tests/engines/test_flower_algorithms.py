@@ -5,6 +5,7 @@ only Flower's transport is replaced by a call.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ from safetensors.torch import load_file
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest_digest, params_digest
-from fedmllm.core.types import Round
+from fedmllm.core.types import Round, Sent
+from fedmllm.federation.exchange import Header
 from fedmllm.flower.request import Request
 from fedmllm.flower.site.state import SiteState
+from fedmllm.flower.site.trainer import Trainer
 from fedmllm.runs.events import RoundEnd
 from fedmllm.runs.record import read
 from support.sites_in_process import InThisProcess, adapter, in_process, over_the_wire, write_sites
@@ -72,6 +75,46 @@ def test_a_small_rank_passes_the_limits_of_a_site_too(rows, tmp_path, monkeypatc
     over_the_wire(rows, tmp_path, changes, monkeypatch, allow="")
     rounds = [event for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "round"]
     assert [(len(event["clients"]), event["dropped"]) for event in rounds] == [(len(NAMES), [])] * 3
+
+
+# ---- tensors that a site makes itself
+
+
+def test_a_site_that_makes_other_tensors_than_the_server_refuses(rows, tmp_path, monkeypatch):
+    load = Trainer.backbone
+
+    def loaded(self, request):
+        backbone = load(self, request)
+        if self.site.name == NAMES[0]:
+            self._initial = {name: -t if "lora_A" in name else t for name, t in self._initial.items()}
+        return backbone
+
+    monkeypatch.setattr(Trainer, "backbone", loaded)
+    over_the_wire(rows, tmp_path, ['aggregator="ffa-lora"', "engine.attempts=1", "num_rounds=1"], monkeypatch)
+    (one,) = [event for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "round"]
+    assert [d["client"] for d in one["dropped"]] == [0]
+    says = r"refused by site east: header\.known_digest: got [0-9a-f]{12}; 16 tensors .*another base model, seed, or version"
+    assert re.search(says, one["dropped"][0]["reason"])
+
+
+def test_the_digest_of_what_both_sides_make_travels_only_where_something_is_made():
+    a, b = "m.lora_A.weight", "m.lora_B.weight"
+    initial = {a: torch.ones(4, 3), b: torch.zeros(5, 4)}
+    low = {a: initial[a][:2], b: initial[b][:, :2]}
+    whole = Header.of(Sent(low))
+    assert "known_digest" not in json.loads(whole.model_dump_json())  # a site of an earlier version reads it
+    header = Header.of(Sent(low, trains=frozenset({b}), known=frozenset({a})))
+    read_back = Header(**json.loads(header.model_dump_json()))
+    assert read_back == header
+    assert torch.equal(read_back.sent({b: low[b]}, initial).start[a], low[a])
+    with pytest.raises(FedmllmError, match=r"1 tensors are not sent but made here from the seed .* another base model"):
+        header.sent({b: low[b]}, {**initial, a: initial[a] + 1e-7})
+    earlier = header.model_copy(update={"known_digest": ""})
+    with pytest.raises(FedmllmError, match=r"known_digest: missing; .* the same version of fedmllm on both sides"):
+        earlier.sent({b: low[b]}, initial)
+    odd = header.model_copy(update={"own": {}, "shapes": {**header.shapes, a: (2, 3)}})
+    with pytest.raises(FedmllmError, match="known_digest: got "):
+        odd.sent(low, initial)
 
 
 class Stop:
