@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from fedmllm.core.tensors import flatten, manifest_digest, params_digest
 from fedmllm.core.types import Round, Sent
 from fedmllm.federation.exchange import Header
 from fedmllm.flower.request import Request
-from fedmllm.flower.site.state import SiteState
+from fedmllm.flower.site.state import LostState, SiteState
 from fedmllm.flower.site.trainer import Trainer
 from fedmllm.runs.events import RoundEnd
 from fedmllm.runs.record import read
@@ -256,9 +257,41 @@ def test_state_that_another_run_replaced_or_that_is_missing_is_an_error(tmp_path
     sha = state.write(4, {"c": torch.ones(2)})
     assert sha == params_digest({"c": torch.ones(2)})
     state.write(4, {"c": torch.zeros(2)})
-    for kept in ({4: sha}, {5: sha}):
-        with pytest.raises(FedmllmError, match=f"the state of round {max(kept)} is missing or belongs to another run"):
+    for kept, says in (
+        ({4: sha}, "state of round 4 belongs to another run"),
+        ({5: sha}, "state of round 5 is missing"),
+    ):
+        with pytest.raises(LostState, match=says):
             state.read(kept)
+    sha = state.write(6, {"c": torch.ones(2)})
+    (path,) = tmp_path.rglob("round-0006*")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(LostState, match="state of round 6 is damaged") as error:
+        state.read({6: sha})
+    assert str(tmp_path) not in str(error.value)
+
+
+class Lose:
+    """Deletes what a site keeps, after round 1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, event) -> None:
+        if isinstance(event, RoundEnd) and event.round == 1:
+            shutil.rmtree(self.folder)
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn"])
+def test_a_site_that_lost_its_state_says_so_and_the_others_continue(rows, tmp_path, monkeypatch, name):
+    lose = Lose(tmp_path / NAMES[0] / "site-state" / "clients")
+    over_the_wire(rows, tmp_path, [f'aggregator="{name}"', "engine.attempts=1"], monkeypatch, sinks=[lose])
+    rounds = [event for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "round"]
+    assert [len(event["clients"]) for event in rounds] == [3, 2, 2]
+    for event in rounds[1:]:
+        (left_out,) = event["dropped"]
+        assert f"the state of round 1 is missing, which {name} keeps here" in left_out["reason"]
+        assert str(tmp_path) not in left_out["reason"]
 
 
 @pytest.mark.parametrize("run_id", ["../../../etc", "0123456789ab/..", "", "0123456789AB"])
