@@ -399,6 +399,29 @@ def test_spectral_members_are_the_best_of_their_rank_at_equal_ranks(settings: di
         assert torch.allclose(b.mT @ b, a @ a.mT, atol=1e-12)
 
 
+@pytest.mark.parametrize("ranks", [(), RANKS])
+@pytest.mark.parametrize("name", ["flexlora", "raflora"])
+def test_the_split_changes_the_factors_and_not_their_product(name: str, ranks: Sequence[int]) -> None:
+    params = adapter(1)
+    updates = trained(pick(name), params, {}, at(ranks=ranks))
+    balanced, _ = pick(name).apply(params, {}, at(ranks=ranks), updates)
+    split, _ = pick(name, split="orthonormal").apply(params, {}, at(ranks=ranks), updates)
+    assert off(dense(split), dense(balanced)) < 1e-12
+    for b, a in pairs(split).values():
+        assert torch.allclose(a @ a.mT, torch.eye(R, dtype=a.dtype), atol=1e-12)
+        sizes = b.norm(dim=0)
+        assert bool((sizes[:-1] >= sizes[1:]).all())
+
+
+def test_the_default_split_is_not_in_the_run_id() -> None:
+    for name in ("flexlora", "raflora"):
+        ids = [
+            Experiment.parse({**DATA, "aggregator": {"name": name, **split}}).run_id()
+            for split in ({}, {"split": "balanced"}, {"split": "orthonormal"})
+        ]
+        assert ids[0] == ids[1] != ids[2]
+
+
 def test_flexlora_innovation_and_raflora_at_unequal_ranks() -> None:
     """G + sum p_k (B_k A_k - start): by dense matrices; raFLoRA: level by level."""
     params = adapter(1)

@@ -5,6 +5,8 @@ only Flower's transport is replaced by a call.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,11 @@ from safetensors.torch import load_file
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.tensors import flatten, manifest_digest, params_digest
-from fedmllm.core.types import Round
+from fedmllm.core.types import Round, Sent
+from fedmllm.federation.exchange import Header
 from fedmllm.flower.request import Request
-from fedmllm.flower.site.state import SiteState
+from fedmllm.flower.site.state import LostState, SiteState
+from fedmllm.flower.site.trainer import Trainer
 from fedmllm.runs.events import RoundEnd
 from fedmllm.runs.record import read
 from support.sites_in_process import InThisProcess, adapter, in_process, over_the_wire, write_sites
@@ -47,6 +51,71 @@ def test_over_sites_an_algorithm_gives_the_bytes_of_one_process(rows, tmp_path, 
     changes = [f'aggregator="{name}"']
     over_the_wire(rows, tmp_path, changes, monkeypatch)
     assert adapter(tmp_path / "out") == in_process(rows, tmp_path, changes)
+
+
+# A = V' of unit rows passes the default limits of a site at every learning rate; sqrt(S) V' does not.
+SPECTRAL = [
+    'aggregator={name="flexlora",split="orthonormal"}',
+    'aggregator={name="raflora",split="orthonormal"}',
+    'aggregator="florist"',
+    'aggregator="fedsvd"',
+]
+
+
+@pytest.mark.parametrize("aggregator", SPECTRAL)
+def test_products_by_svd_pass_the_limits_of_a_site_at_a_small_learning_rate(rows, tmp_path, monkeypatch, aggregator):
+    changes = [aggregator, "train.lr=1e-4"]
+    over_the_wire(rows, tmp_path, changes, monkeypatch, allow="")
+    assert adapter(tmp_path / "out") == in_process(rows, tmp_path, changes)
+    rounds = [event for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "round"]
+    assert [(len(event["clients"]), event["dropped"]) for event in rounds] == [(len(NAMES), [])] * 3
+
+
+def test_a_small_rank_passes_the_limits_of_a_site_too(rows, tmp_path, monkeypatch):
+    changes = [SPECTRAL[0], "backbone.lora.ranks=[2,4,8]"]
+    over_the_wire(rows, tmp_path, changes, monkeypatch, allow="")
+    rounds = [event for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "round"]
+    assert [(len(event["clients"]), event["dropped"]) for event in rounds] == [(len(NAMES), [])] * 3
+
+
+# ---- tensors that a site makes itself
+
+
+def test_a_site_that_makes_other_tensors_than_the_server_refuses(rows, tmp_path, monkeypatch):
+    load = Trainer.backbone
+
+    def loaded(self, request):
+        backbone = load(self, request)
+        if self.site.name == NAMES[0]:
+            self._initial = {name: -t if "lora_A" in name else t for name, t in self._initial.items()}
+        return backbone
+
+    monkeypatch.setattr(Trainer, "backbone", loaded)
+    over_the_wire(rows, tmp_path, ['aggregator="ffa-lora"', "engine.attempts=1", "num_rounds=1"], monkeypatch)
+    (one,) = [event for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "round"]
+    assert [d["client"] for d in one["dropped"]] == [0]
+    says = r"refused by site east: header\.known_digest: got [0-9a-f]{12}; 16 tensors .*another base model, seed, or version"
+    assert re.search(says, one["dropped"][0]["reason"])
+
+
+def test_the_digest_of_what_both_sides_make_travels_only_where_something_is_made():
+    a, b = "m.lora_A.weight", "m.lora_B.weight"
+    initial = {a: torch.ones(4, 3), b: torch.zeros(5, 4)}
+    low = {a: initial[a][:2], b: initial[b][:, :2]}
+    whole = Header.of(Sent(low))
+    assert "known_digest" not in json.loads(whole.model_dump_json())  # a site of an earlier version reads it
+    header = Header.of(Sent(low, trains=frozenset({b}), known=frozenset({a})))
+    read_back = Header(**json.loads(header.model_dump_json()))
+    assert read_back == header
+    assert torch.equal(read_back.sent({b: low[b]}, initial).start[a], low[a])
+    with pytest.raises(FedmllmError, match=r"1 tensors are not sent but made here from the seed .* another base model"):
+        header.sent({b: low[b]}, {**initial, a: initial[a] + 1e-7})
+    earlier = header.model_copy(update={"known_digest": ""})
+    with pytest.raises(FedmllmError, match=r"known_digest: missing; .* the same version of fedmllm on both sides"):
+        earlier.sent({b: low[b]}, initial)
+    odd = header.model_copy(update={"own": {}, "shapes": {**header.shapes, a: (2, 3)}})
+    with pytest.raises(FedmllmError, match="known_digest: got "):
+        odd.sent(low, initial)
 
 
 class Stop:
@@ -188,9 +257,41 @@ def test_state_that_another_run_replaced_or_that_is_missing_is_an_error(tmp_path
     sha = state.write(4, {"c": torch.ones(2)})
     assert sha == params_digest({"c": torch.ones(2)})
     state.write(4, {"c": torch.zeros(2)})
-    for kept in ({4: sha}, {5: sha}):
-        with pytest.raises(FedmllmError, match=f"the state of round {max(kept)} is missing or belongs to another run"):
+    for kept, says in (
+        ({4: sha}, "state of round 4 belongs to another run"),
+        ({5: sha}, "state of round 5 is missing"),
+    ):
+        with pytest.raises(LostState, match=says):
             state.read(kept)
+    sha = state.write(6, {"c": torch.ones(2)})
+    (path,) = tmp_path.rglob("round-0006*")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(LostState, match="state of round 6 is damaged") as error:
+        state.read({6: sha})
+    assert str(tmp_path) not in str(error.value)
+
+
+class Lose:
+    """Deletes what a site keeps, after round 1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, event) -> None:
+        if isinstance(event, RoundEnd) and event.round == 1:
+            shutil.rmtree(self.folder)
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn"])
+def test_a_site_that_lost_its_state_says_so_and_the_others_continue(rows, tmp_path, monkeypatch, name):
+    lose = Lose(tmp_path / NAMES[0] / "site-state" / "clients")
+    over_the_wire(rows, tmp_path, [f'aggregator="{name}"', "engine.attempts=1"], monkeypatch, sinks=[lose])
+    rounds = [event for event in read(tmp_path / "out" / "record.jsonl") if event["event"] == "round"]
+    assert [len(event["clients"]) for event in rounds] == [3, 2, 2]
+    for event in rounds[1:]:
+        (left_out,) = event["dropped"]
+        assert f"the state of round 1 is missing, which {name} keeps here" in left_out["reason"]
+        assert str(tmp_path) not in left_out["reason"]
 
 
 @pytest.mark.parametrize("run_id", ["../../../etc", "0123456789ab/..", "", "0123456789AB"])

@@ -179,3 +179,37 @@ def test_the_servers_experiment_reads_back_from_its_record():
 def test_what_only_a_simulation_can_do_is_refused(change, says):
     with pytest.raises(ConfigError, match=says):
         over_sites(Experiment.parse({"data": "synthetic-irony", **change}), ("a", "b"), test=True)
+
+
+RANKED = {"name": "tiny", "lora": {"rank_column": "limit"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"method": "personal"},
+            'method: got "personal", whose second phase, .*allowed over real sites: "federated"',
+        ),
+        ({"aggregator": "fedsa-lora"}, "aggregator.name: got 'fedsa-lora', whose result is a model for each client"),
+        ({"aggregator": "fedalt"}, "aggregator.name: got 'fedalt', whose result is a model for each client"),
+        (
+            {"aggregator": "fedilora", "backbone": RANKED},
+            'rank_column: got "limit"; the server does not read .*allowed: backbone.lora.ranks',
+        ),
+        ({"aggregator": "flexlora"}, 'split: got "balanced" with flexlora, .*allowed over real sites: "orthonormal"'),
+        ({"aggregator": {"name": "raflora", "split": "balanced"}}, 'split: got "balanced" with raflora'),
+    ],
+)
+def test_what_real_sites_cannot_do_is_refused_when_the_experiment_is_read(change, says):
+    table = {"data": "synthetic-irony", **change}
+    with pytest.raises(ConfigError, match=says):
+        Experiment.parse({**table, "engine": "flower-sites"})
+    with pytest.raises(ConfigError, match="method" if "method" in change else says):
+        over_sites(Experiment.parse(table), ("a", "b"), test=True)
+
+
+@pytest.mark.parametrize("aggregator", [{"name": "raflora", "split": "orthonormal"}, "florist", "fedsvd"])
+def test_an_orthonormal_split_is_accepted_over_real_sites(aggregator):
+    experiment = Experiment.parse({"data": "synthetic-irony", "aggregator": aggregator, "engine": "flower-sites"})
+    assert over_sites(experiment, ("a", "b"), test=True).aggregator == experiment.aggregator

@@ -11,7 +11,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -34,8 +34,12 @@ from fedmllm.algorithms.lowrank import (
     unpaired,
     weighted,
 )
+from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.tensors import mean_delta
 from fedmllm.core.types import ClientUpdate, Params, Round, Sent, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Spectral(Aggregator):
@@ -88,14 +92,23 @@ class Spectral(Aggregator):
         return revived({n: whole[n] for n in params}, at.seed, at.number), state
 
 
-class FlexLora(Spectral):
-    """M = G + sum p_k (B_k A_k - start of k), G the global product: unbiased under unequal ranks (FedHL, arXiv:2505.18494).
+class FactorSplit(Spectral):
+    """A choice of the factors of the product."""
 
-    `weights = "plain"` is FlexLoRA as published (arXiv:2402.11505), M = sum p_k B_k A_k: there every round shrinks the
-    directions above a rank by the share of the clients that lack them. With equal ranks the two agree.
-    """
+    split: Annotated[Literal["balanced", "orthonormal"], ADDED_LATER] = "balanced"
+    """Factors of the sum's SVD, U S V': (U sqrt S, sqrt S V'), or (U S, V'). Real sites need "orthonormal": sqrt S makes A
+    so small that they refuse it (`lora_a` of their limits)."""
 
-    name: Literal["flexlora"] = "flexlora"
+    def cut(self, target: Pair, rank: int) -> Pair:
+        if self.split == "balanced":
+            return truncated(target, rank)
+        u, s, vt = svd(target)
+        return orthonormal(u, cut_at(s, rank), vt, rank, like=target)
+
+
+class ProductSum(Spectral):
+    """The sum of the clients' products, or of their changes."""
+
     weights: Literal["innovation", "plain"] = "innovation"
     """Whether the clients' changes are summed, or their products."""
 
@@ -113,7 +126,17 @@ class FlexLora(Spectral):
         return [old, *changes]
 
 
-class RaFLora(Spectral):
+class FlexLora(ProductSum, FactorSplit):
+    """M = G + sum p_k (B_k A_k - start of k), G the global product: unbiased under unequal ranks (FedHL, arXiv:2505.18494).
+
+    `weights = "plain"` is FlexLoRA as published (arXiv:2402.11505), M = sum p_k B_k A_k: there every round shrinks the
+    directions above a rank by the share of the clients that lack them. With equal ranks the two agree.
+    """
+
+    name: Literal["flexlora"] = "flexlora"
+
+
+class RaFLora(FactorSplit):
     """Directions are averaged level by level over the clients whose rank reaches them (raFLoRA, arXiv:2602.13486).
 
     Between consecutive ranks l < h: sum over r_k >= h of n_k / N_h B_k[:, l:h] A_k[l:h]. A level that no client of the round
@@ -135,14 +158,14 @@ class RaFLora(Spectral):
         return parts
 
 
-class Florist(FlexLora):
+class Florist(ProductSum):
     """FlexLoRA whose rank follows from the energy: per module the least rank with sum s_i^2 >= tau of all (arXiv:2506.09199).
 
     The split is (U S, V'). The rank of the clients' adapters, `lora.r`, is the upper limit. Below tau = 1 every round drops
     energy, also if no client learns anything.
     """
 
-    name: Literal["florist"] = "florist"  # type: ignore[assignment]
+    name: Literal["florist"] = "florist"
     tau: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of the energy that is kept."""
 
@@ -151,7 +174,7 @@ class Florist(FlexLora):
         energy = s.pow(2).cumsum(0)
         needed = int((energy < self.tau * energy[-1]).sum()) + 1
         kept = min(rank, needed, len(s))
-        return of_width((u[:, :kept] * cut_at(s, kept), vt[:kept]), rank, like=target)
+        return orthonormal(u, cut_at(s, kept), vt, rank, like=target)
 
     def result(self, params: Params, state: State) -> Params:
         """Without the directions that carry no weight: modules differ in rank."""
@@ -182,10 +205,15 @@ class FedSvd(Aggregator):
         after = added(params, mean_delta(updates))
         if at.number % self.period:
             return after, state
-        turned = {name: self._orthonormal(pair) for name, pair in pairs(after).items() if bool(pair[0].any())}
+        turned = {name: self._turned(pair) for name, pair in pairs(after).items() if bool(pair[0].any())}
         return after | unpaired(turned, params), state
 
-    def _orthonormal(self, pair: Pair) -> Pair:
+    def _turned(self, pair: Pair) -> Pair:
         u, s, vt = svd(pair)
         rank = pair[1].shape[0]
-        return of_width((u[:, :rank] * s[:rank], vt[:rank]), rank, like=pair)
+        return orthonormal(u, s[:rank], vt, rank, like=pair)
+
+
+def orthonormal(u: Tensor, s: Tensor, vt: Tensor, rank: int, like: Pair) -> Pair:
+    """The directions of the values `s` as the pair (U S, V'), padded with zeros up to a rank, in the type of `like`."""
+    return of_width((u[:, : len(s)] * s, vt[: len(s)]), rank, like)

@@ -43,6 +43,7 @@ from fedmllm.config.engine import (
     Stacked,
 )
 from fedmllm.config.public import Public
+from fedmllm.config.sites import check_sites
 from fedmllm.config.train import USUAL, Checkpointing, Evaluate, Personal, Train, UpdateFilter
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
@@ -213,6 +214,8 @@ class Experiment(Spec):
         check_engine_carries(aggregator, self.engine, unequal)
         if isinstance(self.engine, FlowerSites) and self.engine.secure:
             check_secure(self, self.engine.secure, self.cohort_size)
+        if isinstance(self.engine, FlowerSites):
+            check_sites(self)
         if aggregator.one_round and self.num_rounds > 1:
             raise ValueError(
                 f"num_rounds: got {self.num_rounds}; {aggregator.name} communicates once; allowed: 1. More local training "

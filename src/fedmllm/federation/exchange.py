@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.spec import Spec
-from fedmllm.core.tensors import fits
+from fedmllm.core.tensors import fits, params_digest
 from fedmllm.core.types import Params, Sent
 
 EXTRA, FROZEN = "extra/", "frozen/"
@@ -25,7 +27,14 @@ class Header(Spec):
     trains: tuple[str, ...] | None = None
     keeps: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
+    known_digest: str = ""
+    """Of the values of the tensors in `known`, which each side makes itself; "" if there are none."""
     scale: float = 1.0
+
+    @model_serializer(mode="wrap")
+    def _without_an_empty_digest(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Earlier versions refuse the key `known_digest`: it travels only where they could not do what it is for."""
+        return {key: value for key, value in dump(self).items() if key != "known_digest" or value}
 
     @classmethod
     def of(cls, sent: Sent) -> Header:
@@ -37,6 +46,7 @@ class Header(Spec):
             trains=None if sent.trains is None else tuple(sorted(sent.trains)),
             keeps=tuple(sorted(sent.keeps)),
             known=tuple(sorted(sent.known)),
+            known_digest=params_digest({name: sent.start[name] for name in sent.known}) if sent.known else "",
             scale=sent.scale,
         )
 
@@ -52,10 +62,12 @@ class Header(Spec):
             initial: The receiver's seeded adapter, before any training: the value of the tensors that did not travel.
 
         Raises:
-            FedmllmError: a tensor does not belong to the adapter, or is larger than it.
+            FedmllmError: a tensor does not belong to the adapter, or is larger than it; or what the receiver makes itself has
+                other values than at the sender.
         """
         self.check(initial)
         own = {name: initial[name][tuple(slice(n) for n in shape)] for name, shape in self.own.items()}
+        self._check_known(own)
         start = {n: own[n] if n in own else payload[n] for n in initial}
         return Sent(
             start,
@@ -79,6 +91,23 @@ class Header(Spec):
                 raise FedmllmError(f"header: {name} has shape {list(shape)}; here it is {list(here)}")
         if odd := sorted({*(self.trains or ()), *self.keeps, *self.known} - initial.keys())[:3]:
             raise FedmllmError(f"header: {odd} are not tensors of the adapter")
+
+    def _check_known(self, own: Params) -> None:
+        """Raise FedmllmError unless the tensors that both sides make have equal values."""
+        if not self.known:
+            return
+        what = f"{len(self.known)} tensors are not sent but made here from the seed ({self.known[0]}, ...)"
+        if not self.known_digest:
+            raise FedmllmError(
+                f"header.known_digest: missing; {what}, and a server of this version sends their digest; install the same "
+                "version of fedmllm on both sides"
+            )
+        here = params_digest({name: t for name, t in own.items() if name in self.known})
+        if here != self.known_digest:
+            raise FedmllmError(
+                f"header.known_digest: got {self.known_digest[:12]}; {what}, and their digest here is {here[:12]}: another "
+                "base model, seed, or version of fedmllm or torch"
+            )
 
 
 def uplink(delta: Params, extra: Params) -> Params:

@@ -10,6 +10,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from fedmllm.config.engine import FlowerSites
 from fedmllm.config.experiment import Experiment, check_engine_carries, check_secure
+from fedmllm.config.sites import check_sites
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.types import Example, Modality
 from fedmllm.data.base import Dataset, Rows, Split
@@ -74,17 +75,10 @@ def over_sites(experiment: Experiment, sites: Sequence[str], test: bool) -> Expe
         )
     data = AtSites(sites=tuple(sites), own=experiment.data, test=test)
     engine = experiment.engine if isinstance(experiment.engine, FlowerSites) else FlowerSites()
-    lora = experiment.backbone.lora
-    check_engine_carries(experiment.aggregator, engine, lora.unequal())
-    if lora.rank_column:
-        raise ConfigError(f"{lora.unequal()}; the server does not read the sites' rows; allowed: backbone.lora.ranks")
+    check_engine_carries(experiment.aggregator, engine, experiment.backbone.lora.unequal())
     if engine.secure:
         check_secure(experiment, engine.secure, experiment.cohort_size or len(sites))
-    if not experiment.aggregator.global_model:
-        raise ConfigError(
-            f"aggregator.name: got {experiment.aggregator.name!r}, whose models stay at the sites, where the server cannot "
-            "evaluate them; allowed: an aggregator with a global model"
-        )
+    check_sites(experiment)
     changes: dict[str, Any] = {"data": data, "partition": ByColumn(column="site"), "engine": engine}
     if experiment.update_filter.on_bad_update == "by_engine":
         changes["update_filter"] = experiment.update_filter.model_copy(update={"on_bad_update": "drop_client"})

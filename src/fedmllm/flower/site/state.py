@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.errors import FedmllmError, Reason
 from fedmllm.core.tensors import params_digest
 from fedmllm.core.types import Params
 from fedmllm.federation.client_state import ClientStateStore
 
 ANY_ROUND = 10**9
+
+
+class LostState(FedmllmError):
+    """The state that a site has to continue from is not there; the reason has the path for this machine's log alone."""
 
 
 class SiteState:
@@ -37,7 +41,9 @@ class SiteState:
             kept: Rounds that counted, with the digest of the state.
 
         Raises:
-            FedmllmError: The state of that round is missing here, or another run has replaced it.
+            LostState: The state of that round is missing here, damaged, or another run has replaced it. A site does not start
+                from 0 instead: the server's own state holds a term for what the site kept (SCAFFOLD's c is the mean of the
+                sites' c_i), which would then stay in it for the rest of the run.
         """
         if not kept and not self._folder.is_dir():
             return {}
@@ -48,9 +54,14 @@ class SiteState:
         if not kept:
             return {}
         last = max(kept)
-        state = store.read(self._client, last + 1) if last in store.rounds(self._client) else {}
-        if not state or params_digest(state) != kept[last]:
-            raise FedmllmError(f"{self._folder}: the state of round {last} is missing or belongs to another run")
+        try:
+            state = store.read(self._client, last + 1) if last in store.rounds(self._client) else {}
+        except FedmllmError as error:
+            raise LostState(Reason(f"the state of round {last} is damaged", str(error))) from None
+        if not state:
+            raise LostState(Reason(f"the state of round {last} is missing", str(self._folder)))
+        if params_digest(state) != kept[last]:
+            raise LostState(Reason(f"the state of round {last} belongs to another run", str(self._folder)))
         return state
 
     def write(self, round_: int, state: Params) -> str:

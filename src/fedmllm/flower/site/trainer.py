@@ -33,7 +33,7 @@ from fedmllm.flower.request import KEPT, Request
 from fedmllm.flower.site.config import Refused, Site, state_folder
 from fedmllm.flower.site.ledger import Entry, Ledger
 from fedmllm.flower.site.plausibility import implausible_adapter, moving_steps, scales, suppressed_updates
-from fedmllm.flower.site.state import SiteState
+from fedmllm.flower.site.state import LostState, SiteState
 from fedmllm.flower.wire import HERE, REFUSED
 from fedmllm.runs.privacy import NOISE_KEY, secret_key
 
@@ -93,7 +93,7 @@ class Trainer:
         if reason := self.site.refusal(self._objections(request, sent)):
             raise Refused(reason)
         state = SiteState(self._folder, request.run_id, request.client)
-        before = state.read(request.kept)
+        before = self._kept(request, state)
         if reason := self._charge(request):  # a refusal above spends nothing: it says nothing about a row's content
             raise Refused(self.site.refusal([reason]))
         clients = self._clients(request, backbone, shard)  # makes the key of the noise, if there is none
@@ -142,6 +142,17 @@ class Trainer:
             return header.sent(unflatten(torch.from_numpy(flat), like), self._initial)
         except FedmllmError as error:  # about the request only
             raise Refused(self.site.refusal([str(error)])) from None
+
+    def _kept(self, request: Request, state: SiteState) -> Params:
+        """Read the algorithm's state of this site. Raises Refused if it is lost."""
+        try:
+            return state.read(request.kept)
+        except LostState as error:
+            said = (
+                f"{error}, which {request.aggregator.name} keeps here and needs: restore clients/{request.run_id} in the "
+                "folder of the site's state, or start the run again from round 1"
+            )
+            raise Refused(self.site.refusal([Reason(said, Reason.of(error).here)])) from None
 
     def _objections(self, request: Request, sent: Sent) -> list[str]:
         allow, reasons = self.site.allow, implausible_adapter(sent.start, self._scales, self.site.allow)
