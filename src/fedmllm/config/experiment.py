@@ -53,7 +53,7 @@ from fedmllm.data.base import Dataset
 from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.scenarios.availability import Always, Availability
 from fedmllm.scenarios.masks import Aligned, Scenario
-from fedmllm.scenarios.modalities.completion import Completion, Nothing
+from fedmllm.scenarios.modalities.completion import Completion, Nothing, Role, strictest
 from fedmllm.scenarios.modalities.dropout import ModalityDropout, NoDropout
 from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Partition
 
@@ -525,6 +525,14 @@ class Experiment(Spec):
         privacy = [label] if (label := self.privacy.label()) else []
         engine = [self.engine.name] if self.engine.plugin else []  # it may change results
         return "+".join([head, *objective, *gate, *relation, *dropout, *completion, *public, *privacy, *engine])
+
+    def role(self) -> Role:
+        """Return the part in a comparison: of the completion; public rows as one more client are a control.
+
+        Returns:
+            "method", "control" or "bound". Reports rank and recommend methods alone.
+        """
+        return strictest([self.completion.role(), "control" if self.public.client else "method"])
 
     def setting(self) -> str:
         """Return what distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split.

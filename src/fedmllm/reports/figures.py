@@ -49,11 +49,11 @@ class PageFigure:
 
 
 def looks(dataset: DatasetResults) -> dict[str, Look]:
-    """Federated methods get colours in order; baselines are grey."""
+    """Candidates get colours in order; baselines, controls and bounds are grey."""
     found: dict[str, Look] = {}
     coloured = greys = 0
     for method in dataset.methods:
-        if dataset.pick(method=method)[0].federated:
+        if method in dataset.candidates:
             line = ("-", "-.")[coloured // len(SERIES) % 2]  # beyond ten methods the colours come again
             found[method] = Look(SERIES[coloured % len(SERIES)], list(MARKERS)[coloured % len(MARKERS)], line)
             coloured += 1
@@ -201,7 +201,7 @@ def panels(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look
     """One picture a scenario: federated methods with their 95 % intervals, seeds as dots, baselines as lines."""
     values, scale = dataset.values(table.metric, ""), table.scale
     floor, top = _range([Spread(v, None, 1) for seeds in values.values() for v in seeds.values()], scale)
-    federated = [method for method in table.methods if method in dataset.federated]
+    federated = [method for method in table.methods if method in dataset.candidates]
     found = []
     for scenario in dict.fromkeys(row.scenario for row in table.rows):
         rows = [row for row in table.rows if row.scenario == scenario]

@@ -17,9 +17,11 @@ from fedmllm.core.spec import current_keys
 from fedmllm.core.text import flat_keys
 from fedmllm.reports.names import base_of, method_label, setting_label
 from fedmllm.reports.numerals import COUNTS
+from fedmllm.reports.roles import role_of
 from fedmllm.runs.folder import RECORD, SUMMARY
 from fedmllm.runs.record import Line, read
 from fedmllm.runs.suites.suite import SUITE
+from fedmllm.scenarios.modalities.completion import Role
 
 SEEDS = ("seed", "data.seed")  # settings that repeat a run instead of making it another one
 EXECUTION_KEYS = tuple(f"{key}." for key in Experiment.execution_only())  # keys, or tables with all their keys
@@ -64,6 +66,10 @@ class RunRecord:
     @property
     def federated(self) -> bool:
         return bool(self.settings["method"] == "federated")
+
+    @cached_property
+    def role(self) -> Role:
+        return role_of(self.heading, self.settings)
 
     @property
     def headline(self) -> tuple[str, str]:
@@ -129,9 +135,14 @@ class DatasetResults:
         return list(dict.fromkeys(run.method for run in self.runs))
 
     @cached_property
-    def federated(self) -> list[str]:
-        """Methods that are federated; all others are baselines."""
-        return list(dict.fromkeys(run.method for run in self.runs if run.federated))
+    def candidates(self) -> list[str]:
+        """Federated methods, which are ranked; all others are baselines, controls and bounds."""
+        return list(dict.fromkeys(run.method for run in self.runs if run.federated and run.role == "method"))
+
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """Role of each federated method that is not a candidate: "control" or "bound"."""
+        return {run.method: run.role for run in self.runs if run.federated and run.role != "method"}
 
     def plain(self) -> DatasetResults:
         """Without the methods that are another one with an addition; a figure cannot show every combination."""

@@ -11,8 +11,9 @@ from fedmllm.core.text import bytes_text
 from fedmllm.reports.comparisons import Comparison
 from fedmllm.reports.importance import Importance, about_importance
 from fedmllm.reports.names import metric_label, visible_label
-from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, p_text
+from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, listed_words, p_text
 from fedmllm.reports.reading import DatasetResults, RunRecord
+from fedmllm.reports.roles import ROLE_TEXT
 from fedmllm.reports.rows import RowResults, kind_label
 from fedmllm.reports.shares import ShareTable, about_shares, share_text
 from fedmllm.reports.stats import Spread, paired
@@ -49,6 +50,9 @@ def about_table(table: ResultTable, unsure: str = "≈") -> str:
             parts.append(
                 f"{unsure}: the lead of the best is not established (paired t-test over seeds, Holm over all pairs, 5 %)."
             )
+    for role, text in ROLE_TEXT.items():
+        if names := [method for method, own in table.roles.items() if own == role]:
+            parts.append(f"Not ranked: {listed_words(names)} ({text}).")
     if any(row.uneven for row in table.rows):
         parts.append("n: seeds of a cell in rows whose methods have different seeds; these methods are not ranked.")
     if table.detectable_row is not None:
@@ -333,7 +337,7 @@ def _result_lines(dataset: DatasetResults) -> Iterator[list[Any]]:
         means = {place: Spread.of(seeds.values()).mean for place, seeds in values.items()}
         best: dict[str, str] = {}
         for setting, method in values:
-            if method in dataset.federated:
+            if method in dataset.candidates:
                 best[setting] = max(best.get(setting, method), method, key=lambda m: means[setting, m])
         for (setting, method), seeds in values.items():
             s, first = Spread.of(seeds.values()), best.get(setting, method)
