@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedmllm.core.text import bytes_text
 from fedmllm.reports.answers import Answer, answers, groups, ranked
+from fedmllm.reports.client_importance import ClientImportance, about_client_importance, client_importances, nats
 from fedmllm.reports.clients import label_skew, labels_of, who_sees_what
 from fedmllm.reports.comparisons import Comparison, additions, all_pairs, declared
 from fedmllm.reports.figures import (
@@ -81,6 +82,7 @@ class Section:
     label_colours: dict[str, str]
     matrices: list[Matrix]
     importances: list[Importance]
+    client_importances: list[ClientImportance]
     first_matrix: str  # the method whose train x test table is open
     heat: tuple[float, float]  # lowest and highest mean of the matrices
     shares: ShareTable | None  # of the ceiling, where the runs state one
@@ -133,6 +135,7 @@ def section(report: ReportData, dataset: DatasetResults, key: str, rows: Sequenc
         label_colours=labels_of(dataset),
         matrices=trained,
         importances=importances(dataset),
+        client_importances=client_importances(dataset),
         first_matrix=next((m for m in best if any(m == matrix.method for matrix in trained)), ""),
         heat=(min(means, default=0.0), max(means, default=1.0)),
         shares=share_table(dataset),
@@ -168,6 +171,8 @@ def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None =
         about_table=lambda table: about_table(table, "A frame").replace("**", "").replace("_second_", "second"),
         about_published=about_published,
         about_importance=about_importance,
+        about_client_importance=about_client_importance,
+        nats=nats,
         about_shares=about_shares,
         share_text=share_text,
         interval=interval,

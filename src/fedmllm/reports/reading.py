@@ -15,6 +15,8 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import current_keys
 from fedmllm.core.text import flat_keys
+from fedmllm.core.types import Modality
+from fedmllm.data.base import Dataset
 from fedmllm.reports.names import base_of, method_label, setting_label
 from fedmllm.reports.numerals import COUNTS
 from fedmllm.reports.roles import role_of
@@ -180,10 +182,12 @@ class DatasetResults:
 
     @cached_property
     def modalities(self) -> tuple[str, ...]:
-        """Modalities that rows of the clients show, by name."""
+        """Modalities that rows of the clients show, in the order of the data set."""
         clients = [client for run in self.runs for client in run.clients]
         shows = {names for client in clients for names in client.get("shows", client.get("visible", {}))}
-        return tuple(sorted({m for names in shows for m in names.split("+")} - {"none"}))
+        found = {m for names in shows for m in names.split("+")} - {"none"}
+        order = _modalities_of(self.runs[0].settings["data"])
+        return tuple(sorted(found, key=lambda m: (order.index(m) if m in order else len(order), m)))
 
     @cached_property
     def scenarios(self) -> dict[str, list[str]]:
@@ -224,6 +228,14 @@ class DatasetResults:
             if value is not None:
                 found[run.setting, run.method][run.draw] = value
         return dict(found)
+
+
+def _modalities_of(data: Mapping[str, Any]) -> tuple[Modality, ...]:
+    """Modalities in the order of the data set; () for a set of a plug-in or of another version."""
+    try:
+        return Dataset.pick(data, "data").modalities()
+    except ConfigError:
+        return ()
 
 
 def paths_of(places: str | Path | Sequence[str | Path]) -> list[Path]:
