@@ -58,9 +58,9 @@ def client_importances(dataset: DatasetResults) -> list[ClientImportance]:
                     name: {m: Spread.of(values) for m, values in reported[number, name].items()}
                     for number, name in sorted(reported)
                 }
-                shown = rows if len(rows) <= MOST_CLIENTS else _extremes(list(rows.values()))
+                listed = rows if len(rows) <= MOST_CLIENTS else _extremes(list(rows.values()))
                 record = next(run for run in runs if _last_values(run)).folder / RECORD
-                found.append(ClientImportance(setting, method, shown, len(rows), record))
+                found.append(ClientImportance(setting, method, listed, len(rows), record))
     return found
 
 
