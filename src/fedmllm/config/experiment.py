@@ -541,7 +541,8 @@ class Experiment(Spec):
             Key=value pairs separated by blanks, or a member's name.
         """
         spec = self.partition if self.scenario.name == "aligned" else self.scenario
-        settings = {k: v for k, v in spec.model_dump(mode="json").items() if k not in ("name", "num_clients") and v}
+        left_out = ("name", "num_clients", *self.scenario.without_effect())
+        settings = {k: v for k, v in spec.model_dump(mode="json").items() if k not in left_out and v}
         words = [f"{k}={v}" for k, v in settings.items()]
         if self.availability.name != "always":
             rates = self.availability.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)

@@ -33,6 +33,7 @@ from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
 from fedmllm.reports.own_rows import OWN_TEXT, OwnRow, own_table
 from fedmllm.reports.reading import DatasetResults, ReportData
 from fedmllm.reports.rows import RowResults, kind_label, results_by_row
+from fedmllm.reports.sent import sent_bytes
 from fedmllm.reports.shares import ShareTable, about_shares, share_table, share_text
 from fedmllm.reports.svg import SHOWS, variable
 from fedmllm.reports.tables import (
@@ -46,6 +47,7 @@ from fedmllm.reports.tables import (
     result_table,
 )
 from fedmllm.reports.texts import (
+    BEFORE_TEXT,
     about_published,
     about_table,
     estimate_text,
@@ -164,6 +166,7 @@ def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None =
     environment.globals.update(
         metric_label=metric_label,
         OWN_TEXT=OWN_TEXT,
+        BEFORE_TEXT=BEFORE_TEXT,
         variable=variable,
         bytes_text=bytes_text,
         p_text=p_text,
@@ -200,9 +203,7 @@ def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None =
         device=first.get("device") or {},
         digests=report.runs[0].digests,
         hours=sum(run.wall_s for run in report.runs) / 3600,
-        sent=bytes_text(
-            sum((run.rows[0].get("up_bytes") or 0) + (run.rows[0].get("down_bytes") or 0) for run in report.runs)
-        ),
+        sent=bytes_text(sum(sent_bytes(run.rows[0]) for run in report.runs)),
         seeds=sorted({run.seed for run in report.runs}),
         models=sorted({model_of(run.settings["backbone"]) for run in report.runs}),
     )

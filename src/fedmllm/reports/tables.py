@@ -12,6 +12,7 @@ from fedmllm.reports.names import scenario_label
 from fedmllm.reports.numerals import Scale, scale_of
 from fedmllm.reports.published import PublishedNumbers, published_for
 from fedmllm.reports.reading import BySeed, DatasetResults, RunRecord
+from fedmllm.reports.sent import sent_bytes
 from fedmllm.reports.stats import LEVEL, Spread, detectable, holm, paired, pooled_std
 from fedmllm.scenarios.modalities.completion import Role
 
@@ -219,8 +220,15 @@ class CostRow:
     peak_host_bytes: float
     peak_device_bytes: float
     num_tokens: float
-    total_bytes: float
+    completion_up_bytes: float  # before training, of a completion that learns
+    completion_down_bytes: float
+    completion_s: float  # of wall_s
+    total_bytes: float  # of all runs, those before training included
     total_wall_s: float
+
+    @property
+    def before_training_bytes(self) -> float:
+        return self.completion_up_bytes + self.completion_down_bytes
 
 
 def costs(dataset: DatasetResults) -> list[CostRow]:
@@ -246,7 +254,10 @@ def _costs(method: str, runs: list[RunRecord]) -> CostRow:
         peak_host_bytes=max(float(run.rows[0].get("peak_host_bytes") or 0) for run in runs),
         peak_device_bytes=max(float(run.rows[0].get("peak_device_bytes") or 0) for run in runs),
         num_tokens=mean("num_tokens"),
-        total_bytes=sent * len(runs),
+        completion_up_bytes=mean("completion_up_bytes"),
+        completion_down_bytes=mean("completion_down_bytes"),
+        completion_s=mean("completion_s"),
+        total_bytes=sum(sent_bytes(run.rows[0]) for run in runs),
         total_wall_s=sum(run.wall_s for run in runs),
     )
 

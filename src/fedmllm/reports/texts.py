@@ -160,9 +160,17 @@ def shares_markdown(table: ShareTable, num_settings: int) -> str:
     return "\n".join(lines) + f"\n\n{about_shares(table, num_settings)}\n"
 
 
+BEFORE_TEXT = (
+    "Before training: bytes up and down in which a completion is learned; they are in the bytes of all runs and not in up and "
+    "down, and their time is in the wall time."
+)
+
+
 def costs_markdown(rows: Sequence[CostRow]) -> str:
     """Costs of a run of each method."""
     names = ["runs", "rounds", "up", "down", "LoRA of it", "client s", "server s", "wall s", "peak memory", "tokens"]
+    learns = any(r.before_training_bytes for r in rows)
+    names += ["before training"] if learns else []
     lines = _head(["method"], names)
     for r in rows:
         share = DASH if r.lora_share is None else f"{100 * r.lora_share:.0f}{NO_BREAK}%"
@@ -175,12 +183,14 @@ def costs_markdown(rows: Sequence[CostRow]) -> str:
             share,
         ]
         words += [f"{r.client_s:.1f}", f"{r.server_s:.2f}", f"{r.wall_s:.1f}"]
-        lines.append(_line([*words, bytes_text(r.peak_host_bytes + r.peak_device_bytes), f"{r.num_tokens:,.0f}"]))
+        words += [bytes_text(r.peak_host_bytes + r.peak_device_bytes), f"{r.num_tokens:,.0f}"]
+        lines.append(_line([*words, *([bytes_text(r.before_training_bytes)] if learns else [])]))
     total_s = sum(r.total_wall_s for r in rows)
     sent = bytes_text(sum(r.total_bytes for r in rows))
     return (
         "\n".join(lines)
-        + f"\n\nMeans over runs; peak memory is the largest seen. All runs: {total_s / 3600:.2f} h, {sent} sent.\n"
+        + f"\n\nMeans over runs; peak memory is the largest seen.{f' {BEFORE_TEXT}' if learns else ''} "
+        f"All runs: {total_s / 3600:.2f} h, {sent} sent.\n"
     )
 
 
