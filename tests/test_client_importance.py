@@ -33,7 +33,9 @@ def test_a_client_has_the_mean_over_seeds_of_its_last_round(tmp_path: Path):
         own = [values[int(client)] for values in last if int(client) in values]
         assert (row["text"].mean, row["text"].n) == (pytest.approx(statistics.fmean(own)), len(own))
     write_report([tmp_path], tmp_path / "report.html")
-    assert "### Importance for each client: FedAvg + dropout-importance" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "### Importance of each modality for each client" in text
+    assert "| method | setting | client | image | text |" in text
     assert "Importance of each modality for each client" in (tmp_path / "report.html").read_text()
 
 
@@ -47,7 +49,7 @@ def test_many_clients_share_three_rows_and_the_file_is_named(tmp_path: Path):
     ]
     (report,) = write_report([tmp_path], tmp_path / "report.md")
     text = report.read_text()
-    assert "25 clients: mean ± standard deviation, lowest and highest over clients." in text
+    assert "With up to 25 clients: mean ± standard deviation, lowest and highest over clients." in text
     assert str(tmp_path / "run" / "record.jsonl") in text
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmllm.core.types import Modality
+from fedmllm.reports.numerals import DASH
 from fedmllm.reports.reading import DatasetResults, RunRecord
 from fedmllm.reports.stats import Spread
 from fedmllm.runs.folder import RECORD
@@ -87,20 +88,22 @@ def _extremes(rows: Sequence[Mapping[Modality, Spread]]) -> dict[str, dict[Modal
     }
 
 
-def about_client_importance(table: ClientImportance) -> str:
-    """The caption.
+def about_client_importance(tables: Sequence[ClientImportance]) -> str:
+    """The caption of all tables.
 
     Args:
-        table: One table.
+        tables: Of one data set.
     """
     text = (
         "Mean Shapley value of each modality in nats, on complete rows of the client, in the last round in which it took part; "
         "± is the standard deviation over seeds. A client without complete rows measures nothing."
     )
-    if table.num_clients > len(table.rows):
+    if many := [table for table in tables if table.num_clients > len(table.rows)]:
+        most = max(table.num_clients for table in many)
         text += (
-            f" {table.num_clients} clients: mean ± standard deviation, lowest and highest over clients. The values of each "
-            f"client are in {table.record}: {PREFIX}{table.modalities[0]}, for one, in the clients' entries of rounds."
+            f" With up to {most} clients: mean ± standard deviation, lowest and highest over clients. The values of each "
+            f"client are in the records, as {PREFIX}{many[0].modalities[0]} in the clients' entries of rounds: "
+            f"{many[0].record}, for one."
         )
     return text
 
@@ -115,13 +118,19 @@ def nats(spread: Spread) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def client_importance_markdown(table: ClientImportance) -> str:
-    """Return the table as Markdown.
+def client_importance_markdown(tables: Sequence[ClientImportance]) -> str:
+    """Return the tables as one in Markdown.
 
     Args:
-        table: One table.
+        tables: Of one data set, at least one.
     """
-    lines = ["| client | " + " | ".join(table.modalities) + " |", "|---|" + "---:|" * len(table.modalities)]
-    for client, values in table.rows.items():
-        lines.append(f"| {client} | " + " | ".join(nats(values[m]) for m in table.modalities) + " |")
-    return "\n".join(lines) + f"\n\n{about_client_importance(table)}\n"
+    modalities = tables[0].modalities
+    lines = [
+        "| method | setting | client | " + " | ".join(modalities) + " |",
+        "|---|---|---|" + "---:|" * len(modalities),
+    ]
+    for table in tables:
+        for client, values in table.rows.items():
+            cells = (nats(values[m]) if m in values else DASH for m in modalities)
+            lines.append(f"| {table.method} | {table.setting} | {client} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\n{about_client_importance(tables)}\n"

@@ -156,9 +156,8 @@ def _section(report: ReportData, dataset: DatasetResults, rows: Sequence[RowResu
         parts.append(matrix_markdown(matrix, table.scale))
     for important in importances(dataset):
         parts += [f"### Importance of each modality: {important.method}\n", importance_markdown(important, table.scale)]
-    for measured in client_importances(dataset):
-        parts.append(f"### Importance for each client: {measured.method}, {measured.setting}\n")
-        parts.append(client_importance_markdown(measured))
+    if measured := client_importances(dataset):
+        parts += ["### Importance of each modality for each client\n", client_importance_markdown(measured)]
     if published := published_table(dataset, table):
         parts += ["### Published numbers, settings that agree\n", published_markdown(published)]
     if own := own_table(dataset):
