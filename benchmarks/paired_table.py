@@ -3,17 +3,19 @@
     python benchmarks/paired_table.py runs/lora --against FedAvg [--metric auc] [--visible all]
 
 Reads finished cells; a mean over the settings takes the seeds that all of them have. p is of Student's paired t-test on those
-means, by Holm's correction over the methods of the table.
+means, by Holm's correction over the methods of the table. Bytes are in units of the reference's;
+those in which a completion is learned before training are included.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedmllm.reports.reading import DatasetResults, read_results
+from fedmllm.reports.sent import DOWN, UP, sent_bytes
 from fedmllm.reports.stats import Paired, holm, mean_of, paired
 
 BySeed = Mapping[int, float]
@@ -46,15 +48,18 @@ def table(header: list[str], lines: list[list[str]]) -> None:
     print()
 
 
-def times(dataset: DatasetResults, method: str, against: str, key: str) -> str:
-    """Return bytes sent in a run in units of those of the reference."""
-    means = [statistics.fmean(run.rows[0][key] for run in dataset.pick(method=name)) for name in (method, against)]
+def times(dataset: DatasetResults, method: str, against: str, keys: Sequence[str]) -> str:
+    """Return bytes sent in a run, before training as well, in units of those of the reference."""
+    means = [
+        statistics.fmean(sent_bytes(run.rows[0], keys) for run in dataset.pick(method=name))
+        for name in (method, against)
+    ]
     return f"{means[0] / means[1]:.2f}" if means[1] else "-"
 
 
 def compare(dataset: DatasetResults, against: str, metric: str, visible: str) -> None:
     """Print the values, and the paired differences to the reference."""
-    # By seed alone: public rows as one more client change the digest of the training rows, and no test row.
+    # By seed alone: in older records public rows as one more client change the digest of the training rows, and no test row.
     values = {
         cell: {draw.seed: v for draw, v in found.items()} for cell, found in dataset.values(metric, visible).items()
     }
@@ -63,7 +68,7 @@ def compare(dataset: DatasetResults, against: str, metric: str, visible: str) ->
     print(f"Test rows that show {visible or 'what the run says'}; {metric}, %, mean over the seeds.\n")
     lines = []
     for method, found in columns.items():
-        sent = [times(dataset, method, against, key) for key in ("down_bytes", "up_bytes")]
+        sent = [times(dataset, method, against, keys) for keys in (DOWN, UP)]
         lines.append([method, *map(percent, found), *sent])
     table(["method", *settings, "bytes down", "bytes up"], lines)
 

@@ -55,7 +55,7 @@ def table(dataset: DatasetResults) -> str:
     for method in dataset.methods:
         cells = []
         for of_group in spreads.values():
-            federated = [m for m in of_group if m in dataset.federated]
+            federated = [m for m in of_group if m in dataset.candidates]
             best = max(federated, key=lambda m: of_group[m].mean, default="")
             text = scale.spread(of_group[method].mean, of_group[method].std) if method in of_group else ""
             cells.append(f"**{text}**" if method == best and len(federated) > 1 else text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,17 @@ import torch
 from PIL import Image
 
 from fedmllm.backbones.base import Tiny
+from fedmllm.cli.display import show_table
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.rng import torch_stream
 from fedmllm.core.tensors import num_bytes, tree_map
+from fedmllm.core.text import bytes_text
 from fedmllm.core.types import Example, Params, Round
 from fedmllm.data.prompts import Plain
+from fedmllm.reports.reading import read_results
+from fedmllm.reports.tables import costs
+from fedmllm.reports.write import write_report
 from fedmllm.runs.inputs import Inputs
 from fedmllm.runs.result import load_run
 from fedmllm.runs.run import run
@@ -322,6 +328,26 @@ def test_what_travels_is_counted(imagined: Path, site):
     assert row["completion_up_bytes"] == row["completion_down_bytes"] == 6 * size
     assert row["up_bytes"] == sum(e["up_bytes"] for e in events(imagined, "round"))  # of training alone
     assert any("can give their answers away" in note for note in events(imagined, "experiment")[0]["notes"])
+
+
+def test_bytes_before_training_are_in_what_a_run_sent(imagined: Path, tmp_path: Path, capsys):
+    """A column of their own, and part of the bytes of all runs, of the end of `run` and of the page."""
+    row = load_run(imagined).rows[0]
+    before = row["completion_up_bytes"] + row["completion_down_bytes"]
+    trained = row["up_bytes"] + row["down_bytes"]
+    assert min(before, trained) > 0
+    (cost,) = costs(read_results([imagined]).datasets[0])
+    assert (cost.before_training_bytes, cost.total_bytes) == (before, before + trained)
+    assert cost.completion_s == row["completion_s"] > 0
+    write_report([imagined], tmp_path / "report.html")
+    text = (tmp_path / "report.md").read_text()
+    assert "| before training |" in text
+    assert f"{bytes_text(before + trained)} sent." in text
+    assert f"{bytes_text(before + trained)} sent" in (tmp_path / "report.html").read_text()
+    (line,) = csv.DictReader((tmp_path / "report-costs.csv").read_text().splitlines())
+    assert float(line["completion_up_bytes"]) == pytest.approx(row["completion_up_bytes"], rel=1e-5)
+    show_table([row])
+    assert bytes_text(before + trained) in capsys.readouterr().out
 
 
 def test_resume_and_engines(imagined: Path, tmp_path: Path):

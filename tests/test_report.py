@@ -140,7 +140,7 @@ def test_three_sentences_answer_before_any_table(made_up: Path, written: Path):
     assert chart[0].settings == ("alpha 0.5",)  # split over sites as in the other scenarios
     use, costs, sure = answers(dataset, table, all_pairs(dataset), chart)
     assert use.text.startswith("Use FedAdam") == all(
-        c.is_established for c in all_pairs(dataset) if c.higher == "FedAdam" and c.lower in dataset.federated
+        c.is_established for c in all_pairs(dataset) if c.higher == "FedAdam" and c.lower in dataset.candidates
     )
     assert f"From {100 * chart[0].spread.mean:.1f}\N{NO-BREAK SPACE}% on complete rows" in costs.text
     assert "With 3\N{NO-BREAK SPACE}seeds, methods that differ by less than" in sure.text

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fedmllm.cli.data import app
@@ -14,6 +16,7 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.data.base import Dataset
 from fedmllm.reports import data as reports_data
+from fedmllm.reports.columns import Column, fitting_tables
 from fedmllm.reports.data import Federation, export, where_to_get
 from support import rawsets
 
@@ -63,6 +66,49 @@ def test_show_does_not_call_rows_with_gaps_aligned(tmp_path: Path) -> None:
         assert (
             title in CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(toml)], catch_exceptions=False).output
         )
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_show_has_every_column_of_eight_modalities(tmp_path: Path, width: int) -> None:
+    """Piped output has 80 columns; words are whole, no line is cut, and each client has each of its counts."""
+    lines = ['data = { name = "synthetic-driving", num_train = 60, num_test = 40 }', "[partition]", 'name = "iid"']
+    (tmp_path / "e.toml").write_text(
+        "\n".join([*lines, "num_clients = 3", "[scenario]", 'name = "missing"', "rate = 0.4"])
+    )
+    federation = Federation.of(Experiment.load(tmp_path / "e.toml"))
+    runner = CliRunner(env={"COLUMNS": str(width)})
+    text = runner.invoke(app, ["show", str(tmp_path / "e.toml")], catch_exceptions=False).stdout
+    assert max(map(len, text.splitlines())) <= width
+    assert f"digest {federation.digest}" in text
+    tables: list[list[list[str]]] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")]
+        if line.startswith("┃"):
+            tables.append([cells])
+        elif line.startswith("│"):
+            tables[-1].append(cells)
+    found = {}
+    for head, *rows in tables:
+        assert head[0] == "client"
+        for row in rows:
+            found |= {(row[0], name): int(n) for name, n in zip(head[1:], row[1:], strict=True)}
+    for shard in federation.shards:
+        for modality in federation.experiment.data.modalities():
+            shows = sum(modality in visible for visible in shard.visible)
+            assert found[str(shard.client), modality] == shows
+        assert found[str(shard.client), "rows"] == len(shard.rows)
+        assert {("0", "all"), ("0", "none"), ("0", "other")} < found.keys()
+
+
+def test_a_word_wider_than_the_console_is_broken_and_nothing_is_lost() -> None:
+    first, long = Column("client", ("site with a long name",)), Column("x" * 50, ("12345678901",))
+    console = Console(width=30, file=StringIO())
+    for table in fitting_tables(first, [[long], [Column("[label]", ("3",))]], 30):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("x") == 50
+    assert "12345678901" in text
+    assert "[label]" in text
 
 
 def test_show_counts_rows_labels_and_modalities(tmp_path: Path) -> None:
@@ -283,6 +329,7 @@ def test_nothing_of_this_loads_torch(tmp_path: Path) -> None:
 import sys
 from fedmllm.config.experiment import Experiment
 from fedmllm.reports import data as reports_data
+from fedmllm.reports.columns import Column, fitting_tables
 from fedmllm.reports.data import Federation
 Federation.of(Experiment.load({str(experiment(tmp_path))!r})).to_json()
 assert not {{"torch", "PIL", "matplotlib", "transformers"}} & set(sys.modules), sorted(sys.modules)

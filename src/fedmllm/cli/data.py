@@ -81,7 +81,9 @@ def show(
     else:
         from rich.console import Console
 
-        Console().print(federation.to_table())
+        console = Console()
+        for table in federation.to_tables(console.width):
+            console.print(table)
     if plot_file:
         typer.echo(f"drawn: {plot_file}", err=True)
 

@@ -14,18 +14,20 @@ from rich.table import Table
 
 from fedmllm.core.text import bytes_text
 from fedmllm.reports.numerals import COUNTS
+from fedmllm.reports.sent import sent_bytes
 from fedmllm.runs.events import Evaluated, Event, Learned, RoundEnd, Started
 from fedmllm.runs.record import read
 
 
 class Bars:
-    """A sink that draws one bar for the rounds of a run, with the loss or metric seen last."""
+    """A sink that draws one bar for the rounds of a run, with the last loss, or metric on the main test rows."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
         self._progress = Progress(*columns, *times)
         self._task = self._progress.add_task("loading", total=None, note="")
+        self._visible = ""  # modalities of the main test rows, once the run has started
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -39,12 +41,13 @@ class Bars:
         if isinstance(event, Started):
             for note in event.notes:
                 self._progress.console.print(f"note: {note}", markup=False, highlight=False)
+            self._visible = next(iter(event.settings.get("evaluate", {}).get("visible", ())), "")
             show(self._task, description="first round")
         elif isinstance(event, RoundEnd):
             losses = [c["loss"] for c in event.clients if "loss" in c]
             note = f"loss {sum(losses) / len(losses):.3f}" if losses else "" if event.clients else "no update"
             show(self._task, description=event.whose, completed=event.round, total=event.num_rounds, note=note)
-        elif isinstance(event, Evaluated):
+        elif isinstance(event, Evaluated) and event.visible == self._visible:
             name, value = next(iter(event.metrics.items()))
             show(self._task, note="" if value is None else f"{name} {value:.3f}")
 
@@ -90,7 +93,7 @@ def show_table(rows: Sequence[dict[str, Any]], headline_only: bool = False) -> N
     for column in kept[0]:
         if column not in shared:
             numeric = column in ("value", "rounds", "sent", "time")
-            table.add_column(column, justify="right" if numeric else "left", no_wrap=True, overflow="fold")
+            table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     before = ""
     for cells in kept:
         if before not in ("", cells["scenario"]):
@@ -119,6 +122,6 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "metric": row["metric"],
         "value": value if row["std"] is None else f"{value} ± {row['std']:.3f}",
         "rounds": str(row["num_rounds"]),
-        "sent": bytes_text(row["up_bytes"] + row["down_bytes"]),
+        "sent": bytes_text(sent_bytes(row)),
         "time": f"{row['wall_s']:.0f} s",
     }

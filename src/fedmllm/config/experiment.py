@@ -54,7 +54,7 @@ from fedmllm.data.base import Dataset
 from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.scenarios.availability import Always, Availability
 from fedmllm.scenarios.masks import Aligned, Scenario
-from fedmllm.scenarios.modalities.completion import Completion, Nothing
+from fedmllm.scenarios.modalities.completion import Completion, Nothing, Role, strictest
 from fedmllm.scenarios.modalities.dropout import ModalityDropout, NoDropout
 from fedmllm.scenarios.partitions import ByColumn, Dirichlet, Partition
 
@@ -540,6 +540,14 @@ class Experiment(Spec):
         engine = [self.engine.name] if self.engine.plugin else []  # it may change results
         return "+".join([head, *objective, *gate, *relation, *dropout, *completion, *public, *privacy, *engine])
 
+    def role(self) -> Role:
+        """Return the part in a comparison: of the completion; public rows as one more client are a control.
+
+        Returns:
+            "method", "control" or "bound". Reports rank and recommend methods alone.
+        """
+        return strictest([self.completion.role(), "control" if self.public.client else "method"])
+
     def setting(self) -> str:
         """Return what distinguishes this scenario from others of its name: "rate=0.5"; for aligned, how rows are split.
 
@@ -547,7 +555,8 @@ class Experiment(Spec):
             Key=value pairs separated by blanks, or a member's name.
         """
         spec = self.partition if self.scenario.name == "aligned" else self.scenario
-        settings = {k: v for k, v in spec.model_dump(mode="json").items() if k not in ("name", "num_clients") and v}
+        left_out = ("name", "num_clients", *self.scenario.without_effect())
+        settings = {k: v for k, v in spec.model_dump(mode="json").items() if k not in left_out and v}
         words = [f"{k}={v}" for k, v in settings.items()]
         if self.availability.name != "always":
             rates = self.availability.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)

@@ -52,13 +52,13 @@ def groups(dataset: DatasetResults) -> list[Group]:
     chosen = {name: _alike(dataset, name) for name in dict.fromkeys(scenarios)}
     values, plain = dataset.values(), dataset.plain()
     complete = next((n for n in chosen if n == "aligned" and _is_complete(dataset, chosen[n])), None)
-    methods = [m for m in plain.federated if all(mean_over_settings(values, m, s) for s in chosen.values())]
+    methods = [m for m in plain.candidates if all(mean_over_settings(values, m, s) for s in chosen.values())]
     found: list[Group] = []
     for scenario, settings in chosen.items():
         of_method = {m: mean_over_settings(values, m, settings) for m in methods}
         federated = mean_of(list(of_method.values()))
         if federated:
-            baselines = {m: mean_over_settings(values, m, settings) for m in plain.methods if m not in plain.federated}
+            baselines = {m: mean_over_settings(values, m, settings) for m in plain.methods if m not in plain.candidates}
             name = GROUPS.get(scenario, scenario) if scenario != "aligned" or scenario == complete else _GAPS
             whole = found[0].federated if found and (found[0].is_complete or found[0].name == _GAPS) else None
             loss = paired(federated, whole) if whole else None
@@ -84,7 +84,7 @@ def _is_complete(dataset: DatasetResults, settings: Sequence[str]) -> bool:
 def ranked(dataset: DatasetResults, table: ResultTable) -> tuple[dict[str, BySeed], list[str]]:
     """(federated methods over the draws that all of them have, best first; methods without a shared draw, left out)."""
     values = dataset.values(table.metric)
-    overall = {m: mean_over_settings(values, m, dataset.settings) for m in table.methods if m in dataset.federated}
+    overall = {m: mean_over_settings(values, m, dataset.settings) for m in table.methods if m in dataset.candidates}
     kept: list[str] = []
     for method in sorted(overall, key=lambda m: -len(overall[m])):  # most seeds first
         if mean_of([overall[m] for m in (*kept, method)]):
@@ -122,9 +122,13 @@ def _use(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison
     scale, name, num = table.scale, metric_label(table.metric), len(dataset.settings)
     over = f" on average over {num} settings" if num > 1 else ""
     if not federated:
-        listing = [f"{m} {scale.value(_mean(s))}" for m in table.methods if (s := _of(dataset, table, m))]
+        listing = [
+            f"{_with_role(table, m)} {scale.value(_mean(s))}" for m in table.methods if (s := _of(dataset, table, m))
+        ]
+        kinds = " but controls and bounds" if table.roles else ""
         return (
-            f"No federated method is here in every setting; {name} of the baselines: {listed_words(listing)}."
+            f"No federated method{kinds} is here in every setting; {name} of the "
+            f"{'others' if kinds else 'baselines'}: {listed_words(listing)}."
             if listing
             else ""
         )
@@ -171,13 +175,18 @@ def _baselines(dataset: DatasetResults, table: ResultTable, mean: BySeed, pairs:
     """ "; Local 57.6 %, Zero-shot 55.9 %"."""
     found = []
     for method in table.methods:
-        if method not in dataset.federated and base_of(method, table.methods) is None:
+        if method not in dataset.candidates and base_of(method, table.methods) is None:
             own = _of(dataset, table, method)
             if test := paired(mean, own):
                 shared = {draw: own[draw] for draw in own if draw in mean}
                 sure = "" if test.p is None or test.p < LEVEL else ", difference not established"
-                found.append(f"{method} {table.scale.value(_mean(shared))}{sure}")
+                found.append(f"{_with_role(table, method)} {table.scale.value(_mean(shared))}{sure}")
     return f"; {listed_words(found)}" if found else ""
+
+
+def _with_role(table: ResultTable, method: str) -> str:
+    """ "FedAvg + oracle (bound)"; a baseline's name alone."""
+    return f"{method} ({table.roles[method]})" if method in table.roles else method
 
 
 def _costs(scale: Scale, chart: Sequence[Group]) -> str:
@@ -230,7 +239,7 @@ def _certainty(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comp
     elif table.detectable_mean is not None:
         least = scale.difference(table.detectable_mean).lstrip("+")
         parts = [f"With {counted(table.num_seeds, 'seed')}, methods that differ by less than {least} may go undetected"]
-        federated = [c for c in pairs if {c.higher, c.lower} <= set(dataset.federated) and not c.is_established]
+        federated = [c for c in pairs if {c.higher, c.lower} <= set(dataset.candidates) and not c.is_established]
         if federated and federated[0].needed:
             c = federated[0]
             parts[0] += f" ({c.higher} and {c.lower}: about {counted(c.needed or 0, 'seed')} needed)"
@@ -249,7 +258,7 @@ def sampling_error(dataset: DatasetResults, table: ResultTable) -> str:
 
     AUC: Hanley and McNeil (Radiology 143, 1982) with as many rows of either class. Accuracy: binomial. Other metrics: "".
     """
-    values = [cell.spread.mean for row in table.rows for m, cell in row.cells.items() if m in dataset.federated]
+    values = [cell.spread.mean for row in table.rows for m, cell in row.cells.items() if m in dataset.candidates]
     if not dataset.num_test or not values:
         return ""
     mean, n = table.scale.clip(sum(values) / len(values)), dataset.num_test

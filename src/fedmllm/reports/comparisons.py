@@ -51,15 +51,15 @@ def mean_over_settings(values: Mapping[tuple[str, str], BySeed], method: str, se
 
 
 def all_pairs(dataset: DatasetResults, metric: str = "", visible: str = "") -> list[Comparison]:
-    """Every pair of methods with a federated one among them, the higher mean first, over the draws that both have.
+    """Every pair of methods with a candidate among them, the higher mean first, over the draws that both have.
 
     All pairs are one family, each counted once: the best method is chosen on the same results, and the correction for all
-    pairs covers that choice. Baselines are not compared with each other.
+    pairs covers that choice. Baselines, controls and bounds are not compared with each other.
     """
     values = dataset.values(metric, visible)
     found = []
     for a, b in combinations(dataset.methods, 2):
-        if a in dataset.federated or b in dataset.federated:
+        if a in dataset.candidates or b in dataset.candidates:
             found += _pair(dataset, values, a, b)
     order = {m: n for n, m in enumerate(sorted(dataset.methods, key=lambda m: -_overall(values, m)))}
     return corrected(sorted(found, key=lambda c: (order[c.higher], order[c.lower])))
@@ -102,7 +102,7 @@ def _overall(values: Mapping[tuple[str, str], BySeed], method: str) -> float:
 def additions(dataset: DatasetResults) -> list[Comparison]:
     """An addition, "agnostic prompt" for one, over all methods that were run with it and without; a family of its own."""
     values, settings = dataset.values(), dataset.settings
-    overall = {m: seeds for m in dataset.federated if (seeds := mean_over_settings(values, m, settings))}
+    overall = {m: seeds for m in dataset.candidates if (seeds := mean_over_settings(values, m, settings))}
     pairs: dict[str, list[tuple[str, str]]] = {}
     for method in overall:
         if base := base_of(method, overall):

@@ -9,7 +9,7 @@ import json
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +26,13 @@ from fedmllm.data.base import Dataset
 from fedmllm.data.marks import MARK
 from fedmllm.data.overlap import overlap
 from fedmllm.data.reading import is_there, listed
+from fedmllm.reports.columns import Column, fitting_tables
 from fedmllm.reports.names import scenario_label
 from fedmllm.scenarios.assign import assign, digest_of_ids
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 FORM = ("id", "image", "conversations", "client", "question", "choices", "answer")  # columns of an exported row
 LISTED = 200  # clients that a table names
@@ -112,36 +114,42 @@ class Federation:
             clients.append({**about, "ids": ids, **of_rows})
         return {"clients": clients, "digest": self.digest}
 
-    def to_table(self) -> Table:
+    def to_tables(self, width: int) -> list[Table | Text]:
         """Per client: rows, rows per label (the most frequent ones), rows per pattern of visible modalities.
 
         The clients after the first LISTED share a line.
+
+        Args:
+            width: Of the console; if one table does not fit, labels and modalities have tables of their own.
         """
-        from rich.table import Table
+        from rich.text import Text
 
-        modalities, total = self.experiment.data.modalities(), self._labels(self.shards)
-        columns = [label for label, _ in total.most_common(8)]
-        patterns = self._patterns(modalities)
-        e = self.experiment
-        table = Table(title=f"{e.data.name}: {e.partition.name} partition, {self._scenario()}", caption=self._caption())
-        for name in ("client", "rows", *columns, *(["other"] if len(total) > 8 else []), *patterns):
-            table.add_column(name, justify="right", overflow="fold")
-
-        def add(name: object, shards: Sequence[Shard]) -> None:
-            count = self._labels(shards)
-            visible = Counter(mask for shard in shards for mask in shard.visible)
-            rows = sum(len(shard.rows) for shard in shards)
-            cells: list[object] = [name, rows, *(count[label] for label in columns)]
-            cells += [sum(count.values()) - sum(count[label] for label in columns)] if len(total) > 8 else []
-            cells += [sum(visible[mask] for mask in masks) for masks in patterns.values()]
-            table.add_row(*map(str, cells))
-
-        for shard in self.shards[:LISTED]:
-            add(shard.name or shard.client, [shard])
+        total = self._labels(self.shards)
+        named = [label for label, _ in total.most_common(8)]
+        lines = [(str(shard.name or shard.client), [shard]) for shard in self.shards[:LISTED]]
         if others := self.shards[LISTED:]:
             sizes = [len(shard.rows) for shard in others]
-            add(f"{len(others):,} others, {min(sizes):,} to {max(sizes):,} rows each", others)
-        return table
+            lines.append((f"{len(others):,} others, {min(sizes):,} to {max(sizes):,} rows each", list(others)))
+        labels = [self._labels(shards) for _, shards in lines]
+        visible = [Counter(mask for shard in shards for mask in shard.visible) for _, shards in lines]
+
+        def column(heading: str, counts: Iterable[int]) -> Column:
+            return Column(heading, tuple(map(str, counts)))
+
+        of_labels = [column("rows", (sum(len(shard.rows) for shard in shards) for _, shards in lines))]
+        of_labels += [column(label, (count[label] for count in labels)) for label in named]
+        if len(total) > len(named):
+            of_labels.append(column("other", (sum(c.values()) - sum(c[label] for label in named) for c in labels)))
+        patterns = self._patterns(self.experiment.data.modalities())
+        of_modalities = [column(name, (sum(c[m] for m in masks) for c in visible)) for name, masks in patterns.items()]
+        first = Column("client", tuple(name for name, _ in lines))
+        tables = fitting_tables(first, [of_labels, of_modalities], width)
+        e = self.experiment
+        tables[0].title = f"{e.data.name}: {e.partition.name} partition, {self._scenario()}"
+        if len(tables) > 1:
+            return [*tables, Text(self._caption())]
+        tables[0].caption = self._caption()
+        return [*tables]
 
     def _scenario(self) -> str:
         """The scenario's name; that of rows with gaps if nothing is hidden and some row lacks a modality."""

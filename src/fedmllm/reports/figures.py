@@ -13,6 +13,7 @@ from fedmllm.reports.names import metric_label
 from fedmllm.reports.numerals import Scale, counted
 from fedmllm.reports.reading import BySeed, DatasetResults, Draw, RunRecord
 from fedmllm.reports.rows import RowResults
+from fedmllm.reports.sent import BEFORE_TRAINING, sent_bytes
 from fedmllm.reports.stats import Spread
 from fedmllm.reports.svg import BASELINES, SERIES, SHOWS, STYLE, TEXT_COLOR, inline
 from fedmllm.reports.tables import ResultTable
@@ -49,11 +50,11 @@ class PageFigure:
 
 
 def looks(dataset: DatasetResults) -> dict[str, Look]:
-    """Federated methods get colours in order; baselines are grey."""
+    """Candidates get colours in order; baselines, controls and bounds are grey."""
     found: dict[str, Look] = {}
     coloured = greys = 0
     for method in dataset.methods:
-        if dataset.pick(method=method)[0].federated:
+        if method in dataset.candidates:
             line = ("-", "-.")[coloured // len(SERIES) % 2]  # beyond ten methods the colours come again
             found[method] = Look(SERIES[coloured % len(SERIES)], list(MARKERS)[coloured % len(MARKERS)], line)
             coloured += 1
@@ -201,7 +202,7 @@ def panels(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look
     """One picture a scenario: federated methods with their 95 % intervals, seeds as dots, baselines as lines."""
     values, scale = dataset.values(table.metric, ""), table.scale
     floor, top = _range([Spread(v, None, 1) for seeds in values.values() for v in seeds.values()], scale)
-    federated = [method for method in table.methods if method in dataset.federated]
+    federated = [method for method in table.methods if method in dataset.candidates]
     found = []
     for scenario in dict.fromkeys(row.scenario for row in table.rows):
         rows = [row for row in table.rows if row.scenario == scenario]
@@ -294,13 +295,19 @@ def _start(run: RunRecord) -> tuple[str, Draw, str]:
 
 def against_cost(dataset: DatasetResults, table: ResultTable, style: Mapping[str, Look], key: str) -> list[PageFigure]:
     """The metric, averaged over settings and seeds, against megabytes sent and against seconds of rounds."""
-    kinds: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
-        "bytes": ("MB sent, up and down", lambda e: (e["up_bytes"] + e["down_bytes"]) / 1e6),
-        "time": ("seconds of rounds (wall)", lambda e: e["wall_s"]),
+    kinds: dict[str, tuple[str, Callable[[Mapping[str, Any]], float], Callable[[Mapping[str, Any]], float]]] = {
+        # label, cost of a round, cost before the rounds by a row of the summary
+        "bytes": (
+            "MB sent, up and down",
+            lambda e: sent_bytes(e) / 1e6,
+            lambda r: sent_bytes(r, BEFORE_TRAINING) / 1e6,
+        ),
+        "time": ("seconds of rounds (wall)", lambda e: e["wall_s"], lambda r: float(r.get("completion_s") or 0)),
     }
     found, points_of, scale = [], values_by_round(dataset), table.scale
-    for kind, (words, cost) in kinds.items():
-        lines = {m: line for m in dataset.methods if (line := _cost_line(dataset.pick(method=m), points_of, cost))}
+    for kind, (words, cost, before) in kinds.items():
+        drawn = {m: _cost_line(dataset.pick(method=m), points_of, cost, before) for m in dataset.methods}
+        lines = {m: line for m, line in drawn.items() if line}
         if not lines:
             continue
 
@@ -320,11 +327,12 @@ def _cost_line(
     runs: Sequence[RunRecord],
     points_of: Mapping[int, list[tuple[int, float]]],
     cost: Callable[[Mapping[str, Any]], float],
+    before: Callable[[Mapping[str, Any]], float],
 ) -> tuple[list[float], list[Spread]] | None:
     """(mean cost so far, mean value) after each round that all runs were evaluated in."""
     points: dict[int, list[tuple[float, float]]] = {}
     for run in runs:
-        spent, total = {}, 0.0
+        spent, total = {}, before(run.rows[0])
         for event in run.rounds:
             total += cost(event)
             spent[event["round"]] = total

@@ -85,6 +85,8 @@ def print_estimate(
         if last is not None:
             table.add_row("together", _size(last), "workspace of the libraries (0.5 to 2 GB on CUDA) not counted")
         console.print(table)
+    if experiment.completion.learns:
+        console.print(f"not counted: bytes in which completion {experiment.completion.name} is learned before training")
     each = " each" if devices else ""
     console.print(
         f"fits in {memory_gb:g} GB{each}: {'yes' if needed <= memory_gb * 1e9 else 'no'}, {_size(needed)} needed"

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedmllm.core.text import bytes_text
 from fedmllm.reports.answers import Answer, answers, groups, ranked
+from fedmllm.reports.client_importance import ClientImportance, about_client_importance, client_importances, nats
 from fedmllm.reports.clients import label_skew, labels_of, who_sees_what
 from fedmllm.reports.comparisons import Comparison, additions, all_pairs, declared
 from fedmllm.reports.figures import (
@@ -32,6 +33,7 @@ from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
 from fedmllm.reports.own_rows import OWN_TEXT, OwnRow, own_table
 from fedmllm.reports.reading import DatasetResults, ReportData
 from fedmllm.reports.rows import RowResults, kind_label, results_by_row
+from fedmllm.reports.sent import sent_bytes
 from fedmllm.reports.shares import ShareTable, about_shares, share_table, share_text
 from fedmllm.reports.svg import SHOWS, variable
 from fedmllm.reports.tables import (
@@ -45,6 +47,7 @@ from fedmllm.reports.tables import (
     result_table,
 )
 from fedmllm.reports.texts import (
+    BEFORE_TEXT,
     about_published,
     about_table,
     estimate_text,
@@ -81,6 +84,7 @@ class Section:
     label_colours: dict[str, str]
     matrices: list[Matrix]
     importances: list[Importance]
+    client_importances: list[ClientImportance]
     first_matrix: str  # the method whose train x test table is open
     heat: tuple[float, float]  # lowest and highest mean of the matrices
     shares: ShareTable | None  # of the ceiling, where the runs state one
@@ -133,6 +137,7 @@ def section(report: ReportData, dataset: DatasetResults, key: str, rows: Sequenc
         label_colours=labels_of(dataset),
         matrices=trained,
         importances=importances(dataset),
+        client_importances=client_importances(dataset),
         first_matrix=next((m for m in best if any(m == matrix.method for matrix in trained)), ""),
         heat=(min(means, default=0.0), max(means, default=1.0)),
         shares=share_table(dataset),
@@ -161,6 +166,7 @@ def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None =
     environment.globals.update(
         metric_label=metric_label,
         OWN_TEXT=OWN_TEXT,
+        BEFORE_TEXT=BEFORE_TEXT,
         variable=variable,
         bytes_text=bytes_text,
         p_text=p_text,
@@ -168,6 +174,8 @@ def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None =
         about_table=lambda table: about_table(table, "A frame").replace("**", "").replace("_second_", "second"),
         about_published=about_published,
         about_importance=about_importance,
+        about_client_importance=about_client_importance,
+        nats=nats,
         about_shares=about_shares,
         share_text=share_text,
         interval=interval,
@@ -195,9 +203,7 @@ def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None =
         device=first.get("device") or {},
         digests=report.runs[0].digests,
         hours=sum(run.wall_s for run in report.runs) / 3600,
-        sent=bytes_text(
-            sum((run.rows[0].get("up_bytes") or 0) + (run.rows[0].get("down_bytes") or 0) for run in report.runs)
-        ),
+        sent=bytes_text(sum(sent_bytes(run.rows[0]) for run in report.runs)),
         seeds=sorted({run.seed for run in report.runs}),
         models=sorted({model_of(run.settings["backbone"]) for run in report.runs}),
     )

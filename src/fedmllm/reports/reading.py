@@ -15,11 +15,15 @@ from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import current_keys
 from fedmllm.core.text import flat_keys
+from fedmllm.core.types import Modality
+from fedmllm.data.base import Dataset
 from fedmllm.reports.names import base_of, method_label, setting_label
 from fedmllm.reports.numerals import COUNTS
+from fedmllm.reports.roles import role_of
 from fedmllm.runs.folder import RECORD, SUMMARY
 from fedmllm.runs.record import Line, read
 from fedmllm.runs.suites.suite import SUITE
+from fedmllm.scenarios.modalities.completion import Role
 
 SEEDS = ("seed", "data.seed")  # settings that repeat a run instead of making it another one
 EXECUTION_KEYS = tuple(f"{key}." for key in Experiment.execution_only())  # keys, or tables with all their keys
@@ -64,6 +68,10 @@ class RunRecord:
     @property
     def federated(self) -> bool:
         return bool(self.settings["method"] == "federated")
+
+    @cached_property
+    def role(self) -> Role:
+        return role_of(self.heading, self.settings)
 
     @property
     def headline(self) -> tuple[str, str]:
@@ -129,9 +137,14 @@ class DatasetResults:
         return list(dict.fromkeys(run.method for run in self.runs))
 
     @cached_property
-    def federated(self) -> list[str]:
-        """Methods that are federated; all others are baselines."""
-        return list(dict.fromkeys(run.method for run in self.runs if run.federated))
+    def candidates(self) -> list[str]:
+        """Federated methods, which are ranked; all others are baselines, controls and bounds."""
+        return list(dict.fromkeys(run.method for run in self.runs if run.federated and run.role == "method"))
+
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """Role of each federated method that is not a candidate: "control" or "bound"."""
+        return {run.method: run.role for run in self.runs if run.federated and run.role != "method"}
 
     def plain(self) -> DatasetResults:
         """Without the methods that are another one with an addition; a figure cannot show every combination."""
@@ -169,10 +182,12 @@ class DatasetResults:
 
     @cached_property
     def modalities(self) -> tuple[str, ...]:
-        """Modalities that rows of the clients show, by name."""
+        """Modalities that rows of the clients show, in the order of the data set."""
         clients = [client for run in self.runs for client in run.clients]
         shows = {names for client in clients for names in client.get("shows", client.get("visible", {}))}
-        return tuple(sorted({m for names in shows for m in names.split("+")} - {"none"}))
+        found = {m for names in shows for m in names.split("+")} - {"none"}
+        order = _modalities_of(self.runs[0].settings["data"])
+        return tuple(sorted(found, key=lambda m: (order.index(m) if m in order else len(order), m)))
 
     @cached_property
     def scenarios(self) -> dict[str, list[str]]:
@@ -213,6 +228,14 @@ class DatasetResults:
             if value is not None:
                 found[run.setting, run.method][run.draw] = value
         return dict(found)
+
+
+def _modalities_of(data: Mapping[str, Any]) -> tuple[Modality, ...]:
+    """Modalities in the order of the data set; () for a set of a plug-in or of another version."""
+    try:
+        return Dataset.pick(data, "data").modalities()
+    except ConfigError:
+        return ()
 
 
 def paths_of(places: str | Path | Sequence[str | Path]) -> list[Path]:

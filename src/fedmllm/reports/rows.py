@@ -111,14 +111,14 @@ def _of_setting(dataset: DatasetResults, setting: str, scale: Scale) -> RowResul
     methods = [m for m in dataset.methods if dataset.pick(setting, m)]
     methods = [m for m in methods if base_of(m, methods) is None][:MOST_METHODS]
     read = {m: [e for run in dataset.pick(setting, m) for e in _evaluations(run)] for m in methods}
-    order = sorted(read, key=lambda m: m not in dataset.federated)  # rows as the federated methods saw them
+    order = sorted(read, key=lambda m: m not in dataset.candidates)  # rows as the federated methods saw them
     first = next((one for m in order for one in read[m]), None)
     if first is None:
         return None
     rows = _rows_of(first)
     kept = {m: [one.predictions for one in several if _rows_of(one) == rows] for m, several in read.items()}
     kept = {m: several for m, several in kept.items() if several}
-    federated = tuple(m for m in kept if m in dataset.federated)
+    federated = tuple(m for m in kept if m in dataset.candidates)
     groups = groups_of(first.predictions, str(dataset.pick(setting)[0].settings["data"].get("group") or ""))
     metric = dataset.metric
 

@@ -12,7 +12,9 @@ from fedmllm.reports.names import scenario_label
 from fedmllm.reports.numerals import Scale, scale_of
 from fedmllm.reports.published import PublishedNumbers, published_for
 from fedmllm.reports.reading import BySeed, DatasetResults, RunRecord
+from fedmllm.reports.sent import sent_bytes
 from fedmllm.reports.stats import LEVEL, Spread, detectable, holm, paired, pooled_std
+from fedmllm.scenarios.modalities.completion import Role
 
 _ALL = "mean over settings"
 
@@ -29,8 +31,8 @@ class TableCell:
 class ResultRow:
     """One setting: a cell a method.
 
-    Marks are given to federated methods with the same seeds: a baseline is not a candidate, and means of other seeds have no
-    order.
+    Marks are given to candidates with the same seeds: a baseline, control or bound is not one, and means of other seeds have
+    no order.
     """
 
     scenario: str
@@ -55,6 +57,7 @@ class ResultTable:
     detectable_row: float | None  # difference of two federated methods in one setting that the seeds can detect
     detectable_mean: float | None  # the same for the mean over settings
     num_seeds: int
+    roles: Mapping[str, Role]  # of the methods that are controls or bounds, which have no marks
 
 
 def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -> ResultTable:
@@ -74,10 +77,10 @@ def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -
     whole = {m: seeds for m in methods if (seeds := mean_over_settings(values, m, [s for _, s in own]))}
     if len(own) > 1 and whole:
         own["", _ALL] = whole
-    rows = {place: _row(*place, of_row, dataset.federated, scale) for place, of_row in own.items()}
-    rows = _with_clear_leads(rows, own, dataset.federated)
+    rows = {place: _row(*place, of_row, dataset.candidates, scale) for place, of_row in own.items()}
+    rows = _with_clear_leads(rows, own, dataset.candidates)
     overall = rows.pop(("", _ALL), None)
-    federated = [m for m in methods if m in dataset.federated]
+    federated = [m for m in methods if m in dataset.candidates]
     return ResultTable(
         metric=metric,
         visible=visible,
@@ -88,6 +91,7 @@ def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -
         detectable_row=_detectable([seeds for place, seeds in own.items() if place[1] != _ALL], federated),
         detectable_mean=_detectable([whole], federated),
         num_seeds=max((len(seeds) for of_row in own.values() for seeds in of_row.values()), default=0),
+        roles={m: role for m, role in dataset.roles.items() if m in methods},
     )
 
 
@@ -216,8 +220,15 @@ class CostRow:
     peak_host_bytes: float
     peak_device_bytes: float
     num_tokens: float
-    total_bytes: float
+    completion_up_bytes: float  # before training, of a completion that learns
+    completion_down_bytes: float
+    completion_s: float  # of wall_s
+    total_bytes: float  # of all runs, those before training included
     total_wall_s: float
+
+    @property
+    def before_training_bytes(self) -> float:
+        return self.completion_up_bytes + self.completion_down_bytes
 
 
 def costs(dataset: DatasetResults) -> list[CostRow]:
@@ -243,7 +254,10 @@ def _costs(method: str, runs: list[RunRecord]) -> CostRow:
         peak_host_bytes=max(float(run.rows[0].get("peak_host_bytes") or 0) for run in runs),
         peak_device_bytes=max(float(run.rows[0].get("peak_device_bytes") or 0) for run in runs),
         num_tokens=mean("num_tokens"),
-        total_bytes=sent * len(runs),
+        completion_up_bytes=mean("completion_up_bytes"),
+        completion_down_bytes=mean("completion_down_bytes"),
+        completion_s=mean("completion_s"),
+        total_bytes=sum(sent_bytes(run.rows[0]) for run in runs),
         total_wall_s=sum(run.wall_s for run in runs),
     )
 

@@ -11,8 +11,9 @@ from fedmllm.core.text import bytes_text
 from fedmllm.reports.comparisons import Comparison
 from fedmllm.reports.importance import Importance, about_importance
 from fedmllm.reports.names import metric_label, visible_label
-from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, p_text
+from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, listed_words, p_text
 from fedmllm.reports.reading import DatasetResults, RunRecord
+from fedmllm.reports.roles import ROLE_TEXT
 from fedmllm.reports.rows import RowResults, kind_label
 from fedmllm.reports.shares import ShareTable, about_shares, share_text
 from fedmllm.reports.stats import Spread, paired
@@ -49,6 +50,9 @@ def about_table(table: ResultTable, unsure: str = "≈") -> str:
             parts.append(
                 f"{unsure}: the lead of the best is not established (paired t-test over seeds, Holm over all pairs, 5 %)."
             )
+    for role, text in ROLE_TEXT.items():
+        if names := [method for method, own in table.roles.items() if own == role]:
+            parts.append(f"Not ranked: {listed_words(names)} ({text}).")
     if any(row.uneven for row in table.rows):
         parts.append("n: seeds of a cell in rows whose methods have different seeds; these methods are not ranked.")
     if table.detectable_row is not None:
@@ -156,9 +160,17 @@ def shares_markdown(table: ShareTable, num_settings: int) -> str:
     return "\n".join(lines) + f"\n\n{about_shares(table, num_settings)}\n"
 
 
+BEFORE_TEXT = (
+    "Before training: bytes up and down in which a completion is learned; they are in the bytes of all runs and not in up and "
+    "down, and their time is in the wall time."
+)
+
+
 def costs_markdown(rows: Sequence[CostRow]) -> str:
     """Costs of a run of each method."""
     names = ["runs", "rounds", "up", "down", "LoRA of it", "client s", "server s", "wall s", "peak memory", "tokens"]
+    learns = any(r.before_training_bytes for r in rows)
+    names += ["before training"] if learns else []
     lines = _head(["method"], names)
     for r in rows:
         share = DASH if r.lora_share is None else f"{100 * r.lora_share:.0f}{NO_BREAK}%"
@@ -171,12 +183,14 @@ def costs_markdown(rows: Sequence[CostRow]) -> str:
             share,
         ]
         words += [f"{r.client_s:.1f}", f"{r.server_s:.2f}", f"{r.wall_s:.1f}"]
-        lines.append(_line([*words, bytes_text(r.peak_host_bytes + r.peak_device_bytes), f"{r.num_tokens:,.0f}"]))
+        words += [bytes_text(r.peak_host_bytes + r.peak_device_bytes), f"{r.num_tokens:,.0f}"]
+        lines.append(_line([*words, *([bytes_text(r.before_training_bytes)] if learns else [])]))
     total_s = sum(r.total_wall_s for r in rows)
     sent = bytes_text(sum(r.total_bytes for r in rows))
     return (
         "\n".join(lines)
-        + f"\n\nMeans over runs; peak memory is the largest seen. All runs: {total_s / 3600:.2f} h, {sent} sent.\n"
+        + f"\n\nMeans over runs; peak memory is the largest seen.{f' {BEFORE_TEXT}' if learns else ''} "
+        f"All runs: {total_s / 3600:.2f} h, {sent} sent.\n"
     )
 
 
@@ -333,7 +347,7 @@ def _result_lines(dataset: DatasetResults) -> Iterator[list[Any]]:
         means = {place: Spread.of(seeds.values()).mean for place, seeds in values.items()}
         best: dict[str, str] = {}
         for setting, method in values:
-            if method in dataset.federated:
+            if method in dataset.candidates:
                 best[setting] = max(best.get(setting, method), method, key=lambda m: means[setting, m])
         for (setting, method), seeds in values.items():
             s, first = Spread.of(seeds.values()), best.get(setting, method)

@@ -9,6 +9,7 @@ from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import make_folder, write_atomically, writing
 from fedmllm.reports.answers import answers, groups
 from fedmllm.reports.archive import ARCHIVE
+from fedmllm.reports.client_importance import client_importance_markdown, client_importances
 from fedmllm.reports.comparisons import additions, all_pairs, declared
 from fedmllm.reports.guarantees import privacy_markdown, privacy_tables
 from fedmllm.reports.importance import importances
@@ -155,6 +156,8 @@ def _section(report: ReportData, dataset: DatasetResults, rows: Sequence[RowResu
         parts.append(matrix_markdown(matrix, table.scale))
     for important in importances(dataset):
         parts += [f"### Importance of each modality: {important.method}\n", importance_markdown(important, table.scale)]
+    if measured := client_importances(dataset):
+        parts += ["### Importance of each modality for each client\n", client_importance_markdown(measured)]
     if published := published_table(dataset, table):
         parts += ["### Published numbers, settings that agree\n", published_markdown(published)]
     if own := own_table(dataset):

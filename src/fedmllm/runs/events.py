@@ -117,6 +117,7 @@ class Started(Event):
     plugins: list[dict[str, Any]] = field(default_factory=list)  # of all code outside the package
     notes: Sequence[str] = ()  # findings about the rows, such as pictures that are in training and test
     withheld: str = ""  # what this line does not have, and why
+    role: str = "method"  # or "control" or "bound", which reports do not rank
 
 
 @dataclass(frozen=True)

@@ -197,14 +197,18 @@ class Inputs:
     def digests(self) -> dict[str, str]:
         """Of the rows with their pictures, of who holds and sees which of them, and of the frozen model.
 
-        Validation rows have a digest of their own: runs that select on them are compared with others on the same test rows.
+        Validation rows and public rows have digests of their own. Public rows that a client holds are in `public` alone:
+        runs with and without this client are compared on the same rows of the other clients and the same test rows.
         """
-        rows = rows_digest(self.train, (), self.test)
+        num_public = len(self.public) if self.experiment.public.client else 0
+        own = self.train[: len(self.train) - num_public]
+        shards = self.shards[:-1] if num_public else self.shards
+        rows = rows_digest(own, (), self.test)
         validation = {"validation": rows_digest(self.validation)} if self.validation else {}
         public = {"public": rows_digest(self.public)} if self.public else {}
         adapter = {"adapter": tensors_digest(self.start)} if self.experiment.backbone.adapter else {}
         base = {"base": self.backbone.digest, **adapter}
-        return {"rows": rows, "partition": shards_digest(self.shards, self.train), **base, **public, **validation}
+        return {"rows": rows, "partition": shards_digest(shards, own), **base, **public, **validation}
 
 
 def stated_rank(rows: Sequence[Example], column: str, most: int, client: int) -> int:
@@ -423,6 +427,7 @@ def heading(inputs: Inputs) -> Started:
         skipped=list(inputs.skipped[:20]),
         notes=inputs.notes,
         plugins=[plugin.record() for plugin in e.plugins()],
+        role=e.role(),
     )
     if e.privacy.name == "none" or getattr(e.privacy, "simulate_noise", False):
         return started

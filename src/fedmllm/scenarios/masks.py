@@ -44,6 +44,14 @@ class Scenario(Named):
             ConfigError: A setting does not fit.
         """
 
+    def without_effect(self) -> tuple[str, ...]:
+        """Settings that the others make ineffective; summaries leave them out.
+
+        Returns:
+            Keys of the scenario.
+        """
+        return ()
+
     @abstractmethod
     def hide(self, rows: ClientRows, modalities: tuple[Modality, ...], seed: int) -> Masks:
         """Mask the rows. Pure: the same rows and seed give the same masks.
@@ -134,6 +142,9 @@ class Cross(Scenario):
     """Number of clients that see the image; the others see the text."""
     clients: dict[str, NonNegativeInt] = Field(default_factory=dict)
     """Number of clients that see each modality, or several joined by "+": { CAM_FRONT = 7, "CAM_BACK+speed" = 3 }."""
+
+    def without_effect(self) -> tuple[str, ...]:
+        return ("num_image_clients",) if self.clients else ()
 
     def check(self, modalities: tuple[Modality, ...], num_clients: int) -> None:
         if num_clients:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import Named
@@ -17,6 +17,15 @@ from fedmllm.core.types import Conversation, Example, Modality, Params, Round, S
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Role: TypeAlias = Literal["method", "control", "bound"]
+"""Part of a run in a comparison. Reports rank and recommend methods alone."""
+
+
+def strictest(roles: Sequence[Role]) -> Role:
+    """Return the role of a run whose parts have these: "bound" before "control" before "method"."""
+    return "bound" if "bound" in roles else "control" if "control" in roles else "method"
 
 
 class FrozenModel(Protocol):
@@ -135,6 +144,14 @@ class Completion(Named):
             False unless a member says otherwise: without the answer a completion adds no information about it.
         """
         return False
+
+    def role(self) -> Role:
+        """Part in a comparison.
+
+        Returns:
+            "bound" if it sees hidden content, else "method"; a member whose settings make it a control says so.
+        """
+        return "bound" if self.sees_hidden else "method"
 
     def label(self) -> str:
         """The name in tables: with the settings that differ from their defaults.

@@ -15,7 +15,7 @@ from pydantic import PositiveInt, model_validator
 from fedmllm.core.answers import word_f1
 from fedmllm.core.rng import stream
 from fedmllm.core.types import Content, Example
-from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling, FrozenModel
+from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling, FrozenModel, Role
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +55,9 @@ class Retrieve(Completion):
         if self.whole and self.test:
             raise ValueError("whole: got true with test = true; a test row cannot be replaced by a public one")
         return self
+
+    def role(self) -> Role:
+        return "control" if self.whole or "random" in (self.answer, self.match) else super().role()
 
     def at_test(self) -> bool:
         return self.test
