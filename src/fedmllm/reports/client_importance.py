@@ -12,7 +12,7 @@ from fedmllm.reports.reading import DatasetResults, RunRecord
 from fedmllm.reports.stats import Spread
 from fedmllm.runs.folder import RECORD
 
-PREFIX = "importance_"  # of the keys in a client's entry of a round
+IMPORTANCE_KEY = "importance_"  # of the keys in a client's entry of a round
 MOST_CLIENTS = 20  # with a row each; more clients share three rows
 
 
@@ -71,8 +71,8 @@ def _last_values(run: RunRecord) -> dict[tuple[int, str], dict[Modality, float]]
     last: dict[int, dict[Modality, float]] = {}
     for event in run.rounds:
         for entry in event.get("clients") or []:
-            known = {k: v for k, v in entry.items() if k.startswith(PREFIX) and isinstance(v, (int, float))}
-            values = {k.removeprefix(PREFIX): v for k, v in known.items()}
+            known = {k: v for k, v in entry.items() if k.startswith(IMPORTANCE_KEY) and isinstance(v, (int, float))}
+            values = {k.removeprefix(IMPORTANCE_KEY): v for k, v in known.items()}
             if values:
                 last[entry["client"]] = values
     return {(client, names.get(client, str(client))): values for client, values in last.items()}
@@ -102,7 +102,7 @@ def about_client_importance(tables: Sequence[ClientImportance]) -> str:
         most = max(table.num_clients for table in many)
         text += (
             f" With up to {most} clients: mean ± standard deviation, lowest and highest over clients. The values of each "
-            f"client are in the records, as {PREFIX}{many[0].modalities[0]} in the clients' entries of rounds: "
+            f"client are in the records, as {IMPORTANCE_KEY}{many[0].modalities[0]} in the clients' entries of rounds: "
             f"{many[0].record}, for one."
         )
     return text

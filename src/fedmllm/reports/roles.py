@@ -8,7 +8,7 @@ from typing import Any
 from fedmllm.core.errors import ConfigError
 from fedmllm.scenarios.modalities.completion import Completion, Role, strictest
 
-ROLES: tuple[Role, ...] = ("method", "control", "bound")
+EVERY_ROLE: tuple[Role, ...] = ("method", "control", "bound")
 ROLE_TEXT: Mapping[Role, str] = {
     "control": "control: shows what a part of a method adds",
     "bound": "bound: trained with content that the masks hide",
@@ -22,7 +22,7 @@ def role_of(heading: Mapping[str, Any], settings: Mapping[str, Any]) -> Role:
         heading: First line of the record.
         settings: Of the run.
     """
-    if stated := [role for role in ROLES if role == heading.get("role")]:
+    if stated := [role for role in EVERY_ROLE if role == heading.get("role")]:
         return stated[0]
     public = settings.get("public") or {}
     return strictest([_completion_role(settings.get("completion")), "control" if public.get("client") else "method"])
