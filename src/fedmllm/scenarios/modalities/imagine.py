@@ -53,7 +53,7 @@ class Imagine(Completion):
 
     What leaves a client in addition: moments of its complete rows' features, or generator weights, which can memorize them.
     Moments of few rows give these rows away: those of one row are the row, and "mean" sends enough to solve for fewer rows
-    than the condition has values (138 for tiny). Twice as many are safe; `least_rows` is not that high by default.
+    than the condition has values (138 for tiny). Where rows must stay hidden, set `least_rows` to twice that number.
     """
 
     learns: ClassVar[bool] = True
