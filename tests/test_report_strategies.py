@@ -150,6 +150,8 @@ def test_a_bound_and_a_control_are_in_the_table_and_are_never_ranked(completed: 
         ({"completion": {"name": "retrieve", "answer": "random"}, "public": {"rows": 2}}, "control"),
         ({"completion": {"name": "retrieve", "match": "random"}, "public": {"rows": 2}}, "control"),
         ({"completion": {"name": "retrieve", "whole": True}, "public": {"rows": 2}}, "control"),
+        ({"completion": "imagine"}, "method"),
+        ({"completion": {"name": "imagine", "answer": "any"}}, "control"),
         ({"public": {"rows": 2, "client": True}}, "control"),
         ({"completion": "oracle", "public": {"rows": 2, "client": True}}, "bound"),
     ],

@@ -47,6 +47,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 # Another value if its type does not imply which are allowed, with what it needs; None = the key is its own proof.
 OTHER: dict[str, dict[str, Any]] = {
+    "hetlora.tail_from": {"tail_from": 0.5, "tail_penalty": 0.1},
     "at-sites.sites": {"sites": ["b", "a", "c"]},
     "at-sites.own": {"own": {"name": "table", "root": "/d", "train": "b.csv", "columns": {"image": "scan"}}},
     "drivelm.sensors": {"sensors": ["speed"]},

@@ -19,7 +19,7 @@ from fedmllm.core.rng import stream, torch_stream
 from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.storage import write_tensors
 from fedmllm.core.types import Example, Modality, Params, Round
-from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling, require_kind
+from fedmllm.scenarios.modalities.completion import Completion, CompletionSite, Filling, Role, require_kind
 from fedmllm.scenarios.modalities.generators import GENERATORS, Generator, GeneratorSizes, Trained
 
 if TYPE_CHECKING:
@@ -122,6 +122,9 @@ class Imagine(Completion):
 
     def learns_from(self, example: Example) -> bool:
         return len(example.fields.get(self.picture, ())) == 1
+
+    def role(self) -> Role:
+        return super().role() if self.answer == "own" else "control"
 
     def min_rows(self) -> int:
         return self.least_rows
