@@ -975,6 +975,27 @@ def test_every_optimizer_steps_under_a_method_whose_factors_rest_in_turn(name: s
     assert params.keys() == adapter(1).keys()
 
 
+def test_a_tensor_that_moves_in_every_round_keeps_its_momentum_where_factors_rest_in_turn() -> None:
+    def grown(params: Params) -> Params:
+        return {**params, "head.weight": torch.ones(2, 3, dtype=torch.float64)}
+
+    both, alone = pick("rolora", server="fedadam-reference"), pick("fedadam-reference")
+    params = grown(adapter(1))
+    state = both.init(params)
+    single = {"head.weight": params["head.weight"]}
+    kept = alone.init(single)
+    for number in (1, 2, 3, 4):
+        moving = {
+            n: torch.full_like(t, 0.1 * number) for n, t in params.items() if ("lora_A" in n) == (number % 2 == 0)
+        }
+        delta = {**moving, "head.weight": torch.full((2, 3), 0.1 * number, dtype=torch.float64)}
+        params, state = both.step(params, state, at(number), delta)
+        single, kept = alone.apply(
+            single, kept, at(number), [ClientUpdate(0, {"head.weight": delta["head.weight"]}, 1, {})]
+        )
+        assert torch.equal(params["head.weight"], single["head.weight"])
+
+
 def row_of(number: int, **columns: str) -> Example:
     return Example(number, {}, "", ("a", "b"), "a", f"rows:{number}", columns)
 

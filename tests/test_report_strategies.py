@@ -146,7 +146,7 @@ def test_a_bound_and_a_control_are_in_the_table_and_are_never_ranked(completed: 
     [
         ({}, "method"),
         ({"completion": "retrieve", "public": {"rows": 2}}, "method"),
-        ({"completion": {"name": "retrieve", "answer": "any"}, "public": {"rows": 2}}, "method"),
+        ({"completion": {"name": "retrieve", "answer": "any"}, "public": {"rows": 2}}, "control"),
         ({"completion": {"name": "retrieve", "answer": "random"}, "public": {"rows": 2}}, "control"),
         ({"completion": {"name": "retrieve", "match": "random"}, "public": {"rows": 2}}, "control"),
         ({"completion": {"name": "retrieve", "whole": True}, "public": {"rows": 2}}, "control"),

@@ -270,3 +270,18 @@ def test_ranks_by_a_column_are_those_that_the_clients_train(engine: str, tmp_pat
     assert found["column"] == found["ranks"]
     one, two = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in found)
     assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["ffa-lora", "rolora"])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_a_run_whose_optimizer_has_no_state_of_a_resting_factor_is_resumed(
+    name: str, stop: int, tmp_path: Path
+) -> None:
+    """The optimizer makes `m` in its first round, for the factor that moved."""
+    settings = Experiment.parse({**TABLE, "aggregator": {"name": name, "server": "fedadam-reference"}})
+    run(settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "stopped", [Stop(stop)])
+    run(settings, tmp_path / "stopped", resume=True)
+    file = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -112,6 +112,14 @@ class Aggregator(Named):
         """
         return 1
 
+    def not_over_sites(self) -> str:
+        """Say why real sites would refuse what these settings send.
+
+        Returns:
+            Key, value, reason and what works, after "aggregator."; "" = they do not.
+        """
+        return ""
+
     def label(self) -> str:
         """The name in tables.
 
@@ -284,13 +292,18 @@ class WithServer(Aggregator):
         if self.server is None:
             return added(params, delta, lr), state
         mine = {k.removeprefix("server."): tree for k, tree in state.items() if k.startswith("server.")}
-        moving = _moving(params, delta)
-        # a tree made in the first round lacks the factor that rested then, whose own first round is now
-        inner = {k: {n: tree[n] for n in moving} for k, tree in mine.items() if moving.keys() <= tree.keys()}
-        whole = ClientUpdate(0, {n: delta[n] for n in moving}, 1, {})
-        moved, after = self.server.apply(moving, inner, at, [whole])
-        merged = {f"server.{k}": {**mine.get(k, {}), **tree} for k, tree in after.items()}
-        return {n: moved.get(n, w) for n, w in params.items()}, {**state, **merged}
+        merged, moved = dict(mine), dict(params)
+        # A tree made in the first round lacks the factor that rested then: for that factor the first round is now.
+        groups: dict[frozenset[str], Params] = {}
+        for name, tensor in _moving(params, delta).items():
+            groups.setdefault(frozenset(k for k, tree in mine.items() if name in tree), {})[name] = tensor
+        for keys, moving in groups.items():
+            inner = {k: {n: mine[k][n] for n in moving} for k in sorted(keys)}
+            whole = ClientUpdate(0, {n: delta[n] for n in moving}, 1, {})
+            after, trees = self.server.apply(moving, inner, at, [whole])
+            moved |= after
+            merged |= {k: {**merged.get(k, {}), **tree} for k, tree in trees.items()}
+        return moved, {**state, **{f"server.{k}": tree for k, tree in merged.items()}}
 
 
 def added(params: Params, delta: Params, lr: float = 1.0) -> Params:

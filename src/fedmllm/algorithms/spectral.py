@@ -99,6 +99,14 @@ class FactorSplit(Spectral):
     """Factors of the sum's SVD, U S V': (U sqrt S, sqrt S V'), or (U S, V'). Real sites need "orthonormal": sqrt S makes A
     so small that they refuse it (`lora_a` of their limits)."""
 
+    def not_over_sites(self) -> str:
+        if self.split == "orthonormal":
+            return ""
+        return (
+            f'split: got "balanced" with {self.name}, which makes A so small that sites refuse it (allow.lora_a); allowed over '
+            'real sites: "orthonormal"'
+        )
+
     def cut(self, target: Pair, rank: int) -> Pair:
         if self.split == "balanced":
             return truncated(target, rank)

@@ -79,7 +79,7 @@ class Lora(Spec):
     """Names of modules that are trained and sent whole in addition to LoRA, such as "embed_tokens" or "resampler"."""
 
     ranks: Annotated[tuple[PositiveInt, ...], ADDED_LATER] = ()
-    """Ranks of the clients, in turn: client k has ranks[k mod len]; empty = every client has rank `r`. Otherwise `r` must
+    """Ranks of the clients, in turn: client k has ranks[k mod len]; empty or all equal = every client has rank `r`. `r` must
     be the largest of them; the scaling is alpha / r for every rank. A real site has its own limit of "lora.r" at most."""
 
     rank_column: Annotated[str, ADDED_LATER] = ""

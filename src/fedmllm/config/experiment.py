@@ -49,7 +49,7 @@ from fedmllm.core.errors import ConfigError
 from fedmllm.core.metrics import METRICS, PLUGIN_METRICS
 from fedmllm.core.plugins import HINT, PluginSource, load_entry_points, load_plugins, source_of_import
 from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec, checked, current_keys, nearest, one_or_several
-from fedmllm.core.types import visible_of
+from fedmllm.core.types import Visible, visible_of
 from fedmllm.data.base import Dataset
 from fedmllm.data.prompts import Plain, Prompt
 from fedmllm.scenarios.availability import Always, Availability
@@ -206,10 +206,11 @@ class Experiment(Spec):
     @model_validator(mode="after")
     def _engine_and_settings_suit_the_aggregator(self) -> Experiment:
         aggregator = self.server()
-        unequal = self.backbone.lora.unequal()
-        if unequal and self.method != "federated":
+        unequal, ranks = self.backbone.lora.unequal(), self.backbone.lora.ranks
+        if (unequal or ranks) and self.method != "federated":
+            what = unequal or f"backbone.lora.ranks: got {list(ranks)}"
             raise ValueError(
-                f'{unequal}; no effect with method = "{self.method}", which trains adapters of rank lora.r; leave it out'
+                f'{what}; no effect with method = "{self.method}", which trains adapters of rank lora.r; leave it out'
             )
         check_engine_carries(aggregator, self.engine, unequal)
         if isinstance(self.engine, FlowerSites) and self.engine.secure:
@@ -415,11 +416,12 @@ class Experiment(Spec):
 
     @model_validator(mode="after")
     def _visible_modalities_exist(self) -> Experiment:
-        seen: dict[tuple[bool, frozenset[str]], str] = {}
+        seen: dict[tuple[Visible, bool], str] = {}
         for text in self.evaluate.visible:
-            visible_of(text, self.data.modalities())
-            hides = text.startswith("all-") and text not in self.data.modalities()
-            named = (hides, frozenset(text.split("-" if hides else "+")))
+            named = (
+                visible_of(text, self.data.modalities()),
+                text in ("all", "both"),
+            )  # may stand next to their own list
             if named in seen:
                 raise ValueError(
                     f"evaluate.visible: got {seen[named]!r} and {text!r}, the same modalities twice; allowed: each set once"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedmllm.algorithms.spectral import FactorSplit
 from fedmllm.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,8 +32,5 @@ def check_sites(experiment: Experiment) -> None:
         )
     if lora.rank_column:
         raise ConfigError(f"{lora.unequal()}; the server does not read the sites' rows; allowed: backbone.lora.ranks")
-    if isinstance(aggregator, FactorSplit) and aggregator.split == "balanced":
-        raise ConfigError(
-            f'aggregator.split: got "balanced" with {aggregator.name}, which makes A so small that sites refuse it '
-            '(allow.lora_a); allowed over real sites: "orthonormal"'
-        )
+    if fault := aggregator.not_over_sites():
+        raise ConfigError(f"aggregator.{fault}")

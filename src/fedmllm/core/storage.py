@@ -116,6 +116,16 @@ def check_writable(path: Path) -> None:
 _DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 
 
+def tensor_names(path: Path) -> frozenset[str]:
+    """Return the names of the tensors of a safetensors file.
+
+    Args:
+        path: The file, whose digest has been checked.
+    """
+    with safe_open(path, framework="pt") as file:
+        return frozenset(file.keys())
+
+
 def read_tensors(path: Path, like: Mapping[str, Tensor], advice: str = "") -> Params:
     """A safetensors file from anywhere, in the order of `like`.
 

@@ -71,7 +71,7 @@ def twins(rows: Sequence[Example], train: Sequence[Example]) -> list[tuple[Examp
 
 def _names(row: Example) -> tuple[Hashable, Hashable]:
     content = _located(row.fields)
-    return (content, _asked(row)), (content, _whole(row.where))
+    return (content, _asked(row)), (content, (row.id, _whole(row.where)))
 
 
 def _located(fields: Mapping[Modality, Content]) -> Hashable:

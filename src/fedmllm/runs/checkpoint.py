@@ -27,7 +27,7 @@ from torch import Tensor
 from fedmllm.backbones.base import Backbone, Lora
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import Spec
-from fedmllm.core.storage import make_folder, read_tensors, sync
+from fedmllm.core.storage import make_folder, read_tensors, sync, tensor_names
 from fedmllm.core.tensors import rank_dim
 from fedmllm.core.types import Params, State
 from fedmllm.runs.costs import Totals
@@ -227,7 +227,7 @@ def read_checkpoint(folder: Path, like: Params, init: State) -> Checkpoint:
     Args:
         folder: Of one round.
         like: The adapter before training: names, shapes, types, and the order of the names.
-        init: The aggregator's state before training; a key that comes later holds tensors like the adapter's.
+        init: The aggregator's state before training; a key that comes later holds tensors like some or all of the adapter's.
     """
     run_state = read_run_state(folder)
     params = _read_checked(folder, ADAPTER_FILE, run_state, like)
@@ -237,9 +237,13 @@ def read_checkpoint(folder: Path, like: Params, init: State) -> Checkpoint:
         )
     state: State = {}
     if run_state.state_keys:
-        layout = {f"{key}/{n}": t for key in run_state.state_keys for n, t in init.get(key, like).items()}
-        flat = _read_checked(folder, STATE, run_state, layout)
-        state = {key: {n: flat[f"{key}/{n}"] for n in init.get(key, like)} for key in run_state.state_keys}
+        held = tensor_names(_check_digest(folder, STATE, run_state))
+        late = {k: {n: t for n, t in like.items() if f"{k}/{n}" in held} for k in run_state.state_keys if k not in init}
+        trees = {key: {**init, **late}[key] for key in run_state.state_keys}
+        flat = _read_checked(
+            folder, STATE, run_state, {f"{k}/{n}": t for k, tree in trees.items() for n, t in tree.items()}
+        )
+        state = {key: {n: flat[f"{key}/{n}"] for n in tree} for key, tree in trees.items()}
     return Checkpoint(folder, run_state, params, state)
 
 
@@ -249,6 +253,10 @@ def read_params(folder: Path, like: Params) -> Params:
 
 
 def _read_checked(folder: Path, name: str, run_state: RunState, like: Params) -> Params:
+    return read_tensors(_check_digest(folder, name, run_state), like)
+
+
+def _check_digest(folder: Path, name: str, run_state: RunState) -> Path:
     path = folder / name
     try:
         with path.open("rb") as file:
@@ -257,7 +265,7 @@ def _read_checked(folder: Path, name: str, run_state: RunState, like: Params) ->
         raise FedmllmError(f"{path}: cannot be read: {error.strerror}{_advice(folder)}") from None
     if (name, sha) not in run_state.files.items():
         raise FedmllmError(f"{path}: damaged: it is not what the checkpoint's digest says{_advice(folder)}")
-    return read_tensors(path, like)
+    return path
 
 
 def any_rank(like: Params) -> Params:

@@ -103,6 +103,11 @@ class Imagine(Completion):
         require_kind("completion.picture", self.picture, "pictures", pictures)
         require_kind("completion.text", self.text, "text", texts)
 
+    def notes(self, train: Sequence[Example], public: Sequence[Example]) -> Sequence[str]:
+        if self.answer == "own" or any(row.answer in row.choices[:LABELS] for row in train):
+            return ()
+        return [f'completion: answer = "{self.answer}" has no effect: no row is a choice of {LABELS} at most']
+
     def may_leak(self) -> bool:
         return self.answer == "own"
 

@@ -57,7 +57,7 @@ class Retrieve(Completion):
         return self
 
     def role(self) -> Role:
-        return "control" if self.whole or "random" in (self.answer, self.match) else super().role()
+        return "control" if self.whole or self.answer != "own" or self.match == "random" else super().role()
 
     def at_test(self) -> bool:
         return self.test
