@@ -172,3 +172,9 @@ def test_the_usual_rate_is_that_of_the_backbone_and_the_default_stays() -> None:
     assert Experiment.parse(Experiment.parse(usual).dump()).train.lr == 3e-3
     with pytest.raises(ConfigError, match=r"train.lr: got 'common'; it should be a number"):
         Experiment.parse({**usual, "train": {"lr": "common"}})
+
+
+@pytest.mark.parametrize(("one", "two"), [("all-text", "image"), ("none", "all-image-text"), ("both", "all")])
+def test_two_names_of_one_set_of_modalities_are_refused(one: str, two: str) -> None:
+    with pytest.raises(ConfigError, match=f"evaluate.visible: got '{one}' and '{two}', the same modalities twice"):
+        Experiment.parse({"data": "synthetic-irony", "evaluate": {"visible": [one, two]}})

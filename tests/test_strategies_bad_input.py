@@ -188,11 +188,6 @@ IMAGINE = {"name": "imagine", "kind": "cvae", "rounds": 1, "steps": 2}
         ),
         (
             "profile",
-            {"evaluate": {"visible": ["all-text", "image"]}},
-            "evaluate.visible: got 'all-text' and 'image', the same modalities twice; allowed: each set once",
-        ),
-        (
-            "profile",
             {"evaluate": {"visible": ["image+text", "all", "text+image"]}},
             "evaluate.visible: got 'image+text' and 'text+image', the same modalities twice; allowed: each set once",
         ),
