@@ -58,7 +58,8 @@ def groups(dataset: DatasetResults) -> list[Group]:
         of_method = {m: mean_over_settings(values, m, settings) for m in methods}
         federated = mean_of(list(of_method.values()))
         if federated:
-            baselines = {m: mean_over_settings(values, m, settings) for m in plain.methods if m not in plain.candidates}
+            lines = [m for m in plain.methods if m not in plain.candidates and plain.roles.get(m) != "control"]
+            baselines = {m: mean_over_settings(values, m, settings) for m in lines}
             name = GROUPS.get(scenario, scenario) if scenario != "aligned" or scenario == complete else _GAPS
             whole = found[0].federated if found and (found[0].is_complete or found[0].name == _GAPS) else None
             loss = paired(federated, whole) if whole else None
