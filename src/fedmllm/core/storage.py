@@ -120,10 +120,16 @@ def tensor_names(path: Path) -> frozenset[str]:
     """Return the names of the tensors of a safetensors file.
 
     Args:
-        path: The file, whose digest has been checked.
+        path: The file.
+
+    Raises:
+        FedmllmError: It is not a safetensors file, or is cut short.
     """
-    with safe_open(path, framework="pt") as file:
-        return frozenset(file.keys())
+    try:
+        with safe_open(path, framework="pt") as file:
+            return frozenset(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise FedmllmError(f"{path}: not a whole safetensors file: {error}") from None
 
 
 def read_tensors(path: Path, like: Mapping[str, Tensor], advice: str = "") -> Params:
