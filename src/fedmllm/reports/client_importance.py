@@ -50,8 +50,9 @@ def client_importances(dataset: DatasetResults) -> list[ClientImportance]:
         for method in dataset.methods:
             runs = dataset.pick(setting, method)
             reported: dict[tuple[int, str], dict[Modality, list[float]]] = {}
-            for run in runs:
-                for client, values in _last_values(run).items():
+            measured = {run.folder / RECORD: last for run in runs if (last := _last_values(run))}
+            for of_run in measured.values():
+                for client, values in of_run.items():
                     for modality, value in values.items():
                         reported.setdefault(client, {}).setdefault(modality, []).append(value)
             if reported:
@@ -60,8 +61,7 @@ def client_importances(dataset: DatasetResults) -> list[ClientImportance]:
                     for number, name in sorted(reported)
                 }
                 listed = rows if len(rows) <= MOST_CLIENTS else _extremes(list(rows.values()))
-                record = next(run for run in runs if _last_values(run)).folder / RECORD
-                found.append(ClientImportance(setting, method, listed, len(rows), record))
+                found.append(ClientImportance(setting, method, listed, len(rows), next(iter(measured))))
     return found
 
 

@@ -393,12 +393,13 @@ def versions() -> dict[str, str]:
 
 def device(inputs: Inputs) -> dict[str, Any]:
     """Return the device of the computation, or the devices."""
-    from fedmllm.federation.engines.stacked.replicas import find_replica_devices
+    names = list(inputs.backbone.devices) or [str(inputs.backbone.device)]
+    if copies := getattr(inputs.experiment.engine, "devices", ()):
+        from fedmllm.federation.engines.stacked.replicas import find_replica_devices  # other engines do without it
 
-    backbone, engine = inputs.backbone, inputs.experiment.engine
-    copies = find_replica_devices(getattr(engine, "devices", ()), backbone.device)
+        names = list(map(str, find_replica_devices(copies, inputs.backbone.device)))
     return {
-        "name": ", ".join(backbone.devices or map(str, copies)),
+        "name": ", ".join(names),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),

@@ -103,13 +103,14 @@ def find_devices(names: Sequence[str], experiments: Sequence[Experiment], num_jo
     Raises:
         ConfigError: This machine has no such device, or a cell that has all devices would share them.
     """
-    maps = [("backbone.device_map", list(own)) for e in experiments if (own := getattr(e.backbone, "device_map", ()))]
-    spread = [("engine.devices", list(own)) for e in experiments if (own := getattr(e.engine, "devices", ()))]
-    if maps or spread:
-        place, _ = (maps + spread)[0]
+    settings = [("backbone.device_map", getattr(e.backbone, "device_map", ())) for e in experiments]
+    settings += [("engine.devices", getattr(e.engine, "devices", ())) for e in experiments]
+    if named := [(place, list(own)) for place, own in settings if own]:
         if names:
-            raise ConfigError(f"--device: cells have {place}, which names their devices; leave out one of the two")
-        for place, own in maps + spread:
+            raise ConfigError(
+                f"--device: cells have {named[0][0]}, which names their devices; leave out one of the two"
+            )
+        for place, own in named:
             if num_jobs > 1 and any(not name.startswith("cpu") for name in own):
                 raise ConfigError(
                     f"--jobs: got {num_jobs}; cells have {place} = {own} and would be on the same devices; "
