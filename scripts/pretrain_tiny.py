@@ -1,6 +1,7 @@
 """Make the embedded model: MiniCPM-V 2.6 at about a million weights, pre-trained on the proxy tasks of `tiny_tasks`.
 
-    python scripts/pretrain_tiny.py            # about ten minutes on two cores
+    python scripts/pretrain_tiny.py --out runs/tiny                                # about MINUTES minutes of a core
+    python scripts/pretrain_tiny.py --out runs/tiny --compare src/fedmllm/backbones/tiny_checkpoint_2   # edition 2, rebuilt
     python scripts/pretrain_tiny.py --steps 50 --vision-steps 50 --out runs/tiny   # a trial
 
 Two stages. Vision first: the tower and the resampler learn to separate the scenes' attributes through linear heads, because a
@@ -11,8 +12,10 @@ frozen and kept. Writes the folder in the hub's layout and a JSON log of setting
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tiny_muon import Muon
 from tiny_tasks import Sample, corpus
 from tiny_tokenizer import save_tokenizer, train_tokenizer
@@ -34,7 +38,6 @@ from fedmllm.backbones.minicpmv2.processor import build_tokenizer
 from fedmllm.core.rng import stream, stream_seed
 from fedmllm.data.scenes import COLOURS, FACES, SIZE, SKIES, THINGS, Scene, draw
 
-ROOT = Path(__file__).parents[1]
 VOCABULARY = 1300
 QUERIES = 8
 PATCH = 7
@@ -203,12 +206,33 @@ def language_accuracy(model: Any, encoded: Encoded, feats: Tensor) -> dict[str, 
     return {task: round(float(np.mean(values)), 3) for task, values in sorted(right.items())}
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def is_equal(new: Path, old: Path) -> bool:
+    """Whether the files are the same, byte for byte; prints which are not, and how far the weights are apart.
+
+    Equal weights need equal sums: one kind of processor, one version of torch, one thread.
+    """
+    ours, theirs = digests(new), digests(old)
+    for name in sorted(ours.keys() | theirs.keys()):
+        print(f"{'equal' if ours.get(name) == theirs.get(name) else 'DIFFERENT'}  {ours.get(name, '-'):64}  {name}")
+    if (weights := "model.safetensors") in ours.keys() & theirs.keys() and ours[weights] != theirs[weights]:
+        a, b = load_file(new / weights), load_file(old / weights)
+        if {n: x.shape for n, x in a.items()} == {n: x.shape for n, x in b.items()}:
+            print(f"largest difference of a weight: {max(float((x - b[n]).abs().max()) for n, x in a.items()):.3g}")
+    return ours == theirs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "src/fedmllm/backbones/tiny_checkpoint")
-    parser.add_argument("--log", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--log", type=Path, help="JSON of settings, times, accuracies and the files' SHA-256")
+    parser.add_argument("--compare", type=Path, help="exit with 1 unless the new files equal those of this folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="another number sums in another order: other weights")
     parser.add_argument("--scenes", type=int, default=12000)
     parser.add_argument("--vision-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=3000)
@@ -255,7 +279,6 @@ def main() -> None:
     timed("language")
     held = Encoded(corpus(held_out, 4000, stream(args.seed, "held-out corpus")), tokenizer)
     log["accuracy"] = language_accuracy(model, held, held_feats)
-    print(json.dumps(log, indent=1))
 
     model.save_pretrained(args.out)
     (args.out / "preprocessor_config.json").unlink(missing_ok=True)
@@ -263,8 +286,12 @@ def main() -> None:
     settings = image_settings()
     processor_file |= {field: getattr(settings, field) for field in settings.__dataclass_fields__}
     (args.out / "preprocessor_config.json").write_text(json.dumps(processor_file, indent=1) + "\n", encoding="utf-8")
+    log["sha256"] = digests(args.out)
+    print(json.dumps(log, indent=1))
     if args.log:
         args.log.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    if args.compare and not is_equal(args.out, args.compare):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from fedmllm.backbones.tiny import CHECKPOINT
+from fedmllm.backbones.tiny import CHECKPOINTS
 from fedmllm.cli.main import app
 from fedmllm.config.experiment import Experiment
 from fedmllm.runs.run import run
@@ -182,7 +182,7 @@ def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     (tmp_path / "vqa_rad").symlink_to(ROOT / "examples/vqa_rad")
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     for name in ("MODEL", "MiniCPM-V-2_6"):
-        shutil.copytree(CHECKPOINT, tmp_path / "models" / name)
+        shutil.copytree(CHECKPOINTS[1], tmp_path / "models" / name)
     (mine, *_) = re.findall(r"^```toml\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     for name in ("mine.toml", "experiments/mine.toml", "experiment.toml", "hospital.toml"):
         (tmp_path / name).write_text(mine)

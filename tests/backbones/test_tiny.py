@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,21 +13,27 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from fedmllm.backbones.base import Backbone, Tiny
-from fedmllm.backbones.tiny import CHECKPOINT
+from fedmllm.backbones.tiny import CHECKPOINTS
 from fedmllm.core.rng import stream
 from fedmllm.core.types import Conversation, Picture
 from fedmllm.data.captions import THEMES, TONES, caption, tweet
 from fedmllm.data.prompts import Agnostic, Plain, Prompt
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, draw
-from fedmllm.data.synthetic import SyntheticIrony
+from fedmllm.data.synthetic import SyntheticIrony, SyntheticVerdict
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+RESULTS = Path(__file__).parents[2] / "results"
 NUM_SCENES = 60
 
 
+@pytest.fixture(scope="module", params=[1, 2], ids="edition {}".format)
+def edition(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return Tiny().load(seed=0)
+def backbone(edition) -> Backbone:
+    return Tiny(edition=edition).load(seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +52,15 @@ def accuracy(backbone: Backbone, prompts: Sequence[Conversation], values: Sequen
     return float(np.mean([values[int(np.argmax(row))] == right for row, right in zip(scores, truth, strict=True)]))
 
 
-def test_it_is_small():
-    assert sum(p.stat().st_size for p in CHECKPOINT.iterdir()) <= 8e6
-    assert {p.name for p in CHECKPOINT.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+def test_it_is_small(edition):
+    files = list(CHECKPOINTS[edition].iterdir())
+    assert sum(p.stat().st_size for p in files) <= 8e6
+    assert {p.name for p in files} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_the_files_are_those_that_the_log_of_the_script_names():
+    log = json.loads((RESULTS / "pretrain_tiny_2.json").read_text(encoding="utf-8"))
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in CHECKPOINTS[2].iterdir()} == log["sha256"]
 
 
 def test_it_has_a_million_weights(backbone):
@@ -82,6 +96,14 @@ def test_it_reads_texts(backbone, question, kinds, write):
 def test_it_answers_in_words(backbone, scenes):
     prompts = [Conversation((Picture(path), "What is the color?")) for _, path in scenes[:10]]
     assert backbone.generate(prompts, max_new_tokens=4) == [scene.colour for scene, _ in scenes[:10]]
+
+
+@pytest.mark.parametrize("visible", [{"image", "text"}, {"image"}, {"text"}], ids=" and ".join)
+def test_it_ranks_verdicts_nearly_at_random(backbone, visible):
+    rows = SyntheticVerdict(num_test=1000).load("test").examples
+    prompt, shown = Plain(), frozenset(visible)
+    scores = backbone.score([prompt.render(r, shown) for r in rows], [prompt.options(r) for r in rows])
+    assert 0.40 <= roc_auc_score([prompt.options(r).index(r.answer) for r in rows], [b - a for a, b in scores]) <= 0.60
 
 
 @pytest.mark.parametrize("prompt", [Plain(), Agnostic()], ids=lambda p: p.name)

@@ -232,6 +232,10 @@ class Tiny(BackboneSpec):
     """The embedded MiniCPM-V 2.6 of about a million weights, pre-trained by `scripts/pretrain_tiny.py`."""
 
     name: Literal["tiny"] = "tiny"
+    edition: Annotated[Literal[1, 2], ADDED_LATER] = 1
+    """1: learns `synthetic-irony`; an earlier form of the script made it. 2: seed 0 of today's script, which rebuilds it; for
+    `synthetic-verdict`."""
+
     usual_lr: ClassVar[float] = 3e-3
     keep_image_features_mb: Annotated[NonNegativeInt, EXECUTION_ONLY] = 64
     """Memory in MiB for outputs of the frozen vision tower across rounds and runs, 8 kB a picture; 0 = none."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedmllm.backbones.base import BackboneSpec, FromFolder, Tiny
 from fedmllm.backbones.folder import find_folder
-from fedmllm.backbones.tiny import CHECKPOINT
+from fedmllm.backbones.tiny import CHECKPOINTS
 from fedmllm.core.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def base_folder(spec: BackboneSpec, config_only: bool = False) -> Path:
         FedmllmError: There is no such folder.
     """
     if isinstance(spec, Tiny):
-        return CHECKPOINT
+        return CHECKPOINTS[spec.edition]
     if not isinstance(spec, FromFolder):
         raise ConfigError(f"backbone.name: got {spec.name!r}; this command needs 'hf' or 'tiny'")
     return find_folder(spec.path, config_only)

@@ -12,8 +12,8 @@ from fedmllm.backbones.base import FromFolder, Tiny
 from fedmllm.backbones.folder import load_base
 from fedmllm.backbones.hf import TransformersBackbone
 
-CHECKPOINT = Path(__file__).with_name("tiny_checkpoint")  # the hub's layout
-NAME = "fedmllm/tiny"  # base of a saved adapter: a path of this machine would mean nothing on another
+CHECKPOINTS = {n: Path(__file__).with_name(name) for n, name in ((1, "tiny_checkpoint"), (2, "tiny_checkpoint_2"))}
+NAMES = {1: "fedmllm/tiny", 2: "fedmllm/tiny-2"}  # base of a saved adapter: a path would mean nothing on another machine
 
 
 def load_tiny(spec: Tiny, seed: int) -> TransformersBackbone:
@@ -26,7 +26,7 @@ def load_tiny(spec: Tiny, seed: int) -> TransformersBackbone:
     Raises:
         ConfigError: A setting does not fit the model or this machine.
     """
-    folder = FromFolder(path=str(CHECKPOINT), precision=spec.precision)
+    folder = FromFolder(path=str(CHECKPOINTS[spec.edition]), precision=spec.precision)
     folder = folder.model_copy(update={"device": spec.device, "device_map": spec.device_map})
     model, processor, digest = load_base(folder)
-    return TransformersBackbone(model, processor, spec, seed, NAME, digest)
+    return TransformersBackbone(model, processor, spec, seed, NAMES[spec.edition], digest)
