@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,15 @@ def test_crisis_needs_both_modalities():
     assert {label for _, _, label in rows} == set(range(8))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_another_wording_changes_the_question_and_the_options_alone():
+    one, two = (SyntheticVerdict(**SMALL, wording=n).load("train").examples for n in (1, 2))
+    assert {r.question for r in two} == {"Which pool is the content in?"}
+    assert [r.choices.index(r.answer) for r in one] == [r.choices.index(r.answer) for r in two]
+    assert [r.fields for r in one] == [r.fields for r in two]
+    assert "wording" not in SyntheticVerdict().identity()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, partial(SyntheticVerdict, wording=2)])
 def test_pre_training_never_shows_the_question_or_the_labels(kind, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     from tiny_tasks import Scene, corpus

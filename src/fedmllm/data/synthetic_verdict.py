@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from fedmllm.core.types import Visible
+from fedmllm.core.spec import ADDED_LATER
+from fedmllm.core.types import Example, Visible
 from fedmllm.data.captions import TONES, caption
 from fedmllm.data.ceilings import LawCell, two_way
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, pick
@@ -26,6 +28,7 @@ TONE = {"good": 1.0, "plain": 0.0, "bad": -1.0}
 SKY = {"day": 0.2, "dusk": 0.2, "night": -0.4}
 OPENING = {"": 0.16, "sure ,": -0.24}
 SURE_RATE = 0.4
+WORDING_2 = ("Which pool is the content in?", ("beta", "alpha"))  # question; options in order, the second for label 1
 
 
 class SyntheticVerdict(SyntheticMemes):
@@ -39,12 +42,13 @@ class SyntheticVerdict(SyntheticMemes):
     one seed have the same pictures and texts under all weights.
     """
 
-    # Wording and order were chosen so that the frozen embedded model ranks rows at random (results/LOG.md).
     question = "Is the content approved?"
-    choices = ("low", "high")
-    labels = ("low", "high")
+    choices = labels = ("low", "high")
 
     name: Literal["synthetic-verdict"] = "synthetic-verdict"
+    wording: Annotated[Literal[1, 2], ADDED_LATER] = 1
+    """1: "Is the content approved?", low or high; 2: "Which pool is the content in?", beta or alpha. Each was chosen so that the
+    frozen embedded model of that edition ranks rows nearly at random (results/LOG.md). Rows and labels are the same."""
     image_weight: float = 2.5
     """Weight of face and sky in the log odds."""
     text_weight: float = 2.5
@@ -69,6 +73,13 @@ class SyntheticVerdict(SyntheticMemes):
         odds += self.interaction_weight * f * t
         positive = 0.5 * (1 + math.tanh(odds / 2))  # the sigmoid, without overflow
         return self.noise + (1 - 2 * self.noise) * positive
+
+    def _example(self, row: Example) -> Example:
+        found = super()._example(row)
+        if self.wording == 1:
+            return found
+        answer = WORDING_2[1][self.labels.index(found.answer)]
+        return replace(found, question=WORDING_2[0], choices=WORDING_2[1], answer=answer)
 
     def ceilings(self, visible: Visible) -> Mapping[str, float]:
         return two_way(self._cells(), visible)
