@@ -41,9 +41,9 @@ from fedmllm.data.scenes import COLOURS, FACES, SIZE, SKIES, THINGS, Scene, draw
 VOCABULARY = 1300
 QUERIES = 8
 PATCH = 7
-# Two settings of the language stage decide whether yes/no questions about an attribute are learned, and with them every joint
-# question (results/LOG.md): Muon's rate (at 0.02, what was learned is lost again), and the weight of an answer's first token,
-# the letter or the word that decides: the rest of a lettered answer only copies its option.
+# Muon's rate decides whether yes/no questions about an attribute are learned, and with them every joint question: at 0.02, what was
+# learned is lost again (results/LOG.md). The first token of an answer is the letter or word that decides; the rest of a lettered
+# answer only copies its option.
 LANGUAGE_LR = 0.005
 FIRST_TOKEN = 8.0
 ATTRIBUTES = {"sky": SKIES, "thing": THINGS, "colour": COLOURS, "face": FACES}
