@@ -1,0 +1,202 @@
+"""Certainty in a report: families of tests, detectable differences, errors of the test rows."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats as scipy_stats
+
+from fedmllm.config.experiment import Experiment
+from fedmllm.reports.answers import answers, groups
+from fedmllm.reports.comparisons import all_pairs
+from fedmllm.reports.names import setting_meaning
+from fedmllm.reports.numerals import NO_BREAK
+from fedmllm.reports.reading import DatasetResults, read_results
+from fedmllm.reports.row_error import num_test_sets, row_error
+from fedmllm.reports.tables import result_table
+from fedmllm.reports.write import latex, markdown, write_report
+from support.made_up import write_run
+
+SETTINGS: Mapping[str, dict[str, Any]] = {
+    "alpha 0.5": {},
+    "beta 30 %": {"scenario": {"name": "missing", "rate": 0.3}},
+    "beta 40 %": {"scenario": {"name": "missing", "rate": 0.4}},
+    "beta 50 %": {"scenario": {"name": "missing", "rate": 0.5}},
+}
+METHODS: Mapping[str, dict[str, Any]] = {
+    "FedAvg": {"aggregator": "fedavg"},
+    "FedAdam": {"aggregator": "fedadam"},
+    "FedYogi": {"aggregator": "fedyogi"},
+    "Local": {"method": "local"},
+    "Zero-shot": {"method": "zero-shot"},
+}
+
+
+def write_results(folder: Path, values: Mapping[tuple[str, str], Sequence[float]], own_rows: bool = False) -> Path:
+    """Runs with these AUCs: (setting, method) -> one a seed."""
+    for (setting, method), of_seeds in values.items():
+        for seed, value in enumerate(of_seeds):
+            data = {"name": "synthetic-irony", **({"seed": seed} if own_rows else {})}
+            table = {"data": data, "seed": seed, **SETTINGS[setting], **METHODS[method]}
+            run = folder / f"{setting}-{method}-{seed}".replace(" ", "-")
+            write_run(run, Experiment.parse(table))
+            rows = json.loads((run / "summary.json").read_text())["rows"]
+            rows = [{**row, "value": value if row["metric"] == "auc" else row["value"]} for row in rows]
+            (run / "summary.json").write_text(json.dumps({"rows": rows}))
+            if own_rows:
+                first, *rest = (run / "record.jsonl").read_text().splitlines()
+                heading = json.loads(first)
+                heading["digests"]["rows"] = f"{seed:016}"
+                (run / "record.jsonl").write_text("\n".join([json.dumps(heading), *rest]) + "\n")
+    return folder
+
+
+def only(folder: Path) -> DatasetResults:
+    (found,) = read_results([folder]).datasets
+    return found
+
+
+def said(dataset: DatasetResults) -> dict[str, str]:
+    found = answers(dataset, result_table(dataset), all_pairs(dataset), groups(dataset))
+    return {answer.question: answer.text.replace(NO_BREAK, " ") for answer in found}
+
+
+def text_of(folder: Path) -> str:
+    return markdown(read_results([folder])).replace(NO_BREAK, " ")
+
+
+def noisy(mean: float, *noise: float) -> list[float]:
+    return [mean + 0.01 * one for one in noise]
+
+
+@pytest.fixture
+def close(tmp_path: Path) -> Path:
+    """FedAdam leads FedAvg in the mean over four settings with p = 0.03, which rows of settings do not establish."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for i, setting in enumerate(SETTINGS):
+        values[setting, "FedAvg"] = [0.80, 0.81, 0.79, 0.80]
+        gain = [[0.5, 1.5, 3.0, 1.0], [2.5, 0.5, 1.0, 2.0], [0.5, 2.5, 1.0, 2.5], [1.0, 0.5, 2.5, 1.5]][i]
+        values[setting, "FedAdam"] = [a + 0.01 * g for a, g in zip(values[setting, "FedAvg"], gain, strict=True)]
+        values[setting, "Local"] = noisy(0.6, 0.0, 1.0, -1.0, 0.5)
+    return write_results(tmp_path / "close", values)
+
+
+def test_the_mean_over_settings_has_one_verdict_in_both_tables(close: Path):
+    dataset = only(close)
+    table = result_table(dataset)
+    (pair,) = [c for c in all_pairs(dataset) if {c.higher, c.lower} == {"FedAdam", "FedAvg"}]
+    assert pair.is_established
+    assert table.overall is not None
+    assert table.overall.is_clear
+    assert not any(row.is_clear for row in table.rows)
+    assert (table.row_family, table.mean_family) == (4, 3)
+    text = text_of(close)
+    assert (
+        "Holm's correction is over the 4 pairs of federated methods in the rows of settings, and over the 3 pairs of methods "
+        "with a federated one among them in the mean over settings."
+    ) in text
+    assert said(dataset)["What to use"].startswith("Use FedAdam: ")
+
+
+def test_one_setting_has_the_verdict_of_the_pairs(tmp_path: Path):
+    noise = (0.0, 1.0, -1.0)
+    values = {
+        ("alpha 0.5", "FedAvg"): noisy(0.7, *noise),
+        ("alpha 0.5", "FedAdam"): noisy(0.72, 0.5, 1.0, 0.5),  # p = 0.026 alone, 0.13 among five pairs
+        ("alpha 0.5", "Local"): noisy(0.7, 1.0, -1.0, 0.0),
+        ("alpha 0.5", "Zero-shot"): noisy(0.7, -1.0, 0.0, 1.0),
+    }
+    dataset = only(write_results(tmp_path, values))
+    (pair,) = [c for c in all_pairs(dataset) if {c.higher, c.lower} == {"FedAdam", "FedAvg"}]
+    assert pair.test.p is not None
+    assert pair.test.p < 0.05
+    assert not pair.is_established
+    assert not result_table(dataset).rows[0].is_clear
+    use = said(dataset)["What to use"]
+    assert use.startswith(
+        "No method is established as best: FedAdam 72.7 % and FedAvg 70.0 % AUC; the lead over FedAvg, 2.7 "
+    )
+    assert "is not established with 3 seeds, about" in use
+    assert "\\approx" in latex(read_results([tmp_path]))
+
+
+def test_every_test_has_its_own_detectable_difference(close: Path, tmp_path: Path):
+    dataset = only(close)
+    text = text_of(close)
+    for c in all_pairs(dataset):
+        assert c.test.std is not None
+        t, n = scipy_stats.t.ppf, c.test.n
+        expected = (t(0.975, n - 1) + t(0.8, n - 1)) * c.test.std / n**0.5
+        assert c.test.detectable == pytest.approx(expected)
+        line = next(line for line in text.splitlines() if line.startswith(f"| {c.higher} | {c.lower} |"))
+        assert f" | {100 * expected:.1f} points | " in line
+    (page, *_) = write_report([close], tmp_path / "page.html")
+    assert "<button>detectable</button>" in page.read_text()
+
+
+def test_the_detectable_difference_names_its_methods(close: Path, tmp_path: Path):
+    assert "With 4 seeds, a difference of FedAdam and FedAvg below " in said(only(close))["How sure this is"]
+    assert "Detectable difference of FedAdam and FedAvg (80 % power, 5 %): " in text_of(close)
+    three = {("alpha 0.5", m): noisy(0.7, i, -i, i * i) for i, m in enumerate(("FedAvg", "FedAdam", "FedYogi"), 1)}
+    dataset = only(write_results(tmp_path / "three", three))
+    assert "With 3 seeds, a difference of two federated methods below" in said(dataset)["How sure this is"]
+
+
+def test_unequal_numbers_of_seeds_are_a_range(tmp_path: Path):
+    values = {("alpha 0.5", "FedAvg"): noisy(0.7, 0, 1, 2), ("alpha 0.5", "FedAdam"): noisy(0.8, 1, 0)}
+    folder = write_results(tmp_path, values)
+    assert result_table(only(folder)).seeds() == (2, 3)
+    assert "mean ± standard deviation over 2 to 3 seeds." in text_of(folder)
+    assert said(only(folder))["How sure this is"].startswith("With 2 to 3 seeds, ")
+
+
+def test_a_mean_over_test_sets_has_less_error_than_a_run(tmp_path: Path):
+    values = {("alpha 0.5", m): noisy(0.8, 0, 1, 2, -3) for m in ("FedAvg", "Local")}
+    dataset = only(write_results(tmp_path / "own", values, own_rows=True))
+    assert num_test_sets(dataset) == 4
+    error = row_error(dataset, result_table(dataset))
+    assert error is not None
+    q1, q2, m = 0.8 / 1.2, 2 * 0.64 / 1.8, 149
+    expected = ((0.16 + m * (q1 + q2 - 1.28)) / 150**2) ** 0.5
+    assert (error.one_set, error.mean) == pytest.approx((expected, expected / 2))
+    one, mean = (f"{100 * 1.96 * e:.1f} points" for e in (expected, expected / 2))
+    sure = said(dataset)["How sure this is"]
+    assert f"the 300 test rows alone leave ± {one} in a run, ± {mean} in the mean over 4 test sets" in sure
+    text = text_of(tmp_path / "own")
+    one, mean = (f"{100 * e:.1f} points" for e in (expected, expected / 2))
+    assert (
+        f"test rows alone give to a federated method: {one} in a run and {mean} in a mean over the 4 test sets" in text
+    )
+    shared = write_results(tmp_path / "shared", values)
+    assert "that all seeds share alone leave ± " in said(only(shared))["How sure this is"]
+    assert "the seeds share the rows, so their standard deviation does not include it" in text_of(shared)
+
+
+@pytest.mark.parametrize("methods", [("FedAvg",), ("FedAvg", "FedAdam")])
+def test_captions_of_one_seed_speak_of_no_spread(tmp_path: Path, methods: Sequence[str]):
+    values = {(s, m): [0.7 + 0.1 * i] for s in ("alpha 0.5", "beta 50 %") for i, m in enumerate(methods)}
+    folder = write_results(tmp_path, values)
+    text = text_of(folder)
+    for words in ("standard deviation", "Holm", "etectable", "Use ", "≈"):
+        assert words not in text
+    assert "one seed: no tests" in text
+    assert 'unsure"' not in write_report([folder], folder / "page.html")[0].read_text()
+
+
+def test_a_column_that_is_spread_over_sites_is_named():
+    settings = {"scenario": {"name": "aligned"}, "partition": {"name": "dirichlet", "alpha": 0.1, "column": "colour"}}
+    assert setting_meaning(settings) == "values of 'colour' are spread over sites by Dirichlet(0.1): very uneven"
+    settings["partition"] |= {"column": ""}
+    assert setting_meaning(settings).startswith("labels are spread")
+
+
+def test_the_mean_is_that_of_the_settings(close: Path):
+    table = result_table(only(close))
+    assert table.overall is not None
+    means = [row.cells["FedAdam"].spread.mean for row in table.rows]
+    assert table.overall.cells["FedAdam"].spread.mean == pytest.approx(statistics.fmean(means))
