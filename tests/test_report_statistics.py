@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats as scipy_stats
 
 from fedmllm.config.experiment import Experiment
+from fedmllm.core.types import Example, Prediction
 from fedmllm.reports.answers import answers, groups
+from fedmllm.reports.compare import RunComparison, compare, row_verdict, show_comparison
 from fedmllm.reports.comparisons import all_pairs
 from fedmllm.reports.names import setting_meaning
 from fedmllm.reports.numerals import NO_BREAK
 from fedmllm.reports.reading import DatasetResults, read_results
 from fedmllm.reports.row_error import num_test_sets, row_error
+from fedmllm.reports.stats import holm
 from fedmllm.reports.tables import result_table
 from fedmllm.reports.write import latex, markdown, write_report
+from fedmllm.runs.predictions import PredictionFile
 from support.made_up import write_run
 
 SETTINGS: Mapping[str, dict[str, Any]] = {
@@ -200,3 +207,98 @@ def test_the_mean_is_that_of_the_settings(close: Path):
     assert table.overall is not None
     means = [row.cells["FedAdam"].spread.mean for row in table.rows]
     assert table.overall.cells["FedAdam"].spread.mean == pytest.approx(statistics.fmean(means))
+
+
+def sides(folder: Path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[Path, Path]:
+    """Folders of FedAvg and FedAdam."""
+    places = []
+    for method in ("FedAvg", "FedAdam"):
+        places.append(folder / method)
+        write_results(places[-1], {(s, method): of_method[method] for s, of_method in values.items()})
+    return places[0], places[1]
+
+
+def printed(found: RunComparison) -> str:
+    console = Console(width=80, file=io.StringIO())
+    show_comparison(found, console)
+    assert isinstance(console.file, io.StringIO)
+    return " ".join(console.file.getvalue().split()).replace(NO_BREAK, " ")
+
+
+def test_compare_counts_a_seed_once_whatever_it_has_been_run_on(tmp_path: Path):
+    """Two settings of three seeds are three differences, not six."""
+    a, b = sides(
+        tmp_path,
+        {
+            "alpha 0.5": {"FedAvg": [0.80, 0.82, 0.81], "FedAdam": [0.81, 0.85, 0.82]},
+            "beta 50 %": {"FedAvg": [0.70, 0.69, 0.71], "FedAdam": [0.70, 0.74, 0.72]},
+        },
+    )
+    found = compare(a, b)
+    row = next(row for row in found.rows if row.metric == "auc")
+    assert row.test is not None
+    assert (found.num_pairs, row.num_cells, row.test.n) == (6, 2, 3)
+    expected = scipy_stats.ttest_1samp([-0.005, -0.04, -0.01], 0)
+    assert row.test.p == pytest.approx(expected.pvalue)
+    tested = [row.test.p for row in found.rows if row.test and row.test.p is not None]
+    assert row.family == len(tested) > 1
+    assert row.p_holm == pytest.approx(holm(dict(enumerate(tested)))[tested.index(row.test.p)])
+    text = printed(found)
+    assert "not established with 3 seeds, about" in row_verdict(row)
+    assert "the mean over its 2 pairs of runs" in text
+    assert f"Paired t-test over 3 seeds; Holm over {row.family} rows." in text
+    assert "detectable" in text
+
+
+def test_compare_leaves_out_a_seed_without_all_settings(tmp_path: Path):
+    values = {
+        "alpha 0.5": {"FedAvg": [0.8, 0.9, 0.7], "FedAdam": [0.7, 0.7, 0.6]},
+        "beta 50 %": {"FedAvg": [0.7, 0.6], "FedAdam": [0.5, 0.3]},
+    }
+    row = compare(*sides(tmp_path, values)).rows[0]
+    assert row.test is not None
+    assert (row.test.n, row.num_pairs) == (2, 5)
+    assert (row.a, row.b) == (pytest.approx(0.75), pytest.approx(0.55))
+
+
+def test_compare_of_one_seed_has_differences_alone(tmp_path: Path):
+    found = compare(*sides(tmp_path, {"alpha 0.5": {"FedAvg": [0.8], "FedAdam": [0.7]}}))
+    assert found.rows[0].test is not None
+    assert found.rows[0].test.difference == pytest.approx(0.1)
+    assert row_verdict(found.rows[0]) == "one seed: no test"
+    text = printed(found)
+    assert "One seed: differences alone. The paired test needs at least two seeds on both sides" in text
+    assert "Holm over" not in text
+
+
+def with_predictions(run: Path, data_seed: int, skill: float) -> None:
+    """Predictions of 60 test rows, which the data seed draws."""
+    rng, noise = np.random.default_rng(data_seed), np.random.default_rng([data_seed, int(100 * skill)])
+    file = PredictionFile(run / "predictions.jsonl.gz")
+    predictions = []
+    for i in range(60):
+        truth = bool(rng.random() < 0.5)
+        example = Example(i, {}, "?", ("no", "yes"), "yes" if truth else "no", f"t:{i}", {})
+        predictions.append(Prediction(example, (0.0, skill * (2 * truth - 1) + noise.normal()), None))
+    file.write(predictions, "all", 1)
+    file.close()
+
+
+def test_compare_has_the_error_of_the_test_rows(tmp_path: Path):
+    values = {"alpha 0.5": {"FedAvg": [0.8, 0.82, 0.81, 0.8], "FedAdam": [0.7, 0.75, 0.75, 0.7]}}
+    a, b = sides(tmp_path, values)
+    halves = []
+    for own in (False, True):  # all seeds on one test set, then a set each
+        for place, skill in ((a, 1.0), (b, 0.5)):
+            for seed in range(4):
+                run = next(place.glob(f"*-{seed}"))
+                (run / "predictions.jsonl.gz").unlink(missing_ok=True)
+                with_predictions(run, seed if own else 0, skill)
+        row = compare(a, b).rows[0]
+        assert row.row_half is not None
+        halves.append(row.row_half)
+    assert 0.4 < halves[1] / halves[0] < 0.7  # four test sets: about half of the error
+    assert "± test rows" in printed(compare(a, b))
+    (next(b.glob("*-2")) / "predictions.jsonl.gz").unlink()
+    assert compare(a, b).rows[0].row_half is None
+    assert "± test rows" not in printed(compare(a, b))

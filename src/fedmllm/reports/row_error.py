@@ -1,4 +1,4 @@
-"""Error of a result that the choice of the test rows alone gives."""
+"""Error that the choice of test rows alone gives a result."""
 
 from __future__ import annotations
 
