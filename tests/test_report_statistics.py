@@ -17,6 +17,7 @@ from scipy import stats as scipy_stats
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.types import Example, Prediction
 from fedmllm.reports.answers import answers, groups
+from fedmllm.reports.archive import pack_results
 from fedmllm.reports.compare import RunComparison, compare, row_verdict, show_comparison
 from fedmllm.reports.comparisons import all_pairs
 from fedmllm.reports.names import setting_meaning
@@ -26,7 +27,7 @@ from fedmllm.reports.row_error import num_test_sets, row_error
 from fedmllm.reports.stats import holm
 from fedmllm.reports.tables import result_table
 from fedmllm.reports.write import latex, markdown, write_report
-from fedmllm.runs.predictions import PredictionFile
+from fedmllm.runs.predictions import PredictionFile, read_predictions
 from support.made_up import write_run
 
 SETTINGS: Mapping[str, dict[str, Any]] = {
@@ -244,7 +245,7 @@ def test_compare_counts_a_seed_once_whatever_it_has_been_run_on(tmp_path: Path):
     assert row.family == len(tested) > 1
     assert row.p_holm == pytest.approx(holm(dict(enumerate(tested)))[tested.index(row.test.p)])
     text = printed(found)
-    assert "not established with 3 seeds, about" in row_verdict(row)
+    assert "not established with 3 seeds, about" in row_verdict(row).replace(NO_BREAK, " ")
     assert "the mean over its 2 pairs of runs" in text
     assert f"Paired t-test over 3 seeds; Holm over {row.family} rows." in text
     assert "detectable" in text
@@ -271,16 +272,17 @@ def test_compare_of_one_seed_has_differences_alone(tmp_path: Path):
     assert "Holm over" not in text
 
 
-def with_predictions(run: Path, data_seed: int, skill: float) -> None:
-    """Predictions of 60 test rows, which the data seed draws."""
-    rng, noise = np.random.default_rng(data_seed), np.random.default_rng([data_seed, int(100 * skill)])
+def with_predictions(run: Path, data_seed: int, *skills: float) -> None:
+    """An evaluation for each skill: predictions of 60 test rows, which the data seed draws."""
     file = PredictionFile(run / "predictions.jsonl.gz")
-    predictions = []
-    for i in range(60):
-        truth = bool(rng.random() < 0.5)
-        example = Example(i, {}, "?", ("no", "yes"), "yes" if truth else "no", f"t:{i}", {})
-        predictions.append(Prediction(example, (0.0, skill * (2 * truth - 1) + noise.normal()), None))
-    file.write(predictions, "all", 1)
+    for round_, skill in enumerate(skills, start=1):
+        rng, noise = np.random.default_rng(data_seed), np.random.default_rng([data_seed, int(100 * skill)])
+        predictions = []
+        for i in range(60):
+            truth = bool(rng.random() < 0.5)
+            example = Example(i, {}, "?", ("no", "yes"), "yes" if truth else "no", f"t:{i}", {})
+            predictions.append(Prediction(example, (0.0, skill * (2 * truth - 1) + noise.normal()), None))
+        file.write(predictions, "all", round_)
     file.close()
 
 
@@ -302,3 +304,21 @@ def test_compare_has_the_error_of_the_test_rows(tmp_path: Path):
     (next(b.glob("*-2")) / "predictions.jsonl.gz").unlink()
     assert compare(a, b).rows[0].row_half is None
     assert "± test rows" not in printed(compare(a, b))
+
+
+def test_an_archive_keeps_the_last_predictions_and_gives_the_same_report(tmp_path: Path):
+    values = {("alpha 0.5", m): [0.8, 0.82] for m in ("FedAvg", "FedAdam")}
+    folder = write_results(tmp_path / "runs", values)
+    for run in folder.iterdir():
+        with_predictions(run, 0, 0.1, 1.0)
+    for out, predictions in ((tmp_path / "with.tar.xz", True), (tmp_path / "without.tar.xz", False)):
+        pack_results(folder, out, predictions)
+    (run, *_) = read_results([tmp_path / "with.tar.xz"]).runs
+    source = folder / run.folder.name / "predictions.jsonl.gz"
+    assert len(list(read_predictions(source))) == 2
+    assert run.predictions is not None
+    assert next(read_predictions(source, run.predictions)) == list(read_predictions(source))[1]
+    texts = [text_of(place) for place in (folder, tmp_path / "with.tar.xz", tmp_path / "without.tar.xz")]
+    assert texts[0] == texts[1]
+    assert "(bootstrap over rows)" in texts[1]
+    assert "(Hanley and McNeil's formula" in texts[2]

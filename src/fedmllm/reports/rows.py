@@ -153,8 +153,10 @@ def _of_setting(dataset: DatasetResults, setting: str, scale: Scale) -> RowResul
 
 def evaluations(run: RunRecord, visible: str = "") -> list[Evaluation]:
     """Kept predictions of a run's result, one evaluation or one per client; [] without a file of predictions."""
-    path = RunFolder(run.folder).predictions
-    return final_evaluations(path, visible or run.headline[1]) if path.is_file() else []
+    path, content = RunFolder(run.folder).predictions, run.predictions
+    if content is None and not path.is_file():
+        return []
+    return final_evaluations(path, visible or run.headline[1], content)
 
 
 def rows_of(evaluation: Evaluation) -> list[tuple[object, ...]]:
