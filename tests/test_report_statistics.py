@@ -157,10 +157,12 @@ def test_the_detectable_difference_names_its_methods(close: Path, tmp_path: Path
 
 def test_unequal_numbers_of_seeds_are_a_range(tmp_path: Path):
     values = {("alpha 0.5", "FedAvg"): noisy(0.7, 0, 1, 2), ("alpha 0.5", "FedAdam"): noisy(0.8, 1, 0)}
-    folder = write_results(tmp_path, values)
+    folder = write_results(tmp_path / "two", values)
     assert result_table(only(folder)).seeds() == (2, 3)
     assert "mean ± standard deviation over 2 to 3 seeds." in text_of(folder)
     assert said(only(folder))["How sure this is"].startswith("With 2 to 3 seeds, ")
+    alone = {("alpha 0.5", "FedAvg"): [0.7], ("alpha 0.5", "Local"): [0.6, 0.7]}
+    assert "seeds share" not in text_of(write_results(tmp_path / "alone", alone))
 
 
 def test_a_mean_over_test_sets_has_less_error_than_a_run(tmp_path: Path):

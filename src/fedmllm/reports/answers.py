@@ -266,7 +266,7 @@ def _certainty(
     else:
         parts = [counted_range(seeds, "seed")]
     if error := row_error(dataset, table, rows):
-        parts.append(error.interval_text(scale, seeds[1]))
+        parts.append(error.interval_text(scale))
     return "; ".join(parts) + "."
 
 

@@ -19,7 +19,8 @@ class RowError:
     """Standard errors of a federated method's result from drawing the test rows, training apart."""
 
     one_set: float  # of a result on one test set
-    num_sets: int  # distinct test sets of the runs
+    num_sets: int  # distinct test sets of the federated runs
+    num_seeds: int  # of the federated runs
     num_rows: int  # of a test set
     source: str  # how it was computed
 
@@ -28,31 +29,21 @@ class RowError:
         """Standard error of a mean over all test sets, which are drawn independently."""
         return float(self.one_set / self.num_sets**0.5)
 
-    def interval_text(self, scale: Scale, num_seeds: int) -> str:
-        """Return the sentence of the first screen, with 95 % intervals.
-
-        Args:
-            scale: Of the metric.
-            num_seeds: Most seeds of a method.
-        """
+    def interval_text(self, scale: Scale) -> str:
+        """Return the sentence of the first screen, with 95 % intervals."""
         one, mean = (f"±{NO_BREAK}{_amount(scale, NORMAL_95 * error)}" for error in (self.one_set, self.mean))
         rest = f" in a run, {mean} in the mean over {counted(self.num_sets, 'test set')}" if self.num_sets > 1 else ""
-        shared = " that all seeds share" if num_seeds > 1 and self.num_sets == 1 else ""
+        shared = " that all seeds share" if self.num_seeds > 1 and self.num_sets == 1 else ""
         rows = f"the {counted(self.num_rows, 'test row')}{shared} alone leave {one}{rest}"
         return f"{rows}, and usually less in a difference on the same rows"
 
-    def error_text(self, scale: Scale, num_seeds: int) -> str:
-        """Return the line below the result table, with standard errors.
-
-        Args:
-            scale: Of the metric.
-            num_seeds: Most seeds of a method.
-        """
+    def error_text(self, scale: Scale) -> str:
+        """Return the line below the result table, with standard errors."""
         size, mean = _amount(scale, self.one_set), _amount(scale, self.mean)
         if self.num_sets > 1:
             size += f" in a run and {mean} in a mean over the {counted(self.num_sets, 'test set')}"
             size += "; the standard deviation over seeds includes it"
-        elif num_seeds > 1:
+        elif self.num_seeds > 1:
             size += "; the seeds share the rows, so their standard deviation does not include it"
         return f"Standard error that the test rows alone give to a federated method: {size} ({self.source})."
 
@@ -75,12 +66,16 @@ def row_error(dataset: DatasetResults, table: ResultTable, rows: Sequence[RowRes
     means = [c.spread.mean for row in table.rows for m, c in row.cells.items() if m in dataset.candidates]
     if not dataset.num_test or not means:
         return None
-    num_sets, n = num_test_sets(dataset), dataset.num_test
+    num_sets, num_seeds, n = (
+        num_test_sets(dataset),
+        len({r.seed for r in dataset.runs if r.federated}),
+        dataset.num_test,
+    )
     cells = [r.whole.cells[m] for r in rows if r.metric == table.metric for m in r.federated]
     halves = [(c.high - c.low) / 2 for c in cells if c.low is not None and c.high is not None]
     if halves:
         error = (sum(half**2 for half in halves) / len(halves)) ** 0.5 / NORMAL_95
-        return RowError(error, num_sets, n, "bootstrap over rows")
+        return RowError(error, num_sets, num_seeds, n, "bootstrap over rows")
     mean = table.scale.clip(sum(means) / len(means))
     if table.metric == "auc":
         q1, q2, half = mean / (2 - mean), 2 * mean**2 / (1 + mean), n / 2
@@ -90,7 +85,7 @@ def row_error(dataset: DatasetResults, table: ResultTable, rows: Sequence[RowRes
         variance, source = mean * (1 - mean) / n, "binomial"
     else:
         return None
-    return RowError(variance**0.5, num_sets, n, source) if variance > 0 else None
+    return RowError(variance**0.5, num_sets, num_seeds, n, source) if variance > 0 else None
 
 
 def num_test_sets(dataset: DatasetResults) -> int:

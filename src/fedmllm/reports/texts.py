@@ -72,7 +72,7 @@ def about_table(table: ResultTable, error: RowError | None = None, unsure: str =
             f"setting{mean}."
         )
     if error is not None:
-        parts.append(error.error_text(table.scale, of_cells[1]))
+        parts.append(error.error_text(table.scale))
     return " ".join(parts).replace(" %", f"{NO_BREAK}%")
 
 
