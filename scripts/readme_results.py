@@ -22,6 +22,7 @@ from fedmllm.reports.reading import DatasetResults, ReportData, read_results
 from fedmllm.reports.shares import share_table, share_text
 from fedmllm.reports.stats import Spread
 from fedmllm.reports.tables import result_table
+from fedmllm.reports.texts import amount_text
 from fedmllm.reports.write import write_report
 
 ROOT = Path(__file__).parents[1]
@@ -75,8 +76,9 @@ def text_of(places: list[Path]) -> str:
         for dataset in report.datasets:
             settings = " + ".join(f"{len(s)} {name}" for name, s in dataset.scenarios.items())
             found = result_table(dataset)
-            least = found.detectable_mean
-            detect = f"; detectable difference over all settings: {100 * least:.1f} points" if least is not None else ""
+            least, scale = found.detectable_mean, found.scale
+            detect = f"; detectable difference of {least.of} over all settings: " if least else ""
+            detect += amount_text(least.difference, scale) if least else ""
             about = f"{len(dataset.runs)} runs, {len(dataset.seeds)} seeds ({settings}){detect}"
             parts.append(f"{report.title}: {about}.\n\n{table(dataset)}\n\n{findings(report, dataset)}")
     note = (

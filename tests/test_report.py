@@ -143,7 +143,7 @@ def test_three_sentences_answer_before_any_table(made_up: Path, written: Path):
         c.is_established for c in all_pairs(dataset) if c.higher == "FedAdam" and c.lower in dataset.candidates
     )
     assert f"From {100 * chart[0].spread.mean:.1f}\N{NO-BREAK SPACE}% on complete rows" in costs.text
-    assert "With 3\N{NO-BREAK SPACE}seeds, methods that differ by less than" in sure.text
+    assert "With 3\N{NO-BREAK SPACE}seeds, a difference of two federated methods below" in sure.text
     text = written.read_text()
     assert text.index("What to use") < text.index("<table") < text.index("Published numbers")
 

@@ -166,7 +166,7 @@ Side = typer.Argument(help="Folder of a run, or of several that differ in seed."
 
 
 def compare(a: Annotated[Path, Side], b: Annotated[Path, Side]) -> None:
-    """Compare two runs, or groups of runs: their settings, and whether their results differ by more than noise."""
+    """Compare two runs, or groups of runs: their settings, their differences, and whether these are established."""
     from fedmllm.reports.compare import compare as start
     from fedmllm.reports.compare import show_comparison
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from fedmllm.reports.comparisons import Comparison, mean_over_settings
 from fedmllm.reports.names import AS_THEY_ARE, GROUPS, base_of, metric_label, visible_label
-from fedmllm.reports.numerals import NO_BREAK, Scale, counted, listed_words
+from fedmllm.reports.numerals import NO_BREAK, Scale, counted, counted_range, listed_words
 from fedmllm.reports.reading import BySeed, DatasetResults
+from fedmllm.reports.row_error import row_error
 from fedmllm.reports.rows import RowResults
 from fedmllm.reports.stats import LEVEL, Paired, Spread, mean_of, paired
 from fedmllm.reports.tables import ResultTable
 from fedmllm.runs.slices import BY_SHOWS
 
 _GAPS = AS_THEY_ARE.capitalize()
+MOST_LISTED = 6  # federated methods; that many or more are summed up
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def answers(
         Answer("What to use", _use(dataset, table, pairs)),
         Answer("What missing data costs", " ".join(filter(None, [_gaps(rows), _costs(table.scale, chart)]))),
     ]
-    found.append(Answer("How sure this is", _certainty(dataset, table, pairs)))
+    found.append(Answer("How sure this is", _certainty(dataset, table, pairs, rows)))
     return [answer for answer in found if answer.text]
 
 
@@ -150,14 +152,29 @@ def _use(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison
             else f"at least {lead} above the other {num_others} federated methods"
         )
         return f"Use {best}: {scale.value(means[0])} {name}{over}, {above}{baselines}.{omitted}"
-    reach = f"{scale.number(min(means))} to {scale.value(max(means))} {name}{over}"
-    names = (
-        listed_words(sorted(methods, key=dataset.methods.index))
-        if len(methods) < 6
-        else f"the {len(methods)} federated methods"
-    )
-    reason = "no tests" if all(c.test.p is None for c in pairs) else "none is established as the best"
-    return f"Any of {names}: they reach {reach}; {reason}{baselines}.{omitted}"
+    if len(methods) < MOST_LISTED:
+        reach = listed_words([f"{m} {scale.value(mean)}" for m, mean in zip(methods, means, strict=True)])
+    else:
+        lowest = scale.number(means[-1])
+        reach = f"{len(methods)} federated methods from {lowest} to {scale.value(means[0])} ({methods[0]})"
+    unsure = _unsure(methods, pairs, scale)
+    return f"No method is established as best: {reach} {name}{over}; {unsure}{baselines}.{omitted}"
+
+
+def _unsure(methods: Sequence[str], pairs: Sequence[Comparison], scale: Scale) -> str:
+    """The reason that the first method is not called the best: the first lead that is not established."""
+    first, of_pair = methods[0], {frozenset((c.higher, c.lower)): c for c in pairs}
+    for other in methods[1:]:
+        c = of_pair.get(frozenset((first, other)))
+        if c is None or c.test.p is None:
+            return "no tests" if c is None or c.test.n > 1 else "one shared seed: no tests"
+        if c.higher != first:
+            return f"over the seeds that they share {other} is above {first}"
+        if not c.is_established:
+            return f"the lead over {other}, {scale.difference(c.test.difference).lstrip('+')}, is {c.needed_text}"
+        if c.disagrees:
+            return f"{first} is above {other} in the mean, but below it in most cells"
+    return "no tests"
 
 
 def _established(methods: Sequence[str], pairs: Sequence[Comparison]) -> str:
@@ -233,45 +250,24 @@ def _gaps(rows: Sequence[RowResults]) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _certainty(dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison]) -> str:
-    scale = table.scale
-    if table.num_seeds < 2:
+def _certainty(
+    dataset: DatasetResults, table: ResultTable, pairs: Sequence[Comparison], rows: Sequence[RowResults]
+) -> str:
+    scale, seeds = table.scale, table.seeds(dataset.candidates)
+    if table.seeds()[1] < 2:
         parts = ["One seed: no tests, and differences may be noise"]
-    elif table.detectable_mean is not None:
-        least = scale.difference(table.detectable_mean).lstrip("+")
-        parts = [f"With {counted(table.num_seeds, 'seed')}, methods that differ by less than {least} may go undetected"]
+    elif (found := table.detectable_mean) is not None:
+        least = scale.difference(found.difference).lstrip("+")
+        parts = [f"With {counted_range(seeds, 'seed')}, a difference of {found.of} below {least} may go undetected"]
         federated = [c for c in pairs if {c.higher, c.lower} <= set(dataset.candidates) and not c.is_established]
         if federated and federated[0].needed:
             c = federated[0]
             parts[0] += f" ({c.higher} and {c.lower}: about {counted(c.needed or 0, 'seed')} needed)"
     else:
-        parts = [counted(table.num_seeds, "seed")]
-    if error := sampling_error(dataset, table):
-        alike = (
-            " that all seeds share" if len({run.draw.rows for run in dataset.runs}) == 1 and table.num_seeds > 1 else ""
-        )
-        parts.append(f"the {counted(dataset.num_test or 0, 'test row')}{alike} alone leave ±{NO_BREAK}{error}")
+        parts = [counted_range(seeds, "seed")]
+    if error := row_error(dataset, table, rows):
+        parts.append(error.interval_text(scale))
     return "; ".join(parts) + "."
-
-
-def sampling_error(dataset: DatasetResults, table: ResultTable) -> str:
-    """Half of the 95 % interval from drawing the test rows, near the mean of the table: "6.5 points".
-
-    AUC: Hanley and McNeil (Radiology 143, 1982) with as many rows of either class. Accuracy: binomial. Other metrics: "".
-    """
-    values = [cell.spread.mean for row in table.rows for m, cell in row.cells.items() if m in dataset.candidates]
-    if not dataset.num_test or not values:
-        return ""
-    mean, n = table.scale.clip(sum(values) / len(values)), dataset.num_test
-    if table.metric == "auc":
-        q1, q2, half = mean / (2 - mean), 2 * mean**2 / (1 + mean), n / 2
-        variance = (mean * (1 - mean) + (half - 1) * (q1 + q2 - 2 * mean**2)) / half**2
-    elif table.metric == "accuracy":
-        variance = mean * (1 - mean) / n
-    else:
-        return ""
-    error = 1.96 * max(0.0, variance) ** 0.5
-    return table.scale.difference(error).lstrip("+")
 
 
 def _mean(seeds: BySeed) -> float:

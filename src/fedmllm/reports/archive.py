@@ -15,14 +15,15 @@ from pathlib import Path, PurePosixPath
 
 from fedmllm.core.errors import FedmllmError
 from fedmllm.core.storage import writing
-from fedmllm.runs.folder import RECORD, SUMMARY
+from fedmllm.runs.folder import PREDICTIONS, RECORD, SUMMARY, RunFolder
+from fedmllm.runs.predictions import last_evaluations
 from fedmllm.runs.suites.suite import SUITE
 
 ARCHIVE = ".tar.xz"
-_NAMES = (SUITE, RECORD, SUMMARY)  # what a report reads
+_NAMES = (SUITE, RECORD, SUMMARY, PREDICTIONS)  # what a report reads
 
 
-def pack_results(folder: Path, out: Path) -> int:
+def pack_results(folder: Path, out: Path, predictions: bool = False) -> int:
     """Write the finished runs of a folder, with the list of its suite, into one file.
 
     The same runs give the same bytes. Unpacked with `tar -xf`, the file is a folder in which `fedmllm suite` continues.
@@ -30,6 +31,7 @@ def pack_results(folder: Path, out: Path) -> int:
     Args:
         folder: Folder of a suite, with a folder for each run.
         out: The file; its name ends with ".tar.xz".
+        predictions: Pack the predictions of the last evaluations too. They name test rows, their answers and kept columns.
 
     Returns:
         The number of runs.
@@ -44,9 +46,10 @@ def pack_results(folder: Path, out: Path) -> int:
         raise FedmllmError(f"{folder}: no finished run (a folder with {RECORD} and {SUMMARY})")
     suite = [folder / SUITE] if (folder / SUITE).is_file() else []  # runs without a suite have no labels
     files = [*suite, *(run / name for run in runs for name in (RECORD, SUMMARY))]
+    kept = [path for run in runs if (path := RunFolder(run).predictions).is_file()] if predictions else []
     with writing(out), tarfile.open(out, "w:xz", preset=9) as archive:
-        for path in files:
-            data = path.read_bytes()
+        for path in (*files, *kept):
+            data = last_evaluations(path) if path in kept else path.read_bytes()
             about = tarfile.TarInfo(path.relative_to(folder).as_posix())
             about.size = len(data)
             archive.addfile(about, io.BytesIO(data))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmllm.core.errors import FedmllmError
+from fedmllm.core.metrics import METRICS
 from fedmllm.core.text import flat_keys
-from fedmllm.reports.numerals import DASH, counted, p_text, signed
+from fedmllm.reports.comparisons import not_established
+from fedmllm.reports.numerals import COUNTS, DASH, counted, p_text, signed
 from fedmllm.reports.reading import EXECUTION_KEYS, RunRecord, asked, paths_of, read_results
-from fedmllm.reports.stats import Paired, paired
+from fedmllm.reports.rows import evaluations, rows_of
+from fedmllm.reports.stats import LEVEL, Paired, holm, mean_of, paired
+from fedmllm.runs.predictions import Evaluation, groups_of
+from fedmllm.runs.row_statistics import paired_rows
 
 DIGESTS = {  # name -> the settings that it follows from: with other settings, another digest is expected
     "rows": ("data.",),
@@ -23,15 +28,31 @@ DIGESTS = {  # name -> the settings that it follows from: with other settings, a
 }
 
 
+FAST = (
+    "auc",
+    "accuracy",
+)  # metrics whose bootstrap takes milliseconds; of the others the first one alone has its error
+Key = tuple[str, int]  # settings on which both sides of a pair agree, and the seed
+
+
 @dataclass(frozen=True)
 class ComparedRow:
-    """One metric and kind of test row of both sides; means are over pairs, or over all runs if there is no pair."""
+    """One metric and kind of test row of both sides.
+
+    A seed counts once: its value is the mean over its pairs, which differ in other settings. The means are over the seeds that
+    have every pair; if there is none, over pairs, or over all runs if there is no pair.
+    """
 
     metric: str
     visible: str
     a: float | None
     b: float | None
-    test: Paired | None  # a - b over pairs
+    test: Paired | None  # a - b over seeds
+    num_pairs: int = 0
+    num_cells: int = 0  # pairs of a seed
+    p_holm: float | None = None  # corrected for the rows of the table
+    family: int = 1  # tests that are corrected together
+    row_half: float | None = None  # half of the 95 % interval of a - b from drawing the test rows, by kept predictions
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,8 @@ class RunComparison:
 def compare(a: str | Path | Sequence[str | Path], b: str | Path | Sequence[str | Path]) -> RunComparison:
     """Pair runs whose settings agree in all but those that differ between the sides: seed with seed, and so on.
 
-    Runs over other rows are never paired, and neither are those of another partition or base model with equal settings.
+    Pairs of one seed are averaged before the test, so that n is the number of seeds. Holm's correction is over the rows of the
+    table. Runs over other rows are never paired, and neither are those of another partition or base model with equal settings.
 
     Args:
         a: Folders of runs, or of folders of runs: the first side.
@@ -74,15 +96,25 @@ def compare(a: str | Path | Sequence[str | Path], b: str | Path | Sequence[str |
                 "side; give folders whose runs differ from the other side's in one way"
             )
     left, right = dict(zip(keys[0], runs_a, strict=True)), dict(zip(keys[1], runs_b, strict=True))
+    kept: dict[tuple[Path, str], list[Evaluation]] = {}
+
+    def predicted(run: RunRecord, visible: str) -> list[Evaluation]:
+        place = run.folder, visible
+        if place not in kept:
+            kept[place] = evaluations(run, visible)
+        return kept[place]
+
     shared = [key for key in left if key in right]
     unequal = {key: _unequal(left[key], right[key], differing) for key in shared}
     digests = {name: words for key in shared for name, words in unequal[key].items()}
-    pairs = [(left[key], right[key]) for key in shared if not unequal[key]]
+    pairs = {key: (left[key], right[key]) for key in shared if not unequal[key]}
     kinds = dict.fromkeys((r["metric"], r["visible"]) for run in (*runs_a, *runs_b) for r in run.rows)
-    rows = [row for kind in kinds if (row := _row(*kind, runs_a, runs_b, pairs))]
+    rows = [row for kind in kinds if (row := _row(*kind, runs_a, runs_b, pairs, predicted))]
     rows = [row for row in rows if not row.a is row.b is None] or rows  # a metric that no row of either side defines
     if not rows:
         raise FedmllmError("the two sides share no metric; compare runs on the same data set")
+    adjusted = holm({i: row.test.p for i, row in enumerate(rows) if row.test and row.test.p is not None})
+    rows = [replace(row, p_holm=adjusted.get(i), family=max(1, len(adjusted))) for i, row in enumerate(rows)]
     execution = {key: words for key, words in differing.items() if f"{key}.".startswith(EXECUTION_KEYS)}
     others = {key: words for key, words in differing.items() if key not in execution}
     return RunComparison(others, execution, digests, tuple(rows), len(runs_a), len(runs_b), len(pairs))
@@ -104,23 +136,65 @@ def _row(
     visible: str,
     a: Sequence[RunRecord],
     b: Sequence[RunRecord],
-    pairs: Sequence[tuple[RunRecord, RunRecord]],
+    pairs: Mapping[Key, tuple[RunRecord, RunRecord]],
+    predicted: Callable[[RunRecord, str], list[Evaluation]],
 ) -> ComparedRow | None:
     """None if one side does not have the metric, or if both have no unparsed answer."""
     has = [any((r["metric"], r["visible"]) == (metric, visible) for run in side for r in run.rows) for side in (a, b)]
     if not all(has):
         return None
-    values = [(x.value(metric, visible), y.value(metric, visible)) for x, y in pairs]
-    both = {i: (x, y) for i, (x, y) in enumerate(values) if x is not None and y is not None}
-    if both:
+    values = {key: (x.value(metric, visible), y.value(metric, visible)) for key, (x, y) in pairs.items()}
+    both = {key: (x, y) for key, (x, y) in values.items() if x is not None and y is not None}
+    cells = list(dict.fromkeys(cell for cell, _ in both))
+    of_seeds = [
+        mean_of([{seed: pair[i] for (own, seed), pair in both.items() if own == cell} for cell in cells])
+        for i in (0, 1)
+    ]
+    if of_seeds[0]:
+        sides = [list(of_seed.values()) for of_seed in of_seeds]
+    elif both:
         sides = [[pair[i] for pair in both.values()] for i in (0, 1)]
     else:
         sides = [[v for run in side if (v := run.value(metric, visible)) is not None] for side in (a, b)]
     if metric == "unparsed" and not any(sides[0]) and not any(sides[1]):
         return None
-    test = paired({i: x for i, (x, _) in both.items()}, {i: y for i, (_, y) in both.items()})
     means = [sum(side) / len(side) if side else None for side in sides]
-    return ComparedRow(metric, visible, means[0], means[1], test)
+    used = [pairs[key] for key in both if key[1] in of_seeds[0]]
+    half = _row_half(metric, visible, used, predicted)
+    test = paired(*of_seeds)
+    return ComparedRow(metric, visible, means[0], means[1], test, len(both), len(cells), row_half=half)
+
+
+def _row_half(
+    metric: str,
+    visible: str,
+    pairs: Sequence[tuple[RunRecord, RunRecord]],
+    predicted: Callable[[RunRecord, str], list[Evaluation]],
+) -> float | None:
+    """Half of the 95 % interval of the mean difference from drawing the test rows; None without all predictions.
+
+    Pairs on the same test rows are drawn together; test sets are independent of each other.
+    """
+    if not pairs or metric in COUNTS or metric not in METRICS or metric not in (*FAST, pairs[0][0].headline[0]):
+        return None
+    sets: dict[tuple[object, ...], tuple[list[Evaluation], list[Evaluation]]] = {}
+    for pair in pairs:
+        of_pair = [predicted(run, visible) for run in pair]
+        rows = {tuple(rows_of(one)) for side in of_pair for one in side}
+        if not all(of_pair) or len(rows) > 1:
+            return None
+        of_set = sets.setdefault(rows.pop(), ([], []))
+        for side, own in zip(of_set, of_pair, strict=True):
+            side += own
+    total, column = 0.0, str(pairs[0][0].settings["data"].get("group") or "")
+    for of_set in sets.values():
+        a, b = ([one.predictions for one in side] for side in of_set)
+        test = paired_rows(metric, a, b, groups_of(a[0], column))
+        if test is None or test.low is None or test.high is None:
+            return None
+        share = len(a) / sum(len(side) for side, _ in sets.values())
+        total += (share * (test.high - test.low) / 2) ** 2
+    return float(total**0.5)
 
 
 def setting_differences(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> dict[str, tuple[str, str]]:
@@ -134,8 +208,8 @@ def setting_differences(a: Sequence[RunRecord], b: Sequence[RunRecord]) -> dict[
     return found
 
 
-def _key(run: RunRecord, differing: dict[str, Any]) -> str:
-    return str(sorted((k, str(v)) for k, v in {**asked(run.settings), "seed": run.seed}.items() if k not in differing))
+def _key(run: RunRecord, differing: dict[str, Any]) -> Key:
+    return str(sorted((k, str(v)) for k, v in asked(run.settings).items() if k not in differing)), run.seed
 
 
 def row_verdict(row: ComparedRow) -> str:
@@ -145,12 +219,11 @@ def row_verdict(row: ComparedRow) -> str:
         return "not defined on either side" if len(sides) == 2 else f"not defined for {sides[0]}"
     t = row.test
     if t is None:
-        return "no pairs"
-    if t.p is None:
-        return "one pair: no test" if t.n < 2 else "no spread over seeds: no test"
-    if t.p >= 0.05:
-        needed = f"about {n:,} needed" if (n := t.needed()) else "over 10,000 needed"
-        return f"not established with {t.n} pairs, {needed}"
+        return "no seed has every pair of settings" if row.num_pairs else "no pairs"
+    if t.p is None or row.p_holm is None:
+        return "one seed: no test" if t.n < 2 else "no spread over seeds: no test"
+    if row.p_holm >= LEVEL:
+        return not_established(t, row.family)
     return "A is higher" if t.difference > 0 else "A is lower"
 
 
@@ -167,18 +240,56 @@ def show_comparison(comparison: RunComparison, console: Console | None = None) -
     if c.digests:
         console.print(f"The runs are not over equal {' and '.join(c.digests)}, so they are not paired.", style="bold")
     results = Table("metric", "visible", title="Results", title_justify="left")
-    for column in ("A", "B", "A - B", "95 % interval", "p"):
+    tests = Table(
+        "metric", "visible", title="Tests", title_justify="left"
+    )  # of its own, so that both fit into 80 columns
+    has_rows = any(row.row_half is not None for row in c.rows)
+    for column in ("A", "B", "A - B", "95 % interval", *(["± test rows"] if has_rows else [])):
         results.add_column(column, justify="right")
-    results.add_column("")
+    for column in ("detectable", "p (Holm)"):
+        tests.add_column(column, justify="right")
+    tests.add_column("")
     for row in c.rows:
         t = row.test
-        ends = f"{signed(t.low, 3)} to {signed(t.high, 3)}" if t and t.low is not None and t.high is not None else DASH
-        difference = signed(t.difference, 3) if t else DASH
-        means = [DASH if mean is None else f"{mean:.3f}" for mean in (row.a, row.b)]
-        results.add_row(row.metric, row.visible, *means, difference, ends, p_text(t.p if t else None), row_verdict(row))
+        words = [DASH if mean is None else f"{mean:.3f}" for mean in (row.a, row.b)]
+        words += [signed(t.difference, 3) if t else DASH]
+        words += [
+            f"{signed(t.low, 3)} to {signed(t.high, 3)}" if t and t.low is not None and t.high is not None else DASH
+        ]
+        words += [DASH if row.row_half is None else f"{row.row_half:.3f}"] if has_rows else []
+        results.add_row(row.metric, row.visible, *words)
+        detectable = DASH if t is None or t.detectable is None else f"{t.detectable:.3f}"
+        tests.add_row(row.metric, row.visible, detectable, p_text(row.p_holm), row_verdict(row))
     console.print(results)
-    console.print(
+    console.print(tests)
+    console.print(about_comparison(c))
+
+
+def about_comparison(comparison: RunComparison) -> str:
+    """The lines below the table: numbers of runs, and how the tests were made."""
+    c = comparison
+    seeds = max((row.test.n for row in c.rows if row.test), default=0)
+    parts = [
         f"A: {counted(c.num_a, 'run')}, B: {counted(c.num_b, 'run')}, {counted(c.num_pairs, 'pair')} with equal rows and other "
-        "settings; means and paired t-test over pairs."
-        + ("" if c.num_pairs > 2 or c.digests else " More seeds are needed: fedmllm run ... --seed N.")
-    )
+        "settings."
+    ]
+    cells = max(row.num_cells for row in c.rows)
+    if cells > 1 and seeds:
+        parts.append(
+            f"A seed counts once: the mean over its {counted(cells, 'pair')} of runs; seeds that lack one are left out."
+        )
+    if seeds > 1:
+        family = max(row.family for row in c.rows)
+        parts.append(
+            f"Paired t-test over {counted(seeds, 'seed')}; Holm over {counted(family, 'row')}. Detectable: smallest true "
+            "difference that the test finds with 80 % power at the 5 % level, before the correction."
+        )
+    elif seeds:
+        parts.append(
+            "One seed: differences alone. The paired test needs at least two seeds on both sides: fedmllm run ... --seed N."
+        )
+    if any(row.row_half is not None for row in c.rows):
+        parts.append(
+            "± test rows: half of the 95 % interval of A - B from drawing the test rows alone, for these trained adapters."
+        )
+    return " ".join(parts)

@@ -1,4 +1,4 @@
-"""Comparisons of methods, corrected together: declared claims, or all pairs."""
+"""Comparisons of methods, corrected together: declared claims, or pairs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from fedmllm.reports.names import base_of
+from fedmllm.reports.numerals import counted
 from fedmllm.reports.reading import BySeed, DatasetResults, Draw, RunRecord
 from fedmllm.reports.stats import LEVEL, Paired, holm, mean_of, paired
 
@@ -44,6 +45,26 @@ class Comparison:
         """Seeds with which a true difference of this size would be established in this family."""
         return self.test.needed(LEVEL / self.family)
 
+    @property
+    def needed_text(self) -> str:
+        """ "not established with 10 seeds, about 14 needed"."""
+        return not_established(self.test, self.family)
+
+
+def not_established(test: Paired, family: int = 1) -> str:
+    """Return the verdict on a test whose corrected p is 0.05 or above.
+
+    Args:
+        test: Over seeds.
+        family: Tests that are corrected together.
+
+    Returns:
+        "not established with 10 seeds, about 14 needed".
+    """
+    needed = test.needed(LEVEL / family)
+    words = "over 10,000" if needed is None else f"about {needed:,}"
+    return f"not established with {counted(test.n, 'seed')}, {words} needed"
+
 
 def mean_over_settings(values: Mapping[tuple[str, str], BySeed], method: str, settings: Sequence[str]) -> BySeed:
     """Draw -> mean over the settings; a draw that lacks one of them is left out."""
@@ -53,8 +74,8 @@ def mean_over_settings(values: Mapping[tuple[str, str], BySeed], method: str, se
 def all_pairs(dataset: DatasetResults, metric: str = "", visible: str = "") -> list[Comparison]:
     """Every pair of methods with a candidate among them, the higher mean first, over the draws that both have.
 
-    All pairs are one family, each counted once: the best method is chosen on the same results, and the correction for all
-    pairs covers that choice. Baselines, controls and bounds are not compared with each other.
+    These pairs are one family, each counted once: the best method is chosen on the same results, and the correction for all
+    of them covers that choice. Baselines, controls and bounds are not compared with each other.
     """
     values = dataset.values(metric, visible)
     found = []

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 SCENARIOS = {
-    "aligned": "Every row complete; only labels differ between clients",
+    "aligned": "Every row complete; clients differ only in which rows they have",
     "missing": "Rows lose modalities at random",
     "cross": "Clients see different modalities, most often one each",
     "hybrid": "Each client keeps each modality with some probability",
@@ -118,7 +118,8 @@ def setting_meaning(settings: Mapping[str, Any], modalities: tuple[str, ...] = T
         return f"{images} sites with images only, {total - images if total > images else 'the others'} with text only"
     if name == "aligned" and partition["name"] == "dirichlet":
         skew = "nearly even" if partition["alpha"] >= 3 else "uneven" if partition["alpha"] >= 0.8 else "very uneven"
-        return f"labels are spread over sites by Dirichlet({partition['alpha']:g}): {skew}"
+        spread = f"values of {partition['column']!r}" if partition.get("column") else "labels"
+        return f"{spread} are spread over sites by Dirichlet({partition['alpha']:g}): {skew}"
     if name == "cross":
         return "; ".join(
             f"{n} site{'s' if n > 1 else ''} with {visible_label(m)}" for m, n in scenario["clients"].items() if n

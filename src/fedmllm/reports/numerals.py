@@ -75,6 +75,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,}{NO_BREAK}{noun}{'' if number == 1 else 's'}"
 
 
+def counted_range(ends: tuple[int, int], noun: str) -> str:
+    """ "3 seeds", "2 to 3 seeds"."""
+    low, high = ends
+    return counted(high, noun) if low == high else f"{low:,} to {counted(high, noun)}"
+
+
 def listed_words(words: Sequence[str]) -> str:
     """ "a, b and c"; semicolons between words with commas of their own."""
     comma = "; " if any("," in word for word in words) else ", "

@@ -32,6 +32,7 @@ from fedmllm.reports.names import SCENARIOS, TWO, VISIBLE, metric_label, setting
 from fedmllm.reports.numerals import DASH, NO_BREAK, counted, p_text
 from fedmllm.reports.own_rows import OWN_TEXT, OwnRow, own_table
 from fedmllm.reports.reading import DatasetResults, ReportData
+from fedmllm.reports.row_error import RowError, row_error
 from fedmllm.reports.rows import RowResults, kind_label, results_by_row
 from fedmllm.reports.sent import sent_bytes
 from fedmllm.reports.shares import ShareTable, about_shares, share_table, share_text
@@ -50,6 +51,7 @@ from fedmllm.reports.texts import (
     BEFORE_TEXT,
     about_published,
     about_table,
+    detectable_text,
     estimate_text,
     interval,
     no_tests,
@@ -67,6 +69,7 @@ class Section:
 
     dataset: DatasetResults
     table: ResultTable
+    error: RowError | None  # that the test rows give to the values of the table
     others: tuple[ResultTable, ...]  # further metrics
     answers: list[Answer]
     overview: PageFigure | None
@@ -111,12 +114,13 @@ def section(report: ReportData, dataset: DatasetResults, key: str, rows: Sequenc
         chart_picture = rows_overview(gaps, f"{key}-overview")
     claims = {
         "Claims declared in the suite file": declared(dataset, report.claims),
-        "All pairs of methods": pairs,
+        "Pairs of methods": pairs,
         "Additions to a method": additions(dataset),
     }
     return Section(
         dataset=dataset,
         table=table,
+        error=row_error(dataset, table, rows),
         others=tuple(result_table(dataset, metric) for metric in metrics),
         answers=answers(dataset, table, pairs, chart, rows),
         overview=chart_picture,
@@ -154,6 +158,11 @@ def model_of(backbone: Mapping[str, Any]) -> str:
     return PurePath(str(backbone.get("path") or "")).name or str(backbone["name"])
 
 
+def _about_table(table: ResultTable, error: RowError | None) -> str:
+    """The caption without Markdown, and with the page's own mark."""
+    return about_table(table, error, "A frame").replace("**", "").replace("_second_", "second")
+
+
 def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None = None) -> str:
     """The whole page as text."""
     environment = Environment(
@@ -171,7 +180,7 @@ def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None =
         bytes_text=bytes_text,
         p_text=p_text,
         counted=counted,
-        about_table=lambda table: about_table(table, "A frame").replace("**", "").replace("_second_", "second"),
+        about_table=_about_table,
         about_published=about_published,
         about_importance=about_importance,
         about_client_importance=about_client_importance,
@@ -179,6 +188,7 @@ def page(report: ReportData, by_row: Mapping[str, Sequence[RowResults]] | None =
         about_shares=about_shares,
         share_text=share_text,
         interval=interval,
+        detectable_text=detectable_text,
         estimate_text=estimate_text,
         rows_interval=rows_interval,
         kind_label=kind_label,

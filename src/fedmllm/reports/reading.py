@@ -20,7 +20,7 @@ from fedmllm.data.base import Dataset
 from fedmllm.reports.names import base_of, method_label, setting_label
 from fedmllm.reports.numerals import COUNTS
 from fedmllm.reports.roles import role_of
-from fedmllm.runs.folder import RECORD, SUMMARY
+from fedmllm.runs.folder import RECORD, SUMMARY, RunFolder
 from fedmllm.runs.record import Line, read
 from fedmllm.runs.suites.suite import SUITE
 from fedmllm.scenarios.modalities.completion import Role
@@ -60,6 +60,7 @@ class RunRecord:
     wall_s: float
     labels: Mapping[str, str] = field(default_factory=dict)  # axis -> label, in a suite
     guarantee: Mapping[str, Any] | None = None  # of the run's privacy
+    predictions: bytes | None = None  # file of predictions of a run in an archive; that of a folder is read when needed
 
     @property
     def seed(self) -> int:
@@ -265,9 +266,20 @@ def read_results(folders: Sequence[Path]) -> ReportData:
             report = _read_folders(found)
         except FedmllmError as error:
             raise type(error)(displayed(str(error))) from None
-        runs = tuple(replace(run, folder=Path(displayed(str(run.folder)))) for run in report.runs)
+        runs = tuple(
+            replace(run, folder=place, predictions=kept_predictions(run.folder))
+            if (place := Path(displayed(str(run.folder)))) != run.folder
+            else run
+            for run in report.runs
+        )
         unfinished = tuple(map(displayed, report.unfinished))
         return replace(report, runs=runs, notes=tuple(map(displayed, report.notes)), unfinished=unfinished)
+
+
+def kept_predictions(folder: Path) -> bytes | None:
+    """Return the file of predictions of a run, or None if it has none."""
+    path = RunFolder(folder).predictions
+    return path.read_bytes() if path.is_file() else None
 
 
 def _read_folders(folders: Sequence[Path]) -> ReportData:

@@ -110,13 +110,13 @@ def results_by_row(report: ReportData) -> dict[str, list[RowResults]]:
 def _of_setting(dataset: DatasetResults, setting: str, scale: Scale) -> RowResults | None:
     methods = [m for m in dataset.methods if dataset.pick(setting, m)]
     methods = [m for m in methods if base_of(m, methods) is None][:MOST_METHODS]
-    read = {m: [e for run in dataset.pick(setting, m) for e in _evaluations(run)] for m in methods}
+    read = {m: [e for run in dataset.pick(setting, m) for e in evaluations(run)] for m in methods}
     order = sorted(read, key=lambda m: m not in dataset.candidates)  # rows as the federated methods saw them
     first = next((one for m in order for one in read[m]), None)
     if first is None:
         return None
-    rows = _rows_of(first)
-    kept = {m: [one.predictions for one in several if _rows_of(one) == rows] for m, several in read.items()}
+    rows = rows_of(first)
+    kept = {m: [one.predictions for one in several if rows_of(one) == rows] for m, several in read.items()}
     kept = {m: several for m, several in kept.items() if several}
     federated = tuple(m for m in kept if m in dataset.candidates)
     groups = groups_of(first.predictions, str(dataset.pick(setting)[0].settings["data"].get("group") or ""))
@@ -151,12 +151,16 @@ def _of_setting(dataset: DatasetResults, setting: str, scale: Scale) -> RowResul
     )
 
 
-def _evaluations(run: RunRecord, visible: str = "") -> list[Evaluation]:
-    path = RunFolder(run.folder).predictions
-    return final_evaluations(path, visible or run.headline[1]) if path.is_file() else []
+def evaluations(run: RunRecord, visible: str = "") -> list[Evaluation]:
+    """Kept predictions of a run's result, one evaluation or one per client; [] without a file of predictions."""
+    path, content = RunFolder(run.folder).predictions, run.predictions
+    if content is None and not path.is_file():
+        return []
+    return final_evaluations(path, visible or run.headline[1], content)
 
 
-def _rows_of(evaluation: Evaluation) -> list[tuple[object, ...]]:
+def rows_of(evaluation: Evaluation) -> list[tuple[object, ...]]:
+    """Return what identifies the test rows of an evaluation, in their order."""
     return [(p.example.id, p.example.choices, p.example.answer) for p in evaluation.predictions]
 
 
@@ -184,11 +188,11 @@ def _hidden(dataset: DatasetResults, setting: str, first: Evaluation, federated:
     runs = [run for m in federated for run in dataset.pick(setting, m)]
     found = []
     kinds = dict.fromkeys(row["visible"] for run in runs for row in run.rows)
-    complete = [one for run in runs for one in _evaluations(run)]
+    complete = [one for run in runs for one in evaluations(run)]
     groups = groups_of(first.predictions, str(runs[0].settings["data"].get("group") or "")) if runs else []
     for visible in kinds:
-        less = [one for run in runs for one in _evaluations(run, visible)] if visible != first.visible else []
-        if len(less) == len(complete) and less and all(_rows_of(x) == _rows_of(first) for x in (*less, *complete)):
+        less = [one for run in runs for one in evaluations(run, visible)] if visible != first.visible else []
+        if len(less) == len(complete) and less and all(rows_of(x) == rows_of(first) for x in (*less, *complete)):
             sides = [[[one.predictions[i] for i in whole] for one in several] for several in (less, complete)]
             own = [groups[i] for i in whole] if groups else []
             if test := paired_rows(dataset.metric, sides[0], sides[1], own):

@@ -57,6 +57,11 @@ class Paired:
         """Seeds for which a true difference of this size is found with 80 % power; None if unknown or over 10,000."""
         return None if self.std is None else seeds_needed(self.difference, self.std, level)
 
+    @property
+    def detectable(self) -> float | None:
+        """Smallest true difference that this test finds with 80 % power at the 5 % level; None if unknown."""
+        return None if self.std is None else detectable(self.std, self.n)
+
 
 def paired(a: Mapping[K, float], b: Mapping[K, float]) -> Paired | None:
     """Student's paired t-test over shared keys, which are seeds; None if none is shared."""
@@ -74,9 +79,9 @@ def paired(a: Mapping[K, float], b: Mapping[K, float]) -> Paired | None:
     return Paired(mean, mean - half, mean + half, float(2 * stdtr(n - 1, -abs(mean / error))), n, std)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[K, float]) -> dict[K, float]:
     """Holm's correction of several tests made at once."""
-    adjusted: dict[str, float] = {}
+    adjusted: dict[K, float] = {}
     worst = 0.0
     for rank, (key, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
         worst = max(worst, min(1.0, p * (len(p_values) - rank)))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from fedmllm.reports.comparisons import mean_over_settings
+from fedmllm.reports.comparisons import all_pairs, mean_over_settings
 from fedmllm.reports.names import scenario_label
-from fedmllm.reports.numerals import Scale, scale_of
+from fedmllm.reports.numerals import Scale, listed_words, scale_of
 from fedmllm.reports.published import PublishedNumbers, published_for
 from fedmllm.reports.reading import BySeed, DatasetResults, RunRecord
 from fedmllm.reports.sent import sent_bytes
-from fedmllm.reports.stats import LEVEL, Spread, detectable, holm, paired, pooled_std
+from fedmllm.reports.stats import LEVEL, Paired, Spread, detectable, holm, paired, pooled_std
 from fedmllm.scenarios.modalities.completion import Role
 
 _ALL = "mean over settings"
@@ -38,10 +38,26 @@ class ResultRow:
     scenario: str
     setting: str
     cells: Mapping[str, TableCell]
-    is_clear: (
-        bool  # whether the first place is above the second, corrected for all pairs of federated methods in the table
-    )
+    is_clear: bool  # whether the lead of the first place over the second is established
     uneven: bool  # whether methods have different seeds
+
+    def is_unsure(self, method: str) -> bool:
+        """True if the method is the best of the row, and a test does not establish its lead."""
+        cell = self.cells[method]
+        return cell.mark == "best" and not self.is_clear and cell.spread.n > 1
+
+
+@dataclass(frozen=True)
+class Detectable:
+    """Difference of two federated methods that a test finds with 80 % power at the 5 % level."""
+
+    difference: float
+    methods: tuple[str, ...]  # the two methods, in alphabetical order; () if it is pooled over several pairs
+
+    @property
+    def of(self) -> str:
+        """ "FedAdam and FedAvg", or "two federated methods"."""
+        return listed_words(self.methods) or "two federated methods"
 
 
 @dataclass(frozen=True)
@@ -54,10 +70,21 @@ class ResultTable:
     methods: tuple[str, ...]
     rows: tuple[ResultRow, ...]
     overall: ResultRow | None  # over the settings that every method has
-    detectable_row: float | None  # difference of two federated methods in one setting that the seeds can detect
-    detectable_mean: float | None  # the same for the mean over settings
-    num_seeds: int
+    row_family: int  # tests that are corrected together for the marks of the rows; 0 if a row is the mean over settings
+    mean_family: int  # tests of means over settings that are corrected together: every pair with a federated method
+    detectable_row: Detectable | None  # in one setting
+    detectable_mean: Detectable | None  # in the mean over settings
     roles: Mapping[str, Role]  # of the methods that are controls or bounds, which have no marks
+
+    def seeds(self, methods: Collection[str] = ()) -> tuple[int, int]:
+        """Return the fewest and the most seeds of a cell.
+
+        Args:
+            methods: Whose cells are counted; () = all methods.
+        """
+        rows = (*self.rows, *([self.overall] if self.overall else []))
+        found = [c.spread.n for row in rows for m, c in row.cells.items() if not methods or m in methods]
+        return min(found, default=0), max(found, default=0)
 
 
 def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -> ResultTable:
@@ -78,9 +105,18 @@ def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -
     if len(own) > 1 and whole:
         own["", _ALL] = whole
     rows = {place: _row(*place, of_row, dataset.candidates, scale) for place, of_row in own.items()}
-    rows = _with_clear_leads(rows, own, dataset.candidates)
     overall = rows.pop(("", _ALL), None)
     federated = [m for m in methods if m in dataset.candidates]
+    tests = {place: _pair_tests(own[place], federated) for place in rows}
+    of_means = all_pairs(dataset, metric, visible)
+    sure_means = {frozenset((c.higher, c.lower)) for c in of_means if c.is_established}
+    in_rows = holm({(at, pair): t.p for at, found in tests.items() for pair, t in found.items() if t.p is not None})
+    if len(rows) > 1:
+        sure_rows = {key for key, p in in_rows.items() if p < LEVEL}
+    else:  # the only setting is the mean over settings
+        sure_rows = {(at, pair) for at in rows for pair in sure_means}
+    rows = {at: replace(row, is_clear=(at, _first_two(row)) in sure_rows) for at, row in rows.items()}
+    overall = replace(overall, is_clear=_first_two(overall) in sure_means) if overall else None
     return ResultTable(
         metric=metric,
         visible=visible,
@@ -88,9 +124,10 @@ def result_table(dataset: DatasetResults, metric: str = "", visible: str = "") -
         methods=methods,
         rows=tuple(rows.values()),
         overall=overall,
-        detectable_row=_detectable([seeds for place, seeds in own.items() if place[1] != _ALL], federated),
-        detectable_mean=_detectable([whole], federated),
-        num_seeds=max((len(seeds) for of_row in own.values() for seeds in of_row.values()), default=0),
+        row_family=len(in_rows) if len(rows) > 1 else 0,
+        mean_family=sum(c.p_holm is not None for c in of_means),
+        detectable_row=_detectable(tests.values()),
+        detectable_mean=_detectable([_pair_tests(whole, federated)]),
         roles={m: role for m, role in dataset.roles.items() if m in methods},
     )
 
@@ -108,36 +145,24 @@ def _row(scenario: str, setting: str, own: Mapping[str, BySeed], federated: Sequ
     return ResultRow(scenario, setting, cells, False, uneven)
 
 
-Place = tuple[str, str]
+def _pair_tests(of_row: Mapping[str, BySeed], federated: Sequence[str]) -> dict[frozenset[str], Paired]:
+    """Tests of the pairs of federated methods of a row that share a seed."""
+    pairs = combinations([m for m in of_row if m in federated], 2)
+    return {frozenset((a, b)): test for a, b in pairs if (test := paired(of_row[a], of_row[b]))}
 
 
-def _with_clear_leads(
-    rows: dict[Place, ResultRow], own: Mapping[Place, Mapping[str, BySeed]], federated: Sequence[str]
-) -> dict[Place, ResultRow]:
-    """First places are chosen on the same results as they are tested on, so the family is every pair in every row."""
-    p_values: dict[str, float] = {}
-    for place, of_row in own.items():
-        for a, b in combinations([m for m in of_row if m in federated], 2):
-            test = paired(of_row[a], of_row[b])
-            if test and test.p is not None:
-                p_values[f"{place}|{frozenset((a, b))}"] = test.p
-    adjusted = holm(p_values)
-    found = {}
-    for place, row in rows.items():
-        first = {mark: method for method, cell in row.cells.items() if (mark := cell.mark)}
-        key = f"{place}|{frozenset((first.get('best'), first.get('second')))}"
-        found[place] = replace(row, is_clear=adjusted.get(key, 1.0) < LEVEL)
-    return found
+def _first_two(row: ResultRow) -> frozenset[str]:
+    return frozenset(method for method, cell in row.cells.items() if cell.mark)
 
 
-def _detectable(rows: Sequence[Mapping[str, BySeed]], federated: Sequence[str]) -> float | None:
-    """Pooled over all pairs of federated methods of the rows; None without two of them and two seeds."""
-    pooled = pooled_std(
-        paired(of_row[a], of_row[b])
-        for of_row in rows
-        for a, b in combinations([m for m in of_row if m in federated], 2)
-    )
-    return detectable(*pooled) if pooled else None
+def _detectable(rows: Iterable[Mapping[frozenset[str], Paired]]) -> Detectable | None:
+    """Pooled over the tests of the rows; None without a spread over seeds."""
+    known = [(pair, test) for tests in rows for pair, test in tests.items() if test.std is not None]
+    pooled = pooled_std(test for _, test in known)
+    if pooled is None:
+        return None
+    pairs = {pair for pair, _ in known}
+    return Detectable(detectable(*pooled), tuple(sorted(pairs.pop())) if len(pairs) == 1 else ())
 
 
 @dataclass(frozen=True)

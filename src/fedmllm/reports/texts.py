@@ -11,57 +11,85 @@ from fedmllm.core.text import bytes_text
 from fedmllm.reports.comparisons import Comparison
 from fedmllm.reports.importance import Importance, about_importance
 from fedmllm.reports.names import metric_label, visible_label
-from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, listed_words, p_text
+from fedmllm.reports.numerals import DASH, NO_BREAK, Scale, counted, counted_range, listed_words, p_text
 from fedmllm.reports.reading import DatasetResults, RunRecord
 from fedmllm.reports.roles import ROLE_TEXT
+from fedmllm.reports.row_error import RowError
 from fedmllm.reports.rows import RowResults, kind_label
 from fedmllm.reports.shares import ShareTable, about_shares, share_text
-from fedmllm.reports.stats import Spread, paired
+from fedmllm.reports.stats import LEVEL, Spread, paired
 from fedmllm.reports.tables import CostRow, Matrix, PublishedTable, ResultRow, ResultTable
 from fedmllm.runs.row_statistics import PairedRows, RowEstimate
 
 
-def results_markdown(table: ResultTable) -> str:
-    """The main table."""
+def results_markdown(table: ResultTable, error: RowError | None = None) -> str:
+    """The main table, with the error that the test rows give, if it is known."""
     lines = _head(["scenario", "setting"], table.methods)
     for row in (*table.rows, *([table.overall] if table.overall else [])):
         lines.append(_line([row.scenario, row.setting, *(_cell(row, method, table.scale) for method in table.methods)]))
-    return "\n".join(lines) + f"\n\n{about_table(table)}\n"
+    return "\n".join(lines) + f"\n\n{about_table(table, error)}\n"
 
 
-def about_table(table: ResultTable, unsure: str = "≈") -> str:
-    """The caption of the main table: metric, seeds, marks, and the difference that could be detected.
+def about_table(table: ResultTable, error: RowError | None = None, unsure: str = "≈") -> str:
+    """The caption of the main table: metric, seeds, marks, the difference that could be detected, error of the test rows.
 
     Args:
         table: The table.
+        error: That the test rows give, if it is known.
         unsure: What marks a best method whose lead is not established.
+
+    Returns:
+        Markdown.
     """
     unit = " in percent" if table.scale.unit == "%" else ""
+    of_cells = table.seeds()
     seeds = (
-        f"mean ± standard deviation over {counted(table.num_seeds, 'seed')}"
-        if table.num_seeds > 1
-        else "one seed: no tests"
+        f"mean ± standard deviation over {counted_range(of_cells, 'seed')}" if of_cells[1] > 1 else "one seed: no tests"
     )
     rows = "as they are" if table.visible == "all" else f"with {visible_label(table.visible)}"  # rows may have gaps
     parts = [f"{_upper(metric_label(table.metric))}{unit}; test rows {rows}; {seeds}."]
-    if any(cell.mark for row in table.rows for cell in row.cells.values()):
+    lines = (*table.rows, *([table.overall] if table.overall else []))
+    if any(cell.mark for row in lines for cell in row.cells.values()):
         parts.append("**Best** and _second_ federated method.")
-        if table.num_seeds > 1:
-            parts.append(
-                f"{unsure}: the lead of the best is not established (paired t-test over seeds, Holm over all pairs, 5 %)."
-            )
+        if of_cells[1] > 1:
+            parts.append(f"{unsure}: the lead of the best is not established (paired t-test over seeds, 5 %).")
+            parts += _families(table)
     for role, text in ROLE_TEXT.items():
         if names := [method for method, own in table.roles.items() if own == role]:
             parts.append(f"Not ranked: {listed_words(names)} ({text}).")
-    if any(row.uneven for row in table.rows):
-        parts.append("n: seeds of a cell in rows whose methods have different seeds; these methods are not ranked.")
-    if table.detectable_row is not None:
+    if any(row.uneven for row in lines):
+        parts.append(
+            "n: seeds of a cell in rows whose methods have different seeds; federated methods with different seeds are not "
+            "ranked."
+        )
+    if (one := table.detectable_row) is not None:
         mean = ""
-        if table.overall and table.detectable_mean is not None:
-            mean = f" and {table.scale.difference(table.detectable_mean).lstrip('+')} in the mean over settings"
-        one = table.scale.difference(table.detectable_row).lstrip("+")
-        parts.append(f"Detectable difference of two methods (80 % power): {one} in one setting{mean}.")
+        if table.overall and (whole := table.detectable_mean) is not None:
+            of = "" if whole.of == one.of else f" of {whole.of}"
+            mean = f" and {amount_text(whole.difference, table.scale)}{of} in the mean over settings"
+        parts.append(
+            f"Detectable difference of {one.of} (80 % power, 5 %): {amount_text(one.difference, table.scale)} in one "
+            f"setting{mean}."
+        )
+    if error is not None:
+        parts.append(error.error_text(table.scale))
     return " ".join(parts).replace(" %", f"{NO_BREAK}%")
+
+
+def _families(table: ResultTable) -> list[str]:
+    """The tests with which a mark is corrected, in words."""
+    found = []
+    if table.row_family:
+        found.append(f"the {counted(table.row_family, 'pair')} of federated methods in the rows of settings")
+    if table.mean_family:
+        where = " in the mean over settings" if table.overall else ""
+        found.append(f"the {counted(table.mean_family, 'pair')} of methods with a federated one among them{where}")
+    return [f"Holm's correction is over {', and over '.join(found)}."] if found else []
+
+
+def amount_text(difference: float, scale: Scale) -> str:
+    """ "3.3 points", without a sign."""
+    return scale.difference(abs(difference)).lstrip("+")
 
 
 def _cell(row: ResultRow, method: str, scale: Scale) -> str:
@@ -70,7 +98,7 @@ def _cell(row: ResultRow, method: str, scale: Scale) -> str:
     cell = row.cells[method]
     text = scale.spread(cell.spread.mean, cell.spread.std)
     text = {"best": f"**{text}**", "second": f"_{text}_"}.get(cell.mark, text)
-    text += f"{NO_BREAK}≈" if cell.mark == "best" and not row.is_clear and cell.spread.n > 1 else ""
+    text += f"{NO_BREAK}≈" if row.is_unsure(method) else ""
     return text + (f"{NO_BREAK}(n={cell.spread.n})" if row.uneven else "")
 
 
@@ -101,7 +129,9 @@ def _tex_cell(row: ResultRow, method: str, scale: Scale) -> str:
         return "--"
     cell = row.cells[method]
     text = _tex(scale.spread(cell.spread.mean, cell.spread.std))
-    return {"best": f"\\textbf{{{text}}}", "second": f"\\underline{{{text}}}"}.get(cell.mark, text)
+    text = {"best": f"\\textbf{{{text}}}", "second": f"\\underline{{{text}}}"}.get(cell.mark, text)
+    text += _tex(f"{NO_BREAK}≈") if row.is_unsure(method) else ""
+    return text + (f"~(n={cell.spread.n})" if row.uneven else "")
 
 
 def _tex(text: str) -> str:
@@ -217,7 +247,7 @@ def comparisons_markdown(tests: Sequence[Comparison], scale: Scale) -> str:
         return f"{no_tests(tests)}\n"
     lines = _head(
         ["higher", "lower", "difference"],
-        ["95 % interval", "p", "p (Holm)", "cells won", "stable", "reversed", "established"],
+        ["95 % interval", "detectable", "p", "p (Holm)", "cells won", "stable", "reversed", "established"],
     )
     for c in tests:
         cells = [f"{c.wins} of {c.cells}", f"{len(c.stable)}", f"{len(c.reversed)}"] if c.cells else [DASH] * 3
@@ -226,21 +256,42 @@ def comparisons_markdown(tests: Sequence[Comparison], scale: Scale) -> str:
             c.lower,
             scale.difference(c.test.difference),
             interval(c, scale),
+            detectable_text(c, scale),
             p_text(c.test.p),
             p_text(c.p_holm),
         ]
         lines.append(_line([*words, *cells, verdict_text(c)]))
-    return "\n".join(lines) + (
-        "\n\nPaired t-test over seeds, of the mean over settings; Holm over the tests of this table. Stable: settings in which "
-        "the first is above the second for every seed; reversed: below for every seed.\n"
-    )
+    return "\n".join(lines) + f"\n\n{about_comparisons(tests)}\n"
+
+
+def about_comparisons(tests: Sequence[Comparison]) -> str:
+    """The caption of a table of tests."""
+    over = "the labels that a claim leaves open" if tests[0].declared else "settings"
+    family = counted(tests[0].family, "test")
+    parts = [
+        f"Paired t-test over seeds, of the mean over {over}; Holm over the {family} of this table. Detectable: smallest true "
+        "difference that the test of the row finds with 80 % power at the 5 % level, before the correction."
+    ]
+    if any(c.cells for c in tests):
+        parts += [
+            "The table has every pair with a federated method among them; these tests also decide whether the lead of the best "
+            "in the mean over settings is established. Stable: settings in which the first is above the second for every "
+            "seed; reversed: below for every seed."
+        ]
+    return " ".join(parts).replace(" %", f"{NO_BREAK}%")
+
+
+def detectable_text(comparison: Comparison, scale: Scale) -> str:
+    """ "0.9 points"; a dash without a spread over seeds."""
+    found = comparison.test.detectable
+    return DASH if found is None else amount_text(found, scale)
 
 
 def no_tests(tests: Sequence[Comparison]) -> str:
     """The reason that none of the comparisons has a test."""
     n = max(c.test.n for c in tests)
     return (
-        "One seed: no tests."
+        "One shared seed: no tests."
         if n == 1
         else f"{counted(n, 'shared seed')} without any spread in the differences: no tests."
     )
@@ -321,16 +372,13 @@ def rows_csv(datasets: Sequence[tuple[str, Sequence[RowResults]]]) -> str:
 
 
 def verdict_text(comparison: Comparison) -> str:
-    """ "yes", "against", or "not with 3 seeds, about 12 needed"."""
+    """ "yes", "the opposite", or "not established with 3 seeds, about 12 needed"."""
     c = comparison
     if c.p_holm is None:
-        return "no test: one seed" if c.test.n < 2 else "no test: no spread over seeds"
+        return "no test: one shared seed" if c.test.n < 2 else "no test: no spread over seeds"
     if c.is_established:
         return "yes, but most cells are against it" if c.cells and c.disagrees else "yes"
-    if c.p_holm < 0.05:
-        return "the opposite"
-    needed = "over 10,000" if c.needed is None else f"about {c.needed:,}"
-    return f"not with {counted(c.test.n, 'seed')}, {needed} needed"
+    return "the opposite" if c.p_holm < LEVEL else c.needed_text
 
 
 def results_csv(datasets: Sequence[DatasetResults]) -> str:

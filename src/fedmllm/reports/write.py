@@ -17,6 +17,7 @@ from fedmllm.reports.names import setting_meaning
 from fedmllm.reports.own_rows import own_markdown, own_table
 from fedmllm.reports.page import page
 from fedmllm.reports.reading import DatasetResults, ReportData, paths_of, read_results
+from fedmllm.reports.row_error import row_error
 from fedmllm.reports.rows import RowResults, results_by_row
 from fedmllm.reports.shares import share_table
 from fedmllm.reports.tables import costs, matrices, published_table, result_table
@@ -134,7 +135,7 @@ def _section(report: ReportData, dataset: DatasetResults, rows: Sequence[RowResu
     found = answers(dataset, table, pairs, groups(dataset), rows)
     parts += ["\n".join(f"- **{answer.question}.** {answer.text}" for answer in found) + "\n"]
     if table.rows:
-        parts.append(results_markdown(table))
+        parts.append(results_markdown(table, row_error(dataset, table, rows)))
     if shares := share_table(dataset):
         parts += ["### Share of the ceiling\n", shares_markdown(shares, len(dataset.settings))]
     for one in rows:

@@ -14,6 +14,7 @@ from fedmllm.core.storage import write_atomically, writing
 
 RECORD = "record.jsonl"
 SUMMARY = "summary.json"
+PREDICTIONS = "predictions.jsonl.gz"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RunFolder:
     @property
     def predictions(self) -> Path:
         """The predictions of every evaluation on the test rows (`fedmllm.runs.predictions`)."""
-        return self.path / "predictions.jsonl.gz"
+        return self.path / PREDICTIONS
 
     @property
     def client_state(self) -> Path:

@@ -110,19 +110,48 @@ def rows_line(examples: Sequence[Example]) -> dict[str, Any]:
     return {"format": _FORMAT, "choices": [list(choices) for choices in sets], "rows": rows}
 
 
-def compressed(line: Mapping[str, Any]) -> bytes:
+def compressed(line: Mapping[str, Any], level: int = 9) -> bytes:
     """Return a JSON line as a gzip member without a time, so that equal lines have equal bytes."""
     text = json.dumps(line, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n"
-    return gzip.compress(text.encode(), compresslevel=9, mtime=0)
+    return gzip.compress(text.encode(), compresslevel=level, mtime=0)
 
 
-def read_predictions(path: Path) -> Iterator[Evaluation]:
-    """Yield the evaluations of a run's `predictions.jsonl.gz`. A half-written end, left by a kill, is skipped.
+def last_evaluations(path: Path) -> bytes:
+    """Return a file of predictions with the last evaluation of each adapter alone, for an archive.
+
+    Its lines are stored, not compressed: the archive compresses them better, and rows that runs share once.
+
+    Args:
+        path: `predictions.jsonl.gz`.
+
+    Returns:
+        The content of a file that `read_predictions` reads.
 
     Raises:
         FedmllmError: The file cannot be read, or is not such a file.
     """
-    lines = _lines(path)
+    head, *lines = [*_lines(path)] or [{}]
+    try:
+        last = {(line["visible"], line["client"]): line for line in lines}
+    except (KeyError, TypeError) as error:
+        raise FedmllmError(f"{path}: not the predictions of a run: {type(error).__name__}: {error}") from None
+    return b"".join(compressed(line, level=0) for line in (head, *last.values()) if line)
+
+
+def read_predictions(path: Path, content: bytes | None = None) -> Iterator[Evaluation]:
+    """Yield the evaluations of a run's `predictions.jsonl.gz`. A half-written end, left by a kill, is skipped.
+
+    Args:
+        path: The file.
+        content: Of the file, if it has been read.
+
+    Yields:
+        The evaluations in the order of the file.
+
+    Raises:
+        FedmllmError: The file cannot be read, or is not such a file.
+    """
+    lines = _lines(path, content)
     try:
         head = next(lines, None)
         if head is None:
@@ -152,18 +181,19 @@ def read_predictions(path: Path) -> Iterator[Evaluation]:
         raise FedmllmError(f"{path}: not the predictions of a run: {type(error).__name__}: {error}") from None
 
 
-def final_evaluations(path: Path, visible: str = "") -> list[Evaluation]:
+def final_evaluations(path: Path, visible: str = "", content: bytes | None = None) -> list[Evaluation]:
     """The evaluations of a run's result: that of the last adapter, or of each client's last one.
 
     Args:
         path: `predictions.jsonl.gz`.
         visible: The visible modalities, as in `evaluate.visible`; "" = those evaluated first.
+        content: Of the file, if it has been read.
 
     Returns:
         One evaluation, or one per client; [] if there is none with these modalities.
     """
     last: dict[int | None, Evaluation] = {}
-    for found in read_predictions(path):
+    for found in read_predictions(path, content):
         visible = visible or found.visible
         if found.visible == visible:
             last[found.client] = found
@@ -180,9 +210,9 @@ def groups_of(predictions: Sequence[Prediction], column: str) -> list[str]:
     return [p.example.columns[column] for p in predictions]
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, content: bytes | None = None) -> Iterator[dict[str, Any]]:
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if content is None else content
     except OSError as error:
         raise FedmllmError(f"{path}: cannot be read: {error.strerror}") from None
     while content:
