@@ -85,6 +85,9 @@ FAMILIES: dict[str, type[Named]] = {
     "engine": Engine,
 }
 
+WITHOUT_MODEL = ("majority", "question-prior")  # methods that answer from the training answers alone
+UNTRAINED = ("zero-shot", *WITHOUT_MODEL)
+
 
 class Experiment(Spec):
     """data x scenario x prompt x backbone x objective x aggregator x rounds."""
@@ -125,8 +128,11 @@ class Experiment(Spec):
     """Rows that all clients may read."""
     checkpoint: Annotated[Checkpointing, EXECUTION_ONLY] = Checkpointing()
     """Settings of checkpoints."""
-    method: Literal["federated", "zero-shot", "majority", "local", "centralised", "personal"] = "federated"
-    """The federation, or a baseline."""
+    method: Literal["federated", "zero-shot", "majority", "question-prior", "local", "centralised", "personal"] = (
+        "federated"
+    )
+    """The federation, or a baseline. "majority" and "question-prior" use no model: the most frequent training answer of all,
+    or to each question text."""
     budget: Annotated[Literal["equal-visits", "converged"], ADDED_LATER] = "equal-visits"
     """Training of methods "local" and "centralised": as many visits to a row as in the federation, or num_rounds rounds,
     of which the best on the validation rows counts."""
@@ -266,8 +272,10 @@ class Experiment(Spec):
 
     @model_validator(mode="after")
     def _adapter_suits_the_method(self) -> Experiment:
-        if self.backbone.adapter and self.method == "majority":
-            raise ValueError('backbone.adapter: no effect with method = "majority", which uses no model; leave it out')
+        if self.backbone.adapter and self.method in WITHOUT_MODEL:
+            raise ValueError(
+                f'backbone.adapter: no effect with method = "{self.method}", which uses no model; leave it out'
+            )
         if self.backbone.adapter and not self.server().warm_start:
             raise ValueError(
                 f"backbone.adapter: got {self.backbone.adapter!r}; {self.aggregator.name} starts from a new adapter. "
@@ -528,7 +536,7 @@ class Experiment(Spec):
         Returns:
             A name such as "fedadam" or "fedavg+fedprox".
         """
-        if self.method in ("zero-shot", "majority"):
+        if self.method in UNTRAINED:
             return self.method
         head = self.aggregator.label() if self.federates else self.method
         head = f"personal-{head}" if self.method == "personal" else head
