@@ -13,10 +13,7 @@ from fedmllm.backbones.folder import load_base
 from fedmllm.backbones.hf import TransformersBackbone
 
 CHECKPOINTS = {n: Path(__file__).with_name(name) for n, name in ((1, "tiny_checkpoint"), (2, "tiny_checkpoint_2"))}
-NAMES = {
-    1: "fedmllm/tiny",
-    2: "fedmllm/tiny-2",
-}  # base of a saved adapter: a path would mean nothing on another machine
+NAMES = {1: "fedmllm/tiny", 2: "fedmllm/tiny-2"}  # base of a saved adapter: a path would mean nothing on another machine
 
 
 def load_tiny(spec: Tiny, seed: int) -> TransformersBackbone:
