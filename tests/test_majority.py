@@ -14,6 +14,7 @@ from fedmllm.core.types import Example
 from fedmllm.federation.baselines import majority_predictions, question_prior_predictions
 from fedmllm.runs.predictions import read_predictions
 from fedmllm.runs.run import run
+from fedmllm.runs.suites.suite import Suite
 from support import rawsets
 
 
@@ -96,3 +97,11 @@ def test_the_method_question_prior(tmp_path: Path) -> None:
     assert [p.text for p in kept.predictions] == [row[1] for row in rawsets.EASY_ROWS[:4]]
     with pytest.raises(ConfigError, match='no effect with method = "question-prior", which uses no model'):
         Experiment.parse({**table, "backbone": {"name": "tiny", "adapter": "runs/a"}})
+
+
+def test_the_real_suites_have_both_priors_and_a_server_optimizer() -> None:
+    for path in (Path(__file__).parents[1] / "experiments/real").glob("*.toml"):
+        cells = Suite.load(path).cells
+        methods = {cell.experiment.method_name() for cell in cells}
+        assert {"majority", "question-prior", "zero-shot", "local", "fedavg", "fedadam", "centralised"} <= methods, path
+        assert len({cell.labels["seeds"] for cell in cells}) >= 3

@@ -85,6 +85,7 @@ FAMILIES: dict[str, type[Named]] = {
     "engine": Engine,
 }
 
+SUITE_KEYS = frozenset({"matrix", "extends"})  # a file with one of them is a suite
 WITHOUT_MODEL = ("majority", "question-prior")  # methods that answer from the training answers alone
 UNTRAINED = ("zero-shot", *WITHOUT_MODEL)
 
@@ -513,7 +514,7 @@ class Experiment(Spec):
         """
         path = Path(path)
         table = read_toml(path)
-        if "matrix" in table:
+        if SUITE_KEYS.intersection(table):
             raise ConfigError(f"{path}: a suite of experiments, not one; `fedmllm suite {path}` runs it")
         warn_of_old_keys(table, str(path))
         table = current_keys(cls, table, str(path))
@@ -521,6 +522,26 @@ class Experiment(Spec):
         for override in overrides:
             set_key(table, override)
         return cls.parse(table, str(path))
+
+    def changed(self, overrides: Sequence[str], place: str = "") -> Experiment:
+        """Return the experiment with other values of single keys.
+
+        Args:
+            overrides: "a.b=value" in TOML; a bare word counts as a string.
+            place: Beginning of each line of an error message.
+
+        Returns:
+            A new experiment, or this one if there are no overrides.
+
+        Raises:
+            ConfigError: A key or value is not allowed; the message lists all of them.
+        """
+        if not overrides:
+            return self
+        table = self.dump()
+        for override in overrides:
+            set_key(table, override)
+        return Experiment.parse(table, place)
 
     def run_id(self) -> str:
         """Twelve hex digits: equal for experiments that must give equal results.

@@ -1,4 +1,4 @@
-"""Baselines without a model: the most frequent training answer, of all or to each question text."""
+"""Baselines without a model: the most frequent training answers."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Evaluator:
 
         Args:
             predictions: One per test row.
-            one_hot: The scores mark the answer and are no log-likelihoods.
+            one_hot: The scores only mark the answer (method "majority").
 
         Returns:
             As `test`.
