@@ -1,10 +1,11 @@
 """Baselines without a language model, on the rows of an experiment.
 
-    python benchmarks/cheap_baselines.py EXPERIMENT.toml [--set data.seed=1]
+    python benchmarks/cheap_baselines.py FILE.toml [--set data.seed=1]
     python benchmarks/cheap_baselines.py SUITE.toml --suite > results/verdict-baselines.md
 
-The most frequent training answer to each question text; and, if all questions have the same choices, logistic regression on the
-bag of words of the text, on statistics of the picture, and on both. Trained on all clients' rows, each as far as it is visible.
+The most frequent training answer, and that to each question text (methods "majority" and "question-prior" of the package). If
+all questions have the same choices, also logistic regression on the bag of words of the text, on statistics of the picture, and
+on both. Trained on all clients' rows, each as far as it is visible. Of a suite, the first cell of each data set is used.
 With --suite: the regressions in every setting and seed of a suite, on the rows and masks of its cells, for each visibility of
 the test rows, with the share of the ceiling.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics as stats
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,8 @@ from sklearn.linear_model import LogisticRegression
 from fedmllm import Experiment
 from fedmllm.core.metrics import METRICS
 from fedmllm.core.types import Example, Prediction, Visible, visible_of
-from fedmllm.runs.suites.suite import Suite
+from fedmllm.federation.baselines import majority_predictions, question_prior_predictions
+from fedmllm.runs.suites.suite import Suite, experiments_by_data
 from fedmllm.scenarios.assign import assign
 
 Row = tuple[Example, Visible]
@@ -85,21 +87,6 @@ def regression(name: str, train: Sequence[Row], test: Sequence[Row]) -> list[Pre
     return [Prediction(example, tuple(scores), None) for (example, _), scores in zip(test, columns, strict=True)]
 
 
-def question_prior(train: Sequence[Row], test: Sequence[Row]) -> list[Prediction]:
-    """The most frequent training answer to the question's exact text; to all questions if the text is new."""
-    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for example, _ in train:
-        answers[example.question.lower()][example.answer] += 1
-    common = sum(answers.values(), Counter()).most_common(1)[0][0]
-    predictions = []
-    for example, _ in test:
-        known = answers[example.question.lower()].most_common(1)
-        answer = known[0][0] if known else common
-        scores = tuple(0.0 if choice == answer else -1.0 for choice in example.choices)
-        predictions.append(Prediction(example, scores, None if scores else answer))
-    return predictions
-
-
 def rows_of(e: Experiment) -> tuple[list[Row], list[Example]]:
     """(training rows of all clients with what is visible of each, test rows)."""
     examples, modalities = e.data.load("train").examples, e.data.modalities()
@@ -113,7 +100,8 @@ def of_experiment(e: Experiment) -> None:
     train, rows = rows_of(e)
     test = [(row, frozenset(e.data.modalities())) for row in rows]
     closed = len({row.choices for row, _ in (*train, *test)}) == 1 and bool(rows[0].choices)
-    found = {"answer per question text": question_prior(train, test)}
+    found = {"most frequent answer": majority_predictions([row for row, _ in train], rows)}
+    found["answer per question text"] = question_prior_predictions([row for row, _ in train], rows)
     if closed:
         found |= {name: regression(name, train, test) for name in FEATURES}
     print("| baseline | " + " | ".join(e.data.metrics()) + " |\n|---|" + "---:|" * len(e.data.metrics()))
@@ -152,14 +140,17 @@ def of_suite(suite: Suite) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="an experiment, or a suite with --suite")
+    parser.add_argument("file", help="an experiment or a suite")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--suite", action="store_true")
     arguments = parser.parse_args()
     if arguments.suite:
         of_suite(Suite.load(arguments.file))
     else:
-        of_experiment(Experiment.load(arguments.file, arguments.set))
+        for label, experiment in experiments_by_data(arguments.file, arguments.set).items():
+            if label:
+                print(f"Rows of the cell {label}.\n")
+            of_experiment(experiment)
 
 
 if __name__ == "__main__":

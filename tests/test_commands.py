@@ -263,7 +263,7 @@ def check_pip(words: list[str]) -> None:
     """The extras of the package that are named exist."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in words:
-        for extras in re.findall(r"^fedmllm\[(.+?)\]", word):
+        for extras in re.findall(r"^(?:fedmllm|\.)\[(.+?)\]", word):
             assert set(extras.split(",")) <= project["optional-dependencies"].keys(), extras
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -24,6 +25,33 @@ def test_cells_of_every_suite_keep_their_run_ids(name: str) -> None:
         assert {cell.label: cell.run_id for cell in Suite.load(path).cells} == GOLDEN["suites"][name]
     else:
         assert Experiment.load(path).run_id() == GOLDEN["suites"][name][""]
+
+
+def test_the_cells_of_the_published_vlm_results_keep_their_run_ids() -> None:
+    """Rows are drawn otherwise in the suite that easy_vqa.toml extends, and methods were added there."""
+    with tarfile.open(ROOT / "results/easy-vqa-vlm.tar.xz") as archive:
+        published = json.load(archive.extractfile("suite.json"))["cells"]  # type: ignore[arg-type]
+    now = {cell.label: cell.run_id for cell in Suite.load(ROOT / "experiments/real/easy_vqa.toml").cells}
+    before = {" · ".join(cell["labels"].values()): cell["run_id"] for cell in published}
+    assert len(before) == 18
+    assert {label: now[label] for label in before} == before
+    spread = {cell.run_id for cell in Suite.load(ROOT / "experiments/real/easy_vqa-spread.toml").cells}
+    assert spread.isdisjoint(before.values())
+
+
+def test_the_cells_of_vqa_rad_keep_their_run_ids() -> None:
+    """Those that there were before a server optimizer and the question prior were added."""
+    now = {cell.label: cell.run_id for cell in Suite.load(ROOT / "experiments/real/vqa_rad.toml").cells}
+    before = {
+        "Majority": "1512c27a4023 52c17a23eae7 667cfbb2d49a",
+        "Zero-shot": "e1f72b523e4a fa80c2042aae b53f071f86f5",
+        "Local": "6697a2e95dc1 a20a0347861e 24b7f596840a",
+        "FedAvg": "f61ee1dc9c50 b20ef6aa375e 04b7df8f9d29",
+        "Centralised": "ff853233b013 a856b81ec1f0 f518ccdd0815",
+    }
+    for method, ids in before.items():
+        assert [now[f"{method} · {seed}"] for seed in range(3)] == ids.split()
+    assert {label.split(" · ")[0] for label in now} - before.keys() == {"FedAdam", "Question prior"}
 
 
 @pytest.mark.parametrize("case", GOLDEN["experiments"], ids=lambda case: json.dumps(case["table"])[:80])

@@ -52,6 +52,53 @@ def test_show_as_json_needs_no_image(tmp_path: Path) -> None:
     assert [c["ids"] for c in other["clients"]] == [c["ids"] for c in found["clients"]]
 
 
+SUITE = """
+[base]
+data = { name = "synthetic-irony", num_train = 40, num_test = 10 }
+partition = { name = "iid", num_clients = 2 }
+[matrix]
+seeds = [3, 4]
+seed_keys = ["seed", "data.seed"]
+[matrix.settings]
+"beta 30 %" = { scenario = { name = "missing", rate = 0.3 } }
+"all" = {}
+"""
+
+
+def test_show_of_a_suite_names_the_cell(tmp_path: Path) -> None:
+    suite, parent, one = tmp_path / "suite.toml", tmp_path / "parent.toml", tmp_path / "one.toml"
+    parent.write_text(SUITE)
+    suite.write_text('extends = "parent.toml"\n[base.partition]\nnum_clients = 3\n')
+    found = invoke("show", suite).stdout
+    assert found.startswith("cell: beta 30 % · 3\n")
+    assert found.count("cell: ") == 1  # the settings share their rows; other seeds draw the same set again
+    settings = {"num_train": 40, "num_test": 10, "seed": 3}
+    table = {"data": {"name": "synthetic-irony", **settings}, "partition": {"name": "iid", "num_clients": 3}, "seed": 3}
+    scenario = {"name": "missing", "rate": 0.3}
+    digest = Federation.of(Experiment.parse({**table, "scenario": scenario})).digest
+    assert digest in found
+    other = json.loads(invoke("show", suite, "--json", "--set", "scenario.rate=0.6").stdout)
+    assert other == Federation.of(Experiment.parse({**table, "scenario": {**scenario, "rate": 0.6}})).to_json()
+    with pytest.raises(ConfigError, match=r"suite\.toml: a suite of experiments, not one"):
+        Experiment.load(suite)
+    one.write_text(SUITE.replace('"all" = {}', '"more" = { data = { num_train = 60 } }'))
+    both = invoke("show", one).stdout
+    assert [line for line in both.splitlines() if line.startswith("cell: ")] == [
+        "cell: beta 30 % · 3",
+        "cell: more · 3",
+    ]
+    assert "60 rows" in both
+    with pytest.raises(ConfigError, match=r"--json: .*one\.toml has 2 data sets"):
+        invoke("show", one, "--json")
+
+
+def test_the_published_suite_shows_its_ceilings() -> None:
+    """As docs/benchmark.md says."""
+    found = invoke("show", Path(__file__).parents[2] / "experiments/verdict/core.toml").stdout
+    assert "cell: alpha 0.5 · Zero-shot · 0" in found
+    assert "best expected on rows with all: auc 0.926" in found
+
+
 def test_show_does_not_call_rows_with_gaps_aligned(tmp_path: Path) -> None:
     """The title says what the rows show, and the scenario's own name where every row is complete."""
     columns = {"id": "case", "text": "note", "image": "scan", "answer": "ill"}

@@ -89,3 +89,36 @@ def test_whole_pictures_are_held_out() -> None:
     assert len(kept) == 500
     assert 0.08 < len(held) / 38575 < 0.12
     assert not {e.columns["picture"] for e in kept} & {e.columns["picture"] for e in held}
+
+
+def test_a_spread_draw_has_a_question_of_every_picture_first(tmp_path: Path) -> None:
+    rawsets.easy_vqa(tmp_path)
+    whole = EasyVqa(root=tmp_path).load("train").examples
+    drawn = EasyVqa(root=tmp_path, draw="spread").load("train").examples
+    assert sorted(e.id for e in drawn) == [e.id for e in whole]
+    assert len({e.columns["picture"] for e in drawn[:5]}) == 5  # of five pictures
+    assert EasyVqa(root=tmp_path, draw="spread").load("train").examples == drawn
+    orders = {
+        tuple(e.id for e in EasyVqa(root=tmp_path, draw="spread", seed=s).load("train").examples) for s in range(5)
+    }
+    assert len(orders) > 1
+    assert EasyVqa(root=tmp_path, draw="spread", num_train=3).load("train").examples == drawn[:3]
+
+
+def test_the_spread_draw_of_the_published_set() -> None:
+    pytest.importorskip("easy_vqa", reason="the package easy-vqa is not installed")
+    first, spread = (EasyVqa(num_train=1500, draw=draw).load("train").examples for draw in ("first", "spread"))
+    assert [len({e.columns["picture"] for e in rows}) for rows in (first, spread)] == [153, 1500]
+    test = EasyVqa(draw="spread").load("test").examples[:500]  # as evaluate.limit takes them
+    assert len({e.columns["picture"] for e in test}) == 500
+    for rows in (spread, test):
+        assert sum(e.columns["kind"] == "yes-no" for e in rows) / len(rows) == pytest.approx(0.737, abs=0.05)
+
+
+def test_the_draw_does_not_change_existing_run_ids() -> None:
+    def identity(**settings: object) -> dict[str, object]:
+        return EasyVqa(num_train=1500, **settings).identity()  # type: ignore[arg-type]
+
+    assert identity(draw="first", seed=0) == identity()
+    assert set(identity()) == {"name", "root", "choices", "num_train", "validation_rate", "on_bad_row"}
+    assert identity(draw="spread")["draw"] == "spread"

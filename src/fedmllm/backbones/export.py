@@ -64,6 +64,6 @@ def _adapter_of(run: Path) -> Path:
     if missing:
         raise FedmllmError(
             f"{adapter}: no {missing[0]}; the run has not ended (fedmllm run ... --resume), or its method trains no "
-            "adapter (zero-shot, majority, local)"
+            "adapter (zero-shot, majority, question-prior, local)"
         )
     return adapter

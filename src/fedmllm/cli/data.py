@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedmllm.cli.options import ExperimentFile, Set
+
+if TYPE_CHECKING:
+    from fedmllm.config.experiment import Experiment
 
 app = typer.Typer(
     name="data",
@@ -49,7 +52,7 @@ def where(name: Annotated[str, typer.Argument(help="Name of a data set, as in da
 
 @app.command(short_help="Rows and modalities of each client.")
 def show(
-    experiment: ExperimentFile,
+    experiment: Annotated[Path, typer.Argument(help="Experiment file, or suite file.", metavar="EXPERIMENT.toml")],
     set_: Set = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Ids and one 0/1 string per modality, for each client.")
@@ -61,13 +64,29 @@ def show(
 ) -> None:
     """Print the rows of each client and their available modalities. Needs no image file.
 
-    The table names the first 200 clients and sums up the others; --json lists all.
+    The table names the first 200 clients and sums up the others; --json lists all. Of a suite, the first cell of each data set.
     """
-    from fedmllm.config.experiment import Experiment
+    from fedmllm.core.errors import ConfigError
+    from fedmllm.runs.suites.suite import experiments_by_data
+
+    experiments = experiments_by_data(experiment, set_ or [])
+    if len(experiments) > 1 and (as_json or plot_file):
+        option = "--json" if as_json else "--plot"
+        raise ConfigError(
+            f"{option}: {experiment} has {len(experiments)} data sets; write the settings of one cell into an experiment file"
+        )
+    for label, one in experiments.items():
+        if label:
+            typer.echo(f"cell: {label}", err=as_json)
+        show_one(one, as_json, plot_file)
+
+
+def show_one(experiment: Experiment, as_json: bool, plot_file: Path | None) -> None:
+    """Print the table of one experiment, or its JSON, and draw it if there is a file to draw into."""
     from fedmllm.reports.data import Federation, plot
 
     with without_collector():
-        federation = Federation.of(Experiment.load(experiment, set_ or []))
+        federation = Federation.of(experiment)
         federation = federation if as_json else federation.with_test()
         text = json.dumps(federation.to_json(), ensure_ascii=False) if as_json else ""
     if plot_file:

@@ -85,6 +85,10 @@ FAMILIES: dict[str, type[Named]] = {
     "engine": Engine,
 }
 
+SUITE_KEYS = frozenset({"matrix", "extends"})  # a file with one of them is a suite
+WITHOUT_MODEL = ("majority", "question-prior")  # methods that answer from the training answers alone
+UNTRAINED = ("zero-shot", *WITHOUT_MODEL)
+
 
 class Experiment(Spec):
     """data x scenario x prompt x backbone x objective x aggregator x rounds."""
@@ -125,8 +129,11 @@ class Experiment(Spec):
     """Rows that all clients may read."""
     checkpoint: Annotated[Checkpointing, EXECUTION_ONLY] = Checkpointing()
     """Settings of checkpoints."""
-    method: Literal["federated", "zero-shot", "majority", "local", "centralised", "personal"] = "federated"
-    """The federation, or a baseline."""
+    method: Literal["federated", "zero-shot", "majority", "question-prior", "local", "centralised", "personal"] = (
+        "federated"
+    )
+    """The federation, or a baseline. "majority" and "question-prior" use no model: the most frequent training answer of all,
+    or to each question text."""
     budget: Annotated[Literal["equal-visits", "converged"], ADDED_LATER] = "equal-visits"
     """Training of methods "local" and "centralised": as many visits to a row as in the federation, or num_rounds rounds,
     of which the best on the validation rows counts."""
@@ -266,8 +273,10 @@ class Experiment(Spec):
 
     @model_validator(mode="after")
     def _adapter_suits_the_method(self) -> Experiment:
-        if self.backbone.adapter and self.method == "majority":
-            raise ValueError('backbone.adapter: no effect with method = "majority", which uses no model; leave it out')
+        if self.backbone.adapter and self.method in WITHOUT_MODEL:
+            raise ValueError(
+                f'backbone.adapter: no effect with method = "{self.method}", which uses no model; leave it out'
+            )
         if self.backbone.adapter and not self.server().warm_start:
             raise ValueError(
                 f"backbone.adapter: got {self.backbone.adapter!r}; {self.aggregator.name} starts from a new adapter. "
@@ -505,7 +514,7 @@ class Experiment(Spec):
         """
         path = Path(path)
         table = read_toml(path)
-        if "matrix" in table:
+        if SUITE_KEYS.intersection(table):
             raise ConfigError(f"{path}: a suite of experiments, not one; `fedmllm suite {path}` runs it")
         warn_of_old_keys(table, str(path))
         table = current_keys(cls, table, str(path))
@@ -513,6 +522,26 @@ class Experiment(Spec):
         for override in overrides:
             set_key(table, override)
         return cls.parse(table, str(path))
+
+    def changed(self, overrides: Sequence[str], place: str = "") -> Experiment:
+        """Return the experiment with other values of single keys.
+
+        Args:
+            overrides: "a.b=value" in TOML; a bare word counts as a string.
+            place: Beginning of each line of an error message.
+
+        Returns:
+            A new experiment, or this one if there are no overrides.
+
+        Raises:
+            ConfigError: A key or value is not allowed; the message lists all of them.
+        """
+        if not overrides:
+            return self
+        table = self.dump()
+        for override in overrides:
+            set_key(table, override)
+        return Experiment.parse(table, place)
 
     def run_id(self) -> str:
         """Twelve hex digits: equal for experiments that must give equal results.
@@ -528,7 +557,7 @@ class Experiment(Spec):
         Returns:
             A name such as "fedadam" or "fedavg+fedprox".
         """
-        if self.method in ("zero-shot", "majority"):
+        if self.method in UNTRAINED:
             return self.method
         head = self.aggregator.label() if self.federates else self.method
         head = f"personal-{head}" if self.method == "personal" else head

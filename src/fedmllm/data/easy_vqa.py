@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt
 
 from fedmllm.core.errors import DataError
 from fedmllm.core.metrics import accuracy, metric
+from fedmllm.core.rng import stream_seed
+from fedmllm.core.spec import ADDED_LATER
 from fedmllm.core.types import Example, Modality, Prediction
 from fedmllm.data.base import Dataset, Rows, Source, Split, hint
 from fedmllm.data.reading import collect, filled, find, held_out, json_text, picture
@@ -54,7 +57,13 @@ class EasyVqa(Dataset):
     choices: bool = False
     """Put the colours, the shapes or no/yes as lettered options; otherwise every question is open."""
     num_train: NonNegativeInt = 0
-    """Number of training rows, the first ones; 0 = all."""
+    """Number of training rows, the first ones of the order that `draw` gives; 0 = all."""
+    draw: Annotated[Literal["first", "spread"], ADDED_LATER] = "first"
+    """Order of the rows, of which `num_train` and `evaluate.limit` take the first. "first": as in the file, where the
+    questions of a picture follow each other, so that 1,500 rows are of 153 pictures. "spread": a random question of each
+    picture, then a second one of each, and so on."""
+    seed: Annotated[NonNegativeInt, ADDED_LATER] = 0
+    """Seed of draw "spread"."""
     validation_rate: float = Field(0.0, ge=0, lt=1)
     """Share of the training pictures that is held out for validation."""
 
@@ -91,8 +100,9 @@ class EasyVqa(Dataset):
             return self._example(where, row, path.parent / "images", attributes[row[2]])
 
         found = filled(collect(iter(rows), make, self.on_bad_row), path, split)
+        examples = found.examples if self.draw == "first" else spread(found.examples, self.seed, split)
         limit = self.num_train if split == "train" and self.num_train else None
-        return Rows(found.examples[:limit], found.skipped)
+        return Rows(examples[:limit], found.skipped)
 
     def _example(self, where: str, row: tuple[str, str, int], images: Path, about: dict[str, str]) -> Example:
         question, answer, number = row
@@ -127,6 +137,21 @@ def question_rows(path: Path) -> Iterator[tuple[str, tuple[str, str, int] | Data
                 yield where, (question, answer, number)
             case _:
                 yield where, DataError(f"{where}: [question, answer, number of a picture] is expected, not {row!r:.60}")
+
+
+def spread(examples: Sequence[Example], seed: int, split: Split) -> tuple[Example, ...]:
+    """Return the rows in a random order in which each picture has one question, before any has a second one."""
+    pictures: dict[str, int] = {}
+    seen: Counter[str] = Counter()
+    placed = []
+    for example in sorted(examples, key=lambda e: stream_seed(seed, "easy-vqa question", split, e.id)):
+        name = example.columns["picture"]
+        if name not in pictures:
+            # Not the place of its first question: that would put pictures of many questions in front.
+            pictures[name] = stream_seed(seed, "easy-vqa picture", split, name)
+        placed.append((seen[name], pictures[name], example))
+        seen[name] += 1
+    return tuple(example for _, _, example in sorted(placed, key=lambda row: row[:2]))
 
 
 def picture_attributes(rows: Sequence[tuple[str, str, int]]) -> dict[int, dict[str, str]]:

@@ -73,10 +73,18 @@ class Evaluator:
         names = self.inputs.experiment.metrics()
         return {name: finite(value) for name, value in metrics_of(predictions, names).items()}
 
-    def baseline(self, predictions: Sequence[Prediction]) -> Scores:
-        """Evaluate predictions made without a model, and without any modality."""
+    def baseline(self, predictions: Sequence[Prediction], one_hot: bool = False) -> Scores:
+        """Evaluate predictions made without a model, and without any modality.
+
+        Args:
+            predictions: One per test row.
+            one_hot: The scores only mark the answer (method "majority").
+
+        Returns:
+            As `test`.
+        """
         predictions = self._judge(predictions)
         metrics = self.metrics(predictions)
-        self._kept.write(predictions, "none", one_hot=True)
+        self._kept.write(predictions, "none", one_hot=one_hot)
         self._emit(Evaluated("none", metrics, len(predictions), wall_s=0.0))
         return {"none": metrics}

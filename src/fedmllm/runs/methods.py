@@ -10,8 +10,8 @@ from fedmllm.algorithms.relations import One
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.tensors import padded
-from fedmllm.core.types import Params, Shard
-from fedmllm.federation.baselines import majority_predictions
+from fedmllm.core.types import Example, Params, Shard
+from fedmllm.federation.baselines import majority_predictions, question_prior_predictions
 from fedmllm.runs.checkpoint import any_rank, read_adapter
 
 if TYPE_CHECKING:
@@ -22,9 +22,20 @@ MAX_DRAWS = 10_000  # of availability, for its mean
 
 def majority(session: Session) -> list[dict[str, Any]]:
     """No model: the most frequent training answer to each kind of question."""
+    predictions = majority_predictions(training_rows(session), session.inputs.test)
+    return session.rows([session.evaluator.baseline(predictions, one_hot=True)])
+
+
+def question_prior(session: Session) -> list[dict[str, Any]]:
+    """No model: the most frequent training answer to each question text."""
+    predictions = question_prior_predictions(training_rows(session), session.inputs.test)
+    return session.rows([session.evaluator.baseline(predictions)])
+
+
+def training_rows(session: Session) -> list[Example]:
+    """Return the rows of all clients, one client after the other."""
     inputs = session.inputs
-    train = [inputs.train[row] for shard in inputs.shards for row in shard.rows]
-    return session.rows([session.evaluator.baseline(majority_predictions(train, inputs.test))])
+    return [inputs.train[row] for shard in inputs.shards for row in shard.rows]
 
 
 def zero_shot(session: Session) -> list[dict[str, Any]]:
@@ -144,6 +155,7 @@ def personal(session: Session) -> list[dict[str, Any]]:
 
 METHODS = {
     "majority": majority,
+    "question-prior": question_prior,
     "zero-shot": zero_shot,
     "federated": federated,
     "local": local,

@@ -117,7 +117,7 @@ class RunResult(Sequence[dict[str, Any]]):
 
     @property
     def adapter(self) -> Adapter | None:
-        """The resulting adapter; None if the method trains none ("majority", "zero-shot") or one per client ("local")."""
+        """The resulting adapter; None if the method trains none, such as "zero-shot", or one per client ("local")."""
         path = RunFolder(self.folder).adapter()
         return Adapter(path) if path.is_dir() else None
 

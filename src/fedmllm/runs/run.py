@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmllm.config.experiment import Experiment
+from fedmllm.config.experiment import UNTRAINED, Experiment
 from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.runs.costs import reset_peaks
 from fedmllm.runs.events import EmptyClients, Ended, Extended, Resumed, Sink, Stopped
@@ -118,7 +118,7 @@ def execute(
     try:
         session.learn_completion()
         rows = METHODS[experiment.method](session)
-        if compare_baselines and experiment.method not in ("majority", "zero-shot"):
+        if compare_baselines and experiment.method not in UNTRAINED:
             session.sync()
             if found := learned(inputs, session.evaluator, begin.folder.predictions):
                 session.emit(found)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmllm.config.experiment import Experiment, imports_of, read_toml
+from fedmllm.config.experiment import SUITE_KEYS, Experiment, imports_of, read_toml
 from fedmllm.core.errors import ConfigError
 from fedmllm.core.spec import current_keys, nearest
 from fedmllm.core.storage import write_atomically
@@ -159,6 +159,32 @@ class Suite:
         cells = [{"run_id": cell.run_id, "labels": dict(cell.labels)} for cell in self.cells]
         claims = {"claims": [dict(claim) for claim in self.claims]} if self.claims else {}
         write_atomically(folder / SUITE, json.dumps({"title": self.title, "cells": cells, **claims}, indent=1))
+
+
+def experiments_by_data(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Experiment]:
+    """Return an experiment for each data set of a file: that of an experiment file, or cells of a suite.
+
+    Args:
+        path: An experiment file or a suite file.
+        overrides: Changes of single keys, as for `Experiment.load`.
+
+    Returns:
+        Of an experiment file: {"": the experiment}. Of a suite: label of a cell -> its experiment, for the first cell of each
+        distinct `data` table among the cells of the first seed. Other seeds may draw other rows of the same set.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key or value is not allowed.
+    """
+    path = Path(path)
+    if not SUITE_KEYS.intersection(read_toml(path)):
+        return {"": Experiment.load(path, overrides)}
+    cells = Suite.load(path).cells
+    found: dict[str, tuple[str, Experiment]] = {}
+    for cell in cells:
+        if cell.labels["seeds"] == cells[0].labels["seeds"]:
+            data = json.dumps(cell.experiment.data.identity(), sort_keys=True)
+            found.setdefault(data, (cell.label, cell.experiment))
+    return {label: experiment.changed(overrides, str(path)) for label, experiment in found.values()}
 
 
 def matching(word: str, labels: Sequence[str]) -> set[str]:
