@@ -22,6 +22,7 @@ GROUPS = {  # scenario -> its name on the first screen
 _METHODS = {
     "zero-shot": "Zero-shot",
     "majority": "Majority",
+    "question-prior": "Question prior",
     "local": "Local",
     "centralised": "Centralised",
     "fedavg": "FedAvg",
@@ -135,7 +136,7 @@ def method_label(settings: Mapping[str, Any], method: str, prompt: str) -> str:
     """ "FedAdam", "FedAdam + fedprox, agnostic prompt"."""
     head, _, objective = method.partition("+")
     words = _METHODS.get(head, head) + (f" + {objective}" if objective else "")
-    return words if prompt == "plain" or method == "majority" else f"{words}, {prompt} prompt"
+    return words if prompt == "plain" or method in ("majority", "question-prior") else f"{words}, {prompt} prompt"
 
 
 def base_of(method: str, methods: Collection[str]) -> tuple[str, str] | None:
