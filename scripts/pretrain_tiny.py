@@ -1,6 +1,6 @@
 """Make the embedded model: MiniCPM-V 2.6 at about a million weights, pre-trained on the proxy tasks of `tiny_tasks`.
 
-    python scripts/pretrain_tiny.py --out runs/tiny                                # about MINUTES minutes of a core
+    python scripts/pretrain_tiny.py --out runs/tiny                                # about 15 minutes of a core
     python scripts/pretrain_tiny.py --out runs/tiny --compare src/fedmllm/backbones/tiny_checkpoint_2   # edition 2, rebuilt
     python scripts/pretrain_tiny.py --steps 50 --vision-steps 50 --out runs/tiny   # a trial
 
@@ -41,9 +41,9 @@ from fedmllm.data.scenes import COLOURS, FACES, SIZE, SKIES, THINGS, Scene, draw
 VOCABULARY = 1300
 QUERIES = 8
 PATCH = 7
-# Muon's rate decides whether yes/no questions about an attribute are learned, and with them every joint question: at 0.02, what was
-# learned is lost again (results/LOG.md). The first token of an answer is the letter or word that decides; the rest of a lettered
-# answer only copies its option.
+# Muon's rate decides whether yes/no questions about an attribute are learned, and with them every joint question: at 0.02, what
+# was learned is lost again (results/LOG.md). The first token of an answer is the letter or word that decides; the rest of a
+# lettered answer only copies its option.
 LANGUAGE_LR = 0.005
 FIRST_TOKEN = 8.0
 ATTRIBUTES = {"sky": SKIES, "thing": THINGS, "colour": COLOURS, "face": FACES}

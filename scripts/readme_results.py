@@ -27,9 +27,7 @@ from fedmllm.reports.write import write_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-GRADED = (
-    "verdict-core"  # README's table is that of the graded set, once it has been run; until then that of the irony set
-)
+GRADED = RESULTS / f"verdict-core{ARCHIVE}"  # of README's table
 BROWSER = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
 BROWSER += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 BEGIN, END = "<!-- results: written by scripts/readme_results.py -->", "<!-- end of results -->"
@@ -138,9 +136,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--shots", action="store_true")
     arguments = parser.parse_args()
-    graded = sorted(RESULTS.glob(f"{GRADED}*{ARCHIVE}"))
     folders = [*sorted(RESULTS.glob(f"*{ARCHIVE}")), *sorted(path.parent for path in RESULTS.glob("*/suite.json"))]
-    in_readme = graded or [folder for folder in folders if folder.is_dir()]
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     if before.count(BEGIN) != 1 or before.count(END) != 1:
@@ -151,7 +147,7 @@ def main() -> None:
         if arguments.check:
             sys.exit(1)
     inside = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.DOTALL)
-    after = inside.sub(lambda _: f"{BEGIN}\n{text_of(in_readme)}\n{END}", before)
+    after = inside.sub(lambda _: f"{BEGIN}\n{text_of([GRADED])}\n{END}", before)
     stale = ["README.md"] if after != before else []
     if not arguments.check:
         readme.write_text(after, encoding="utf-8")
@@ -166,7 +162,7 @@ def main() -> None:
                     shutil.copy(path, kept)
             if arguments.check:
                 continue
-            if arguments.shots and folder == in_readme[0]:
+            if arguments.shots and folder == GRADED:
                 shots(written[0])
     if arguments.check and stale:
         sys.exit(f"not what the records in results/ say: {', '.join(stale)}; run scripts/readme_results.py")
