@@ -47,8 +47,8 @@ class SyntheticVerdict(SyntheticMemes):
 
     name: Literal["synthetic-verdict"] = "synthetic-verdict"
     wording: Annotated[Literal[1, 2], ADDED_LATER] = 1
-    """1: "Is the content approved?", low or high; 2: "Which pool is the content in?", beta or alpha. Each was chosen so that the
-    frozen embedded model of that edition ranks rows nearly at random (results/LOG.md). Rows and labels are the same."""
+    """1: "Is the content approved?", low or high; 2: "Which pool is the content in?", beta or alpha. Each was chosen so that
+    the frozen embedded model of that edition ranks rows nearly at random (results/LOG.md). Rows and labels are the same."""
     image_weight: float = 2.5
     """Weight of face and sky in the log odds."""
     text_weight: float = 2.5
