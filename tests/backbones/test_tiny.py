@@ -102,8 +102,8 @@ def test_it_answers_in_words(backbone, scenes):
 @pytest.mark.parametrize("visible", [{"image", "text"}, {"image"}, {"text"}], ids=" and ".join)
 def test_it_ranks_verdicts_nearly_at_random(backbone, edition, visible):
     rows = SyntheticVerdict(num_test=1000, wording=edition).load("test").examples
-    prompt, shown = Plain(), frozenset(visible)
-    scores = backbone.score([prompt.render(r, shown) for r in rows], [prompt.options(r) for r in rows])
+    prompt, seen = Plain(), frozenset(visible)
+    scores = backbone.score([prompt.render(r, seen) for r in rows], [prompt.options(r) for r in rows])
     assert 0.40 <= roc_auc_score([r.choices.index(r.answer) for r in rows], [b - a for a, b in scores]) <= 0.60
 
 
