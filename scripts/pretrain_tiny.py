@@ -181,7 +181,7 @@ def answer_logits(model: Any, encoded: Encoded, index: Sequence[int], feats: Ten
 
 
 def first_tokens(encoded: Encoded, index: Sequence[int]) -> list[int]:
-    """Where the answers of the rows begin in what `answer_logits` returns for them."""
+    """Return where the answers of the rows begin in what `answer_logits` returns for them."""
     lengths = [len(encoded.answers[i]) for i in index]
     return [0, *np.cumsum(lengths)[:-1].tolist()]
 
@@ -227,7 +227,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def is_equal(new: Path, old: Path) -> bool:
-    """Whether the files are the same, byte for byte; prints which are not, and how far the weights are apart.
+    """Return whether the files are the same, byte for byte; print which are not, and how far the weights are apart.
 
     Equal weights need equal sums: one kind of processor, one version of torch, one thread.
     """
