@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from fedmllm.backbones.tiny import CHECKPOINT
+from fedmllm.backbones.tiny import CHECKPOINTS
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}"
@@ -20,7 +20,7 @@ CHATML = (
 def hundred_million(folder: Path) -> None:
     """SigLIP of 12 x 384 on 112 x 112 pictures (64 tokens) and Qwen2 of 12 x 768, vocabulary 32,000."""
     words = PreTrainedTokenizerFast(
-        tokenizer_file=str(CHECKPOINT / "tokenizer.json"), eos_token="<|im_end|>", pad_token="<|im_end|>"
+        tokenizer_file=str(CHECKPOINTS[1] / "tokenizer.json"), eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
     words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>"]})
     words.save_pretrained(folder)

@@ -19,6 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from fedmllm.data.scenes import COLOURS, FACES, SIZE, SKIES, THINGS, Scene, draw
 VOCABULARY = 1300
 QUERIES = 8
 PATCH = 7
+WEIGHTS = "model.safetensors"
 # Muon's rate decides whether yes/no questions about an attribute are learned, and with them every joint question: at 0.02, what
 # was learned is lost again (results/LOG.md). The first token of an answer is the letter or word that decides; the rest of a
 # lettered answer only copies its option.
@@ -226,18 +228,25 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
 
 
+def content(path: Path) -> bytes | dict[str, Any]:
+    """Content of a file; without the version of transformers that wrote a configuration."""
+    if path.name not in ("config.json", "generation_config.json"):
+        return path.read_bytes()
+    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in table.items() if key != "transformers_version"}
+
+
 def is_equal(new: Path, old: Path) -> bool:
-    """Return whether the files are the same, byte for byte; print which are not, and how far the weights are apart.
+    """Return whether the files say the same; print which do not, and how far the weights are apart.
 
     Equal weights need equal sums: one kind of processor, one version of torch, one thread.
     """
-    ours, theirs = digests(new), digests(old)
+    ours, theirs = ({p.name: content(p) for p in folder.iterdir() if p.is_file()} for folder in (new, old))
     for name in sorted(ours.keys() | theirs.keys()):
-        print(f"{'equal' if ours.get(name) == theirs.get(name) else 'DIFFERENT'}  {ours.get(name, '-'):64}  {name}")
-    if (weights := "model.safetensors") in ours.keys() & theirs.keys() and ours[weights] != theirs[weights]:
-        a, b = load_file(new / weights), load_file(old / weights)
-        if {n: x.shape for n, x in a.items()} == {n: x.shape for n, x in b.items()}:
-            print(f"largest difference of a weight: {max(float((x - b[n]).abs().max()) for n, x in a.items()):.3g}")
+        print(f"{'equal' if ours.get(name) == theirs.get(name) else 'DIFFERENT'}  {name}")
+    a, b = load_file(new / WEIGHTS), load_file(old / WEIGHTS)
+    if {n: x.shape for n, x in a.items()} == {n: x.shape for n, x in b.items()}:
+        print(f"largest difference of a weight: {max(float((x - b[n]).abs().max()) for n, x in a.items()):.3g}")
     return ours == theirs
 
 
@@ -253,10 +262,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
+    if args.compare and not (args.compare / WEIGHTS).is_file():
+        parser.error(f"--compare: {args.compare} has no {WEIGHTS}")
+    if args.compare and args.compare.resolve() == args.out.resolve():
+        parser.error("--compare: the folder of --out, which is overwritten; give another --out")
     torch.set_num_threads(args.threads)
     torch.manual_seed(stream_seed(args.seed, "pretrain"))
     log: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(args).items() if k not in ("out", "log")}}
-    log |= {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    log["settings"] |= {"language_lr": str(LANGUAGE_LR), "first_token": str(FIRST_TOKEN)}
+    log |= {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}
+    log |= {"python": platform.python_version(), "machine": platform.machine()}
     began = time.perf_counter()
 
     def timed(name: str) -> None:

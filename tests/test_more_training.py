@@ -13,6 +13,7 @@ from fedmllm.cli.display import learned_text
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError
 from fedmllm.reports.reading import read_run
+from fedmllm.runs.predict import predict
 from fedmllm.runs.run import run
 from support.runs import TABLE, Stop, events, experiment
 
@@ -54,6 +55,16 @@ def torch_adapter(folder: Path) -> dict[str, torch.Tensor]:
     from fedmllm.runs.result import Adapter
 
     return Adapter(folder / "adapter").tensors
+
+
+def test_an_adapter_of_another_edition_is_refused(short: Path, tmp_path: Path) -> None:
+    """Its tensors would fit: the editions differ in their weights alone."""
+    other = experiment(backbone={"name": "tiny", "edition": 2, "adapter": str(short / "adapter")}, method="zero-shot")
+    with pytest.raises(ConfigError, match=r"trained on edition 1 of the embedded model; backbone\.edition is 2"):
+        run(other, tmp_path / "other")
+    plain = experiment(backbone={"name": "tiny", "edition": 2}, num_rounds=1)
+    with pytest.raises(ConfigError, match="trained on edition 1"):
+        predict(short / "adapter", tmp_path / "rows.jsonl", experiment=plain)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(short: Path, tmp_path: Path) -> None:

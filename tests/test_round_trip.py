@@ -54,6 +54,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "drivelm.tasks": {"tasks": ["planning"]},
     "medical.tests": {"tests": ["slake"]},
     "table.form": {"form": "jsonl"},
+    "easy-vqa.seed": {"seed": 1, "draw": "spread"},
     "table.test_rate": {"test_rate": 0.5},
     "table.choices": {"choices": ["a", "b", "c"]},
     "table.na_values": {"na_values": []},

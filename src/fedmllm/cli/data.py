@@ -77,7 +77,8 @@ def show(
         )
     for label, one in experiments.items():
         if label:
-            typer.echo(f"cell: {label}", err=as_json)
+            changed = f" with {', '.join(set_)}" if set_ else ""
+            typer.echo(f"cell: {label}{changed}", err=as_json)
         show_one(one, as_json, plot_file)
 
 

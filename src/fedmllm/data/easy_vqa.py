@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from fedmllm.core.errors import DataError
 from fedmllm.core.metrics import accuracy, metric
@@ -63,9 +63,15 @@ class EasyVqa(Dataset):
     questions of a picture follow each other, so that 1,500 rows are of 153 pictures. "spread": a random question of each
     picture, then a second one of each, and so on."""
     seed: Annotated[NonNegativeInt, ADDED_LATER] = 0
-    """Seed of draw "spread"."""
+    """Seed of draw "spread"; without it, 0."""
     validation_rate: float = Field(0.0, ge=0, lt=1)
     """Share of the training pictures that is held out for validation."""
+
+    @model_validator(mode="after")
+    def _seed_has_an_effect(self) -> EasyVqa:
+        if self.seed and self.draw == "first":
+            raise ValueError(f'seed: got {self.seed}; draw = "first" draws nothing; allowed: 0, or draw = "spread"')
+        return self
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("image",)

@@ -50,7 +50,7 @@ class ComparedRow:
     test: Paired | None  # a - b over seeds
     num_pairs: int = 0
     num_cells: int = 0  # pairs of a seed
-    p_holm: float | None = None  # corrected for the rows of the table
+    p_holm: float | None = None  # corrected for the rows of its family: the headline alone, or all others
     family: int = 1  # tests that are corrected together
     row_half: float | None = None  # half of the 95 % interval of a - b from drawing the test rows, by kept predictions
 
@@ -71,8 +71,9 @@ class RunComparison:
 def compare(a: str | Path | Sequence[str | Path], b: str | Path | Sequence[str | Path]) -> RunComparison:
     """Pair runs whose settings agree in all but those that differ between the sides: seed with seed, and so on.
 
-    Pairs of one seed are averaged before the test, so that n is the number of seeds. Holm's correction is over the rows of the
-    table. Runs over other rows are never paired, and neither are those of another partition or base model with equal settings.
+    Pairs of one seed are averaged before the test, so that n is the number of seeds. The headline metric is tested alone;
+    Holm's correction is over the other rows of the table. Runs over other rows are never paired, and neither are those of
+    another partition or base model with equal settings.
 
     Args:
         a: Folders of runs, or of folders of runs: the first side.
@@ -112,9 +113,18 @@ def compare(a: str | Path | Sequence[str | Path], b: str | Path | Sequence[str |
     rows = [row for kind in kinds if (row := _row(*kind, runs_a, runs_b, pairs, predicted))]
     rows = [row for row in rows if not row.a is row.b is None] or rows  # a metric that no row of either side defines
     if not rows:
-        raise FedmllmError("the two sides share no metric; compare runs on the same data set")
-    adjusted = holm({i: row.test.p for i, row in enumerate(rows) if row.test and row.test.p is not None})
-    rows = [replace(row, p_holm=adjusted.get(i), family=max(1, len(adjusted))) for i, row in enumerate(rows)]
+        unseen = [r.method for r in (*runs_a, *runs_b) if all(row["visible"] == "none" for row in r.rows)]
+        advice = (
+            f"{unseen[0]} reads no modality, so its rows have visible = none"
+            if unseen
+            else "compare runs on the same data set"
+        )
+        raise FedmllmError(f"the two sides share no metric and visibility; {advice}")
+    headline = next((i for i, row in enumerate(rows) if (row.metric, row.visible) == runs_a[0].headline), None)
+    for family in ([i for i in range(len(rows)) if i == headline], [i for i in range(len(rows)) if i != headline]):
+        adjusted = holm({i: t.p for i in family if (t := rows[i].test) and t.p is not None})
+        for i in family:
+            rows[i] = replace(rows[i], p_holm=adjusted.get(i), family=max(1, len(adjusted)))
     execution = {key: words for key, words in differing.items() if f"{key}.".startswith(EXECUTION_KEYS)}
     others = {key: words for key, words in differing.items() if key not in execution}
     return RunComparison(others, execution, digests, tuple(rows), len(runs_a), len(runs_b), len(pairs))
@@ -281,7 +291,8 @@ def about_comparison(comparison: RunComparison) -> str:
     if seeds > 1:
         family = max(row.family for row in c.rows)
         parts.append(
-            f"Paired t-test over {counted(seeds, 'seed')}; Holm over {counted(family, 'row')}. Detectable: smallest true "
+            f"Paired t-test over {counted(seeds, 'seed')}; the headline metric is tested alone, Holm over "
+            f"{counted(family, 'other row')}. Detectable: smallest true "
             "difference that the test finds with 80 % power at the 5 % level, before the correction."
         )
     elif seeds:

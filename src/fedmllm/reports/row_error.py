@@ -11,6 +11,11 @@ from fedmllm.reports.reading import DatasetResults
 from fedmllm.reports.rows import RowResults
 from fedmllm.reports.tables import ResultTable
 
+OF_TRAINING = {
+    "num_train",
+    "num_validation",
+    "validation_rate",
+}  # settings of the data that leave the test rows as they are
 NORMAL_95 = 1.96  # half of a 95 % interval, in standard errors
 
 
@@ -91,11 +96,12 @@ def row_error(dataset: DatasetResults, table: ResultTable, rows: Sequence[RowRes
 def num_test_sets(dataset: DatasetResults) -> int:
     """Return the number of distinct test sets of the federated runs.
 
-    The digest of a record covers training rows too. Equal settings of the data give equal test rows, so the number is at most
-    that of the settings.
+    The digest of a record covers training rows too. Equal settings of the test rows give equal test rows, so the number is at
+    most that of the settings.
     """
     runs = [run for run in dataset.runs if run.federated]
-    settings = {json.dumps(run.settings["data"], sort_keys=True, default=str) for run in runs}
+    tables = [{k: v for k, v in run.settings["data"].items() if k not in OF_TRAINING} for run in runs]
+    settings = {json.dumps(table, sort_keys=True, default=str) for table in tables}
     digests = {run.draw.rows for run in runs}
     return max(1, len(settings) if "" in digests else min(len(settings), len(digests)))
 

@@ -331,7 +331,8 @@ class Site(Spec):
         if self.allow.base and self.allow.base != base:
             reasons.append(f"the base model here is {base[:12]}, but the site has pinned {self.allow.base[:12]}")
         if request.base != base:
-            reasons.append(f"base model {request.base[:12]} is not the one here, {base[:12]}")
+            edition = f" (backbone.edition = {self.backbone.edition})" if isinstance(self.backbone, Tiny) else ""
+            reasons.append(f"base model {request.base[:12]} is not the one here, {base[:12]}{edition}")
         return self.refusal(reasons)
 
     def refusal(self, reasons: list[str]) -> Reason:
