@@ -15,6 +15,7 @@ from rich.console import Console
 from scipy import stats as scipy_stats
 
 from fedmllm.config.experiment import Experiment
+from fedmllm.core.errors import FedmllmError
 from fedmllm.core.types import Example, Prediction
 from fedmllm.reports.answers import answers, groups
 from fedmllm.reports.archive import pack_results
@@ -165,6 +166,18 @@ def test_unequal_numbers_of_seeds_are_a_range(tmp_path: Path):
     assert "seeds share" not in text_of(write_results(tmp_path / "alone", alone))
 
 
+def test_other_training_rows_are_no_other_test_set(tmp_path: Path):
+    for size in (400, 800):
+        folder = write_results(tmp_path / str(size), {("alpha 0.5", "FedAvg"): noisy(0.8, 0.01, -0.01)})
+        for run in folder.iterdir():
+            first, *rest = (run / "record.jsonl").read_text().splitlines()
+            heading = json.loads(first)
+            heading["settings"]["data"]["num_train"] = size
+            heading["digests"]["rows"] = f"{size:016}"
+            (run / "record.jsonl").write_text("\n".join([json.dumps(heading), *rest]) + "\n")
+    assert num_test_sets(only(tmp_path)) == 1
+
+
 def test_a_mean_over_test_sets_has_less_error_than_a_run(tmp_path: Path):
     values = {("alpha 0.5", m): noisy(0.8, 0, 1, 2, -3) for m in ("FedAvg", "Local")}
     dataset = only(write_results(tmp_path / "own", values, own_rows=True))
@@ -275,6 +288,15 @@ def test_compare_of_one_seed_has_differences_alone(tmp_path: Path):
     text = printed(found)
     assert "One seed: differences alone. The paired test needs at least two seeds on both sides" in text
     assert "Holm over" not in text
+
+
+def test_compare_says_that_a_side_reads_no_modality(tmp_path: Path):
+    a, b = sides(tmp_path, {"alpha 0.5": {"FedAvg": [0.8], "FedAdam": [0.7]}})
+    for run in a.iterdir():
+        rows = [{**row, "visible": "none"} for row in json.loads((run / "summary.json").read_text())["rows"]]
+        (run / "summary.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(FedmllmError, match="FedAvg reads no modality"):
+        compare(a, b)
 
 
 def with_predictions(run: Path, data_seed: int, *skills: float) -> None:
