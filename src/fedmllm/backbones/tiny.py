@@ -15,7 +15,7 @@ from fedmllm.backbones.hf import TransformersBackbone
 from fedmllm.core.errors import ConfigError
 
 CHECKPOINTS = {n: Path(__file__).with_name(name) for n, name in ((1, "tiny_checkpoint"), (2, "tiny_checkpoint_2"))}
-NAMES = {
+BASE_NAMES = {
     1: "fedmllm/tiny",
     2: "fedmllm/tiny-2",
 }  # base of a saved adapter: a path would mean nothing on another machine
@@ -34,7 +34,7 @@ def load_tiny(spec: Tiny, seed: int) -> TransformersBackbone:
     folder = FromFolder(path=str(CHECKPOINTS[spec.edition]), precision=spec.precision)
     folder = folder.model_copy(update={"device": spec.device, "device_map": spec.device_map})
     model, processor, digest = load_base(folder)
-    return TransformersBackbone(model, processor, spec, seed, NAMES[spec.edition], digest)
+    return TransformersBackbone(model, processor, spec, seed, BASE_NAMES[spec.edition], digest)
 
 
 def refuse_other_edition(adapter: Path, spec: BackboneSpec) -> None:
@@ -54,7 +54,7 @@ def refuse_other_edition(adapter: Path, spec: BackboneSpec) -> None:
         trained_on = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
         return  # not a PEFT adapter: its reader says so
-    of_edition = {name: edition for edition, name in NAMES.items()}.get(trained_on, spec.edition)
+    of_edition = {name: edition for edition, name in BASE_NAMES.items()}.get(trained_on, spec.edition)
     if of_edition != spec.edition:
         raise ConfigError(
             f"{adapter}: trained on edition {of_edition} of the embedded model; backbone.edition is {spec.edition}"

@@ -106,7 +106,7 @@ class EasyVqa(Dataset):
             return self._example(where, row, path.parent / "images", attributes[row[2]])
 
         found = filled(collect(iter(rows), make, self.on_bad_row), path, split)
-        examples = found.examples if self.draw == "first" else spread(found.examples, self.seed, split)
+        examples = found.examples if self.draw == "first" else one_of_each_picture(found.examples, self.seed, split)
         limit = self.num_train if split == "train" and self.num_train else None
         return Rows(examples[:limit], found.skipped)
 
@@ -145,7 +145,7 @@ def question_rows(path: Path) -> Iterator[tuple[str, tuple[str, str, int] | Data
                 yield where, DataError(f"{where}: [question, answer, number of a picture] is expected, not {row!r:.60}")
 
 
-def spread(examples: Sequence[Example], seed: int, split: Split) -> tuple[Example, ...]:
+def one_of_each_picture(examples: Sequence[Example], seed: int, split: Split) -> tuple[Example, ...]:
     """Return the rows in a random order in which each picture has one question, before any has a second one."""
     pictures: dict[str, int] = {}
     seen: Counter[str] = Counter()

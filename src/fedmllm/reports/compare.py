@@ -16,7 +16,7 @@ from fedmllm.core.text import flat_keys
 from fedmllm.reports.comparisons import not_established
 from fedmllm.reports.numerals import COUNTS, DASH, counted, p_text, signed
 from fedmllm.reports.reading import EXECUTION_KEYS, RunRecord, asked, paths_of, read_results
-from fedmllm.reports.rows import evaluations, rows_of
+from fedmllm.reports.rows import evaluations, row_identities
 from fedmllm.reports.stats import LEVEL, Paired, holm, mean_of, paired
 from fedmllm.runs.predictions import Evaluation, groups_of
 from fedmllm.runs.row_statistics import paired_rows
@@ -190,7 +190,7 @@ def _row_half(
     sets: dict[tuple[object, ...], tuple[list[Evaluation], list[Evaluation]]] = {}
     for pair in pairs:
         of_pair = [predicted(run, visible) for run in pair]
-        rows = {tuple(rows_of(one)) for side in of_pair for one in side}
+        rows = {tuple(row_identities(one)) for side in of_pair for one in side}
         if not all(of_pair) or len(rows) > 1:
             return None
         of_set = sets.setdefault(rows.pop(), ([], []))

@@ -115,8 +115,8 @@ def _of_setting(dataset: DatasetResults, setting: str, scale: Scale) -> RowResul
     first = next((one for m in order for one in read[m]), None)
     if first is None:
         return None
-    rows = rows_of(first)
-    kept = {m: [one.predictions for one in several if rows_of(one) == rows] for m, several in read.items()}
+    rows = row_identities(first)
+    kept = {m: [one.predictions for one in several if row_identities(one) == rows] for m, several in read.items()}
     kept = {m: several for m, several in kept.items() if several}
     federated = tuple(m for m in kept if m in dataset.candidates)
     groups = groups_of(first.predictions, str(dataset.pick(setting)[0].settings["data"].get("group") or ""))
@@ -159,7 +159,7 @@ def evaluations(run: RunRecord, visible: str = "") -> list[Evaluation]:
     return final_evaluations(path, visible or run.headline[1], content)
 
 
-def rows_of(evaluation: Evaluation) -> list[tuple[object, ...]]:
+def row_identities(evaluation: Evaluation) -> list[tuple[object, ...]]:
     """Return what identifies the test rows of an evaluation, in their order."""
     return [(p.example.id, p.example.choices, p.example.answer) for p in evaluation.predictions]
 
@@ -192,7 +192,11 @@ def _hidden(dataset: DatasetResults, setting: str, first: Evaluation, federated:
     groups = groups_of(first.predictions, str(runs[0].settings["data"].get("group") or "")) if runs else []
     for visible in kinds:
         less = [one for run in runs for one in evaluations(run, visible)] if visible != first.visible else []
-        if len(less) == len(complete) and less and all(rows_of(x) == rows_of(first) for x in (*less, *complete)):
+        if (
+            len(less) == len(complete)
+            and less
+            and all(row_identities(x) == row_identities(first) for x in (*less, *complete))
+        ):
             sides = [[[one.predictions[i] for i in whole] for one in several] for several in (less, complete)]
             own = [groups[i] for i in whole] if groups else []
             if test := paired_rows(dataset.metric, sides[0], sides[1], own):
