@@ -128,7 +128,7 @@ def sample(index: int, scene: Scene, rng: np.random.Generator, lettered: float) 
     name = list(weights)[int(rng.choice(len(weights), p=np.array(list(weights.values())) / sum(weights.values())))]
     visible = SOURCE[name] if rng.random() < 0.4 else BOTH
     if rng.random() < 0.06:  # something needed is hidden: the answer cannot be known, and the model learns to say so
-        visible = frozenset(m for m in visible if rng.random() < 0.3)
+        visible = frozenset(m for m in sorted(visible) if rng.random() < 0.3)
     known = SOURCE[name] <= visible
     question, choices, answer = _FORMS[form](name, here.facts[name], known, rng)
     fields = {"image": (Path("scene.png"),), "text": here.text}

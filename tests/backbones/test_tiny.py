@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,6 +126,28 @@ def test_any_picture_goes_through(backbone, tmp_path, size):
     prompt = Conversation((Picture(tmp_path / "user.png"), "Is the left lung enlarged? 12 mm, naïve 肺"))
     assert np.isfinite(backbone.score([prompt], [("yes", "no")])).all()
     assert backbone.encode(prompt, "no").num_tokens < 80
+
+
+def test_the_corpus_does_not_depend_on_the_order_of_a_set():
+    """Two processes whose strings hash in another order draw the same corpus: else the model cannot be rebuilt."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from tiny_tasks import Scene, corpus; "
+        "from fedmllm.core.rng import stream; rng = stream(0, 'scenes'); "
+        "samples = corpus([Scene.random(rng) for _ in range(20)], 400, stream(0, 'corpus')); "
+        "print(list(frozenset({'image', 'text'}))[0], [(s.scene, s.conversation.text, s.answer) for s in samples])"
+    )
+    found: dict[str, str] = {}
+    for seed in range(20):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        out = subprocess.run(
+            [sys.executable, "-c", code, str(SCRIPTS)], env=environment, capture_output=True, text=True, check=True
+        )
+        first, _, drawn = out.stdout.partition(" ")
+        found[first] = drawn
+        if len(found) == 2:
+            break
+    assert len(found) == 2
+    assert found["image"] == found["text"]
 
 
 def test_pre_training_put_rows_as_the_backbone_does(backbone, scenes, monkeypatch):
