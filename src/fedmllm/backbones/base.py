@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fedmllm.core.errors import FedmllmError
+from fedmllm.core.errors import ConfigError, FedmllmError
 from fedmllm.core.spec import ADDED_LATER, EXECUTION_ONLY, Named, Spec, one_or_several
 from fedmllm.core.types import Conversation, Params
 
@@ -187,6 +188,16 @@ class BackboneSpec(Named):
             raise ValueError(f"device_map: got {list(self.device_map)} with device = {self.device!r}; give one of them")
         return self
 
+    def check_adapter(self, folder: Path) -> None:
+        """Check that a PEFT folder was trained on this base, where shapes do not say so. Any passes by default.
+
+        Args:
+            folder: The folder of the adapter.
+
+        Raises:
+            ConfigError: It was trained on another base.
+        """
+
     @abstractmethod
     def load(self, seed: int) -> Backbone:
         """Load the frozen model with a new adapter.
@@ -244,6 +255,22 @@ class Tiny(BackboneSpec):
         from fedmllm.backbones.tiny import load_tiny
 
         return load_tiny(self, seed)
+
+    def base_name(self) -> str:
+        """Base of a saved adapter: a path would mean nothing on another machine."""
+        return "fedmllm/tiny" if self.edition == 1 else f"fedmllm/tiny-{self.edition}"
+
+    def check_adapter(self, folder: Path) -> None:
+        config = folder / "adapter_config.json"
+        try:
+            trained_on = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError):
+            return  # not a PEFT adapter: its reader says so
+        for edition in get_args(type(self).model_fields["edition"].annotation):
+            if edition != self.edition and trained_on == Tiny(edition=edition).base_name():
+                raise ConfigError(
+                    f"{folder}: trained on edition {edition} of the embedded model; backbone.edition is {self.edition}"
+                )
 
 
 class FromFolder(BackboneSpec):

@@ -154,11 +154,16 @@ class SyntheticMemes(Synthetic):
         rows = HatefulMemes(root=self.folder(), on_bad_row=self.on_bad_row).load(split)
         return Rows(tuple(self._example(example) for example in rows.examples), rows.skipped)
 
+    def frame(self) -> tuple[str, tuple[str, str], tuple[str, str]]:
+        """Return the question, the choices in the order of the prompt, and the answers of labels 0 and 1."""
+        return self.question, self.choices, self.labels
+
     def _example(self, row: Example) -> Example:
         """The same row under this set's question."""
-        answer = self.labels[hateful_memes.HATEFUL_CHOICES.index(row.answer)]
+        question, choices, labels = self.frame()
+        answer = labels[hateful_memes.HATEFUL_CHOICES.index(row.answer)]
         columns = {**row.columns, "set": self.name}
-        return replace(row, question=self.question, choices=self.choices, answer=answer, columns=columns)
+        return replace(row, question=question, choices=choices, answer=answer, columns=columns)
 
     def _write(self, folder: Path) -> None:
         (folder / "img").mkdir()

@@ -6,14 +6,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from fedmllm.core.spec import ADDED_LATER
-from fedmllm.core.types import Example, Visible
+from fedmllm.core.types import Visible
 from fedmllm.data.captions import TONES, caption
 from fedmllm.data.ceilings import LawCell, two_way
 from fedmllm.data.scenes import COLOURS, FACES, SKIES, THINGS, Scene, pick
@@ -28,7 +27,6 @@ TONE = {"good": 1.0, "plain": 0.0, "bad": -1.0}
 SKY = {"day": 0.2, "dusk": 0.2, "night": -0.4}
 OPENING = {"": 0.16, "sure ,": -0.24}
 SURE_RATE = 0.4
-WORDING_2 = ("Which pool is the content in?", ("beta", "alpha"))  # question; options in order, the second for label 1
 
 
 class SyntheticVerdict(SyntheticMemes):
@@ -74,12 +72,10 @@ class SyntheticVerdict(SyntheticMemes):
         positive = 0.5 * (1 + math.tanh(odds / 2))  # the sigmoid, without overflow
         return self.noise + (1 - 2 * self.noise) * positive
 
-    def _example(self, row: Example) -> Example:
-        found = super()._example(row)
+    def frame(self) -> tuple[str, tuple[str, str], tuple[str, str]]:
         if self.wording == 1:
-            return found
-        answer = WORDING_2[1][self.labels.index(found.answer)]
-        return replace(found, question=WORDING_2[0], choices=WORDING_2[1], answer=answer)
+            return super().frame()
+        return "Which pool is the content in?", ("beta", "alpha"), ("beta", "alpha")
 
     def ceilings(self, visible: Visible) -> Mapping[str, float]:
         return two_way(self._cells(), visible)

@@ -10,9 +10,8 @@ from typing import TypeVar
 from fedmllm.core.types import Example, Prediction
 
 _K = TypeVar("_K")
-NEVER = (
-    -50.0
-)  # logarithm of the frequency of a choice that never occurs: finite, so that differences of scores are numbers
+# Logarithm of the frequency of a choice that never occurs: finite, so that differences of scores are numbers.
+NEVER = -50.0
 
 
 def majority_predictions(train: Sequence[Example], test: Sequence[Example]) -> list[Prediction]:

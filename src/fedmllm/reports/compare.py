@@ -28,10 +28,8 @@ DIGESTS = {  # name -> the settings that it follows from: with other settings, a
 }
 
 
-FAST = (
-    "auc",
-    "accuracy",
-)  # metrics whose bootstrap takes milliseconds; of the others the first one alone has its error
+# Metrics whose bootstrap takes milliseconds; of the others the first one alone has its error.
+FAST = ("auc", "accuracy")
 Key = tuple[str, int]  # settings on which both sides of a pair agree, and the seed
 
 

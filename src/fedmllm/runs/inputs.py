@@ -18,7 +18,6 @@ import torch
 from fedmllm.algorithms.base import Aggregator
 from fedmllm.algorithms.relations import One, Related, profile_of
 from fedmllm.backbones.base import Backbone
-from fedmllm.backbones.tiny import refuse_other_edition
 from fedmllm.config.engine import Engine as EngineSettings
 from fedmllm.config.experiment import Experiment
 from fedmllm.config.train import Train
@@ -102,7 +101,7 @@ class Inputs:
             raise DataError(f"{data.name}: no usable test row")
         backbone = experiment.backbone.load(experiment.seed)
         if experiment.backbone.adapter:
-            refuse_other_edition(Path(experiment.backbone.adapter), experiment.backbone)
+            experiment.backbone.check_adapter(Path(experiment.backbone.adapter))
             backbone.set_lora(read_peft_adapter(Path(experiment.backbone.adapter), experiment.backbone.lora, backbone))
         return cls(
             experiment=experiment,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmllm.backbones.tiny import refuse_other_edition
 from fedmllm.config.experiment import Experiment
 from fedmllm.core.errors import ConfigError, DataError, FedmllmError
 from fedmllm.core.storage import check_writable, write_atomically, writing
@@ -68,7 +67,7 @@ def predict(
         check_writable(target)
     place, settings = adapter_of(Path(source), experiment, client)
     if place:
-        refuse_other_edition(place, settings.backbone)
+        settings.backbone.check_adapter(place)
     if not Path(rows).exists():
         raise DataError(f"{rows}: no such file or folder")
     found = table_of(settings, Path(rows), columns or {}).load("test")
